@@ -1,0 +1,31 @@
+// Rows grouped into segments that share one modulation vector: samples of a packed batch, or target and reference tokens.
+#pragma once
+#include <cstdint>
+
+namespace qif {
+namespace QIF_ISA {
+
+struct Segments {
+  const int32_t* offsets;  // [count + 1] first row of each segment; null: `count` segments of equal length
+  int64_t rows, count;
+
+  int64_t begin(int64_t s) const { return offsets ? offsets[s] : s * (rows / count); }
+  int64_t end(int64_t s) const { return begin(s + 1); }
+
+  // The segment that holds `row`; empty segments hold none.
+  int64_t find(int64_t row) const {
+    if (!offsets) return row / (rows / count);
+    int64_t lo = 0, hi = count - 1;
+    while (lo < hi) {
+      int64_t mid = (lo + hi) / 2;
+      if (offsets[mid + 1] > row)
+        hi = mid;
+      else
+        lo = mid + 1;
+    }
+    return lo;
+  }
+};
+
+}  // namespace QIF_ISA
+}  // namespace qif

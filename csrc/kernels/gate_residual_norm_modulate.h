@@ -1,0 +1,40 @@
+// gate_residual_norm_modulate: residual = x + gate * y; out = LayerNorm(residual) * (1 + scale) + shift.
+//
+// Both results are returned: `residual` is the stream, `out` the input of the next layer. `residual` is rounded to the
+// storage type before the statistics, so that backward can start from the stored tensor; in float16 it saturates at
+// +-65504, as the model clips it. Traffic: 2 reads and 2 writes of a row, against 5 and 4 of the separate passes.
+// Backward: g = grad_residual + (LayerNorm backward of grad_out); grad_x = g; grad_y = gate * g; grad_gate = sum of
+// g * y, grad_shift and grad_scale as in layer_norm_modulate, all reduced over the rows of each segment here.
+#pragma once
+#include "common/cpu_dispatch.h"
+
+namespace qif {
+
+struct GateResidualNormModulate {
+  const void *x, *y;                                // [rows, width]
+  const void *gate, *shift, *scale;                 // [segments, width]
+  int64_t gate_stride, shift_stride, scale_stride;  // elements from one segment to the next
+  const int32_t* offsets;                           // [segments + 1]; null: segments of equal length
+  void *residual, *out;                             // [rows, width]
+  int64_t rows, width, segments;
+  double eps;
+  int dtype;
+};
+
+struct GateResidualNormModulateBackward {
+  const void *residual, *y;
+  const void *gate, *scale;
+  int64_t gate_stride, scale_stride;
+  const int32_t* offsets;
+  const void *grad_residual, *grad_out;             // [rows, width]
+  void *grad_x, *grad_y;                            // [rows, width]
+  void *grad_gate, *grad_shift, *grad_scale;        // [segments, width]
+  int64_t rows, width, segments;
+  double eps;
+  int dtype;
+};
+
+QIF_DECLARE_CPU(gate_residual_norm_modulate_forward, GateResidualNormModulate)
+QIF_DECLARE_CPU(gate_residual_norm_modulate_backward, GateResidualNormModulateBackward)
+
+}  // namespace qif

@@ -1,0 +1,71 @@
+"""Non-causal attention over joint [text, image] sequences, dense or packed; never a mask over padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen_image_fast.ops import _library as lib
+
+_OP = "joint_attention"
+
+
+def joint_attention(q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], k_lens: Sequence[int] | None = None):
+    """softmax(q k^T / sqrt(head_dim)) v for each sample of a packed batch and each head.
+
+    Samples of equal length run as one dense batch, others one after another, so that no padding is computed and no
+    sample sees another. The arithmetic is torch's scaled_dot_product_attention; autograd, fake tensors and
+    torch.compile come with it (the lengths are Python numbers: a new set of lengths is a new graph).
+
+    Args:
+        q: [sum of q_lens, heads, head_dim]; k, v: [sum of k_lens, heads, head_dim]; one dtype.
+        q_lens: rows of each sample in q. k_lens: in k and v; None: q_lens.
+
+    Returns:
+        [sum of q_lens, heads, head_dim], dtype of q. A sample without queries gives no rows.
+
+    Raises:
+        ValueError, TypeError: lengths that do not add up, shapes, dtypes or devices that do not fit together.
+    """
+    k_lens = q_lens if k_lens is None else k_lens
+    _check(q, k, v, q_lens, k_lens)
+    if lib.use_reference():
+        return joint_attention_reference(q, k, v, q_lens, k_lens)
+    if len(set(q_lens)) == 1 and len(set(k_lens)) == 1:
+        out = _attend(*(t.unflatten(0, (len(q_lens), -1)) for t in (q, k, v)))
+        return out.flatten(0, 1)
+    parts = zip(q.split(list(q_lens)), k.split(list(k_lens)), v.split(list(k_lens)))
+    return torch.cat([_attend(qi[None], ki[None], vi[None])[0] for qi, ki, vi in parts])
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[B, L, H, E] -> [B, L, H, E]."""
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def joint_attention_reference(q, k, v, q_lens, k_lens=None):
+    """The formula in plain PyTorch, in the dtype of q."""
+    out = []
+    k_lens = q_lens if k_lens is None else k_lens
+    for qi, ki, vi in zip(q.split(list(q_lens)), k.split(list(k_lens)), v.split(list(k_lens))):
+        scores = torch.einsum("qhe,khe->hqk", qi, ki) / q.shape[-1] ** 0.5
+        out.append(torch.einsum("hqk,khe->qhe", scores.softmax(-1), vi))
+    return torch.cat(out)
+
+
+def _check(q, k, v, q_lens, k_lens) -> None:
+    lib.check_dtype(_OP, q)
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        lib.check_like(_OP, name, t, q)
+        lib.require(t.dim() == 3, _OP, name, "have three dimensions, [rows, heads, head_dim]", tuple(t.shape))
+        lib.require(t.shape[1:] == q.shape[1:], _OP, name, f"have the heads and width of q, {tuple(q.shape[1:])}",
+                    tuple(t.shape[1:]))  # fmt: skip
+    lib.require(len(q_lens) > 0, _OP, "q_lens", "name at least one sample", list(q_lens))
+    lib.require(len(q_lens) == len(k_lens), _OP, "k_lens", f"have {len(q_lens)} samples like q_lens", len(k_lens))
+    lib.require(sum(q_lens) == q.shape[0], _OP, "q_lens", f"add up to the rows of q, {q.shape[0]}", list(q_lens))
+    for name, t in (("k", k), ("v", v)):
+        lib.require(sum(k_lens) == t.shape[0], _OP, "k_lens", f"add up to the rows of {name}, {t.shape[0]}",
+                    list(k_lens))  # fmt: skip
