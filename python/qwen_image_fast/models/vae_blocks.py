@@ -1,0 +1,322 @@
+"""Layers of the Qwen-Image VAE, each for one image and for a chunk of a video.
+
+Every layer is called as `layer(x, stream)` with either
+
+- an image `x [B, C, H, W]`, `stream=None`: the network is then purely two-dimensional, or
+- a chunk of consecutive frames `x [B, C, T, H, W]`, with one `FrameStream` shared by all chunks of the video.
+
+Module and parameter names, and parameter shapes, are those of `diffusers.AutoencoderKLQwenImage`, so that its state
+dict loads with `strict=True`. That includes the five-dimensional convolution weights that an image uses one third of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FrameStream:
+    """What each layer remembers of a video that is fed to it chunk by chunk: its last input frames.
+
+    One object belongs to one pass over one video. Layers are its keys, so nothing depends on the order of calls.
+    """
+
+    def __init__(self) -> None:
+        self.first_chunk = True
+        self._frames: dict[nn.Module, Tensor] = {}
+
+    def join(self, layer: nn.Module, x: Tensor, keep: int) -> Tensor:
+        """Return `x [B, C, T, H, W]` behind the frames kept for `layer`, and keep the last `keep` frames of that."""
+        if layer in self._frames:
+            x = torch.cat([self._frames[layer], x], dim=2)
+        # A view would hold the whole chunk of every layer in memory until the next one.
+        self._frames[layer] = x[:, :, -keep:].clone()
+        return x
+
+
+def run_in_chunks(network: nn.Module, chunks: Iterable[Tensor]) -> Tensor:
+    """Feed consecutive chunks of one video through `network` and concatenate the results in time."""
+    stream = FrameStream()
+    out = []
+    for chunk in chunks:
+        out.append(network(chunk, stream))
+        stream.first_chunk = False
+    return torch.cat(out, dim=2)
+
+
+def per_frame(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply `fn`, which takes images `[N, C, H, W]`, to an image batch or to every frame of `x [B, C, T, H, W]`."""
+    if x.ndim == 4:
+        return fn(x)
+    batch, frames = x.shape[0], x.shape[2]
+    y = fn(x.transpose(1, 2).flatten(0, 1))
+    return y.unflatten(0, (batch, frames)).transpose(1, 2)
+
+
+class CausalConv3d(nn.Conv3d):
+    """Convolution in which frame t sees frames t-k+1 .. t only: y[t] = bias + sum_i W[:, :, i] * x[t-k+1+i].
+
+    Frames before the first are zeros; space is padded by `k // 2` zeros on each side. An image is a first frame, so
+    only the last temporal slice of the weight meets anything else than zeros, and the result is exactly a
+    two-dimensional convolution with W[:, :, -1].
+
+    Args:
+        kernel_size: 1, 3, or (temporal, height, width).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int, int]) -> None:
+        kt, kh, kw = (kernel_size,) * 3 if isinstance(kernel_size, int) else kernel_size
+        super().__init__(in_channels, out_channels, (kt, kh, kw), padding=(0, kh // 2, kw // 2))
+        self.history = kt - 1
+
+    def forward(self, x: Tensor, stream: FrameStream | None = None) -> Tensor:
+        if x.ndim == 4:
+            return F.conv2d(x, self.weight[:, :, -1], self.bias, padding=self.padding[1:])
+        if self.history > 0:
+            needed = self.history + x.shape[2]
+            if stream is not None:
+                x = stream.join(self, x, self.history)
+            x = F.pad(x, (0, 0, 0, 0, needed - x.shape[2], 0))
+        return super().forward(x)
+
+
+class ChannelRMSNorm(nn.Module):
+    """RMS norm over channels: y = sqrt(C) * x / max(|x|_2, 1e-12) * gamma, |x|_2 over the channels of one position.
+
+    float16 and bfloat16: x / |x|_2 is computed in float32 and rounded once; the two products then each round.
+
+    Args:
+        dim: number of channels C.
+        axes: how many axes follow the channels in the stored shape of `gamma` (`[C, 1, ...]`); no effect on the result.
+    """
+
+    def __init__(self, dim: int, axes: int = 3) -> None:
+        super().__init__()
+        self.scale = dim**0.5
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * axes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        gamma = self.gamma.reshape(-1, *[1] * (x.ndim - 2))
+        return F.normalize(wide, dim=1).to(x.dtype) * self.scale * gamma
+
+
+class ChannelRMSNormSiLU(ChannelRMSNorm):
+    """SiLU(ChannelRMSNorm(x)): the pair in front of every 3x3x3 convolution but the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(super().forward(x))
+
+
+class Downsample(nn.Module):
+    """Halve height and width with a strided 3x3 convolution (padded right and below), then optionally time.
+
+    Time: frames (x[-1], x[0], x[1]), (x[1], x[2], x[3]), ... of the stream go through a (3, 1, 1) convolution, two
+    frames to one. The first chunk, which is the first frame, passes unchanged.
+
+    Shapes: [B, C, H, W] -> [B, C, H/2, W/2]; [B, C, T, H, W] -> [B, C, 1 or T/2, H/2, W/2].
+    """
+
+    def __init__(self, dim: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+        if temporal:
+            self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1))
+        self.temporal = temporal
+
+    def forward(self, x: Tensor, stream: FrameStream | None = None) -> Tensor:
+        x = per_frame(self.resample, x)
+        if not self.temporal or stream is None:
+            return x
+        x = stream.join(self, x, keep=1)
+        return x if stream.first_chunk else self.time_conv(x)
+
+
+class Upsample(nn.Module):
+    """Optionally double time, then double height and width (nearest neighbour) and halve channels (3x3 convolution).
+
+    Time: a causal (3, 1, 1) convolution to 2C channels, whose halves become frames 2t and 2t+1. The first latent frame
+    stands for one image frame only: it passes unchanged, and the convolution never sees it (its history begins with
+    zeros at the second latent frame).
+
+    Shapes: [B, C, H, W] -> [B, C/2, 2H, 2W]; [B, C, T, H, W] -> [B, C/2, 1 or 2T, 2H, 2W].
+    """
+
+    def __init__(self, dim: int, temporal: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, dim // 2, 3, padding=1)
+        )
+        if temporal:
+            self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1))
+        self.temporal = temporal
+
+    def forward(self, x: Tensor, stream: FrameStream | None = None) -> Tensor:
+        if self.temporal and stream is not None and not stream.first_chunk:
+            x = self.time_conv(x, stream)
+            x = x.unflatten(1, (2, -1)).movedim(1, 3).flatten(2, 3)  # [B, 2C, T, ...] -> [B, C, 2T, ...]
+        return per_frame(self.resample, x)
+
+
+class ResidualBlock(nn.Module):
+    """y = shortcut(x) + conv2(dropout(SiLU(norm2(conv1(SiLU(norm1(x))))))); shortcut is 1x1x1 where widths differ."""
+
+    def __init__(self, in_dim: int, out_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = ChannelRMSNormSiLU(in_dim)
+        self.conv1 = CausalConv3d(in_dim, out_dim, 3)
+        self.norm2 = ChannelRMSNormSiLU(out_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = CausalConv3d(out_dim, out_dim, 3)
+        self.conv_shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
+
+    def forward(self, x: Tensor, stream: FrameStream | None = None) -> Tensor:
+        h = self.conv1(self.norm1(x), stream)
+        h = self.conv2(self.dropout(self.norm2(h)), stream)
+        return h + self.conv_shortcut(x)
+
+
+class AttentionBlock(nn.Module):
+    """x + proj(softmax(q k^T / sqrt(C)) v) over the H*W positions of one frame, one head of width C, q, k, v from
+    the RMS norm of x. Frames do not see each other, so there is nothing to remember in `stream`."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = ChannelRMSNorm(dim, axes=2)
+        self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor, stream: FrameStream | None = None) -> Tensor:
+        return per_frame(self._attend, x)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        tokens = self.to_qkv(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(1)  # [N, 1, H*W, 3C]
+        out = F.scaled_dot_product_attention(*tokens.chunk(3, dim=-1))
+        out = out.squeeze(1).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return x + self.proj(out)
+
+
+class MidBlock(nn.Module):
+    """Residual block, attention, residual block, at the lowest resolution."""
+
+    def __init__(self, dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([AttentionBlock(dim)])
+        self.resnets = nn.ModuleList([ResidualBlock(dim, dim, dropout) for _ in range(2)])
+
+    def forward(self, x: Tensor, stream: FrameStream | None = None) -> Tensor:
+        x = self.resnets[0](x, stream)
+        x = self.attentions[0](x, stream)
+        return self.resnets[1](x, stream)
+
+
+class UpBlock(nn.Module):
+    """One resolution of the decoder: residual blocks, then an `Upsample` unless it is the last one."""
+
+    def __init__(self, in_dim: int, out_dim: int, blocks: int, dropout: float, upsample: Upsample | None) -> None:
+        super().__init__()
+        widths = [in_dim] + [out_dim] * blocks
+        self.resnets = nn.ModuleList(ResidualBlock(a, b, dropout) for a, b in pairwise(widths))
+        self.upsamplers = nn.ModuleList([upsample] if upsample is not None else [])
+
+    def forward(self, x: Tensor, stream: FrameStream | None = None) -> Tensor:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x, stream)
+        return x
+
+
+class Encoder(nn.Module):
+    """Pixels to the latent's moments: [B, channels, H, W] -> [B, out_channels, H/2^n, W/2^n], n = len(dim_mult) - 1.
+
+    Args:
+        dim: width at full resolution; stage i is `dim * dim_mult[i]` wide.
+        out_channels: channels of the result, means and log-variances.
+        num_res_blocks: residual blocks per stage.
+        attn_scales: resolutions (1 is the input's, then 1/2, 1/4, ...) whose residual blocks are each followed by
+            attention.
+        temporal: for each downsampling, whether it also halves time.
+        channels: channels of the input, 3 or 4.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_channels: int,
+        dim_mult: Sequence[int],
+        num_res_blocks: int,
+        attn_scales: Sequence[float],
+        temporal: Sequence[bool],
+        dropout: float,
+        channels: int,
+    ) -> None:
+        super().__init__()
+        self.conv_in = CausalConv3d(channels, dim, 3)
+        layers: list[nn.Module] = []
+        width = dim
+        for stage, mult in enumerate(dim_mult):
+            for _ in range(num_res_blocks):
+                layers.append(ResidualBlock(width, dim * mult, dropout))
+                width = dim * mult
+                if 0.5**stage in attn_scales:
+                    layers.append(AttentionBlock(width))
+            if stage < len(dim_mult) - 1:
+                layers.append(Downsample(width, temporal[stage]))
+        self.down_blocks = nn.ModuleList(layers)
+        self.mid_block = MidBlock(width, dropout)
+        self.norm_out = ChannelRMSNormSiLU(width)
+        self.conv_out = CausalConv3d(width, out_channels, 3)
+
+    def forward(self, x: Tensor, stream: FrameStream | None = None) -> Tensor:
+        x = self.conv_in(x, stream)
+        for layer in self.down_blocks:
+            x = layer(x, stream)
+        x = self.mid_block(x, stream)
+        return self.conv_out(self.norm_out(x), stream)
+
+
+class Decoder(nn.Module):
+    """Latent to pixels: [B, z_dim, H, W] -> [B, channels, 2^n H, 2^n W], n = len(dim_mult) - 1.
+
+    Args:
+        dim: width at full resolution; the stages are `dim * m` wide for m in `dim_mult` reversed.
+        z_dim: channels of the latent.
+        num_res_blocks: residual blocks per stage, less one.
+        temporal: for each upsampling, lowest resolution first, whether it also doubles time.
+        channels: channels of the result, 3 or 4.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        z_dim: int,
+        dim_mult: Sequence[int],
+        num_res_blocks: int,
+        temporal: Sequence[bool],
+        dropout: float,
+        channels: int,
+    ) -> None:
+        super().__init__()
+        widths = [dim * mult for mult in reversed(dim_mult)]
+        self.conv_in = CausalConv3d(z_dim, widths[0], 3)
+        self.mid_block = MidBlock(widths[0], dropout)
+        blocks: list[nn.Module] = []
+        in_dim = widths[0]
+        for stage, width in enumerate(widths):
+            upsample = Upsample(width, temporal[stage]) if stage < len(widths) - 1 else None
+            blocks.append(UpBlock(in_dim, width, num_res_blocks + 1, dropout, upsample))
+            in_dim = width // 2
+        self.up_blocks = nn.ModuleList(blocks)
+        self.norm_out = ChannelRMSNormSiLU(widths[-1])
+        self.conv_out = CausalConv3d(widths[-1], channels, 3)
+
+    def forward(self, x: Tensor, stream: FrameStream | None = None) -> Tensor:
+        x = self.conv_in(x, stream)
+        x = self.mid_block(x, stream)
+        for block in self.up_blocks:
+            x = block(x, stream)
+        return self.conv_out(self.norm_out(x), stream)
