@@ -123,8 +123,8 @@ static void backward_stream(const QkNormRope& p, const QkNormRopeStream& s, cons
                             const Placement& place, const Placement& q_place) {
   using A = Accum<T>;
   const int64_t e = p.head_dim, row = p.heads * e;
-  // The weights are shared by all samples: one segment, chunks of the row count alone.
-  const std::vector<Chunk> chunks = make_chunks(Segments{nullptr, s.rows, 1}, 32);
+  // The weights are shared by all samples and heads: one segment, and short chunks, as every row adds once per head.
+  const std::vector<Chunk> chunks = make_chunks(Segments{nullptr, s.rows, 1}, 4);
   std::vector<A> partials(chunks.size() * 2 * e, A(0));
   parallel_ranges(chunks.size(), s.rows * row * 3, [&](int64_t begin, int64_t end) {
     std::vector<A> buffer(6 * e);

@@ -18,7 +18,7 @@ OP = Op(guided_step, guided_step_reference, make, fixed={3})
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("guided", [(True, True), (True, False), (False, True)], ids=["rescale", "plain", "no-cfg"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (6, 7, 3), (96, 64, 2), (600, 64, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4, 1), (6, 7, 3), (96, 64, 2), (600, 64, 1)], ids=str)
 def test_accuracy(shape, guided, dtype, instruction_set):
     harness.check_accuracy(OP, dtype, *shape, *guided)
 

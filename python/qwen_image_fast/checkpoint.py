@@ -1,0 +1,399 @@
+"""Read and write diffusers-layout folders: json configurations and safetensors weights, whole or in shards.
+
+    folder/config.json
+    folder/<base>[.<variant>].safetensors                              one file, or
+    folder/<base>[.<variant>]-00001-of-0000N.safetensors, ...          shards, named by
+    folder/<base>.safetensors.index[.<variant>].json                   {"metadata": ..., "weight_map": {name: file}}
+
+`<base>` is `diffusion_pytorch_model` for diffusers models, `model` for transformers models. Weights are read with plain
+reads into memory that belongs to each tensor, not through a mapping of the file: mapped pages would count on top of the
+copies while loading, and one mapping behind all tensors could not be given back when part of a model is freed. Format:
+https://github.com/huggingface/safetensors. Pickled weights are never opened.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import inspect
+import json
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from huggingface_hub import errors, snapshot_download, split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+PathLike = str | os.PathLike
+DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+BASE_NAME = "diffusion_pytorch_model"
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
+# Fields of released configurations that the constructor of the class no longer has and that change nothing.
+LEGACY_FIELDS = {"QwenImageTransformer2DModel": {"pooled_projection_dim"}}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+STAGING_BYTES = 8 << 20  # what a conversion or a copy to an accelerator holds on the host besides the result
+
+
+def resolve_folder(
+    name_or_path: PathLike,
+    *,
+    revision: str | None = None,
+    cache_dir: PathLike | None = None,
+    token: str | None = None,
+    local_files_only: bool | None = None,
+    allow_patterns: Iterable[str] | None = None,
+) -> Path:
+    """The local folder of a model: `name_or_path` itself where it is a folder, else a download of that hub repository.
+
+    `allow_patterns` (default: safetensors, json, txt, sentencepiece and jinja files) limits what is downloaded.
+    `local_files_only` uses the cache alone, as does huggingface_hub's own offline switch. Raises FileNotFoundError,
+    NotADirectoryError, or ConnectionError where the hub could not be reached.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise NotADirectoryError(f"resolve_folder: {path} is a file; pass the folder that holds it")
+    name = os.fspath(name_or_path)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise FileNotFoundError(f"resolve_folder: there is no folder {name}, and it is not a hub name like owner/model")
+
+    not_here = "is neither a local folder nor cached, and the hub was not reached; download it or pass a local path"
+    failures = {  # a class before its base
+        errors.GatedRepoError: (PermissionError, "asks to accept its terms on the hub: do so, then pass a token"),
+        errors.RepositoryNotFoundError: (FileNotFoundError, "is neither a local folder nor a readable hub repository"),
+        errors.RevisionNotFoundError: (FileNotFoundError, f"has no revision {revision} on the hub"),
+        errors.LocalEntryNotFoundError: (FileNotFoundError, not_here),
+        errors.HFValidationError: (FileNotFoundError, "is neither a local folder nor a valid hub name"),
+        errors.HfHubHTTPError: (ConnectionError, "could not be downloaded from the hub"),
+    }
+    hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": bool(local_files_only)}
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(allow_patterns or DOWNLOAD_PATTERNS), **hub))
+    except tuple(failures) as error:
+        kind, what = next(value for cls, value in failures.items() if isinstance(error, cls))
+        raise kind(f"resolve_folder: {name} {what}") from error
+
+
+def pretrained_folder(name_or_path: PathLike, subfolder: str | None, files: Iterable[str], **hub) -> Path:
+    """`resolve_folder` for one component: only `files` (patterns) of `subfolder` are downloaded; returns its folder."""
+    prefix = f"{subfolder}/" if subfolder else ""
+    root = resolve_folder(name_or_path, allow_patterns=[prefix + pattern for pattern in files], **hub)
+    if subfolder and not (root / subfolder).is_dir():
+        there = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
+        raise FileNotFoundError(f"from_pretrained: {root} has no subfolder {subfolder!r}; subfolders there: {there}")
+    return root / subfolder if subfolder else root
+
+
+def read_json(path: PathLike) -> dict[str, Any]:
+    """The object in a json file; ValueError where the file is not valid json or not an object."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # also undecodable bytes
+        raise ValueError(f"{path} is not valid json ({error}); download or write it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a json object, got {type(value).__name__}")
+    return value
+
+
+def json_bytes(value: Mapping) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def read_config(folder: PathLike, filename: str = "config.json") -> dict[str, Any]:
+    """The configuration file of a component's folder; where it is missing, the error names subfolders that have one."""
+    folder = Path(folder)
+    if not (folder / filename).is_file():
+        have = sorted(p.parent.name for p in folder.glob(f"*/{filename}"))
+        hint = f"; pass subfolder= one of: {', '.join(have)}" if have else ""
+        raise FileNotFoundError(f"read_config: {folder} has no {filename}{hint}")
+    return read_json(folder / filename)
+
+
+def check_config(config: Mapping[str, Any], cls: type) -> dict[str, Any]:
+    """The constructor arguments of `cls` in a stored configuration.
+
+    Bookkeeping (keys with a leading underscore) and known legacy fields are dropped. ValueError where the configuration
+    is of another class, has a field that `cls` does not know, or lacks one that it needs.
+    """
+    stored = config.get("_class_name", cls.__name__)
+    if stored != cls.__name__:
+        raise ValueError(f"check_config: this is the configuration of a {stored}, expected {cls.__name__}")
+    parameters = dict(list(inspect.signature(cls.__init__).parameters.items())[1:])
+    dropped = LEGACY_FIELDS.get(cls.__name__, set()) - parameters.keys()
+    fields = {k: v for k, v in config.items() if not k.startswith("_") and k not in dropped}
+    needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    problems = [f"missing field {name!r}" for name in sorted(needed - fields.keys())]
+    for name in sorted(fields.keys() - parameters.keys()):
+        near = difflib.get_close_matches(name, parameters, n=1, cutoff=0.5)
+        problems.append(f"unknown field {name!r}" + (f" (nearest known: {near[0]!r})" if near else ""))
+    if problems:
+        raise ValueError(f"check_config: not a configuration of {cls.__name__}: {', '.join(problems)}")
+    return fields
+
+
+def _names(base_name: str, variant: str | None) -> tuple[str, str]:
+    """Stem of the weight files, and the name of the index: the variant sits in different places in the two."""
+    dot_variant = f".{variant}" if variant else ""
+    return base_name + dot_variant, f"{base_name}.safetensors.index{dot_variant}.json"
+
+
+def weight_patterns(base_name: str, variant: str | None = None) -> list[str]:
+    """Download patterns for one variant of the weights, and no other."""
+    stem, index = _names(base_name, variant)
+    return [f"{stem}.safetensors", f"{stem}-*-of-*.safetensors", index]
+
+
+def find_weights(folder: PathLike, base_name: str = BASE_NAME, variant: str | None = None) -> list[Path]:
+    """The safetensors files that hold a model's weights: the shards of the index where there is one, else one file."""
+    folder = Path(folder)
+    stem, index_name = _names(base_name, variant)
+    if (folder / index_name).is_file():
+        return _find_shards(folder, index_name)
+    if (folder / f"{stem}.safetensors").is_file():
+        return [folder / f"{stem}.safetensors"]
+    files = sorted(p.name for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
+    safe = [n for n in files if n.endswith(".safetensors") or ".safetensors.index" in n]
+    pickled = [n for n in files if Path(n).suffix in PICKLE_SUFFIXES]
+    if pickled and not safe:
+        raise ValueError(
+            f"find_weights: {folder} holds only pickled weights ({_some(pickled)}); pickles can run code and are not "
+            "read: load them where you trust them and save them as safetensors"
+        )
+    there = f"the folder has: {_some(safe)}" if safe else "the folder has no safetensors file"
+    raise FileNotFoundError(f"find_weights: {folder} has no {stem}.safetensors and no {index_name}; {there}")
+
+
+def _find_shards(folder: Path, index_name: str) -> list[Path]:
+    weight_map = read_json(folder / index_name).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"find_weights: {folder / index_name} has no weight_map of tensor names to files")
+    names = sorted(set(weight_map.values()))
+    if outside := [name for name in names if Path(name).name != name or "\\" in name]:
+        raise ValueError(f"find_weights: {folder / index_name} must name files of its own folder, got {_some(outside)}")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(
+            f"find_weights: {folder} lacks {len(missing)} of the {len(names)} shards that {index_name} names: "
+            f"{_some(missing)}; copy or download them again"
+        )
+    return [folder / name for name in names]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+class Entry(NamedTuple):
+    """Where one tensor lies in a safetensors file; `start` counts bytes from the beginning of the file."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+def read_header(path: PathLike) -> dict[str, Entry]:
+    """The tensors of a safetensors file, in file order, without reading them; ValueError where the file is damaged."""
+    path = Path(path)
+    with open(path, "rb") as file:
+        try:
+            safe_open(path, framework="pt")  # checks offsets, shapes, types and the length of the file
+        except SafetensorError as error:
+            what = f"is truncated or not safetensors ({error})"
+            if file.read(20).startswith(b"version https://git"):
+                what = "is a Git LFS pointer, not the file itself"
+            raise ValueError(f"read_header: {path} ({path.stat().st_size} bytes) {what}; download it again") from error
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
+        if item["dtype"] not in DTYPES:
+            raise ValueError(f"read_header: {name} in {path} has the type {item['dtype']}, which is not supported")
+        entries[name] = Entry(path, DTYPES[item["dtype"]], tuple(item["shape"]), 8 + length + item["data_offsets"][0])
+    return entries
+
+
+def load_state_into(
+    model: nn.Module,
+    files: Iterable[PathLike],
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    strict: bool = True,
+) -> None:
+    """Give `model`, built on the meta device, the tensors of safetensors `files`, on `device`.
+
+    Floating-point tensors become `dtype`; None keeps each as stored. Besides the result, the host holds at most 8 MiB.
+    Names, shapes and kinds are compared before anything is read: ValueError lists what is missing, unexpected or of
+    another shape. `strict=False` passes over names that the model does not have, and lets a name be missing where the
+    model already has a value. A buffer that is not stored must be made in the constructor with an explicit device
+    (`torch.arange(n, device="cpu")`), which `torch.device("meta")` does not override; it is then moved to `device`.
+    """
+    device = torch.device(device)
+    entries: dict[str, Entry] = {}
+    for path in files:
+        for name, entry in read_header(path).items():
+            if name in entries:
+                raise ValueError(f"load_state_into: {name} is both in {entries[name].path} and in {path}; remove one")
+            entries[name] = entry
+    _check_fit(model, entries, strict)
+    wanted = model.state_dict().keys()
+    # One buffer for all: allocated for each tensor, it would leave holes between the tensors that stay.
+    staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+    tensors = {name: _read_tensor(entry, dtype, device, staging) for name, entry in entries.items() if name in wanted}
+    model.load_state_dict(tensors, strict=False, assign=True)
+    if left := [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]:
+        raise ValueError(
+            f"load_state_into: {type(model).__name__} still has no values for {_some(left)}: add them to the files, or "
+            'create buffers that are not stored with an explicit device, as in torch.arange(n, device="cpu")'
+        )
+    model.to(device)
+
+
+def _check_fit(model: nn.Module, entries: Mapping[str, Entry], strict: bool) -> None:
+    wanted = model.state_dict()
+    problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "different": []}
+    for name, tensor in wanted.items():
+        shown, entry = f"{name} {list(tensor.shape)}", entries.get(name)
+        if entry is None:
+            if strict or tensor.is_meta:
+                problems["missing"].append(shown)
+        elif tuple(tensor.shape) != entry.shape:
+            problems["different"].append(f"{shown} is {list(entry.shape)} in the file")
+        elif tensor.dtype.is_floating_point != entry.dtype.is_floating_point:
+            problems["different"].append(f"{shown} is {tensor.dtype} in the model, {entry.dtype} in the file")
+    if strict:
+        problems["unexpected"] = [f"{name} {list(e.shape)}" for name, e in entries.items() if name not in wanted]
+    if any(problems.values()):
+        text = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in problems.items() if names)
+        raise ValueError(f"load_state_into: these are not the weights of this {type(model).__name__}; {text}")
+
+
+def _read_tensor(entry: Entry, dtype: torch.dtype | None, device: torch.device, staging: torch.Tensor) -> torch.Tensor:
+    out_dtype = dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype
+    out = torch.empty(entry.shape, dtype=out_dtype, device=device)
+    with open(entry.path, "rb", buffering=0) as file:
+        file.seek(entry.start)
+        if device.type == "cpu" and out_dtype == entry.dtype:
+            _fill(file, out)
+        else:
+            staging = staging.view(entry.dtype)
+            for part in out.view(-1).split(staging.numel()):
+                _fill(file, staging[: part.numel()])
+                part.copy_(staging[: part.numel()])
+    return out
+
+
+def _byte_view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
+
+
+def _fill(file: BinaryIO, tensor: torch.Tensor) -> None:
+    view = _byte_view(tensor)
+    while view:  # one read returns at most 2 GiB
+        count = file.readinto(view)
+        if not count:
+            raise OSError(f"load_state_into: {file.name} became shorter while it was read; load it again")
+        view = view[count:]
+
+
+def atomic_write(path: PathLike, writer: Callable[[BinaryIO], Any]) -> None:
+    """Write a file so that readers see the old one or the whole new one: `writer(file)` fills a temporary neighbour."""
+    atomic_write_all({Path(path): writer})
+
+
+def atomic_write_all(writers: Mapping[Path, Callable[[BinaryIO], Any]]) -> None:
+    """`atomic_write` of several files: all are complete on the disk before the first is put in place, in order.
+
+    Whatever stops it, an interrupt included, the temporary files are removed; before the first replacement, the
+    previous files are untouched. OSError where the disk is full.
+    """
+    staged: list[tuple[Path, Path]] = []
+    try:
+        for path, writer in writers.items():
+            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+            staged.append((temporary, path))
+            with open(temporary, "xb") as file:
+                writer(file)
+                file.flush()
+                os.fsync(file.fileno())
+        for temporary, path in staged:
+            os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        what = f"the disk is full: {path} could not be written and is unchanged; free space and save again"
+        raise OSError(error.errno, what) from error
+    finally:
+        for temporary, _ in staged:
+            temporary.unlink(missing_ok=True)
+
+
+def save_state(
+    state: Mapping[str, torch.Tensor],
+    folder: PathLike,
+    *,
+    base_name: str = BASE_NAME,
+    max_shard_size: int | str = "10GB",
+    variant: str | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write tensors as one safetensors file, or as shards of at most `max_shard_size` bytes and their index.
+
+    `extra_files` (name: content, such as config.json) appear together with the weights. Files of an earlier save of the
+    same base name and variant are removed at the end. Tensors go through the host one at a time. A tensor larger than
+    a shard gets its own. Until all is written, the disk holds the earlier files and the new ones.
+    """
+    for name, tensor in state.items():
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
+            what = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            raise ValueError(f"save_state: {name} must be dense, with data, of a type safetensors knows, got {what}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem, index_name = _names(base_name, variant)
+    pattern = stem + "{suffix}.safetensors"
+    plan = split_torch_state_dict_into_shards(state, filename_pattern=pattern, max_shard_size=max_shard_size)
+    shards = {name: {key: state[key] for key in keys} for name, keys in plan.filename_to_tensors.items()}
+    writers = {folder / name: _tensor_writer(tensors) for name, tensors in shards.items()}
+    extra = dict(extra_files or {})
+    if plan.is_sharded:
+        extra[index_name] = json_bytes({"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+    for name, content in extra.items():
+        writers[folder / name] = lambda file, content=content: file.write(content)
+    atomic_write_all(writers)
+
+    # The index first: without it the shards are only stray files, with it and without them the folder is broken.
+    stale = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors")
+    old = [p for p in folder.iterdir() if p not in writers and (p.name == index_name or stale.fullmatch(p.name))]
+    for path in sorted(old, key=lambda p: p.name != index_name):
+        path.unlink()
+
+
+def _tensor_writer(tensors: Mapping[str, torch.Tensor]) -> Callable[[BinaryIO], None]:
+    # Widest types first keeps every tensor aligned to its own type, which readers that map the file rely on.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+    def write(file: BinaryIO) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in order:
+            tensor, begin, end = tensors[name], end, end + tensors[name].nbytes
+            kind = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+            header[name] = {**kind, "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(_byte_view(tensors[name].cpu().contiguous()))
+
+    return write

@@ -1,0 +1,164 @@
+"""Where every token of a packed batch belongs: samples one after another, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from qwen_image_fast.models.rope import ImageShape, sample_rope
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """The tokens of a batch: image rows and text rows of all samples, each stream packed on its own.
+
+    Attributes:
+        shapes: per sample, the token shapes of its images, the generated one first.
+        txt_lens: text tokens of each sample.
+        cu_img, cu_txt: int32 [samples + 1], first row of each sample in its stream.
+        img_rope, txt_rope: float32 [rows, head_dim / 2, 2] (models/rope.py).
+        segments: int32, first image row of each modulation segment: one per sample, or with `zero_cond_t` two (the
+            generated image, its references).
+        img_index, txt_index: rows of the padded batch that are kept; None: all of them.
+    """
+
+    shapes: tuple[tuple[ImageShape, ...], ...]
+    txt_lens: tuple[int, ...]
+    cu_img: Tensor
+    cu_txt: Tensor
+    img_rope: Tensor
+    txt_rope: Tensor
+    segments: Tensor
+    img_index: Tensor | None = None
+    txt_index: Tensor | None = None
+
+    @property
+    def samples(self) -> int:
+        return len(self.shapes)
+
+    @cached_property
+    def img_lens(self) -> tuple[int, ...]:
+        return tuple(sum(f * h * w for f, h, w in sample) for sample in self.shapes)
+
+    @cached_property
+    def joint_lens(self) -> tuple[int, ...]:
+        return tuple(i + t for i, t in zip(self.img_lens, self.txt_lens))
+
+    def split_joint(self, joint: Tensor) -> tuple[Tensor, Tensor]:
+        """[text, image] rows of each sample -> image rows, text rows."""
+        if self.samples == 1:
+            return joint[self.txt_lens[0] :], joint[: self.txt_lens[0]]
+        pieces = joint.split([n for pair in zip(self.txt_lens, self.img_lens) for n in pair])
+        return torch.cat(pieces[1::2]), torch.cat(pieces[0::2])
+
+
+def cumulative(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """int32 [0, l0, l0 + l1, ...]."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def normalize_shapes(img_shapes: Sequence, samples: int) -> tuple[tuple[ImageShape, ...], ...]:
+    """diffusers' `img_shapes` (per sample a list of (frames, height, width), or one tuple) for `samples` samples."""
+    per_sample = []
+    for entry in img_shapes:
+        images = [entry] if isinstance(entry[0], int) else entry
+        per_sample.append(tuple(tuple(int(n) for n in image) for image in images))
+    if len(per_sample) != samples:
+        if len(set(per_sample)) != 1:
+            raise ValueError(
+                f"img_shapes must have one entry per sample, {samples}, got {len(per_sample)} different ones"
+            )
+        per_sample = per_sample[:1] * samples
+    return tuple(per_sample)  # type: ignore[return-value]
+
+
+def pack(
+    shapes: tuple[tuple[ImageShape, ...], ...],
+    txt_lens: Sequence[int],
+    *,
+    axes_dim: Sequence[int],
+    layer3d: bool = False,
+    zero_cond_t: bool = False,
+    txt_positions: Sequence[Tensor] | None = None,
+    img_index: Tensor | None = None,
+    txt_index: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> PackedLayout:
+    """Build the layout of a batch.
+
+    Args:
+        shapes: per sample, (frames, height, width) in tokens of its images.
+        txt_lens: kept text tokens of each sample. txt_positions: their indices in the prompt; None: 0, 1, 2, ...
+        axes_dim, layer3d, zero_cond_t: the model's configuration.
+    """
+    tables = [
+        sample_rope(s, range(n) if txt_positions is None else txt_positions[b], axes_dim, layer3d)
+        for b, (s, n) in enumerate(zip(shapes, txt_lens))
+    ]
+    img_lens = [sum(f * h * w for f, h, w in sample) for sample in shapes]
+    if zero_cond_t:
+        targets = [f * h * w for (f, h, w), *_ in shapes]
+        segments = cumulative([n for t, length in zip(targets, img_lens) for n in (t, length - t)], device)
+    else:
+        segments = cumulative(img_lens, device)
+    return PackedLayout(
+        shapes=shapes,
+        txt_lens=tuple(int(n) for n in txt_lens),
+        cu_img=cumulative(img_lens, device),
+        cu_txt=cumulative([int(n) for n in txt_lens], device),
+        img_rope=torch.cat([t[0] for t in tables]).to(device),
+        txt_rope=torch.cat([t[1] for t in tables]).to(device),
+        segments=segments,
+        img_index=img_index,
+        txt_index=txt_index,
+    )
+
+
+def pack_padded(
+    img_shapes: Sequence,
+    img_rows: int,
+    text_mask: Tensor | None,
+    txt_rows: int,
+    samples: int,
+    *,
+    axes_dim: Sequence[int],
+    layer3d: bool = False,
+    zero_cond_t: bool = False,
+    device: torch.device | str = "cpu",
+) -> PackedLayout:
+    """The layout of a padded batch [samples, img_rows, ...], [samples, txt_rows, ...] with any text mask.
+
+    Masked text tokens are dropped; the kept ones keep the position they had. A sample whose images have fewer tokens
+    than `img_rows` is padded at the end.
+    """
+    shapes = normalize_shapes(img_shapes, samples)
+    img_lens = [sum(f * h * w for f, h, w in sample) for sample in shapes]
+    for b, n in enumerate(img_lens):
+        if n > img_rows or (len(set(img_lens)) == 1 and n != img_rows):
+            raise ValueError(
+                f"hidden_states must hold the {n} image tokens that img_shapes names for sample {b}, got {img_rows}"
+            )
+    img_index = txt_index = positions = None
+    if any(n != img_rows for n in img_lens):
+        img_index = torch.cat([torch.arange(n) + b * img_rows for b, n in enumerate(img_lens)]).to(device)
+    txt_lens = [txt_rows] * samples
+    if text_mask is not None:
+        if tuple(text_mask.shape) != (samples, txt_rows):
+            raise ValueError(
+                f"encoder_hidden_states_mask must have the shape {(samples, txt_rows)} of the text, "
+                f"got {tuple(text_mask.shape)}"
+            )
+        keep = text_mask.bool()
+        if not bool(keep.all()):
+            txt_index = keep.flatten().nonzero().flatten()
+            positions = [row.nonzero().flatten() for row in keep.cpu()]
+            txt_lens = [len(p) for p in positions]
+    return pack(
+        shapes, txt_lens, axes_dim=axes_dim, layer3d=layer3d, zero_cond_t=zero_cond_t, txt_positions=positions,
+        img_index=img_index, txt_index=txt_index, device=device,
+    )  # fmt: skip

@@ -1,0 +1,66 @@
+"""MSRoPE: the rotary positions of image and text tokens (Qwen-Image report, arXiv 2508.02324, section 2.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# (frames, height, width) of one image in tokens; a sample is a list of them, the generated image first.
+ImageShape = tuple[int, int, int]
+
+
+def rotation(positions: Sequence[int] | Tensor, dim: int, theta: float = 10000.0) -> Tensor:
+    """cos and sin of position * theta^(-2i / dim): [positions, dim / 2, 2], computed in float32 as the reference does."""
+    index = torch.as_tensor(positions, dtype=torch.int64)
+    frequency = 1.0 / torch.pow(theta, torch.arange(0, dim, 2).to(torch.float32).div(dim))
+    angle = torch.outer(index, frequency)
+    return torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
+
+
+def _centred(length: int) -> range:
+    """Positions of one axis: -(n - n // 2) ... n // 2 - 1, the odd one on the negative side."""
+    return range(-(length - length // 2), length // 2)
+
+
+def image_rope(shape: ImageShape, frame: int, axes_dim: Sequence[int]) -> Tensor:
+    """The table of one image, [frames * height * width, sum(axes_dim) / 2, 2].
+
+    Height and width positions are centred; frames count up from `frame` (a condition layer of Layer3D RoPE: -1).
+    """
+    f, h, w = shape
+    size = (f, h, w)
+    tables = []
+    for axis, positions in enumerate((range(frame, frame + f), _centred(h), _centred(w))):
+        table = rotation(positions, axes_dim[axis])
+        table = table.view(*(-1 if a == axis else 1 for a in range(3)), *table.shape[1:])
+        tables.append(table.expand(*size, *table.shape[3:]))
+    return torch.cat(tables, dim=3).flatten(0, 2)
+
+
+def text_start(shapes: Sequence[ImageShape], layer3d: bool = False) -> int:
+    """First text position on all three axes: behind the half-extent of the largest image (and the number of layers)."""
+    start = max(max(h // 2, w // 2) for _, h, w in shapes)
+    return max(start, len(shapes) - 1) if layer3d else start
+
+
+def sample_rope(
+    shapes: Sequence[ImageShape], text_positions: Sequence[int] | Tensor, axes_dim: Sequence[int], layer3d: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Tables of one sample: images one after another, and its text tokens.
+
+    Image k of the list has frame position k; with `layer3d` the last one, the condition image, has -1. Text token j
+    stands at text_start + j on all three axes.
+
+    Args:
+        shapes: tokens of each image. text_positions: index of every kept text token in the padded prompt.
+
+    Returns:
+        float32 [image tokens, sum(axes_dim) / 2, 2] and [text tokens, sum(axes_dim) / 2, 2]: cos, sin.
+    """
+    last = len(shapes) - 1
+    img = [image_rope(s, -1 if layer3d and k == last else k, axes_dim) for k, s in enumerate(shapes)]
+    positions = torch.as_tensor(text_positions, dtype=torch.int64) + text_start(shapes, layer3d)
+    txt = torch.cat([rotation(positions, d) for d in axes_dim], dim=1)
+    return torch.cat(img), txt

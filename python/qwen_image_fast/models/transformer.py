@@ -1,0 +1,171 @@
+"""The Qwen-Image transformer (MMDiT): its parameters, under the names of the released checkpoints.
+
+What it computes is in `transformer_forward.py`, which the diffusers drop-in shares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen_image_fast.models.base import PretrainedModel, record_config
+from qwen_image_fast.models.transformer_forward import TransformerForward
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 (float64 for float64)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+def sinusoid(t: Tensor, dim: int = 256, scale: float = 1000.0) -> Tensor:
+    """[cos, sin] of scale * t * 10000^(-i / (dim / 2)); t: [N] in [0, 1] -> [N, dim] float32."""
+    half = dim // 2
+    frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angle = scale * (t[:, None].float() * frequency[None])
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """linear_2(silu(linear_1(x)))."""
+
+    def __init__(self, dim_in: int, dim: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(dim_in, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class QwenTimestepProjEmbeddings(nn.Module):
+    """The conditioning vector temb of a noise level, and of the RGB/RGBA flag of the Layered model."""
+
+    def __init__(self, dim: int, use_additional_t_cond: bool = False):
+        super().__init__()
+        self.timestep_embedder = TimestepEmbedding(256, dim)
+        self.use_additional_t_cond = use_additional_t_cond
+        if use_additional_t_cond:
+            self.addition_t_embedding = nn.Embedding(2, dim)
+
+    def forward(self, timestep: Tensor, hidden_states: Tensor, addition_t_cond: Tensor | None = None) -> Tensor:
+        temb = self.timestep_embedder(sinusoid(timestep).to(hidden_states.dtype))
+        if self.use_additional_t_cond:
+            if addition_t_cond is None:
+                raise ValueError("additional_t_cond must be given to a model with use_additional_t_cond, got None")
+            temb = temb + self.addition_t_embedding(addition_t_cond).to(hidden_states.dtype)
+        return temb
+
+
+class JointAttention(nn.Module):
+    """Projections and norms of both streams."""
+
+    def __init__(self, dim: int, head_dim: int, eps: float):
+        super().__init__()
+        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            self.add_module(name, RMSNorm(head_dim, eps))
+        for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
+            self.add_module(name, nn.Linear(dim, dim))
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+
+class Projection(nn.Module):
+    def __init__(self, dim: int, dim_out: int):
+        super().__init__()
+        self.proj = nn.Linear(dim, dim_out)
+
+
+class FeedForward(nn.Module):
+    """net.2(gelu_tanh(net.0.proj(x))), four times as wide inside; net.1 is the reference's unused dropout."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.ModuleList([Projection(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+
+
+class QwenImageTransformerBlock(nn.Module):
+    """One double-stream block; `img_mod` and `txt_mod` give (shift, scale, gate) of attention, then of the MLP."""
+
+    def __init__(self, dim: int, head_dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.img_mod = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.txt_mod = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.attn = JointAttention(dim, head_dim, eps)
+        self.img_mlp = FeedForward(dim)
+        self.txt_mlp = FeedForward(dim)
+
+
+class ModulationOut(nn.Module):
+    """(scale, shift) of the output norm: the reverse of the blocks' order."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, 2 * dim)
+
+
+class QwenImageTransformer2DModel(TransformerForward, PretrainedModel):
+    """The MMDiT of Qwen-Image with diffusers' constructor, configuration and state-dict keys.
+
+    Args:
+        patch_size: side of a latent patch. in_channels: channels of a packed token (16 * 2 * 2).
+        out_channels: latent channels of the output; None: in_channels.
+        num_layers: double-stream blocks. attention_head_dim, num_attention_heads: width is their product.
+        joint_attention_dim: width of the condition encoder's states.
+        guidance_embeds: kept for config files; no released model has a guidance embedding.
+        axes_dims_rope: RoPE widths of frame, height and width; their sum is attention_head_dim.
+        zero_cond_t: reference images are modulated at t = 0 (Edit-2511).
+        use_additional_t_cond, use_layer3d_rope: the Layered model.
+    """
+
+    @record_config
+    def __init__(
+        self,
+        patch_size: int = 2,
+        in_channels: int = 64,
+        out_channels: int | None = 16,
+        num_layers: int = 60,
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 3584,
+        guidance_embeds: bool = False,
+        axes_dims_rope: Sequence[int] = (16, 56, 56),
+        zero_cond_t: bool = False,
+        use_additional_t_cond: bool = False,
+        use_layer3d_rope: bool = False,
+    ):
+        super().__init__()
+        if sum(axes_dims_rope) != attention_head_dim or any(d % 2 for d in axes_dims_rope):
+            raise ValueError(
+                f"axes_dims_rope must be even and add up to attention_head_dim, {attention_head_dim}, "
+                f"got {tuple(axes_dims_rope)}"
+            )
+        dim = num_attention_heads * attention_head_dim
+        self.inner_dim = dim
+        self.out_channels = out_channels or in_channels
+        self.time_text_embed = QwenTimestepProjEmbeddings(dim, use_additional_t_cond)
+        self.txt_norm = RMSNorm(joint_attention_dim)
+        self.img_in = nn.Linear(in_channels, dim)
+        self.txt_in = nn.Linear(joint_attention_dim, dim)
+        self.transformer_blocks = nn.ModuleList(
+            [QwenImageTransformerBlock(dim, attention_head_dim) for _ in range(num_layers)]
+        )
+        self.norm_out = ModulationOut(dim)
+        self.proj_out = nn.Linear(dim, patch_size * patch_size * self.out_channels)
+        self.gradient_checkpointing = False
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each block's activations in the backward pass instead of keeping them."""
+        self.gradient_checkpointing = True
+
+    def disable_gradient_checkpointing(self) -> None:
+        self.gradient_checkpointing = False

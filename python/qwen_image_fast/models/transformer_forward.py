@@ -1,0 +1,289 @@
+"""What the Qwen-Image transformer computes, on packed tokens and fused ops.
+
+`TransformerForward` works on the module tree of `transformer.py`, which has diffusers' names: the drop-in mixes the
+same class into diffusers' model. Projections are called as modules, so that LoRA layers and hooks on them run.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from qwen_image_fast.models.packing import PackedLayout, pack_padded
+from qwen_image_fast.ops import gate_residual_norm_modulate, joint_attention, layer_norm_modulate, qk_norm_rope
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Transformer2DModelOutput:
+    sample: Tensor
+
+
+class Modulation(NamedTuple):
+    """Modulation vectors of a number of conditions (noise levels), for every block.
+
+    img, txt: per block [conditions, 6 * width]: shift, scale, gate of attention, then of the MLP.
+    final: [conditions, 2 * width]: scale, shift of the output norm.
+    """
+
+    img: list[Tensor]
+    txt: list[Tensor]
+    final: Tensor
+
+    def select(self, rows: slice | Tensor) -> Modulation:
+        return Modulation([t[rows] for t in self.img], [t[rows] for t in self.txt], self.final[rows])
+
+
+class Stream(NamedTuple):
+    """One token stream between two sub-layers: the residual stream and its normalised, modulated copy."""
+
+    x: Tensor
+    normed: Tensor
+
+
+class TransformerForward:
+    """`forward` with diffusers' signature, and `forward_packed` on a `PackedLayout`."""
+
+    # ---- modulation ---------------------------------------------------------------------------------------------
+
+    def modulation(self, timestep: Tensor, additional_t_cond: Tensor | None = None) -> Modulation:
+        """The vectors of every block at the noise levels `timestep`, [conditions] in [0, 1], in the model's dtype."""
+        like = timestep.new_empty(0, dtype=self.proj_out.weight.dtype)
+        temb = F.silu(self.time_text_embed(timestep.to(like.dtype), like, additional_t_cond))
+        blocks = self.transformer_blocks
+        return Modulation(
+            [block.img_mod[1](temb) for block in blocks],
+            [block.txt_mod[1](temb) for block in blocks],
+            self.norm_out.linear(temb),
+        )
+
+    def sample_modulation(self, timestep: Tensor, additional_t_cond: Tensor | None = None) -> Modulation:
+        """The vectors of a batch, [samples] noise levels; with `zero_cond_t` also those of its reference images."""
+        if not self.config.zero_cond_t:
+            return self.modulation(timestep, additional_t_cond)
+        if additional_t_cond is not None:
+            additional_t_cond = torch.cat([additional_t_cond, additional_t_cond])
+        both = self.modulation(torch.cat([timestep, timestep * 0]), additional_t_cond)
+        return self.with_reference_modulation(both, timestep.shape[0])
+
+    @staticmethod
+    def with_reference_modulation(both: Modulation, samples: int) -> Modulation:
+        """`zero_cond_t`: image vectors of each sample's target and references side by side; the rest at t only.
+
+        `both` holds the vectors at each sample's t, then those at 0. The output norm uses t for all tokens.
+        """
+        img = [torch.stack([t[:samples], t[samples:]], 1).flatten(0, 1) for t in both.img]
+        final = both.final[:samples].repeat_interleave(2, 0)
+        return Modulation(img, [t[:samples] for t in both.txt], final)
+
+    # ---- the packed model ---------------------------------------------------------------------------------------
+
+    def forward_packed(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        layout: PackedLayout,
+        modulation: Modulation,
+        controlnet_block_samples: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """The velocity of every image token.
+
+        Args:
+            img: [image rows, in_channels] packed latent tokens. txt: [text rows, joint_attention_dim].
+            layout: where the rows belong. modulation: one condition for all samples, or one per segment of `layout`.
+            controlnet_block_samples: residuals [image rows, width], spread over the blocks.
+
+        Returns:
+            [image rows, patch_size^2 * out_channels].
+        """
+        blocks = self.transformer_blocks
+        img, txt = self.img_in(img), self.txt_in(self.txt_norm(txt))
+        width = img.shape[-1]
+        img_offsets = None if modulation.img[0].shape[0] == 1 else layout.segments
+        txt_offsets = None if modulation.txt[0].shape[0] == 1 else layout.cu_txt
+        img_mods = [m.split(width, dim=1) for m in modulation.img]
+        txt_mods = [m.split(width, dim=1) for m in modulation.txt]
+        final_scale, final_shift = modulation.final.split(width, dim=1)
+
+        img_s = Stream(img, layer_norm_modulate(img, *img_mods[0][:2], img_offsets))
+        txt_s = Stream(txt, layer_norm_modulate(txt, *txt_mods[0][:2], txt_offsets))
+        for i, block in enumerate(blocks):
+            last = i == len(blocks) - 1
+            next_img = (final_shift, final_scale) if last else img_mods[i + 1][:2]
+            next_txt = None if last else txt_mods[i + 1][:2]
+            args = (block, img_s, txt_s, layout, img_mods[i], txt_mods[i], next_img, next_txt, img_offsets, txt_offsets)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                img_s, txt_s = checkpoint(run_block, *args, use_reentrant=False)
+            else:
+                img_s, txt_s = run_block(*args)
+            if controlnet_block_samples is not None:
+                interval = math.ceil(len(blocks) / len(controlnet_block_samples))
+                x = img_s.x + controlnet_block_samples[i // interval]
+                img_s = Stream(x, layer_norm_modulate(x, *next_img, img_offsets))
+        return self.proj_out(img_s.normed)
+
+    # ---- diffusers' signature -----------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        img_shapes: Sequence | None = None,
+        guidance: Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        controlnet_block_samples: Sequence[Tensor] | None = None,
+        additional_t_cond: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """diffusers' call: padded batches [samples, tokens, channels], any text mask, sizes that may differ.
+
+        Args:
+            hidden_states: [B, L, in_channels]. encoder_hidden_states: [B, T, joint_attention_dim].
+            encoder_hidden_states_mask: [B, T], nonzero where a text token counts; None: everywhere.
+            timestep: [B] noise levels in [0, 1].
+            img_shapes: per sample a list of (frames, height, width) in tokens, the generated image first; a sample
+                with fewer than L tokens is padded at the end.
+            guidance: must be None. attention_kwargs: `scale` is handled by the drop-in; the rest has no use here.
+            controlnet_block_samples: residuals [B, L, width]. additional_t_cond: [B] int, Layered model.
+
+        Returns:
+            `.sample` or a tuple: [B, L, patch_size^2 * out_channels], zero at padding.
+        """
+        samples, rows = self._check_inputs(hidden_states, encoder_hidden_states, timestep, img_shapes, guidance)
+        layout = self.layout_of(img_shapes, rows, encoder_hidden_states_mask, encoder_hidden_states)
+        img, txt = hidden_states.flatten(0, 1), encoder_hidden_states.flatten(0, 1)
+        if layout.txt_index is not None:
+            txt = txt[layout.txt_index]
+        if controlnet_block_samples is not None:
+            controlnet_block_samples = [c.expand(samples, -1, -1).flatten(0, 1) for c in controlnet_block_samples]
+        if layout.img_index is not None:
+            img = img[layout.img_index]
+            if controlnet_block_samples is not None:
+                controlnet_block_samples = [c[layout.img_index] for c in controlnet_block_samples]
+        modulation = self.modulation_of(timestep.expand(samples), additional_t_cond)
+        out = self.forward_packed(img, txt, layout, modulation, controlnet_block_samples)
+        if layout.img_index is not None:
+            padded = out.new_zeros(samples * rows, out.shape[-1])
+            out = padded.index_copy(0, layout.img_index, out)
+        out = out.unflatten(0, (samples, rows))
+        return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+
+    def modulation_of(self, timestep: Tensor, additional_t_cond: Tensor | None) -> Modulation:
+        """Where `forward` gets its modulation vectors; the drop-in answers from its tables."""
+        return self.sample_modulation(timestep, additional_t_cond)
+
+    def layout_of(self, img_shapes, img_rows: int, mask: Tensor | None, txt: Tensor) -> PackedLayout:
+        """The layout of a padded batch, kept for the next step of the same loop.
+
+        A mask is recognised by identity, so that no device value is read again; the cache holds it, so its id stays
+        its own.
+        """
+        samples, txt_rows = txt.shape[:2]
+        shapes = str(img_shapes)
+        version = None if mask is None or mask.is_inference() else mask._version
+        key = (shapes, samples, img_rows, txt_rows, txt.device, None if mask is None else id(mask), version)
+        cache = self.__dict__.setdefault("_layouts", {})
+        if key not in cache or torch.compiler.is_compiling():
+            config = self.config
+            layout = pack_padded(
+                img_shapes, img_rows, mask, txt_rows, samples, axes_dim=config.axes_dims_rope,
+                layer3d=config.use_layer3d_rope, zero_cond_t=config.zero_cond_t, device=txt.device,
+            )  # fmt: skip
+            if torch.compiler.is_compiling():
+                return layout
+            while len(cache) >= 8:
+                cache.pop(next(iter(cache)))
+            cache[key] = (layout, mask)
+        return cache[key][0]
+
+    def _check_inputs(self, hidden_states, encoder_hidden_states, timestep, img_shapes, guidance) -> tuple[int, int]:
+        config, dtype = self.config, self.img_in.weight.dtype
+        if guidance is not None:
+            raise ValueError("guidance must be None: no Qwen-Image transformer has a guidance embedding")
+        for name, t in (("encoder_hidden_states", encoder_hidden_states), ("timestep", timestep)):
+            if t is None:
+                raise ValueError(f"{name} must be given, got None")
+        if img_shapes is None or len(img_shapes) == 0:
+            raise ValueError("img_shapes must name the (frames, height, width) of each sample's images, got none")
+        for name, t, channels in (
+            ("hidden_states", hidden_states, config.in_channels),
+            ("encoder_hidden_states", encoder_hidden_states, config.joint_attention_dim),
+        ):
+            if t.dim() != 3 or t.shape[-1] != channels:
+                raise ValueError(f"{name} must have the shape [batch, tokens, {channels}], got {tuple(t.shape)}")
+            if t.dtype != dtype and not torch.is_autocast_enabled(t.device.type):
+                raise TypeError(f"{name} must have the dtype of the transformer, {dtype}, got {t.dtype}")
+        if hidden_states.shape[0] != encoder_hidden_states.shape[0]:
+            raise ValueError(
+                f"hidden_states and encoder_hidden_states must have one batch size, "
+                f"got {hidden_states.shape[0]} and {encoder_hidden_states.shape[0]}"
+            )
+        return hidden_states.shape[0], hidden_states.shape[1]
+
+
+def run_block(
+    block,
+    img: Stream,
+    txt: Stream,
+    layout: PackedLayout,
+    img_mod: Sequence[Tensor],
+    txt_mod: Sequence[Tensor],
+    next_img: Sequence[Tensor],
+    next_txt: Sequence[Tensor] | None,
+    img_offsets: Tensor | None,
+    txt_offsets: Tensor | None,
+) -> tuple[Stream, Stream]:
+    """One double-stream block on normalised inputs; returns the streams normalised for what follows.
+
+    h += gate1 * to_out(attention(LN-modulate(h))); h += gate2 * mlp(LN-modulate(h)), for both streams; each gated
+    residual is one pass with the norm that follows it. `next_img`, `next_txt`: shift and scale of that next norm;
+    next_txt None: this is the last block, whose text output reaches nothing and is not computed.
+    """
+    last = next_txt is None
+    attn = block.attn
+    q, k, v = qk_norm_rope(
+        *project(attn, ("to_q", "to_k", "to_v"), img.normed),
+        *project(attn, (None if last else "add_q_proj", "add_k_proj", "add_v_proj"), txt.normed),
+        attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight,
+        layout.img_rope, layout.txt_rope, layout.cu_img, layout.cu_txt, attn.norm_q.eps,
+    )  # fmt: skip
+    if last:
+        img_y = joint_attention(q, k, v, layout.img_lens, layout.joint_lens).flatten(1)
+    else:
+        img_y, txt_y = layout.split_joint(joint_attention(q, k, v, layout.joint_lens).flatten(1))
+        _, _, gate1, shift2, scale2, gate2 = txt_mod
+        txt = Stream(*gate_residual_norm_modulate(txt.x, attn.to_add_out(txt_y), gate1, shift2, scale2, txt_offsets))
+        txt_y = feed_forward(block.txt_mlp, txt.normed)
+        txt = Stream(*gate_residual_norm_modulate(txt.x, txt_y, gate2, *next_txt, txt_offsets))
+    _, _, gate1, shift2, scale2, gate2 = img_mod
+    img = Stream(*gate_residual_norm_modulate(img.x, attn.to_out[0](img_y), gate1, shift2, scale2, img_offsets))
+    img_y = feed_forward(block.img_mlp, img.normed)
+    img = Stream(*gate_residual_norm_modulate(img.x, img_y, gate2, *next_img, img_offsets))
+    return img, txt
+
+
+def project(attn, names: Sequence[str | None], x: Tensor) -> list[Tensor | None]:
+    """q, k, v of one stream as [rows, heads, head_dim]; None where no name is given."""
+    head_dim = attn.norm_q.weight.shape[0]
+    return [None if name is None else getattr(attn, name)(x).unflatten(-1, (-1, head_dim)) for name in names]
+
+
+def feed_forward(mlp, x: Tensor) -> Tensor:
+    """net.2(gelu_tanh(net.0.proj(x))); without gradients the activation is computed in place."""
+    hidden = mlp.net[0].proj(x)
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        hidden = F.gelu(hidden, approximate="tanh")
+    else:
+        torch.ops.aten.gelu_(hidden, approximate="tanh")
+    return mlp.net[2](hidden)
