@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from qwen_image_fast import tiny
 from qwen_image_fast.models.text_encoder import EDIT_PLUS_PICTURE, EDIT_PLUS_TEMPLATE, EDIT_TEMPLATE, T2I_TEMPLATE
 

@@ -1,1 +1,21 @@
-"""Qwen-Image, fast."""
+"""Qwen-Image, fast: fused kernels under the reference's Python API, stand-alone or as a diffusers drop-in."""
+
+import torch  # noqa: F401  first, so that our kernels find torch's OpenMP runtime loaded and share its threads
+
+from qwen_image_fast._C import build_info
+from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
+from qwen_image_fast.models.vae import AutoencoderKLQwenImage
+from qwen_image_fast.ops import reference
+from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
+from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler
+
+__version__ = build_info()["version"]
+
+__all__ = [
+    "AutoencoderKLQwenImage",
+    "FlowMatchEulerDiscreteScheduler",
+    "QwenImagePipeline",
+    "QwenImageTransformer2DModel",
+    "build_info",
+    "reference",
+]

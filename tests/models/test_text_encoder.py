@@ -5,10 +5,11 @@ import logging
 
 import pytest
 import torch
-from qwen_image_fast import tiny
-from qwen_image_fast.models import text_encoder as te
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
+
+from qwen_image_fast import tiny
+from qwen_image_fast.models import text_encoder as te
 
 PROMPTS = ['"CAT" red', "", " ", "一只红色的猫，背景是“上海”。", "a long prompt {with braces} " * 6, '"DOG" red']
 

@@ -7,9 +7,10 @@ import types
 
 import pytest
 import torch
+from torch import nn
+
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage, DiagonalGaussianDistribution
 from qwen_image_fast.models.vae_blocks import ChannelRMSNorm
-from torch import nn
 
 reference_module = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_qwenimage")
 reference_gaussian = pytest.importorskip("diffusers.models.autoencoders.vae").DiagonalGaussianDistribution

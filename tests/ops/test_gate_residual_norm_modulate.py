@@ -78,7 +78,9 @@ def test_float16_saturates_as_the_model_clips():
     one = torch.ones(1, 8, dtype=torch.float16)
     residual, out = gate_residual_norm_modulate(x, x * torch.linspace(-2, 1, 8).half(), one, one, one)
     assert residual.abs().max() == 65504 and out.isfinite().all()
-    assert torch.equal(residual, gate_residual_norm_modulate_reference(x, x * torch.linspace(-2, 1, 8).half(), one, one, one)[0])
+    assert torch.equal(
+        residual, gate_residual_norm_modulate_reference(x, x * torch.linspace(-2, 1, 8).half(), one, one, one)[0]
+    )
     x[0, 0] = float("nan")
     assert gate_residual_norm_modulate(x, x, one, one, one)[0][0, 0].isnan()
 

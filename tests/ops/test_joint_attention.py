@@ -19,7 +19,14 @@ def make(q_lens, k_lens, dtype, heads=3, head_dim=32, grad=False):
 def test_accuracy(lengths, dtype):
     args = make(*lengths, dtype, grad=True)
     exact_args = [a.detach().double().requires_grad_() for a in args]
-    ours, ref, exact = (f(*a, *lengths) for f, a in ((joint_attention, args), (joint_attention_reference, args), (joint_attention_reference, exact_args)))
+    ours, ref, exact = (
+        f(*a, *lengths)
+        for f, a in (
+            (joint_attention, args),
+            (joint_attention_reference, args),
+            (joint_attention_reference, exact_args),
+        )
+    )
     assert_twice_the_reference(ours.detach(), ref.detach(), exact.detach(), "output")
     seed = torch.randn(ours.shape)
     grads = [torch.autograd.grad(o, a, seed.to(o.dtype)) for o, a in ((ours, args), (ref, args), (exact, exact_args))]

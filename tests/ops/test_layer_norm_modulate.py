@@ -41,7 +41,9 @@ def test_gradcheck():
 
 
 def test_opcheck():
-    harness.check_opcheck(torch.ops.qwen_image_fast.layer_norm_modulate, [*OP.inputs(torch.float32, 6, 24, 2, grad=True), 1e-6])
+    harness.check_opcheck(
+        torch.ops.qwen_image_fast.layer_norm_modulate, [*OP.inputs(torch.float32, 6, 24, 2, grad=True), 1e-6]
+    )
 
 
 def test_compile():

@@ -116,7 +116,11 @@ def changed(index, value):
         (changed(0, lambda t: t[0]), ValueError, "img_q must have three dimensions"),
         (changed(1, lambda t: t[:2]), ValueError, r"img_k must have the shape \(4, 2, 8\), got \(2, 2, 8\)"),
         (changed(2, lambda t: t.half()), TypeError, "img_v must have the dtype of the first input"),
-        (changed(4, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)), ValueError, "txt_k must be contiguous in"),
+        (
+            changed(4, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)),
+            ValueError,
+            "txt_k must be contiguous in",
+        ),
         (changed(6, lambda t: t[:4]), ValueError, r"norm_q must have the shape \(8,\)"),
         (changed(10, lambda t: t.double()), ValueError, "img_rope must be float32"),
         (changed(11, lambda t: t[:2].contiguous()), ValueError, "txt_rope must be contiguous with the shape"),

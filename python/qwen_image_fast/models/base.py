@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -63,6 +64,7 @@ class PretrainedModel(nn.Module):
     config: Config
     config_name = "config.json"
     weights_name = "diffusion_pytorch_model"
+    weight_files: Sequence[Path] = ()  # where the weights were read from
 
     @property
     def dtype(self):
@@ -116,6 +118,7 @@ class PretrainedModel(nn.Module):
         with torch.device("meta"):
             model = cls.from_config(config)
         load_state_into(model, weights, dtype=dtype, device=device)
+        model.weight_files = weights
         return model.eval()
 
     def save_pretrained(

@@ -12,7 +12,7 @@ ImageShape = tuple[int, int, int]
 
 
 def rotation(positions: Sequence[int] | Tensor, dim: int, theta: float = 10000.0) -> Tensor:
-    """cos and sin of position * theta^(-2i / dim): [positions, dim / 2, 2], computed in float32 as the reference does."""
+    """cos and sin of position * theta^(-2i / dim) as [positions, dim / 2, 2], in float32 as the reference has it."""
     index = torch.as_tensor(positions, dtype=torch.int64)
     frequency = 1.0 / torch.pow(theta, torch.arange(0, dim, 2).to(torch.float32).div(dim))
     angle = torch.outer(index, frequency)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_image_fast.models.base import PretrainedModel, record_config
+from qwen_image_fast.models.modulation import ModulationTables, restore_modulation_weights
 from qwen_image_fast.models.transformer_forward import TransformerForward
 
 
@@ -162,6 +163,12 @@ class QwenImageTransformer2DModel(TransformerForward, PretrainedModel):
         self.norm_out = ModulationOut(dim)
         self.proj_out = nn.Linear(dim, patch_size * patch_size * self.out_channels)
         self.gradient_checkpointing = False
+        self.modulation_tables = ModulationTables()
+
+    def state_dict(self, *args, **kwargs):
+        """As ever; modulation weights that were released are read again first, so that none is written empty."""
+        restore_modulation_weights(self)
+        return super().state_dict(*args, **kwargs)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""

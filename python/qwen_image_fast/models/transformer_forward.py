@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from qwen_image_fast.models.modulation import Modulation
 from qwen_image_fast.models.packing import PackedLayout, pack_padded
 from qwen_image_fast.ops import gate_residual_norm_modulate, joint_attention, layer_norm_modulate, qk_norm_rope
 
@@ -26,21 +27,6 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Transformer2DModelOutput:
     sample: Tensor
-
-
-class Modulation(NamedTuple):
-    """Modulation vectors of a number of conditions (noise levels), for every block.
-
-    img, txt: per block [conditions, 6 * width]: shift, scale, gate of attention, then of the MLP.
-    final: [conditions, 2 * width]: scale, shift of the output norm.
-    """
-
-    img: list[Tensor]
-    txt: list[Tensor]
-    final: Tensor
-
-    def select(self, rows: slice | Tensor) -> Modulation:
-        return Modulation([t[rows] for t in self.img], [t[rows] for t in self.txt], self.final[rows])
 
 
 class Stream(NamedTuple):
@@ -73,19 +59,14 @@ class TransformerForward:
         if additional_t_cond is not None:
             additional_t_cond = torch.cat([additional_t_cond, additional_t_cond])
         both = self.modulation(torch.cat([timestep, timestep * 0]), additional_t_cond)
-        return self.with_reference_modulation(both, timestep.shape[0])
-
-    @staticmethod
-    def with_reference_modulation(both: Modulation, samples: int) -> Modulation:
-        """`zero_cond_t`: image vectors of each sample's target and references side by side; the rest at t only.
-
-        `both` holds the vectors at each sample's t, then those at 0. The output norm uses t for all tokens.
-        """
-        img = [torch.stack([t[:samples], t[samples:]], 1).flatten(0, 1) for t in both.img]
-        final = both.final[:samples].repeat_interleave(2, 0)
-        return Modulation(img, [t[:samples] for t in both.txt], final)
+        n = timestep.shape[0]
+        return both.select(slice(0, n)).with_references(both.select(slice(n, 2 * n)))
 
     # ---- the packed model ---------------------------------------------------------------------------------------
+
+    def embed_text(self, txt: Tensor) -> Tensor:
+        """Condition encoder states [text rows, joint_attention_dim] -> [text rows, width]; the same at every step."""
+        return self.txt_in(self.txt_norm(txt))
 
     def forward_packed(
         self,
@@ -98,7 +79,7 @@ class TransformerForward:
         """The velocity of every image token.
 
         Args:
-            img: [image rows, in_channels] packed latent tokens. txt: [text rows, joint_attention_dim].
+            img: [image rows, in_channels] packed latent tokens. txt: [text rows, width], from `embed_text`.
             layout: where the rows belong. modulation: one condition for all samples, or one per segment of `layout`.
             controlnet_block_samples: residuals [image rows, width], spread over the blocks.
 
@@ -106,7 +87,7 @@ class TransformerForward:
             [image rows, patch_size^2 * out_channels].
         """
         blocks = self.transformer_blocks
-        img, txt = self.img_in(img), self.txt_in(self.txt_norm(txt))
+        img = self.img_in(img)
         width = img.shape[-1]
         img_offsets = None if modulation.img[0].shape[0] == 1 else layout.segments
         txt_offsets = None if modulation.txt[0].shape[0] == 1 else layout.cu_txt
@@ -172,7 +153,7 @@ class TransformerForward:
             if controlnet_block_samples is not None:
                 controlnet_block_samples = [c[layout.img_index] for c in controlnet_block_samples]
         modulation = self.modulation_of(timestep.expand(samples), additional_t_cond)
-        out = self.forward_packed(img, txt, layout, modulation, controlnet_block_samples)
+        out = self.forward_packed(img, self.embed_text(txt), layout, modulation, controlnet_block_samples)
         if layout.img_index is not None:
             padded = out.new_zeros(samples * rows, out.shape[-1])
             out = padded.index_copy(0, layout.img_index, out)

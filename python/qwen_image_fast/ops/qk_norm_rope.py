@@ -94,7 +94,7 @@ def _check(
         for name, t in tensors.items():
             lib.check_like(_OP, name, t, img_q)
             lib.require(t.shape == (rows, heads, e), _OP, name, f"have the shape {(rows, heads, e)}", tuple(t.shape))
-            lib.require(t.stride(2) == 1 and t.stride(1) == e or t.numel() == 0, _OP, name,
+            lib.require((t.stride(2) == 1 and t.stride(1) == e) or t.numel() == 0, _OP, name,
                         "be contiguous in its last two dimensions", f"strides {t.stride()}")  # fmt: skip
     weights = {"norm_q": norm_q, "norm_k": norm_k, "norm_added_q": norm_added_q, "norm_added_k": norm_added_k}
     for name, t in weights.items():

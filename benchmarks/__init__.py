@@ -1,0 +1,1 @@
+"""Measurements against diffusers, eager and compiled, in the same run. Start with `python -m benchmarks.run --help`."""

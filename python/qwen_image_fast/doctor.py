@@ -1,0 +1,342 @@
+"""What this machine and this build are, whether every kernel agrees with its reference here, and how fast it is.
+
+The rule of agreement, for results and gradients: measured against the reference in float64, an op errs at most twice as
+much as the reference itself errs in that dtype, in the maximum and in the root mean square, plus half a unit in the last
+place of the largest value.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from qwen_image_fast import _C, ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPTIONAL_PACKAGES = ("transformers", "diffusers", "peft", "accelerate")
+
+
+# ---- the environment --------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    """Versions, CPU, build and GPU, as one line each."""
+    info = _C.build_info()
+    architectures = ", ".join(str(a) for a in info["cuda_architectures"]) or "none in this build"
+    found = {
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "CPU capability of torch": torch.backends.cpu.get_cpu_capability(),
+        "qwen-image-fast": f"{info['version']}, built with {info['compiler']}, {info['openmp_threads']} OpenMP threads",
+        "CPU kernels": f"{', '.join(info['cpu_kernels'])} compiled; {info['cpu_in_use']} in use",
+        "CUDA kernels": architectures,
+        "CUDA": _cuda(),
+    }
+    return found | {name: _installed(name) for name in OPTIONAL_PACKAGES}
+
+
+def _cuda() -> str:
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    if not torch.cuda.is_available():
+        return f"torch has CUDA {torch.version.cuda} but sees no device"
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return "; ".join(f"{d.name}, {d.total_memory / 1e9:.0f} GB, sm_{d.major}{d.minor}" for d in devices)
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def has_cuda_kernels() -> bool:
+    """Whether this build can run its ops on the GPU that torch sees."""
+    return bool(_C.build_info()["cuda_architectures"]) and torch.cuda.is_available()
+
+
+# ---- inputs of every op -----------------------------------------------------------------------------------------
+
+Value = Callable[..., Tensor]
+
+
+def _offsets(rows: int) -> Tensor:
+    """Three segments of different lengths."""
+    return torch.tensor([0, rows // 5, rows // 2, rows], dtype=torch.int32)
+
+
+def _vectors(value: Value, count: int, width: int) -> list[Tensor]:
+    """Modulation vectors of three segments, strided as slices of one projection are."""
+    return [t.detach().requires_grad_() for t in value(3, count, width).unbind(1)]
+
+
+def _layer_norm_modulate(value: Value, rows: int, width: int) -> list:
+    return [value(rows, width), *_vectors(value, 2, width), _offsets(rows)]
+
+
+def _gate_residual_norm_modulate(value: Value, rows: int, width: int) -> list:
+    return [value(rows, width), value(rows, width), *_vectors(value, 3, width), _offsets(rows)]
+
+
+def _qk_norm_rope(value: Value, rows: int, width: int) -> list:
+    """Two samples of image and text tokens."""
+    head_dim = _head_dim(width)
+    streams, ropes, cumulative = [], [], []
+    for n in (rows, rows // 4 + 1):
+        streams += [value(n, width // head_dim, head_dim) for _ in range(3)]
+        angle = torch.rand(n, head_dim // 2) * 2 * math.pi
+        ropes.append(torch.stack([angle.cos(), angle.sin()], -1))
+        cumulative.append(torch.tensor([0, n // 3, n], dtype=torch.int32))
+    return [*streams, *(value(head_dim) for _ in range(4)), *ropes, *cumulative]
+
+
+def _guided_step(value: Value, rows: int, width: int) -> list:
+    tokens = [value(rows, 64) for _ in range(3)]
+    return [*tokens, -torch.rand(3) * 0.1 - 0.02, 4.0, True, _offsets(rows)]
+
+
+def _joint_attention(value: Value, rows: int, width: int) -> list:
+    head_dim = _head_dim(width)
+    lengths = [rows // 3, rows - rows // 3]
+    return [*(value(rows, width // head_dim, head_dim) for _ in range(3)), lengths]
+
+
+def _head_dim(width: int) -> int:
+    return 128 if width % 128 == 0 else 64
+
+
+# Per op: its inputs for a number of rows and a width, and whether it has CPU kernels of this package.
+CASES: dict[str, tuple[Callable[[Value, int, int], list], bool]] = {
+    "layer_norm_modulate": (_layer_norm_modulate, True),
+    "gate_residual_norm_modulate": (_gate_residual_norm_modulate, True),
+    "qk_norm_rope": (_qk_norm_rope, True),
+    "guided_step": (_guided_step, True),
+    "joint_attention": (_joint_attention, False),
+}
+
+
+def _inputs(name: str, rows: int, width: int, dtype: torch.dtype, device: str = "cpu") -> list:
+    """Inputs of an op, the same in every run; those that are rounded to `dtype` require gradients."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        args = CASES[name][0](lambda *shape: torch.randn(shape).to(dtype).requires_grad_(), rows, width)
+    on_device = [a.detach().to(device).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
+    return args if device == "cpu" else on_device
+
+
+def _functions(name: str) -> tuple[Callable, Callable]:
+    """The op and its reference."""
+    module = importlib.import_module(f"qwen_image_fast.ops.{name}")
+    return getattr(ops, name), getattr(module, f"{name}_reference")
+
+
+def _tuple(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+# ---- self-test --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Verdict:
+    """One op with one set of kernels in one dtype; `worst` is error / allowed error, `problem` None below 1."""
+
+    op: str
+    kernels: str
+    dtype: str
+    worst: float
+    problem: str | None = None
+
+
+def self_test() -> list[Verdict]:
+    """Every op, forward and backward, with each set of kernels that this machine can run, in each dtype."""
+    info = _C.build_info()
+    sets = info["cpu_kernels"][: info["cpu_kernels"].index(info["cpu_best"]) + 1]
+    variants = [("torch", "cpu"), *((s, "cpu") for s in sets)]
+    if has_cuda_kernels():
+        variants.append(("cuda", "cuda"))
+    verdicts = []
+    with _unwritten_is_nan():
+        try:
+            for kernels, device in variants:
+                if kernels in sets:
+                    _C.set_isa(kernels)
+                for name, (_, own_kernels) in CASES.items():
+                    if device == "cpu" and own_kernels != (kernels != "torch"):
+                        continue
+                    verdicts += [_judge(name, kernels, device, dtype) for dtype in DTYPES]
+        finally:
+            _C.set_isa(info["cpu_in_use"])
+    return verdicts
+
+
+@contextmanager
+def _unwritten_is_nan() -> Iterator[None]:
+    """torch.empty comes back as NaN, so that an element that a kernel never wrote is seen."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
+
+
+def _judge(name: str, kernels: str, device: str, dtype: torch.dtype) -> Verdict:
+    kind = str(dtype).removeprefix("torch.")
+    try:
+        worst, problem = _compare(*_functions(name), _inputs(name, 45, 192, dtype, device))
+    except Exception as error:  # a kernel that raises is a failed test, not a failed program
+        worst, problem = math.inf, f"{type(error).__name__}: {error}"
+    return Verdict(name, kernels, kind, worst, problem)
+
+
+def _compare(op: Callable, reference: Callable, args: list) -> tuple[float, str | None]:
+    exact_args = [_double(a) for a in args]
+    runs = [(op, args), (reference, args), (reference, exact_args)]
+    outs = [_tuple(fn(*a)) for fn, a in runs]
+    with torch.no_grad():
+        direct = _tuple(op(*(a.detach() if isinstance(a, Tensor) else a for a in args)))
+    if not all(torch.equal(a, b) for a, b in zip(direct, outs[0])):
+        return math.inf, "the result with gradients differs from the one without"
+
+    generator = torch.Generator().manual_seed(11)
+    seeds = [torch.randn(o.shape, generator=generator) for o in outs[0]]
+    grads = [_gradients(o, a, seeds) for o, (_, a) in zip(outs, runs)]
+    named = [*(("result", i, t) for i, t in enumerate(zip(*outs))), *(("gradient", i, t) for i, t in enumerate(zip(*grads)))]
+    worst, problem = 0.0, None
+    for what, i, tensors in named:
+        for measure, error, allowed in _errors(*(t.detach() for t in tensors)):
+            ratio = 0.0 if error == 0 else error / allowed if allowed else math.inf
+            if not ratio <= worst:  # also where it is NaN
+                worst = math.inf if math.isnan(ratio) else ratio
+                if worst > 1:
+                    problem = f"{what} {i}: {measure} error {error:.2e}, allowed {allowed:.2e}"
+    return worst, problem
+
+
+def _double(a: Any) -> Any:
+    return a.detach().double().requires_grad_() if isinstance(a, Tensor) and a.requires_grad else a
+
+
+def _gradients(outs: tuple[Tensor, ...], args: list, seeds: list[Tensor]) -> tuple[Tensor, ...]:
+    inputs = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+    return torch.autograd.grad(outs, inputs, [s.to(o) for s, o in zip(seeds, outs)])
+
+
+def _errors(ours: Tensor, reference: Tensor, exact: Tensor) -> Iterator[tuple[str, float, float]]:
+    """(measure, error, allowed error) of one tensor."""
+    eps = torch.finfo(ours.dtype).eps
+    error, own = (ours.double() - exact).abs(), (reference.double() - exact).abs()
+    for name, measure in (("max", torch.amax), ("rms", lambda t: t.pow(2).mean().sqrt())):
+        yield name, measure(error).item(), (2 * measure(own) + 0.5 * eps * measure(exact.abs())).item()
+
+
+# ---- timing -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Timing:
+    """Median seconds of one piece of work, ours and the reference's; `gb_per_s` of ours where it is bound by memory."""
+
+    name: str
+    ours: float
+    reference: float
+    gb_per_s: float | None = None
+
+
+def time_ops(rows: int, width: int, dtype: torch.dtype, repeats: int) -> list[Timing]:
+    """Every op without gradients. Bytes are those that must move once: all inputs and all results."""
+    timings = []
+    for name, (_, memory_bound) in CASES.items():
+        op, reference = _functions(name)
+        args = [a.detach() if isinstance(a, Tensor) else a for a in _inputs(name, rows, width, dtype)]
+        with torch.inference_mode():
+            moved = sum(t.nbytes for t in (*args, *_tuple(op(*args))) if isinstance(t, Tensor))
+            ours, theirs = _interleaved(lambda: op(*args), lambda: reference(*args), repeats)  # noqa: B023
+        timings.append(Timing(name, ours, theirs, moved / ours / 1e9 if memory_bound else None))
+    return timings
+
+
+def time_transformer(tokens: int, width: int, dtype: torch.dtype, repeats: int) -> Timing:
+    """One forward of a two-block transformer of random weights on a square image of about `tokens` tokens."""
+    from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
+
+    side = max(1, round(tokens**0.5))
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        torch.manual_seed(7)
+        sizes = {"attention_head_dim": 128, "num_attention_heads": width // 128, "joint_attention_dim": 512}
+        model = QwenImageTransformer2DModel(num_layers=2, **sizes).to(dtype).eval()
+        img, txt = torch.randn(1, side * side, 64, dtype=dtype), torch.randn(1, 32, 512, dtype=dtype)
+
+        def step() -> None:
+            model(img, txt, timestep=torch.tensor([0.5]), img_shapes=[[(1, side, side)]])
+
+        def reference_step() -> None:
+            with ops.reference():
+                step()
+
+        ours, theirs = _interleaved(step, reference_step, repeats)
+    return Timing(f"transformer, 2 blocks of width {width}, {side * side} tokens", ours, theirs)
+
+
+def _interleaved(first: Callable[[], Any], second: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Median seconds of both, called in turn, so that a slower spell of the machine meets both."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for round_ in range(repeats + 1):
+        for fn, into in ((first, seconds[0]), (second, seconds[1])):
+            start = time.perf_counter()
+            fn()
+            if round_:  # the first round is for warming up
+                into.append(time.perf_counter() - start)
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+# ---- output -----------------------------------------------------------------------------------------------------
+
+
+def environment_table(found: dict[str, str]) -> Table:
+    table = Table("what", "found", title="Environment", title_justify="left")
+    for name, value in found.items():
+        table.add_row(name, value)
+    return table
+
+
+def verdict_table(verdicts: list[Verdict]) -> Table:
+    """One line per op, one column per set of kernels: the worst error as a share of what is allowed."""
+    columns = list(dict.fromkeys(v.kernels for v in verdicts))
+    table = Table("op", *columns, "verdict", title="Self-test: forward and gradients against the references")
+    table.title_justify = "left"
+    table.caption = f"dtypes: {', '.join(dict.fromkeys(v.dtype for v in verdicts))}; error / allowed error, at most 1.00"
+    for name in dict.fromkeys(v.op for v in verdicts):
+        mine = [v for v in verdicts if v.op == name]
+        cells = []
+        for column in columns:
+            there = [v for v in mine if v.kernels == column]
+            style = "red" if any(v.problem for v in there) else "green"
+            cells.append(f"[{style}]{max(v.worst for v in there):.2f}[/{style}]" if there else "")
+        bad = any(v.problem for v in mine)
+        table.add_row(name, *cells, "[red]DIFFERS[/red]" if bad else "[green]agrees[/green]")
+    return table
+
+
+def timing_table(timings: list[Timing], title: str) -> Table:
+    table = Table("what", title=title, title_justify="left")
+    for heading in ("ours", "reference", "ratio", "GB/s"):
+        table.add_column(heading, justify="right")
+    for t in timings:
+        rate = "" if t.gb_per_s is None else f"{t.gb_per_s:.1f}"
+        table.add_row(t.name, f"{t.ours * 1e3:.3f} ms", f"{t.reference * 1e3:.3f} ms", f"{t.reference / t.ours:.2f}x", rate)
+    return table

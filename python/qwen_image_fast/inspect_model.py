@@ -1,0 +1,329 @@
+"""What a diffusers-layout folder holds, and which GPUs it fits, from configurations and safetensors headers alone.
+
+Of a repository on the hub only json files and the headers of weight files are fetched, never weights.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qwen_image_fast.checkpoint import BASE_NAME, DTYPES, find_weights, read_header, read_json, resolve_folder
+
+GPU_SIZES = (8, 12, 16, 24, 48, 80, 141)
+GB = 10**9
+MARGIN_GB = 3.0
+Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+MODULATION, HEAD, VISION = "modulation", "language-model head", "vision tower"
+# Groups of tensors by name: the first pattern that matches; what none matches is the last group.
+GROUPS: dict[str, tuple[dict[str, str], str]] = {
+    "transformer": (
+        {
+            MODULATION: r"\.(img|txt)_mod\.|^norm_out\.",
+            "text stream": r"\.add_[qkv]_proj\.|\.to_add_out\.|\.norm_added_|\.txt_mlp\.|^txt_",
+            "image stream": r"\.to_[qkv]\.|\.to_out\.|\.norm_[qk]\.|\.img_mlp\.|^img_in\.|^proj_out\.",
+        },
+        "rest",
+    ),
+    "text encoder": ({HEAD: r"^lm_head\.", VISION: r"^(model\.)?visual\."}, "language model"),
+}
+GROUPS_OF_CLASS = {
+    "QwenImageTransformer2DModel": "transformer",
+    "Qwen2_5_VLForConditionalGeneration": "text encoder",
+    "Qwen2_5_VLModel": "text encoder",
+}
+FITS = {
+    "all": "all parts at once",
+    "all_freed": "all, modulation freed",
+    "one": "one part at a time",
+    "one_freed": "one at a time, modulation freed",
+}
+
+
+@dataclass
+class Part:
+    """One component. Sizes in bytes; `groups` are bf16 sizes and cover the whole part where there are any."""
+
+    name: str
+    class_name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    parameters: int = 0
+    disk: dict[str, int] = field(default_factory=dict)
+    bf16: int = 0
+    groups: dict[str, int] = field(default_factory=dict)
+    problem: str | None = None
+
+
+@dataclass
+class Model:
+    """A folder or repository and its parts; `pipeline` is None for the folder of a single component."""
+
+    name: str
+    pipeline: str | None
+    parts: list[Part]
+
+    @property
+    def problems(self) -> list[str]:
+        return [f"{part.name}: {part.problem}" for part in self.parts if part.problem]
+
+    @property
+    def uses_vision(self) -> bool:
+        """Text-to-image leaves the vision tower out; pipelines that take pictures need it."""
+        return self.pipeline not in (None, "QwenImagePipeline")
+
+    def needed(self, part: Part) -> int:
+        """bf16 bytes of a part as this package loads it: without the head, and the tower where it is not used."""
+        left_out = part.groups.get(HEAD, 0) + (0 if self.uses_vision else part.groups.get(VISION, 0))
+        return part.bf16 - left_out
+
+    def needs(self, margin_gb: float = MARGIN_GB) -> dict[str, float]:
+        """GB of memory for each way of `FITS`: weights in bf16, plus the margin."""
+        sizes = [self.needed(part) for part in self.parts if part.parameters]
+        freed = [self.needed(part) - part.groups.get(MODULATION, 0) for part in self.parts if part.parameters]
+        totals = {"all": sum(sizes), "all_freed": sum(freed), "one": max(sizes, default=0)}
+        totals["one_freed"] = max(freed, default=0)
+        return {way: size / GB + margin_gb for way, size in totals.items()}
+
+
+def inspect_model(name_or_path: str | os.PathLike) -> Model:
+    """Read a local folder, or the json files and headers of a hub repository.
+
+    A damaged or missing part is described in its `problem`; the others are still read.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, PermissionError, ConnectionError: there is nothing to read.
+        ValueError: the folder is no diffusers-layout folder, or its model_index.json is damaged.
+    """
+    folder = resolve_folder(name_or_path, allow_patterns=["*.json"])
+    hub_name = None if Path(name_or_path).expanduser().is_dir() else os.fspath(name_or_path)
+    if (folder / "model_index.json").is_file():
+        index = read_json(folder / "model_index.json")
+        names = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and all(v)}
+        parts = [_read_part(folder / name, name, str(cls), hub_name) for name, (_, cls) in names.items()]
+        return Model(os.fspath(name_or_path), str(index.get("_class_name", "unknown")), parts)
+    if (folder / "config.json").is_file():
+        part = _read_part(folder, folder.resolve().name, "", hub_name)
+        return Model(os.fspath(name_or_path), None, [part])
+    raise ValueError(f"{folder} is not a diffusers-layout folder: it has neither model_index.json nor config.json")
+
+
+def _read_part(folder: Path, name: str, class_name: str, hub_name: str | None) -> Part:
+    part = Part(name, class_name or "unknown")
+    try:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"model_index.json names it, but there is no folder {folder}")
+        if not (folder / "config.json").is_file():  # a tokenizer, processor or scheduler has a file of its own name
+            part.config = _first_config(folder)
+            return part
+        part.config = read_json(folder / "config.json")
+        part.class_name = part.config.get("_class_name") or (part.config.get("architectures") or [part.class_name])[0]
+        base_name = BASE_NAME if "_class_name" in part.config else "model"
+        if hub_name is None:
+            tensors = _tensors(find_weights(folder, base_name), _local_header)
+        else:
+            inside = "" if class_name == "" else f"{name}/"
+            tensors = _hub_tensors(folder, inside, base_name, hub_name)
+        _check_index(folder / f"{base_name}.safetensors.index.json", tensors)
+        _count(part, tensors)
+    except (OSError, ValueError) as error:
+        part.problem = str(error)
+    return part
+
+
+def _first_config(folder: Path) -> dict[str, Any]:
+    found = [path for path in sorted(folder.glob("*_config.json")) if path.name != "generation_config.json"]
+    return read_json(found[0]) if found else {}
+
+
+def _local_header(path: Path) -> Tensors:
+    return {name: (entry.dtype, entry.shape) for name, entry in read_header(path).items()}
+
+
+def _hub_tensors(folder: Path, inside: str, base_name: str, hub_name: str) -> Tensors:
+    """Like `_tensors`; a file that lies in the local cache is read there."""
+    index = folder / f"{base_name}.safetensors.index.json"
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [f"{base_name}.safetensors"]
+
+    def header(path: Path) -> Tensors:
+        return _local_header(path) if path.is_file() else _hub_header(hub_name, inside + path.name)
+
+    return _tensors([folder / file for file in files], header)
+
+
+def _hub_header(hub_name: str, file: str) -> Tensors:
+    try:
+        found = HfApi().parse_safetensors_file_metadata(hub_name, file).tensors
+        return {name: (DTYPES[info.dtype], tuple(info.shape)) for name, info in found.items()}
+    except Exception as error:  # the HTTP library's own errors are among them, and it differs between hub versions
+        what = f"the header of {file} could not be read from the hub ({type(error).__name__}: {error})"
+        raise ConnectionError(what) from error
+
+
+def _tensors(files: Iterable[Path], header: Callable[[Path], Tensors]) -> Tensors:
+    tensors: Tensors = {}
+    for path in files:
+        for name, tensor in header(path).items():
+            if name in tensors:
+                raise ValueError(f"{name} is in {path.name} and in another shard; remove one")
+            tensors[name] = tensor
+    return tensors
+
+
+def _check_index(index: Path, tensors: Tensors) -> None:
+    """A shard can be whole and still be the wrong one: every tensor of the index must be in some header."""
+    if index.is_file() and (missing := sorted(read_json(index)["weight_map"].keys() - tensors.keys())):
+        raise ValueError(f"the shards lack {len(missing)} tensors that {index.name} names, such as {missing[0]}")
+
+
+def _count(part: Part, tensors: Tensors) -> None:
+    patterns, rest = GROUPS.get(GROUPS_OF_CLASS.get(part.class_name, ""), ({}, ""))
+    disk: Counter[str] = Counter()
+    groups: Counter[str] = Counter({group: 0 for group in (*patterns, rest) if group})
+    for name, (dtype, shape) in tensors.items():
+        count = math.prod(shape)
+        size = 2 * count if dtype.is_floating_point else dtype.itemsize * count
+        part.parameters += count
+        part.bf16 += size
+        disk[str(dtype).removeprefix("torch.")] += dtype.itemsize * count
+        if patterns:
+            groups[next((g for g, pattern in patterns.items() if re.search(pattern, name)), rest)] += size
+    part.disk, part.groups = dict(disk), dict(groups)
+
+
+# ---- output -----------------------------------------------------------------------------------------------------
+
+
+def as_json(model: Model, margin_gb: float = MARGIN_GB) -> dict[str, Any]:
+    """The report as a JSON object; sizes in bytes unless the key says otherwise."""
+    needs = model.needs(margin_gb)
+    parts = [
+        {
+            "name": part.name,
+            "class": part.class_name,
+            "parameters": part.parameters,
+            "disk_bytes": part.disk,
+            "bf16_bytes": part.bf16,
+            "bf16_bytes_loaded": model.needed(part),
+            "bf16_bytes_of_groups": part.groups,
+            "config": part.config,
+        }
+        for part in model.parts
+    ]
+    fits = {str(size): {way: need <= size for way, need in needs.items()} for size in GPU_SIZES}
+    return {
+        "model": model.name,
+        "pipeline": model.pipeline,
+        "parts": parts,
+        "margin_gb": margin_gb,
+        "needs_gb": needs,
+        "fits_gpu_gb": fits,
+        "problems": model.problems,
+    }
+
+
+def render(model: Model, margin_gb: float = MARGIN_GB) -> RenderableType:
+    """The report as rich tables."""
+    blocks: list[RenderableType] = [_parts_table(model), _config_table(model)]
+    blocks += [_groups_table(part) for part in model.parts if part.groups]
+    if not model.problems and any(part.parameters for part in model.parts):
+        blocks += [_fits_table(model, margin_gb), Text(_assumptions(model, margin_gb), style="dim")]
+    return Group(*blocks)
+
+
+def _parts_table(model: Model) -> Table:
+    table = Table("part", "class", title=f"{model.name}: {model.pipeline or 'one component'}", title_justify="left")
+    for heading in ("parameters", "on disk", "in bf16"):
+        table.add_column(heading, justify="right")
+    for part in model.parts:
+        if part.problem:
+            table.add_row(part.name, part.class_name, "[red]damaged[/red]", "", "")
+            continue
+        disk = "\n".join(f"{size_text(size)} {dtype}" for dtype, size in part.disk.items())
+        weights = (f"{part.parameters:,}", disk, size_text(part.bf16)) if part.parameters else ("", "", "")
+        table.add_row(part.name, part.class_name, *weights)
+    total = sum(part.bf16 for part in model.parts)
+    table.add_section()
+    disk_total = sum(sum(part.disk.values()) for part in model.parts)
+    count = sum(part.parameters for part in model.parts)
+    table.add_row("together", "", f"{count:,}", size_text(disk_total), size_text(total))
+    return table
+
+
+def _config_table(model: Model) -> Table:
+    table = Table("part", "configuration", title="Configurations", title_justify="left")
+    for part in model.parts:
+        if values := _short(part.config):
+            table.add_row(part.name, Text(", ".join(f"{k} {v}" for k, v in values.items())))
+    return table
+
+
+def _short(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers, flags and short lists; long lists, nested objects and bookkeeping are in the json output."""
+
+    def is_short(value: Any) -> bool:
+        if isinstance(value, list):
+            return 0 < len(value) <= 4 and all(isinstance(v, (int, float)) for v in value)
+        return isinstance(value, (int, float))
+
+    return {k: v for k, v in config.items() if not k.startswith("_") and is_short(v)}
+
+
+def _groups_table(part: Part) -> Table:
+    notes = {
+        MODULATION: "can be freed once the schedule is known: its vectors are then a table",
+        HEAD: "not needed, not loaded",
+        VISION: "needed only where pictures are an input",
+    }
+    table = Table(part.name, title=f"Inside the {part.name}", title_justify="left")
+    table.add_column("in bf16", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("note")
+    for group, size in part.groups.items():
+        table.add_row(group, size_text(size), f"{size / max(part.bf16, 1):.0%}", notes.get(group, ""))
+    return table
+
+
+def _fits_table(model: Model, margin_gb: float) -> Table:
+    needs = model.needs(margin_gb)
+    table = Table("GPU", title="What fits, in bf16", title_justify="left")
+    for way, need in needs.items():
+        table.add_column(f"{FITS[way]}\n{need:.1f} GB", justify="center")
+    for size in GPU_SIZES:
+        cells = ["[green]fits[/green]" if need <= size else "[red]no[/red]" for need in needs.values()]
+        table.add_row(f"{size} GB", *cells)
+    return table
+
+
+def _assumptions(model: Model, margin_gb: float) -> str:
+    vision = "with" if model.uses_vision else "without"
+    return (
+        f"Counted: weights in bf16, the text encoder without its language-model head and {vision} its vision tower, plus "
+        f"{margin_gb:g} GB for activations and the CUDA context, an assumption for one picture of 1328x1328 with guidance, "
+        "not a measurement. 1 GB is 10^9 bytes, also for the card. Modulation freed: the memory while sampling; until the "
+        "schedule's vectors are computed, these weights are in memory too, on the GPU or before on the CPU. One part at "
+        "a time: the caller moves the parts in and out."
+    )
+
+
+def size_text(size: float) -> str:
+    """12345678 -> "12.3 MB"; decimal units."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            break
+        size /= 1000
+    else:
+        unit = "GB"
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}" if size < 100 else f"{size:.0f} {unit}"

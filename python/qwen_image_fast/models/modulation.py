@@ -1,0 +1,153 @@
+"""Modulation vectors of all steps, computed once per schedule; their weights can then leave memory.
+
+The vectors depend on the noise level alone. The matrices that make them are a third of the transformer (6.8 of 20.4
+billion parameters), a step's vectors are 4.4 MB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qwen_image_fast.checkpoint import load_state_into
+
+# Schedules whose tables are kept, the least recently used one leaving first.
+KEPT_TABLES = 4
+
+
+class Modulation(NamedTuple):
+    """Modulation vectors of a number of conditions (noise levels), for every block.
+
+    img, txt: per block [conditions, 6 * width]: shift, scale, gate of attention, then of the MLP.
+    final: [conditions, 2 * width]: scale, shift of the output norm.
+    """
+
+    img: list[Tensor]
+    txt: list[Tensor]
+    final: Tensor
+
+    def select(self, rows: slice | Tensor) -> Modulation:
+        return Modulation([t[rows] for t in self.img], [t[rows] for t in self.txt], self.final[rows])
+
+    def with_references(self, at_zero: Modulation) -> Modulation:
+        """`zero_cond_t`: image vectors of each sample's target (these) and references (`at_zero`) side by side.
+
+        Text, and the output norm of all image tokens, keep the vectors of the sample's own noise level.
+        """
+        img = [torch.stack([t, z.expand_as(t)], 1).flatten(0, 1) for t, z in zip(self.img, at_zero.img)]
+        return Modulation(img, self.txt, self.final.repeat_interleave(2, 0))
+
+
+class ModulationTables:
+    """The tables of a transformer's recent schedules, and whether its modulation weights are in memory."""
+
+    def __init__(self) -> None:
+        self.tables: dict[Any, Modulation] = {}
+        self.freed = False
+
+    def get(self, model, levels: Sequence[float], additional_t_cond: int | None = None) -> Modulation:
+        """Vectors at every noise level of `levels` (one condition each), as diffusers' loop would compute them.
+
+        A level goes the way of the reference: 1000 * level in float32, rounded to the model's dtype, divided by 1000.
+        """
+        weight = model.proj_out.weight
+        key = (tuple(levels), additional_t_cond, weight.dtype, weight.device, None if self.freed else versions(model))
+        if self.freed and key not in self.tables:
+            restore_modulation_weights(model)
+            key = (*key[:-1], versions(model))
+        if key not in self.tables or key[-1] == ():
+            timestep = torch.tensor(levels, dtype=torch.float32) * 1000
+            timestep = timestep.to(device=weight.device, dtype=weight.dtype) / 1000
+            condition = None
+            if additional_t_cond is not None:
+                condition = torch.full((len(levels),), additional_t_cond, device=weight.device)
+            table = model.modulation(timestep, condition)
+            while len(self.tables) >= KEPT_TABLES:
+                self.tables.pop(next(iter(self.tables)))
+        else:
+            table = self.tables.pop(key)
+        self.tables[key] = table
+        return table
+
+    def forget_all_but(self, table: Modulation) -> None:
+        """Keep one table, under a key that no longer asks for the weights."""
+        self.tables = {(*key[:-1], None): t for key, t in self.tables.items() if t is table}
+        self.freed = True
+
+
+def modulation_layers(model) -> dict[str, nn.Module]:
+    """The linear layers that make the vectors, by name."""
+    layers = {}
+    for i, block in enumerate(model.transformer_blocks):
+        layers[f"transformer_blocks.{i}.img_mod.1"] = block.img_mod[1]
+        layers[f"transformer_blocks.{i}.txt_mod.1"] = block.txt_mod[1]
+    layers["norm_out.linear"] = model.norm_out.linear
+    return layers
+
+
+def versions(model) -> tuple:
+    """Identity and version of every tensor a table depends on; empty if a layer is not a plain one (a LoRA on it)."""
+    layers = modulation_layers(model)
+    if any(type(layer) is not nn.Linear for layer in layers.values()):
+        return ()
+    tensors = [p for layer in layers.values() for p in layer.parameters()]
+    tensors += list(model.time_text_embed.parameters())
+    return tuple((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in tensors)
+
+
+def free_modulation_weights(model, table: Modulation) -> int:
+    """Release the weights that `table` was made with; returns the bytes freed.
+
+    Another schedule reads them again from the folder the model came from; without a folder it raises.
+    """
+    tables = model.modulation_tables
+    if tables.freed:
+        return 0
+    layers = modulation_layers(model)
+    for name, layer in layers.items():
+        if type(layer) is not nn.Linear:
+            raise ValueError(
+                f"free_modulation_weights: {name} must be a plain Linear, got {type(layer).__name__}; "
+                "fuse or remove the adapter on it first"
+            )
+    freed = 0
+    for layer in layers.values():
+        for p in layer.parameters():
+            freed += p.numel() * p.element_size()
+            p.data = p.data.new_empty(0)
+    tables.forget_all_but(table)
+    return freed
+
+
+def restore_modulation_weights(model) -> None:
+    """Read the freed weights again."""
+    tables = model.modulation_tables
+    if not tables.freed:
+        return
+    if not model.weight_files:
+        raise RuntimeError(
+            "the modulation weights were released after the first schedule (free_modulation_weights=True) and this "
+            "transformer was not loaded from a folder: use the same steps and size, or load it again"
+        )
+    weight = model.proj_out.weight
+    holder = nn.Module()
+    for name, layer in modulation_layers(model).items():
+        owner = holder
+        *path, last = name.split(".")
+        for part in path:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        with torch.device("meta"):
+            fresh = nn.Linear(layer.in_features, layer.out_features)
+        owner.add_module(last, fresh)
+    load_state_into(holder, model.weight_files, dtype=weight.dtype, device=weight.device, strict=False)
+    read = dict(holder.named_modules())
+    for name, layer in modulation_layers(model).items():
+        for parameter, value in zip(layer.parameters(), read[name].parameters()):
+            parameter.data = value.data
+    tables.freed = False
+    tables.tables.clear()
