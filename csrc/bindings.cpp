@@ -95,12 +95,14 @@ static void gate_residual_norm_modulate_backward(Address residual, Address y, Ad
 }
 
 // A stream as Python passes it: (q, k, v, q_stride, k_stride, v_stride, q_weight, k_weight, rope, cu, rows).
-using Stream = std::tuple<Address, Address, Address, int64_t, int64_t, int64_t, Address, Address, Address, Address, int64_t>;
+using Stream =
+    std::tuple<Address, Address, Address, int64_t, int64_t, int64_t, Address, Address, Address, Address, int64_t>;
 
 static QkNormRopeStream stream(const Stream& s) {
   const auto& [q, k, v, q_stride, k_stride, v_stride, q_weight, k_weight, rope, cu, rows] = s;
-  return {pointer(q), pointer(k), pointer(v), q_stride, k_stride, v_stride, pointer(q_weight), pointer(k_weight),
-          pointer<float>(rope), pointer<int32_t>(cu), rows};
+  return {
+      pointer(q),        pointer(k),           pointer(v),           q_stride, k_stride, v_stride, pointer(q_weight),
+      pointer(k_weight), pointer<float>(rope), pointer<int32_t>(cu), rows};
 }
 
 using StreamGrad = std::tuple<Address, Address, Address, Address, Address>;
@@ -110,8 +112,8 @@ static QkNormRopeStreamGrad stream_grad(const StreamGrad& s) {
   return {pointer(q), pointer(k), pointer(v), pointer(q_weight), pointer(k_weight)};
 }
 
-static void qk_norm_rope_forward(const Stream& txt, const Stream& img, Address q, Address k, Address v,
-                                 int64_t samples, int64_t heads, int64_t head_dim, double eps, int dtype) {
+static void qk_norm_rope_forward(const Stream& txt, const Stream& img, Address q, Address k, Address v, int64_t samples,
+                                 int64_t heads, int64_t head_dim, double eps, int dtype) {
   py::gil_scoped_release release;
   qk_norm_rope_forward_cpu(
       {stream(txt), stream(img), pointer(q), pointer(k), pointer(v), samples, heads, head_dim, eps, dtype});

@@ -11,25 +11,25 @@ Isa cpu_isa();  // bindings.cpp
 }  // namespace qif
 
 #if defined(QIF_X86)
-#define QIF_DECLARE_CPU(NAME, PARAMS)     \
-  namespace baseline {                    \
-  void NAME(const PARAMS&);               \
-  }                                       \
-  namespace avx2 {                        \
-  void NAME(const PARAMS&);               \
-  }                                       \
-  namespace avx512 {                      \
-  void NAME(const PARAMS&);               \
-  }                                       \
+#define QIF_DECLARE_CPU(NAME, PARAMS)       \
+  namespace baseline {                      \
+  void NAME(const PARAMS&);                 \
+  }                                         \
+  namespace avx2 {                          \
+  void NAME(const PARAMS&);                 \
+  }                                         \
+  namespace avx512 {                        \
+  void NAME(const PARAMS&);                 \
+  }                                         \
   inline void NAME##_cpu(const PARAMS& p) { \
-    switch (cpu_isa()) {                  \
-      case Isa::kAvx512:                  \
-        return avx512::NAME(p);           \
-      case Isa::kAvx2:                    \
-        return avx2::NAME(p);             \
-      default:                            \
-        return baseline::NAME(p);         \
-    }                                     \
+    switch (cpu_isa()) {                    \
+      case Isa::kAvx512:                    \
+        return avx512::NAME(p);             \
+      case Isa::kAvx2:                      \
+        return avx2::NAME(p);               \
+      default:                              \
+        return baseline::NAME(p);           \
+    }                                       \
   }
 #else
 #define QIF_DECLARE_CPU(NAME, PARAMS) \

@@ -1,4 +1,5 @@
-// Rows grouped into segments that share one modulation vector: samples of a packed batch, or target and reference tokens.
+// Rows grouped into segments that share one modulation vector: samples of a packed batch, or target and reference
+// tokens.
 #pragma once
 #include <cstdint>
 

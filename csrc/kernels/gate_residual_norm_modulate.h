@@ -26,9 +26,9 @@ struct GateResidualNormModulateBackward {
   const void *gate, *scale;
   int64_t gate_stride, scale_stride;
   const int32_t* offsets;
-  const void *grad_residual, *grad_out;             // [rows, width]
-  void *grad_x, *grad_y;                            // [rows, width]
-  void *grad_gate, *grad_shift, *grad_scale;        // [segments, width]
+  const void *grad_residual, *grad_out;       // [rows, width]
+  void *grad_x, *grad_y;                      // [rows, width]
+  void *grad_gate, *grad_shift, *grad_scale;  // [segments, width]
   int64_t rows, width, segments;
   double eps;
   int dtype;

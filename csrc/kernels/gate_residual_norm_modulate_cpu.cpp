@@ -1,8 +1,7 @@
-#include "kernels/gate_residual_norm_modulate.h"
-
 #include <type_traits>
 
 #include "common/chunks.h"
+#include "kernels/gate_residual_norm_modulate.h"
 #include "kernels/norm_row.h"
 
 namespace qif {
@@ -85,9 +84,7 @@ static void backward(const GateResidualNormModulateBackward& p) {
   sum_chunks(chunks, partials.data() + 2 * n, 3 * n, static_cast<T*>(p.grad_scale), p.segments, n);
 }
 
-void gate_residual_norm_modulate_forward(const GateResidualNormModulate& p) {
-  QIF_DISPATCH(p.dtype, T, forward<T>(p))
-}
+void gate_residual_norm_modulate_forward(const GateResidualNormModulate& p) { QIF_DISPATCH(p.dtype, T, forward<T>(p)) }
 void gate_residual_norm_modulate_backward(const GateResidualNormModulateBackward& p) {
   QIF_DISPATCH(p.dtype, T, backward<T>(p))
 }

@@ -11,18 +11,18 @@
 namespace qif {
 
 struct GuidedStep {
-  const void *sample, *cond, *uncond;   // [rows, channels]; uncond null: no guidance
-  const float* dt;                      // [segments]
-  const int32_t* offsets;               // [segments + 1]; null: segments of equal length
-  void* out;                            // [rows, channels]
+  const void *sample, *cond, *uncond;  // [rows, channels]; uncond null: no guidance
+  const float* dt;                     // [segments]
+  const int32_t* offsets;              // [segments + 1]; null: segments of equal length
+  void* out;                           // [rows, channels]
   int64_t rows, channels, segments;
   double guidance;
   int rescale, dtype;
 };
 
 struct GuidedStepBackward {
-  GuidedStep forward;                   // out holds the incoming gradient
-  void *grad_cond, *grad_uncond;        // [rows, channels]; the gradient of sample is the incoming one
+  GuidedStep forward;             // out holds the incoming gradient
+  void *grad_cond, *grad_uncond;  // [rows, channels]; the gradient of sample is the incoming one
 };
 
 QIF_DECLARE_CPU(guided_step_forward, GuidedStep)

@@ -1,8 +1,7 @@
-#include "kernels/guided_step.h"
-
 #include "common/parallel.h"
 #include "common/segments.h"
 #include "common/vec.h"
+#include "kernels/guided_step.h"
 
 namespace qif {
 namespace QIF_ISA {

@@ -10,11 +10,11 @@
 namespace qif {
 
 struct LayerNormModulate {
-  const void* x;                        // [rows, width]
-  const void *shift, *scale;            // [segments, width]
-  int64_t shift_stride, scale_stride;   // elements from one segment to the next
-  const int32_t* offsets;               // [segments + 1] first row of each segment; null: segments of equal length
-  void* out;                            // [rows, width]
+  const void* x;                       // [rows, width]
+  const void *shift, *scale;           // [segments, width]
+  int64_t shift_stride, scale_stride;  // elements from one segment to the next
+  const int32_t* offsets;              // [segments + 1] first row of each segment; null: segments of equal length
+  void* out;                           // [rows, width]
   int64_t rows, width, segments;
   double eps;
   int dtype;
@@ -24,9 +24,9 @@ struct LayerNormModulateBackward {
   const void *x, *scale;
   int64_t scale_stride;
   const int32_t* offsets;
-  const void* grad_out;                 // [rows, width]
-  void* grad_x;                         // [rows, width]
-  void *grad_shift, *grad_scale;        // [segments, width]
+  const void* grad_out;           // [rows, width]
+  void* grad_x;                   // [rows, width]
+  void *grad_shift, *grad_scale;  // [segments, width]
   int64_t rows, width, segments;
   double eps;
   int dtype;

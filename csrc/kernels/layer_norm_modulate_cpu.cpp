@@ -1,6 +1,5 @@
-#include "kernels/layer_norm_modulate.h"
-
 #include "common/chunks.h"
+#include "kernels/layer_norm_modulate.h"
 #include "kernels/norm_row.h"
 
 namespace qif {

@@ -27,11 +27,12 @@ struct RowStats {
 template <class A>
 inline RowStats<A> row_stats(const A* x, int64_t n, double eps) {
   const A mean = reduce<A>(n, [&](auto lane, int64_t i) { return load<typename decltype(lane)::type>(x + i); }) / A(n);
-  const A var = reduce<A>(n, [&](auto lane, int64_t i) {
-                  using V = typename decltype(lane)::type;
-                  V d = load<V>(x + i) - mean;
-                  return V(d * d);
-                }) /
+  const A var = reduce<A>(n,
+                          [&](auto lane, int64_t i) {
+                            using V = typename decltype(lane)::type;
+                            V d = load<V>(x + i) - mean;
+                            return V(d * d);
+                          }) /
                 A(n);
   return {mean, A(1) / std::sqrt(var + A(eps))};
 }
@@ -53,16 +54,18 @@ template <class T, class A>
 inline void norm_modulate_row_backward(const A* x, const A* scale, const T* grad_out, A* grad_x, A* grad_shift,
                                        A* grad_scale, int64_t n, double eps) {
   const RowStats<A> s = row_stats(x, n, eps);
-  const A mean_d = reduce<A>(n, [&](auto lane, int64_t i) {
-                     using V = typename decltype(lane)::type;
-                     return V(load<V>(grad_out + i) * (A(1) + load<V>(scale + i)));
-                   }) /
+  const A mean_d = reduce<A>(n,
+                             [&](auto lane, int64_t i) {
+                               using V = typename decltype(lane)::type;
+                               return V(load<V>(grad_out + i) * (A(1) + load<V>(scale + i)));
+                             }) /
                    A(n);
-  const A mean_dx = reduce<A>(n, [&](auto lane, int64_t i) {
-                      using V = typename decltype(lane)::type;
-                      V xhat = (load<V>(x + i) - s.mean) * s.rstd;
-                      return V(load<V>(grad_out + i) * (A(1) + load<V>(scale + i)) * xhat);
-                    }) /
+  const A mean_dx = reduce<A>(n,
+                              [&](auto lane, int64_t i) {
+                                using V = typename decltype(lane)::type;
+                                V xhat = (load<V>(x + i) - s.mean) * s.rstd;
+                                return V(load<V>(grad_out + i) * (A(1) + load<V>(scale + i)) * xhat);
+                              }) /
                     A(n);
   each<A>(n, [&](auto lane, int64_t i) {
     using V = typename decltype(lane)::type;

@@ -13,29 +13,29 @@
 namespace qif {
 
 struct QkNormRopeStream {
-  const void *q, *k, *v;                // [rows, heads, head_dim], contiguous in the last two; q null: not computed
-  int64_t q_stride, k_stride, v_stride; // elements from one row to the next
-  const void *q_weight, *k_weight;      // [head_dim]
-  const float* rope;                    // [rows, head_dim / 2, 2]: cos, sin
-  const int32_t* cu;                    // [samples + 1]
+  const void *q, *k, *v;                 // [rows, heads, head_dim], contiguous in the last two; q null: not computed
+  int64_t q_stride, k_stride, v_stride;  // elements from one row to the next
+  const void *q_weight, *k_weight;       // [head_dim]
+  const float* rope;                     // [rows, head_dim / 2, 2]: cos, sin
+  const int32_t* cu;                     // [samples + 1]
   int64_t rows;
 };
 
 struct QkNormRope {
   QkNormRopeStream txt, img;
-  void *q, *k, *v;                      // [txt.rows + img.rows, heads, head_dim]; q of image rows only if txt.q is null
+  void *q, *k, *v;  // [txt.rows + img.rows, heads, head_dim]; q of image rows only if txt.q is null
   int64_t samples, heads, head_dim;
   double eps;
   int dtype;
 };
 
 struct QkNormRopeStreamGrad {
-  void *q, *k, *v;                      // [rows, heads, head_dim]; q null where the stream's q was
-  void *q_weight, *k_weight;            // [head_dim]
+  void *q, *k, *v;            // [rows, heads, head_dim]; q null where the stream's q was
+  void *q_weight, *k_weight;  // [head_dim]
 };
 
 struct QkNormRopeBackward {
-  QkNormRope forward;                   // q, k, v hold the incoming gradients
+  QkNormRope forward;  // q, k, v hold the incoming gradients
   QkNormRopeStreamGrad txt, img;
 };
 

@@ -1,6 +1,5 @@
-#include "kernels/qk_norm_rope.h"
-
 #include "common/chunks.h"
+#include "kernels/qk_norm_rope.h"
 
 namespace qif {
 namespace QIF_ISA {
@@ -77,10 +76,11 @@ static void norm_rope_head_backward(const T* src, const A* weight, const A* cos,
   });
   rotate<A>(g, cos, sin, g, n, A(-1));
   const A r = inverse_rms(x, n, eps);
-  const A mean = reduce<A>(n, [&](auto lane, int64_t i) {
-                   using V = typename decltype(lane)::type;
-                   return V(load<V>(g + i) * load<V>(weight + i) * load<V>(x + i) * r);
-                 }) /
+  const A mean = reduce<A>(n,
+                           [&](auto lane, int64_t i) {
+                             using V = typename decltype(lane)::type;
+                             return V(load<V>(g + i) * load<V>(weight + i) * load<V>(x + i) * r);
+                           }) /
                  A(n);
   each<A>(n, [&](auto lane, int64_t i) {
     using V = typename decltype(lane)::type;
@@ -96,7 +96,8 @@ static void widen_weight(const void* src, Accum<T>* dst, int64_t n) {
 }
 
 template <class T>
-static void forward_stream(const QkNormRope& p, const QkNormRopeStream& s, const Placement& place, const Placement& q_place) {
+static void forward_stream(const QkNormRope& p, const QkNormRopeStream& s, const Placement& place,
+                           const Placement& q_place) {
   using A = Accum<T>;
   const int64_t e = p.head_dim, row = p.heads * e;
   parallel_ranges(s.rows, s.rows * row * 3, [&](int64_t begin, int64_t end) {
@@ -156,12 +157,8 @@ static void backward_stream(const QkNormRope& p, const QkNormRopeStream& s, cons
 }
 
 // Text rows stand behind the image rows of earlier samples, image rows behind the text rows of their own as well.
-static Placement text_placement(const QkNormRope& p) {
-  return {{p.txt.cu, p.txt.rows, p.samples}, p.img.cu};
-}
-static Placement image_placement(const QkNormRope& p) {
-  return {{p.img.cu, p.img.rows, p.samples}, p.txt.cu + 1};
-}
+static Placement text_placement(const QkNormRope& p) { return {{p.txt.cu, p.txt.rows, p.samples}, p.img.cu}; }
+static Placement image_placement(const QkNormRope& p) { return {{p.img.cu, p.img.rows, p.samples}, p.txt.cu + 1}; }
 // q of the image rows alone when the text has none: rows keep their place.
 static Placement image_q_placement(const QkNormRope& p) {
   return {{p.img.cu, p.img.rows, p.samples}, p.txt.q ? p.txt.cu + 1 : nullptr};

@@ -67,7 +67,7 @@ def resolve_folder(
         raise FileNotFoundError(f"resolve_folder: there is no folder {name}, and it is not a hub name like owner/model")
 
     not_here = "is neither a local folder nor cached, and the hub was not reached; download it or pass a local path"
-    failures = {  # a class before its base
+    failures: dict[type[Exception], tuple[type[OSError], str]] = {  # a class before its base
         errors.GatedRepoError: (PermissionError, "asks to accept its terms on the hub: do so, then pass a token"),
         errors.RepositoryNotFoundError: (FileNotFoundError, "is neither a local folder nor a readable hub repository"),
         errors.RevisionNotFoundError: (FileNotFoundError, f"has no revision {revision} on the hub"),
@@ -75,9 +75,14 @@ def resolve_folder(
         errors.HFValidationError: (FileNotFoundError, "is neither a local folder nor a valid hub name"),
         errors.HfHubHTTPError: (ConnectionError, "could not be downloaded from the hub"),
     }
-    hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": bool(local_files_only)}
+    hub: dict[str, Any] = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "token": token,
+        "local_files_only": bool(local_files_only),
+    }
     try:
-        return Path(snapshot_download(name, allow_patterns=list(allow_patterns or DOWNLOAD_PATTERNS), **hub))
+        return Path(str(snapshot_download(name, allow_patterns=list(allow_patterns or DOWNLOAD_PATTERNS), **hub)))
     except tuple(failures) as error:
         kind, what = next(value for cls, value in failures.items() if isinstance(error, cls))
         raise kind(f"resolve_folder: {name} {what}") from error
@@ -118,7 +123,7 @@ def read_config(folder: PathLike, filename: str = "config.json") -> dict[str, An
     return read_json(folder / filename)
 
 
-def check_config(config: Mapping[str, Any], cls: type) -> dict[str, Any]:
+def check_config(config: Mapping[str, Any], cls: Any) -> dict[str, Any]:
     """The constructor arguments of `cls` in a stored configuration.
 
     Bookkeeping (keys with a leading underscore) and known legacy fields are dropped. ValueError where the configuration
@@ -295,10 +300,10 @@ def _read_tensor(entry: Entry, dtype: torch.dtype | None, device: torch.device, 
 
 def _byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.detach().view(-1).view(torch.uint8).numpy())
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
-def _fill(file: BinaryIO, tensor: torch.Tensor) -> None:
+def _fill(file: Any, tensor: torch.Tensor) -> None:
     view = _byte_view(tensor)
     while view:  # one read returns at most 2 GiB
         count = file.readinto(view)
@@ -362,14 +367,14 @@ def save_state(
     folder.mkdir(parents=True, exist_ok=True)
     stem, index_name = _names(base_name, variant)
     pattern = stem + "{suffix}.safetensors"
-    plan = split_torch_state_dict_into_shards(state, filename_pattern=pattern, max_shard_size=max_shard_size)
+    plan = split_torch_state_dict_into_shards(dict(state), filename_pattern=pattern, max_shard_size=max_shard_size)
     shards = {name: {key: state[key] for key in keys} for name, keys in plan.filename_to_tensors.items()}
     writers = {folder / name: _tensor_writer(tensors) for name, tensors in shards.items()}
     extra = dict(extra_files or {})
     if plan.is_sharded:
         extra[index_name] = json_bytes({"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
     for name, content in extra.items():
-        writers[folder / name] = lambda file, content=content: file.write(content)
+        writers[folder / name] = _bytes_writer(content)
     atomic_write_all(writers)
 
     # The index first: without it the shards are only stray files, with it and without them the folder is broken.
@@ -377,6 +382,10 @@ def save_state(
     old = [p for p in folder.iterdir() if p not in writers and (p.name == index_name or stale.fullmatch(p.name))]
     for path in sorted(old, key=lambda p: p.name != index_name):
         path.unlink()
+
+
+def _bytes_writer(content: bytes) -> Callable[[BinaryIO], Any]:
+    return lambda file: file.write(content)
 
 
 def _tensor_writer(tensors: Mapping[str, torch.Tensor]) -> Callable[[BinaryIO], None]:

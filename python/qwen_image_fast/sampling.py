@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from qwen_image_fast.models.modulation import Modulation, free_modulation_weights
 from qwen_image_fast.models.packing import cumulative, pack
 from qwen_image_fast.models.rope import ImageShape
-from qwen_image_fast.ops import guided_step
+from qwen_image_fast.ops.guided_step import guided_step
 from qwen_image_fast.schedulers import calculate_shift
 
 
@@ -56,9 +56,8 @@ def noise_levels(scheduler, tokens: int, steps: int, sigmas: Sequence[float] | N
         config.get("base_shift", 0.5),
         config.get("max_shift", 1.15),
     )
-    if sigmas is None:
-        sigmas = np.linspace(1.0, 1 / steps, steps)
-    scheduler.set_timesteps(sigmas=list(sigmas), mu=mu)
+    levels = np.linspace(1.0, 1 / steps, steps).tolist() if sigmas is None else list(sigmas)
+    scheduler.set_timesteps(sigmas=levels, mu=mu)
     return scheduler.sigmas.cpu()
 
 
@@ -84,7 +83,7 @@ def denoise(
     """
     device, config = samples[0].latents.device, transformer.config
     guided = samples[0].uncond is not None
-    texts = [s.cond for s in samples] + ([s.uncond for s in samples] if guided else [])
+    texts = [s.cond for s in samples] + [s.uncond for s in samples if s.uncond is not None]
     shapes = tuple((s.shape,) for s in samples) * (2 if guided else 1)
     layout = pack(
         shapes,

@@ -18,7 +18,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -181,7 +181,7 @@ class FlowMatchEulerDiscreteScheduler:
             levels = arrays.get("timesteps", np.linspace(*ends, num_inference_steps)) / config.num_train_timesteps
         with np.errstate(divide="ignore", invalid="ignore"):  # 1/0 becomes sigma 0; what is not finite is refused below
             if config.use_dynamic_shifting:
-                levels = self.time_shift(mu, 1.0, levels)
+                levels = self.time_shift(cast(float, mu), 1.0, levels)
             else:
                 levels = self.shift * levels / (1 + (self.shift - 1) * levels)
             if config.shift_terminal:
@@ -189,16 +189,16 @@ class FlowMatchEulerDiscreteScheduler:
         if not np.isfinite(levels).all():  # as for one step from sigma 1: 1 - sigma is 0 and cannot be scaled
             what = f"got {num_inference_steps} steps to shift_terminal {config.shift_terminal}: try more steps"
             raise ValueError(f"set_timesteps: the shifted sigmas must be finite, {what}")
-        levels = torch.from_numpy(self._respace(levels)).to(dtype=torch.float32, device=device)
-        steps = levels * config.num_train_timesteps
+        shifted = torch.from_numpy(self._respace(levels)).to(dtype=torch.float32, device=device)
+        steps = shifted * config.num_train_timesteps
         if "timesteps" in arrays:
             steps = torch.from_numpy(arrays["timesteps"]).to(device=device)
         if config.invert_sigmas:
-            levels = 1.0 - levels
-            steps = levels * config.num_train_timesteps
+            shifted = 1.0 - shifted
+            steps = shifted * config.num_train_timesteps
         self.num_inference_steps = num_inference_steps
         self.timesteps = steps
-        self.sigmas = torch.cat([levels, levels.new_full((1,), float(config.invert_sigmas))])
+        self.sigmas = torch.cat([shifted, shifted.new_full((1,), float(config.invert_sigmas))])
         self.step_index = self.begin_index = None
 
     def _respace(self, levels: np.ndarray) -> np.ndarray:
@@ -225,7 +225,7 @@ class FlowMatchEulerDiscreteScheduler:
         places = (schedule == float(timestep)).nonzero()
         if len(places) == 0:
             raise ValueError(f"index_for_timestep: timestep must be one of scheduler.timesteps, got {float(timestep)}")
-        return places[1 if len(places) > 1 else 0].item()
+        return int(places[1 if len(places) > 1 else 0])
 
     def scale_noise(
         self, sample: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor | None = None

@@ -78,7 +78,7 @@ class ModulationTables:
         self.freed = True
 
 
-def modulation_layers(model) -> dict[str, nn.Module]:
+def modulation_layers(model) -> dict[str, Any]:
     """The linear layers that make the vectors, by name."""
     layers = {}
     for i, block in enumerate(model.transformer_blocks):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def cumulative(lengths: Sequence[int], device: torch.device | str = "cpu") -> Te
 
 def normalize_shapes(img_shapes: Sequence, samples: int) -> tuple[tuple[ImageShape, ...], ...]:
     """diffusers' `img_shapes` (per sample a list of (frames, height, width), or one tuple) for `samples` samples."""
-    per_sample = []
+    per_sample: list[Any] = []
     for entry in img_shapes:
         images = [entry] if isinstance(entry[0], int) else entry
         per_sample.append(tuple(tuple(int(n) for n in image) for image in images))
@@ -74,7 +75,7 @@ def normalize_shapes(img_shapes: Sequence, samples: int) -> tuple[tuple[ImageSha
                 f"img_shapes must have one entry per sample, {samples}, got {len(per_sample)} different ones"
             )
         per_sample = per_sample[:1] * samples
-    return tuple(per_sample)  # type: ignore[return-value]
+    return tuple(per_sample)
 
 
 def pack(

@@ -19,7 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from qwen_image_fast.models.modulation import Modulation
 from qwen_image_fast.models.packing import PackedLayout, pack_padded
-from qwen_image_fast.ops import gate_residual_norm_modulate, joint_attention, layer_norm_modulate, qk_norm_rope
+from qwen_image_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
+from qwen_image_fast.ops.joint_attention import joint_attention
+from qwen_image_fast.ops.layer_norm_modulate import layer_norm_modulate
+from qwen_image_fast.ops.qk_norm_rope import qk_norm_rope
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +30,17 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Transformer2DModelOutput:
     sample: Tensor
+
+
+class BlockVectors(NamedTuple):
+    """The modulation of one stream in one block: of attention, then of the MLP. Each [conditions, width]."""
+
+    shift1: Tensor
+    scale1: Tensor
+    gate1: Tensor
+    shift2: Tensor
+    scale2: Tensor
+    gate2: Tensor
 
 
 class Stream(NamedTuple):
@@ -38,6 +52,17 @@ class Stream(NamedTuple):
 
 class TransformerForward:
     """`forward` with diffusers' signature, and `forward_packed` on a `PackedLayout`."""
+
+    # What the model has that this class is mixed into.
+    config: Any
+    time_text_embed: Any
+    txt_norm: Any
+    img_in: Any
+    txt_in: Any
+    transformer_blocks: Any
+    norm_out: Any
+    proj_out: Any
+    gradient_checkpointing: bool
 
     # ---- modulation ---------------------------------------------------------------------------------------------
 
@@ -91,16 +116,16 @@ class TransformerForward:
         width = img.shape[-1]
         img_offsets = None if modulation.img[0].shape[0] == 1 else layout.segments
         txt_offsets = None if modulation.txt[0].shape[0] == 1 else layout.cu_txt
-        img_mods = [m.split(width, dim=1) for m in modulation.img]
-        txt_mods = [m.split(width, dim=1) for m in modulation.txt]
+        img_mods = [BlockVectors(*m.split(width, dim=1)) for m in modulation.img]
+        txt_mods = [BlockVectors(*m.split(width, dim=1)) for m in modulation.txt]
         final_scale, final_shift = modulation.final.split(width, dim=1)
 
-        img_s = Stream(img, layer_norm_modulate(img, *img_mods[0][:2], img_offsets))
-        txt_s = Stream(txt, layer_norm_modulate(txt, *txt_mods[0][:2], txt_offsets))
+        img_s = Stream(img, layer_norm_modulate(img, img_mods[0].shift1, img_mods[0].scale1, img_offsets))
+        txt_s = Stream(txt, layer_norm_modulate(txt, txt_mods[0].shift1, txt_mods[0].scale1, txt_offsets))
         for i, block in enumerate(blocks):
             last = i == len(blocks) - 1
-            next_img = (final_shift, final_scale) if last else img_mods[i + 1][:2]
-            next_txt = None if last else txt_mods[i + 1][:2]
+            next_img = (final_shift, final_scale) if last else (img_mods[i + 1].shift1, img_mods[i + 1].scale1)
+            next_txt = None if last else (txt_mods[i + 1].shift1, txt_mods[i + 1].scale1)
             args = (block, img_s, txt_s, layout, img_mods[i], txt_mods[i], next_img, next_txt, img_offsets, txt_offsets)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 img_s, txt_s = checkpoint(run_block, *args, use_reentrant=False)
@@ -109,7 +134,7 @@ class TransformerForward:
             if controlnet_block_samples is not None:
                 interval = math.ceil(len(blocks) / len(controlnet_block_samples))
                 x = img_s.x + controlnet_block_samples[i // interval]
-                img_s = Stream(x, layer_norm_modulate(x, *next_img, img_offsets))
+                img_s = Stream(x, layer_norm_modulate(x, next_img[0], next_img[1], img_offsets))
         return self.proj_out(img_s.normed)
 
     # ---- diffusers' signature -----------------------------------------------------------------------------------
@@ -142,6 +167,7 @@ class TransformerForward:
             `.sample` or a tuple: [B, L, patch_size^2 * out_channels], zero at padding.
         """
         samples, rows = self._check_inputs(hidden_states, encoder_hidden_states, timestep, img_shapes, guidance)
+        assert encoder_hidden_states is not None and timestep is not None  # checked, with a sentence
         layout = self.layout_of(img_shapes, rows, encoder_hidden_states_mask, encoder_hidden_states)
         img, txt = hidden_states.flatten(0, 1), encoder_hidden_states.flatten(0, 1)
         if layout.txt_index is not None:
@@ -214,14 +240,14 @@ class TransformerForward:
 
 
 def run_block(
-    block,
+    block: Any,
     img: Stream,
     txt: Stream,
     layout: PackedLayout,
-    img_mod: Sequence[Tensor],
-    txt_mod: Sequence[Tensor],
-    next_img: Sequence[Tensor],
-    next_txt: Sequence[Tensor] | None,
+    img_mod: BlockVectors,
+    txt_mod: BlockVectors,
+    next_img: tuple[Tensor, Tensor],
+    next_txt: tuple[Tensor, Tensor] | None,
     img_offsets: Tensor | None,
     txt_offsets: Tensor | None,
 ) -> tuple[Stream, Stream]:
@@ -231,33 +257,39 @@ def run_block(
     residual is one pass with the norm that follows it. `next_img`, `next_txt`: shift and scale of that next norm;
     next_txt None: this is the last block, whose text output reaches nothing and is not computed.
     """
-    last = next_txt is None
     attn = block.attn
+    head_dim = attn.norm_q.weight.shape[0]
+
+    def heads(projection: Any, x: Tensor) -> Tensor:
+        return projection(x).unflatten(-1, (-1, head_dim))
+
     q, k, v = qk_norm_rope(
-        *project(attn, ("to_q", "to_k", "to_v"), img.normed),
-        *project(attn, (None if last else "add_q_proj", "add_k_proj", "add_v_proj"), txt.normed),
+        heads(attn.to_q, img.normed), heads(attn.to_k, img.normed), heads(attn.to_v, img.normed),
+        None if next_txt is None else heads(attn.add_q_proj, txt.normed),
+        heads(attn.add_k_proj, txt.normed), heads(attn.add_v_proj, txt.normed),
         attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight,
         layout.img_rope, layout.txt_rope, layout.cu_img, layout.cu_txt, attn.norm_q.eps,
     )  # fmt: skip
-    if last:
+    if next_txt is None:
         img_y = joint_attention(q, k, v, layout.img_lens, layout.joint_lens).flatten(1)
     else:
         img_y, txt_y = layout.split_joint(joint_attention(q, k, v, layout.joint_lens).flatten(1))
-        _, _, gate1, shift2, scale2, gate2 = txt_mod
-        txt = Stream(*gate_residual_norm_modulate(txt.x, attn.to_add_out(txt_y), gate1, shift2, scale2, txt_offsets))
-        txt_y = feed_forward(block.txt_mlp, txt.normed)
-        txt = Stream(*gate_residual_norm_modulate(txt.x, txt_y, gate2, *next_txt, txt_offsets))
-    _, _, gate1, shift2, scale2, gate2 = img_mod
-    img = Stream(*gate_residual_norm_modulate(img.x, attn.to_out[0](img_y), gate1, shift2, scale2, img_offsets))
-    img_y = feed_forward(block.img_mlp, img.normed)
-    img = Stream(*gate_residual_norm_modulate(img.x, img_y, gate2, *next_img, img_offsets))
-    return img, txt
+        txt = finish_block(txt, attn.to_add_out(txt_y), block.txt_mlp, txt_mod, next_txt, txt_offsets)
+    return finish_block(img, attn.to_out[0](img_y), block.img_mlp, img_mod, next_img, img_offsets), txt
 
 
-def project(attn, names: Sequence[str | None], x: Tensor) -> list[Tensor | None]:
-    """q, k, v of one stream as [rows, heads, head_dim]; None where no name is given."""
-    head_dim = attn.norm_q.weight.shape[0]
-    return [None if name is None else getattr(attn, name)(x).unflatten(-1, (-1, head_dim)) for name in names]
+def finish_block(
+    stream: Stream,
+    attended: Tensor,
+    mlp: Any,
+    mod: BlockVectors,
+    following: tuple[Tensor, Tensor],
+    offsets: Tensor | None,
+) -> Stream:
+    """The two gated residuals of one stream, each with the norm behind it, and the MLP between them."""
+    x, normed = gate_residual_norm_modulate(stream.x, attended, mod.gate1, mod.shift2, mod.scale2, offsets)
+    y = feed_forward(mlp, normed)
+    return Stream(*gate_residual_norm_modulate(x, y, mod.gate2, following[0], following[1], offsets))
 
 
 def feed_forward(mlp, x: Tensor) -> Tensor:

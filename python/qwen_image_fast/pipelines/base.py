@@ -78,7 +78,12 @@ class Pipeline:
         Raises:
             FileNotFoundError, ValueError: what is missing, damaged or of another model, in one sentence.
         """
-        hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        hub: dict[str, Any] = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "token": token,
+            "local_files_only": local_files_only,
+        }
         folder = resolve_folder(name_or_path, **hub)
         index = read_json(folder / "model_index.json")
         if not str(index.get("_class_name", "")).startswith("QwenImage"):
@@ -88,7 +93,7 @@ class Pipeline:
             )
         if unknown := set(components) - set(_INDEX):
             raise TypeError(f"from_pretrained: components must be of {', '.join(_INDEX)}, got {', '.join(unknown)}")
-        models = {"torch_dtype": torch_dtype, "device": device}
+        models: dict[str, Any] = {"torch_dtype": torch_dtype, "device": device}
         loaders = {
             "scheduler": lambda: FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler"),
             "tokenizer": lambda: _load_tokenizer(folder / "tokenizer"),
