@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -62,62 +62,94 @@ def call_directly(*tensors: Tensor | None) -> bool:
     return all(t is None or (type(t) in _plain_types and not (grad and t.requires_grad)) for t in tensors)
 
 
-def require(condition: bool, op: str, argument: str, rule: str, value: Any) -> None:
-    if not condition:
-        raise ValueError(f"{op}: {argument} must {rule}, got {value}")
+# Checks run at every call: conditions first, words only for an error.
+
+
+def fail(op: str, argument: str, rule: str, value: Any, error: type[Exception] = ValueError) -> NoReturn:
+    raise error(f"{op}: {argument} must {rule}, got {value}")
+
+
+def check_input(op: str, name: str, x: Tensor) -> None:
+    """The first input: a dtype with kernels, at least one dimension, contiguous, on a device with kernels.
+
+    `meta` and fake tensors pass, they are never computed.
+    """
+    if x.dtype not in DTYPE_CODES:
+        fail(op, "dtype", "be float32, float16, bfloat16 or float64", x.dtype, TypeError)
+    if x.dim() < 1:
+        fail(op, name, "have at least one dimension", tuple(x.shape))
+    if not x.is_contiguous():
+        fail(op, name, "be contiguous", f"strides {x.stride()}")
+    check_device(op, x)
 
 
 def check_device(op: str, x: Tensor) -> None:
-    """Kernels exist for CPU tensors; `meta` and fake tensors pass, they are never computed."""
-    if x.device.type not in ("cpu", "meta"):
+    if not (x.is_cpu or x.is_meta):
         raise NotImplementedError(
             f"{op}: this build has kernels for cpu, got a tensor on {x.device}; "
             "run it under `with qwen_image_fast.reference():` or move it to the CPU"
         )
 
 
-def check_dtype(op: str, x: Tensor) -> None:
-    if x.dtype not in DTYPE_CODES:
-        raise TypeError(f"{op}: dtype must be float32, float16, bfloat16 or float64, got {x.dtype}")
-
-
 def check_like(op: str, name: str, t: Tensor, x: Tensor) -> None:
     """`t` has the dtype and the device of `x`."""
     if t.dtype != x.dtype:
-        raise TypeError(f"{op}: {name} must have the dtype of the first input, {x.dtype}, got {t.dtype}")
-    if t.device != x.device:
-        raise ValueError(f"{op}: {name} must be on the device of the first input, {x.device}, got {t.device}")
+        fail(op, name, f"have the dtype of the first input, {x.dtype}", t.dtype, TypeError)
+    if t.get_device() != x.get_device() or t.is_cpu != x.is_cpu:
+        fail(op, name, f"be on the device of the first input, {x.device}", t.device)
+
+
+def check_same(op: str, name: str, t: Tensor, x: Tensor, first: str) -> None:
+    """`t` has dtype, device and shape of `x`, whose name is `first`, and is contiguous."""
+    check_like(op, name, t, x)
+    if t.shape != x.shape:
+        fail(op, name, f"have the shape of {first}, {tuple(x.shape)}", tuple(t.shape))
+    if not t.is_contiguous():
+        fail(op, name, "be contiguous", f"strides {t.stride()}")
 
 
 def check_vectors(op: str, x: Tensor, offsets: Tensor | None, **vectors: Tensor) -> None:
     """Per-segment vectors [segments, width] with a contiguous last dimension, and the offsets of their segments."""
-    first = next(iter(vectors.values()))
+    segments, width = None, x.shape[-1]
     for name, t in vectors.items():
         check_like(op, name, t, x)
-        require(t.dim() == 2, op, name, "have two dimensions, [segments, width]", tuple(t.shape))
-        require(t.shape[1] == x.shape[-1], op, name, f"have the width of x, {x.shape[-1]}", tuple(t.shape))
-        require(t.shape[0] == first.shape[0], op, name, f"have {first.shape[0]} segments like the others", t.shape[0])
-        require(t.stride(1) == 1 or t.shape[1] <= 1, op, name, "be contiguous in its last dimension", t.stride())
-    check_offsets(op, x, offsets, first.shape[0])
+        if t.dim() != 2:
+            fail(op, name, "have two dimensions, [segments, width]", tuple(t.shape))
+        rows, columns = t.shape
+        if columns != width:
+            fail(op, name, f"have the width of x, {width}", tuple(t.shape))
+        if segments is None:
+            segments = rows
+        if rows != segments:
+            fail(op, name, f"have {segments} segments like the others", rows)
+        if t.stride(1) != 1 and width > 1:
+            fail(op, name, "be contiguous in its last dimension", t.stride())
+    check_offsets(op, x, offsets, segments or 0)
 
 
 def check_offsets(op: str, x: Tensor, offsets: Tensor | None, segments: int) -> None:
     rows = x.numel() // max(x.shape[-1], 1)
     if offsets is None:
-        require(segments > 0 or rows == 0, op, "segments", "be at least one", segments)
-        require(rows % max(segments, 1) == 0, op, "rows", f"be a multiple of the {segments} segments", rows)
+        if segments != 1:
+            if segments == 0 and rows:
+                fail(op, "segments", "be at least one", segments)
+            if rows % max(segments, 1):
+                fail(op, "rows", f"be a multiple of the {segments} segments", rows)
         return
-    require(offsets.dtype == torch.int32, op, "offsets", "be int32", offsets.dtype)
-    require(offsets.device == x.device, op, "offsets", f"be on the device of x, {x.device}", offsets.device)
-    require(offsets.dim() == 1 and offsets.shape[0] == segments + 1, op, "offsets",
-            f"have segments + 1 = {segments + 1} entries", tuple(offsets.shape))  # fmt: skip
-    require(offsets.is_contiguous(), op, "offsets", "be contiguous", offsets.stride())
+    if offsets.dtype != torch.int32:
+        fail(op, "offsets", "be int32", offsets.dtype)
+    if offsets.get_device() != x.get_device() or offsets.is_cpu != x.is_cpu:
+        fail(op, "offsets", f"be on the device of x, {x.device}", offsets.device)
+    if offsets.dim() != 1 or offsets.shape[0] != segments + 1:
+        fail(op, "offsets", f"have segments + 1 = {segments + 1} entries", tuple(offsets.shape))
+    if not offsets.is_contiguous():
+        fail(op, "offsets", "be contiguous", offsets.stride())
     check_cumulative(op, "offsets", offsets, rows)
 
 
 def check_cumulative(op: str, name: str, offsets: Tensor, rows: int) -> None:
     """Offsets rise from 0 to the number of rows. Read only where that is free: on the CPU, outside of tracing."""
-    if offsets.device.type != "cpu" or torch.compiler.is_compiling() or type(offsets) is not Tensor:
+    if type(offsets) is not Tensor or not offsets.is_cpu or torch.compiler.is_compiling():
         return
     values = offsets.tolist()
     if values[0] != 0 or values[-1] != rows or any(a > b for a, b in zip(values, values[1:])):

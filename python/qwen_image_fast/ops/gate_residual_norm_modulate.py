@@ -62,13 +62,8 @@ def gate_residual_norm_modulate_reference(
 
 
 def _check(x, y, gate, shift, scale, offsets) -> None:
-    lib.check_device(_OP, x)
-    lib.check_dtype(_OP, x)
-    lib.require(x.dim() >= 1, _OP, "x", "have at least one dimension", tuple(x.shape))
-    lib.require(x.is_contiguous(), _OP, "x", "be contiguous", f"strides {x.stride()}")
-    lib.check_like(_OP, "y", y, x)
-    lib.require(y.shape == x.shape, _OP, "y", f"have the shape of x, {tuple(x.shape)}", tuple(y.shape))
-    lib.require(y.is_contiguous(), _OP, "y", "be contiguous", f"strides {y.stride()}")
+    lib.check_input(_OP, "x", x)
+    lib.check_same(_OP, "y", y, x, "x")
     lib.check_vectors(_OP, x, offsets, gate=gate, shift=shift, scale=scale)
 
 

@@ -67,19 +67,16 @@ def guided_step_reference(
 
 
 def _check(sample, cond, uncond, dt, offsets) -> None:
-    lib.check_device(_OP, sample)
-    lib.check_dtype(_OP, sample)
-    lib.require(sample.dim() >= 1, _OP, "sample", "have at least one dimension", tuple(sample.shape))
-    lib.require(sample.is_contiguous(), _OP, "sample", "be contiguous", f"strides {sample.stride()}")
-    for name, t in (("cond", cond), ("uncond", uncond)):
-        if t is not None:
-            lib.check_like(_OP, name, t, sample)
-            lib.require(t.shape == sample.shape, _OP, name, f"have the shape of sample, {tuple(sample.shape)}",
-                        tuple(t.shape))  # fmt: skip
-            lib.require(t.is_contiguous(), _OP, name, "be contiguous", f"strides {t.stride()}")
-    lib.require(dt.dtype == torch.float32, _OP, "dt", "be float32", dt.dtype)
-    lib.require(dt.dim() == 1 and dt.is_contiguous(), _OP, "dt", "be one contiguous row, [segments]", tuple(dt.shape))
-    lib.require(dt.device == sample.device, _OP, "dt", f"be on the device of sample, {sample.device}", dt.device)
+    lib.check_input(_OP, "sample", sample)
+    lib.check_same(_OP, "cond", cond, sample, "sample")
+    if uncond is not None:
+        lib.check_same(_OP, "uncond", uncond, sample, "sample")
+    if dt.dtype != torch.float32:
+        lib.fail(_OP, "dt", "be float32", dt.dtype)
+    if dt.dim() != 1 or not dt.is_contiguous():
+        lib.fail(_OP, "dt", "be one contiguous row, [segments]", tuple(dt.shape))
+    if dt.get_device() != sample.get_device() or dt.is_cpu != sample.is_cpu:
+        lib.fail(_OP, "dt", f"be on the device of sample, {sample.device}", dt.device)
     lib.check_offsets(_OP, sample, offsets, dt.shape[0])
 
 

@@ -57,15 +57,20 @@ def joint_attention_reference(q, k, v, q_lens, k_lens=None):
 
 
 def _check(q, k, v, q_lens, k_lens) -> None:
-    lib.check_dtype(_OP, q)
+    if q.dtype not in lib.DTYPE_CODES:
+        lib.fail(_OP, "dtype", "be float32, float16, bfloat16 or float64", q.dtype, TypeError)
     for name, t in (("q", q), ("k", k), ("v", v)):
         lib.check_like(_OP, name, t, q)
-        lib.require(t.dim() == 3, _OP, name, "have three dimensions, [rows, heads, head_dim]", tuple(t.shape))
-        lib.require(t.shape[1:] == q.shape[1:], _OP, name, f"have the heads and width of q, {tuple(q.shape[1:])}",
-                    tuple(t.shape[1:]))  # fmt: skip
-    lib.require(len(q_lens) > 0, _OP, "q_lens", "name at least one sample", list(q_lens))
-    lib.require(len(q_lens) == len(k_lens), _OP, "k_lens", f"have {len(q_lens)} samples like q_lens", len(k_lens))
-    lib.require(sum(q_lens) == q.shape[0], _OP, "q_lens", f"add up to the rows of q, {q.shape[0]}", list(q_lens))
+        if t.dim() != 3:
+            lib.fail(_OP, name, "have three dimensions, [rows, heads, head_dim]", tuple(t.shape))
+        if t.shape[1:] != q.shape[1:]:
+            lib.fail(_OP, name, f"have the heads and width of q, {tuple(q.shape[1:])}", tuple(t.shape[1:]))
+    if not q_lens:
+        lib.fail(_OP, "q_lens", "name at least one sample", list(q_lens))
+    if len(q_lens) != len(k_lens):
+        lib.fail(_OP, "k_lens", f"have {len(q_lens)} samples like q_lens", len(k_lens))
+    if sum(q_lens) != q.shape[0]:
+        lib.fail(_OP, "q_lens", f"add up to the rows of q, {q.shape[0]}", list(q_lens))
     for name, t in (("k", k), ("v", v)):
-        lib.require(sum(k_lens) == t.shape[0], _OP, "k_lens", f"add up to the rows of {name}, {t.shape[0]}",
-                    list(k_lens))  # fmt: skip
+        if sum(k_lens) != t.shape[0]:
+            lib.fail(_OP, "k_lens", f"add up to the rows of {name}, {t.shape[0]}", list(k_lens))

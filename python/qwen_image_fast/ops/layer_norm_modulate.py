@@ -51,10 +51,7 @@ def layer_norm_modulate_reference(
 
 
 def _check(x: Tensor, shift: Tensor, scale: Tensor, offsets: Tensor | None) -> None:
-    lib.check_device(_OP, x)
-    lib.check_dtype(_OP, x)
-    lib.require(x.dim() >= 1, _OP, "x", "have at least one dimension", tuple(x.shape))
-    lib.require(x.is_contiguous(), _OP, "x", "be contiguous", f"strides {x.stride()}")
+    lib.check_input(_OP, "x", x)
     lib.check_vectors(_OP, x, offsets, shift=shift, scale=scale)
 
 

@@ -84,33 +84,41 @@ def _check(
     img_rope, txt_rope, cu_img, cu_txt,
 ) -> None:  # fmt: skip
     lib.check_device(_OP, img_q)
-    lib.check_dtype(_OP, img_q)
-    lib.require(img_q.dim() == 3, _OP, "img_q", "have three dimensions, [rows, heads, head_dim]", tuple(img_q.shape))
-    heads, e = img_q.shape[1:]
-    lib.require(e % 8 == 0, _OP, "head_dim", "be a multiple of 8", e)
-    img = {"img_q": img_q, "img_k": img_k, "img_v": img_v}
-    txt = {"txt_k": txt_k, "txt_v": txt_v} if txt_q is None else {"txt_q": txt_q, "txt_k": txt_k, "txt_v": txt_v}
-    for tensors, rows in ((img, img_q.shape[0]), (txt, txt_k.shape[0])):
-        for name, t in tensors.items():
-            lib.check_like(_OP, name, t, img_q)
-            lib.require(t.shape == (rows, heads, e), _OP, name, f"have the shape {(rows, heads, e)}", tuple(t.shape))
-            lib.require((t.stride(2) == 1 and t.stride(1) == e) or t.numel() == 0, _OP, name,
-                        "be contiguous in its last two dimensions", f"strides {t.stride()}")  # fmt: skip
-    weights = {"norm_q": norm_q, "norm_k": norm_k, "norm_added_q": norm_added_q, "norm_added_k": norm_added_k}
-    for name, t in weights.items():
+    if img_q.dtype not in DTYPE_CODES:
+        lib.fail(_OP, "dtype", "be float32, float16, bfloat16 or float64", img_q.dtype, TypeError)
+    if img_q.dim() != 3:
+        lib.fail(_OP, "img_q", "have three dimensions, [rows, heads, head_dim]", tuple(img_q.shape))
+    (img_rows, heads, e), txt_rows = img_q.shape, txt_k.shape[0]
+    if e % 8:
+        lib.fail(_OP, "head_dim", "be a multiple of 8", e)
+    for name, t, rows in (
+        ("img_q", img_q, img_rows), ("img_k", img_k, img_rows), ("img_v", img_v, img_rows),
+        ("txt_q", txt_q, txt_rows), ("txt_k", txt_k, txt_rows), ("txt_v", txt_v, txt_rows),
+    ):  # fmt: skip
+        if t is None:
+            continue
         lib.check_like(_OP, name, t, img_q)
-        lib.require(t.shape == (e,) and t.is_contiguous(), _OP, name, f"have the shape ({e},)", tuple(t.shape))
-    for name, t, rows in (("img_rope", img_rope, img_q.shape[0]), ("txt_rope", txt_rope, txt_k.shape[0])):
-        lib.require(t.dtype == torch.float32 and t.device == img_q.device, _OP, name,
-                    f"be float32 on {img_q.device}", f"{t.dtype} on {t.device}")  # fmt: skip
-        lib.require(t.shape == (rows, e // 2, 2) and t.is_contiguous(), _OP, name,
-                    f"be contiguous with the shape {(rows, e // 2, 2)}", tuple(t.shape))  # fmt: skip
+        if t.shape != (rows, heads, e):
+            lib.fail(_OP, name, f"have the shape {(rows, heads, e)}", tuple(t.shape))
+        if rows and (t.stride(2) != 1 or (heads > 1 and t.stride(1) != e)):
+            lib.fail(_OP, name, "be contiguous in its last two dimensions", f"strides {t.stride()}")
+    for name, t in (
+        ("norm_q", norm_q), ("norm_k", norm_k), ("norm_added_q", norm_added_q), ("norm_added_k", norm_added_k)
+    ):  # fmt: skip
+        lib.check_like(_OP, name, t, img_q)
+        if t.shape != (e,) or not t.is_contiguous():
+            lib.fail(_OP, name, f"have the shape ({e},)", tuple(t.shape))
+    for name, t, rows in (("img_rope", img_rope, img_rows), ("txt_rope", txt_rope, txt_rows)):
+        if t.dtype != torch.float32 or t.get_device() != img_q.get_device():
+            lib.fail(_OP, name, f"be float32 on {img_q.device}", f"{t.dtype} on {t.device}")
+        if t.shape != (rows, e // 2, 2) or not t.is_contiguous():
+            lib.fail(_OP, name, f"be contiguous with the shape {(rows, e // 2, 2)}", tuple(t.shape))
     samples = cu_img.shape[0] - 1
-    for name, t, rows in (("cu_img", cu_img, img_q.shape[0]), ("cu_txt", cu_txt, txt_k.shape[0])):
-        lib.require(t.dtype == torch.int32 and t.device == img_q.device, _OP, name,
-                    f"be int32 on {img_q.device}", f"{t.dtype} on {t.device}")  # fmt: skip
-        lib.require(t.shape == (samples + 1,) and samples >= 1 and t.is_contiguous(), _OP, name,
-                    "have samples + 1 entries, one number of samples for both streams", tuple(t.shape))  # fmt: skip
+    for name, t, rows in (("cu_img", cu_img, img_rows), ("cu_txt", cu_txt, txt_rows)):
+        if t.dtype != torch.int32 or t.get_device() != img_q.get_device():
+            lib.fail(_OP, name, f"be int32 on {img_q.device}", f"{t.dtype} on {t.device}")
+        if t.shape != (samples + 1,) or samples < 1 or not t.is_contiguous():
+            lib.fail(_OP, name, "have samples + 1 entries, one number of samples for both streams", tuple(t.shape))
         lib.check_cumulative(_OP, name, t, rows)
 
 
