@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "kernels/gate_residual_norm_modulate.h"
+#include "kernels/gelu_tanh.h"
 #include "kernels/guided_step.h"
 #include "kernels/layer_norm_modulate.h"
 #include "kernels/qk_norm_rope.h"
@@ -148,6 +149,16 @@ static void guided_step_backward(Address cond, Address uncond, Address dt, Addre
                             pointer(grad_uncond)});
 }
 
+static void gelu_tanh_forward(Address x, Address out, int64_t elements, int dtype) {
+  py::gil_scoped_release release;
+  gelu_tanh_forward_cpu({pointer(x), pointer(out), elements, dtype});
+}
+
+static void gelu_tanh_backward(Address x, Address grad_out, Address grad_x, int64_t elements, int dtype) {
+  py::gil_scoped_release release;
+  gelu_tanh_backward_cpu({pointer(x), pointer(grad_out), pointer(grad_x), elements, dtype});
+}
+
 static py::dict build_info() {
   py::dict info;
   info["version"] = QIF_VERSION;
@@ -177,6 +188,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("qk_norm_rope_backward", &qif::qk_norm_rope_backward);
   m.def("guided_step_forward", &qif::guided_step_forward);
   m.def("guided_step_backward", &qif::guided_step_backward);
+  m.def("gelu_tanh_forward", &qif::gelu_tanh_forward);
+  m.def("gelu_tanh_backward", &qif::gelu_tanh_backward);
   m.def("build_info", &qif::build_info);
   m.def("set_isa", &qif::set_isa);
 }

@@ -21,24 +21,24 @@ static void spread_rope(const float* rope, A* cos, A* sin, int64_t head_dim) {
   }
 }
 
-// Rotation by the angle (sign 1) or back (sign -1), two neighbours at a time.
+// The rotation back, in place.
 template <class A>
-static void rotate(const A* n, const A* cos, const A* sin, A* out, int64_t head_dim, A sign) {
+static void rotate_back(A* g, const A* cos, const A* sin, int64_t n) {
   constexpr int L = kLanes<A>;
   int64_t i = 0;
-  for (; i + L <= head_dim; i += L) {
-    const Vec<A> v = load<Vec<A>>(n + i);
-    store(out + i, Vec<A>(v * load<Vec<A>>(cos + i) + sign * swap_pairs(v) * load<Vec<A>>(sin + i)));
+  for (; i + L <= n; i += L) {
+    const Vec<A> v = load<Vec<A>>(g + i);
+    store(g + i, Vec<A>(v * load<Vec<A>>(cos + i) - swap_pairs(v) * load<Vec<A>>(sin + i)));
   }
-  for (; i < head_dim; i += 2) {
-    const A a = n[i], b = n[i + 1];
-    out[i] = a * cos[i] + sign * b * sin[i];
-    out[i + 1] = b * cos[i + 1] + sign * a * sin[i + 1];
+  for (; i < n; i += 2) {
+    const A a = g[i], b = g[i + 1];
+    g[i] = a * cos[i] - b * sin[i];
+    g[i + 1] = b * cos[i + 1] - a * sin[i + 1];
   }
 }
 
-template <class A>
-static A inverse_rms(const A* x, int64_t n, double eps) {
+template <class T, class A>
+static A inverse_rms(const T* x, int64_t n, double eps) {
   const A sum = reduce<A>(n, [&](auto lane, int64_t i) {
     using V = typename decltype(lane)::type;
     V v = load<V>(x + i);
@@ -48,19 +48,18 @@ static A inverse_rms(const A* x, int64_t n, double eps) {
 }
 
 template <class T, class A>
-static void norm_rope_head(const T* src, const A* weight, const A* cos, const A* sin, T* dst, A* x, int64_t n,
-                           double eps) {
-  each<A>(n, [&](auto lane, int64_t i) { store(x + i, load<typename decltype(lane)::type>(src + i)); });
-  const A r = inverse_rms(x, n, eps);
-  each<A>(n, [&](auto lane, int64_t i) {
-    using V = typename decltype(lane)::type;
-    store(x + i, V(load<V>(x + i) * r * load<V>(weight + i)));
-  });
-  if constexpr (sizeof(T) == sizeof(A)) {
-    rotate<A>(x, cos, sin, dst, n, A(1));
-  } else {
-    rotate<A>(x, cos, sin, x, n, A(1));
-    each<A>(n, [&](auto lane, int64_t i) { store(dst + i, load<typename decltype(lane)::type>(x + i)); });
+static void norm_rope_head(const T* src, const A* weight, const A* cos, const A* sin, T* dst, int64_t n, double eps) {
+  const A r = inverse_rms<T, A>(src, n, eps);
+  constexpr int L = kLanes<A>;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) {
+    const Vec<A> v = load<Vec<A>>(src + i) * r * load<Vec<A>>(weight + i);
+    store(dst + i, Vec<A>(v * load<Vec<A>>(cos + i) + swap_pairs(v) * load<Vec<A>>(sin + i)));
+  }
+  for (; i < n; i += 2) {
+    const A a = widen(src[i]) * r * weight[i], b = widen(src[i + 1]) * r * weight[i + 1];
+    narrow(dst + i, a * cos[i] + b * sin[i]);
+    narrow(dst + i + 1, b * cos[i + 1] + a * sin[i + 1]);
   }
 }
 
@@ -74,8 +73,8 @@ static void norm_rope_head_backward(const T* src, const A* weight, const A* cos,
     store(x + i, load<V>(src + i));
     store(g + i, load<V>(grad_out + i));
   });
-  rotate<A>(g, cos, sin, g, n, A(-1));
-  const A r = inverse_rms(x, n, eps);
+  rotate_back(g, cos, sin, n);
+  const A r = inverse_rms<A, A>(x, n, eps);
   const A mean = reduce<A>(n,
                            [&](auto lane, int64_t i) {
                              using V = typename decltype(lane)::type;
@@ -101,8 +100,8 @@ static void forward_stream(const QkNormRope& p, const QkNormRopeStream& s, const
   using A = Accum<T>;
   const int64_t e = p.head_dim, row = p.heads * e;
   parallel_ranges(s.rows, s.rows * row * 3, [&](int64_t begin, int64_t end) {
-    std::vector<A> buffer(5 * e);
-    A *wq = buffer.data(), *wk = wq + e, *cos = wk + e, *sin = cos + e, *x = sin + e;
+    std::vector<A> buffer(4 * e);
+    A *wq = buffer.data(), *wk = wq + e, *cos = wk + e, *sin = cos + e;
     if (s.q) widen_weight<T>(s.q_weight, wq, e);
     widen_weight<T>(s.k_weight, wk, e);
     for (int64_t r = begin; r < end; ++r) {
@@ -111,8 +110,8 @@ static void forward_stream(const QkNormRope& p, const QkNormRopeStream& s, const
       spread_rope(s.rope + r * e, cos, sin, e);
       const T *q = static_cast<const T*>(s.q) + r * s.q_stride, *k = static_cast<const T*>(s.k) + r * s.k_stride;
       for (int64_t h = 0; h < p.heads; ++h) {
-        if (s.q) norm_rope_head(q + h * e, wq, cos, sin, static_cast<T*>(p.q) + joint_q + h * e, x, e, p.eps);
-        norm_rope_head(k + h * e, wk, cos, sin, static_cast<T*>(p.k) + joint + h * e, x, e, p.eps);
+        if (s.q) norm_rope_head(q + h * e, wq, cos, sin, static_cast<T*>(p.q) + joint_q + h * e, e, p.eps);
+        norm_rope_head(k + h * e, wk, cos, sin, static_cast<T*>(p.k) + joint + h * e, e, p.eps);
       }
       std::memcpy(static_cast<T*>(p.v) + joint, static_cast<const T*>(s.v) + r * s.v_stride, row * sizeof(T));
     }

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from qwen_image_fast.models.modulation import Modulation
 from qwen_image_fast.models.packing import PackedLayout, pack_padded
 from qwen_image_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
+from qwen_image_fast.ops.gelu_tanh import gelu_tanh
 from qwen_image_fast.ops.joint_attention import joint_attention
 from qwen_image_fast.ops.layer_norm_modulate import layer_norm_modulate
 from qwen_image_fast.ops.qk_norm_rope import qk_norm_rope
@@ -293,10 +294,5 @@ def finish_block(
 
 
 def feed_forward(mlp, x: Tensor) -> Tensor:
-    """net.2(gelu_tanh(net.0.proj(x))); without gradients the activation is computed in place."""
-    hidden = mlp.net[0].proj(x)
-    if torch.is_grad_enabled() and hidden.requires_grad:
-        hidden = F.gelu(hidden, approximate="tanh")
-    else:
-        torch.ops.aten.gelu_(hidden, approximate="tanh")
-    return mlp.net[2](hidden)
+    """net.2(gelu_tanh(net.0.proj(x)))."""
+    return mlp.net[2](gelu_tanh(mlp.net[0].proj(x), inplace=True))

@@ -2,6 +2,7 @@
 
 from qwen_image_fast.ops._library import reference
 from qwen_image_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
+from qwen_image_fast.ops.gelu_tanh import gelu_tanh
 from qwen_image_fast.ops.guided_step import guided_step
 from qwen_image_fast.ops.joint_attention import joint_attention
 from qwen_image_fast.ops.layer_norm_modulate import layer_norm_modulate
@@ -9,6 +10,7 @@ from qwen_image_fast.ops.qk_norm_rope import qk_norm_rope
 
 __all__ = [
     "gate_residual_norm_modulate",
+    "gelu_tanh",
     "guided_step",
     "joint_attention",
     "layer_norm_modulate",
