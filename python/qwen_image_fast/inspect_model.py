@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 from rich.text import Text
 
 from qwen_image_fast.checkpoint import BASE_NAME, DTYPES, find_weights, read_header, read_json, resolve_folder
@@ -155,7 +156,7 @@ def _local_header(path: Path) -> Tensors:
 def _hub_tensors(folder: Path, inside: str, base_name: str, hub_name: str) -> Tensors:
     """Like `_tensors`; a file that lies in the local cache is read there."""
     index = folder / f"{base_name}.safetensors.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [f"{base_name}.safetensors"]
+    files = sorted(set(_weight_map(index).values())) if index.is_file() else [f"{base_name}.safetensors"]
 
     def header(path: Path) -> Tensors:
         return _local_header(path) if path.is_file() else _hub_header(hub_name, inside + path.name)
@@ -184,8 +185,15 @@ def _tensors(files: Iterable[Path], header: Callable[[Path], Tensors]) -> Tensor
 
 def _check_index(index: Path, tensors: Tensors) -> None:
     """A shard can be whole and still be the wrong one: every tensor of the index must be in some header."""
-    if index.is_file() and (missing := sorted(read_json(index)["weight_map"].keys() - tensors.keys())):
+    if index.is_file() and (missing := sorted(_weight_map(index).keys() - tensors.keys())):
         raise ValueError(f"the shards lack {len(missing)} tensors that {index.name} names, such as {missing[0]}")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index.name} has no weight_map of tensor names to files")
+    return weight_map
 
 
 def _count(part: Part, tensors: Tensors) -> None:
@@ -244,16 +252,17 @@ def render(model: Model, margin_gb: float = MARGIN_GB) -> RenderableType:
 
 
 def _parts_table(model: Model) -> Table:
-    table = Table("part", "class", title=f"{model.name}: {model.pipeline or 'one component'}", title_justify="left")
+    title = escape(f"{model.name}: {model.pipeline or 'one component'}")
+    table = Table("part", Column("class", overflow="fold"), title=title, title_justify="left")
     for heading in ("parameters", "on disk", "in bf16"):
         table.add_column(heading, justify="right")
     for part in model.parts:
         if part.problem:
-            table.add_row(part.name, part.class_name, "[red]damaged[/red]", "", "")
+            table.add_row(escape(part.name), escape(part.class_name), "[red]damaged[/red]", "", "")
             continue
         disk = "\n".join(f"{size_text(size)} {dtype}" for dtype, size in part.disk.items())
         weights = (f"{part.parameters:,}", disk, size_text(part.bf16)) if part.parameters else ("", "", "")
-        table.add_row(part.name, part.class_name, *weights)
+        table.add_row(escape(part.name), escape(part.class_name), *weights)
     total = sum(part.bf16 for part in model.parts)
     table.add_section()
     disk_total = sum(sum(part.disk.values()) for part in model.parts)
@@ -266,17 +275,17 @@ def _config_table(model: Model) -> Table:
     table = Table("part", "configuration", title="Configurations", title_justify="left")
     for part in model.parts:
         if values := _short(part.config):
-            table.add_row(part.name, Text(", ".join(f"{k} {v}" for k, v in values.items())))
+            table.add_row(escape(part.name), Text(", ".join(f"{k} {v}" for k, v in values.items())))
     return table
 
 
 def _short(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers, flags and short lists; long lists, nested objects and bookkeeping are in the json output."""
+    """Numbers, flags that are set and short lists; the rest is in the json output."""
 
     def is_short(value: Any) -> bool:
         if isinstance(value, list):
             return 0 < len(value) <= 4 and all(isinstance(v, (int, float)) for v in value)
-        return isinstance(value, (int, float))
+        return isinstance(value, (int, float)) and value is not False
 
     return {k: v for k, v in config.items() if not k.startswith("_") and is_short(v)}
 
@@ -287,7 +296,7 @@ def _groups_table(part: Part) -> Table:
         HEAD: "not needed, not loaded",
         VISION: "needed only where pictures are an input",
     }
-    table = Table(part.name, title=f"Inside the {part.name}", title_justify="left")
+    table = Table("group", title=escape(f"Inside the {part.name}"), title_justify="left")
     table.add_column("in bf16", justify="right")
     table.add_column("share", justify="right")
     table.add_column("note")
@@ -310,20 +319,18 @@ def _fits_table(model: Model, margin_gb: float) -> Table:
 def _assumptions(model: Model, margin_gb: float) -> str:
     vision = "with" if model.uses_vision else "without"
     return (
-        f"Counted: weights in bf16, the text encoder without its language-model head and {vision} its vision tower, plus "
-        f"{margin_gb:g} GB for activations and the CUDA context, an assumption for one picture of 1328x1328 with guidance, "
-        "not a measurement. 1 GB is 10^9 bytes, also for the card. Modulation freed: the memory while sampling; until the "
-        "schedule's vectors are computed, these weights are in memory too, on the GPU or before on the CPU. One part at "
-        "a time: the caller moves the parts in and out."
+        f"Counted: weights in bf16, the text encoder without its language-model head and {vision} its vision tower, "
+        f"plus {margin_gb:g} GB for activations and the CUDA context, an assumption for one picture of 1328x1328 with "
+        "guidance, not a measurement. 1 GB is 10^9 bytes, also for the card. Modulation freed: the memory while "
+        "sampling; until the schedule's vectors are computed, these weights are in memory too, on the GPU or before on "
+        "the CPU. One part at a time: the caller moves the parts in and out."
     )
 
 
 def size_text(size: float) -> str:
     """12345678 -> "12.3 MB"; decimal units."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            break
-        size /= 1000
-    else:
-        unit = "GB"
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}" if size < 100 else f"{size:.0f} {unit}"
+    if size < 1000:
+        return f"{size:.0f} B"
+    unit = 3 if size >= 1e9 else 2 if size >= 1e6 else 1
+    value = size / 1000**unit
+    return f"{value:.{0 if value >= 100 else 1}f} {('kB', 'MB', 'GB')[unit - 1]}"

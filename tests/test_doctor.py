@@ -1,0 +1,215 @@
+"""The self-test passes on right kernels and finds wrong ones; the timings measure what they say."""
+
+import json
+import time
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from qwen_image_fast import _C, doctor, ops
+from qwen_image_fast.cli import app
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small work on a machine that runs other tests: threads would wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(*args):
+    return CliRunner().invoke(app, list(args))
+
+
+def instruction_sets():
+    info = _C.build_info()
+    return info["cpu_kernels"][: info["cpu_kernels"].index(info["cpu_best"]) + 1]
+
+
+def test_every_op_is_tested():
+    assert set(doctor.CASES) == set(ops.__all__) - {"reference"}
+
+
+def test_right_kernels():
+    before = _C.build_info()["cpu_in_use"], torch.get_deterministic_debug_mode(), torch.random.get_rng_state()
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    assert "all kernels agree with their references" in result.stdout
+    for text in ("baseline", torch.__version__, "none in this build", "diffusers", *ops.__all__[:-1]):
+        assert text in result.stdout
+    assert _C.build_info()["cpu_in_use"] == before[0] and torch.get_deterministic_debug_mode() == before[1]
+    assert torch.equal(torch.random.get_rng_state(), before[2])
+
+
+def test_json_covers_every_op_dtype_and_instruction_set():
+    report = json.loads(run("doctor", "--json").stdout)
+    assert report["agree"] is True and report["environment"]["torch"].startswith(torch.__version__)
+    tested = {(v["op"], v["kernels"], v["dtype"]) for v in report["self_test"]}
+    dtypes = ("float32", "bfloat16", "float16")
+    own = {(op, s, d) for op in doctor.CASES if op != "joint_attention" for s in instruction_sets() for d in dtypes}
+    assert tested == own | {("joint_attention", "torch", d) for d in dtypes}
+    assert all(0 < v["worst"] <= 1 for v in report["self_test"])
+
+
+def test_the_chosen_kernels_stay_chosen():
+    before = _C.build_info()["cpu_in_use"]
+    try:
+        _C.set_isa("baseline")
+        doctor.self_test()
+        assert _C.build_info()["cpu_in_use"] == "baseline"
+    finally:
+        _C.set_isa(before)
+
+
+class ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.03
+
+
+def plant(monkeypatch, name, wrong):
+    """Replace an op by `wrong(real op, args)`."""
+    real = getattr(ops, name)
+    monkeypatch.setattr(ops, name, lambda *args: wrong(real, args))
+
+
+def only_in(condition, wrong):
+    return lambda real, args: wrong(real, args) if condition(args) else real(*args)
+
+
+def scaled(real, args):
+    return real(*args) * 1.01
+
+
+def one_element(real, args):
+    out = real(*args).clone()
+    out.view(-1)[5] += 0.5
+    return out
+
+
+def unwritten(real, args):
+    out = real(*args).clone()
+    out.view(-1)[5] = float("nan")
+    return out
+
+
+def wrong_gradient(real, args):
+    return real(ScaledGradient.apply(args[0]), *args[1:])
+
+
+def raises(real, args):
+    raise RuntimeError("no such kernel")
+
+
+def second_result(real, args):
+    residual, out = real(*args)
+    return residual, out * 1.01
+
+
+def in_bfloat16(args):
+    return args[0].dtype == torch.bfloat16
+
+
+def in_baseline(args):
+    return _C.build_info()["cpu_in_use"] == "baseline"
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "text"),
+    [
+        ("guided_step", scaled, "guided_step, baseline kernels, float32: "),
+        ("layer_norm_modulate", one_element, "baseline kernels, float32: result 0: max error 5.0"),
+        ("layer_norm_modulate", unwritten, "float32: "),
+        ("joint_attention", wrong_gradient, "joint_attention, torch kernels, float32: gradient 0: "),
+        ("gate_residual_norm_modulate", second_result, "float32: result 1: "),
+        ("qk_norm_rope", raises, "qk_norm_rope, baseline kernels, float32: RuntimeError: no such kernel"),
+    ],
+)
+def test_a_wrong_kernel(monkeypatch, name, wrong, text):
+    plant(monkeypatch, name, wrong)
+    result = run("doctor")
+    assert result.exit_code == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert text in errors[0] and all(f"error: {name}, " in line for line in errors)
+    assert "DIFFERS" in result.stdout and "all kernels agree" not in result.stdout
+    assert json.loads(run("doctor", "--json").stdout)["agree"] is False
+
+
+@pytest.mark.parametrize(
+    ("condition", "places"),
+    [
+        (in_bfloat16, {(s, "bfloat16") for s in instruction_sets()}),
+        (in_baseline, {("baseline", d) for d in ("float32", "bfloat16", "float16")}),
+    ],
+)
+def test_wrong_in_one_place_only(monkeypatch, condition, places):
+    plant(monkeypatch, "guided_step", only_in(condition, scaled))
+    bad = [v for v in doctor.self_test() if v.problem]
+    assert {(v.op, v.kernels, v.dtype) for v in bad} == {("guided_step", *place) for place in places}
+    assert all(v.worst > 1 for v in bad)
+
+
+def test_the_rule_is_twice_the_references_own_error():
+    exact = torch.tensor([1.0, -4.0, 2.0, 0.0], dtype=torch.float64)
+    reference = (exact + torch.tensor([1e-3, 0, 0, 0])).float()
+    eps = torch.finfo(torch.float32).eps
+    (_, _, worst), (_, error, rms) = doctor._errors((exact - 3e-3).float(), reference, exact)
+    assert worst == pytest.approx(2e-3 + 0.5 * eps * 4, rel=1e-3)
+    assert error == pytest.approx(3e-3, rel=1e-3) and rms == pytest.approx(2e-3 / 2, rel=1e-2)
+
+
+def test_environment_names_what_is_missing(monkeypatch):
+    def version(package):
+        raise doctor.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    assert doctor.environment()["peft"] == "not installed"
+
+
+def test_medians_of_both_sides():
+    calls = []
+
+    def work(name, seconds):
+        calls.append(name)
+        time.sleep(seconds)
+
+    first, second = doctor._interleaved(lambda: work("a", 0.002), lambda: work("b", 0.02), 3)
+    assert calls == ["a", "b"] * 4  # the first round warms up
+    assert 0.002 <= first < second and second >= 0.02
+
+
+def test_bench(monkeypatch):
+    real = ops.guided_step
+    monkeypatch.setattr(ops, "guided_step", lambda *args: time.sleep(0.05) or real(*args))
+    result = run("bench", "--quick", "--json", "--width", "128")
+    assert result.exit_code == 0, result.output
+    timings = {t["name"]: t for t in json.loads(result.stdout)["timings"]}
+    *names, step = timings
+    assert names == list(doctor.CASES) and step.startswith("transformer, 2 blocks of width 128")
+    slow = timings["guided_step"]
+    assert slow["ours"] >= 0.05 > slow["reference"]
+    # cond, uncond, sample and the result, 256 x 64 float32 each, and a few offsets
+    assert slow["gb_per_s"] * slow["ours"] * 1e9 == pytest.approx(4 * 256 * 64 * 4, rel=1e-3)
+
+
+def test_bench_table():
+    timings = [doctor.Timing("op", 0.001, 0.003, 12.34), doctor.Timing("model", 0.5, 1.0)]
+    from rich.console import Console
+
+    console = Console(record=True, width=100, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(doctor.timing_table(timings, "title"))
+    text = console.export_text()
+    for part in ("1.000 ms", "3.000 ms", "3.00x", "12.3", "2.00x"):
+        assert part in text
+
+
+def test_bench_refuses_a_bad_width():
+    result = run("bench", "--width", "200")
+    assert result.exit_code == 2 and result.stderr == "error: --width must be a multiple of 128, got 200\n"
