@@ -1,4 +1,4 @@
-"""Imports go one way: ops, models, sampling and pipelines, drop-in and command line; ops never import each other."""
+"""Imports go one way: ops, models, sampling, pipelines, drop-in, training, command line; ops never import each other."""
 
 import ast
 from pathlib import Path
@@ -16,6 +16,7 @@ LAYERS = [
     {"sampling"},
     {"pipelines"},
     {"tiny", "drop_in", "accelerate", "inspect_model", "png_metadata", "doctor"},
+    {"training"},
     {"cli"},
 ]
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
