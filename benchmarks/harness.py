@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import platform
 import re
 import statistics
@@ -28,16 +29,21 @@ OURS = "ours"
 # Larger than the caches of CPUs and GPUs; written between samples where a case is measured from memory.
 EVICT_BYTES = 128 << 20
 SHORTEST_SAMPLE = 2e-3
+FEWEST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much to measure. `compile`: also time torch.compile of the reference."""
+    """How much to measure.
+
+    compile: also time torch.compile of the reference. seconds: after this long a case stops at five rounds or more.
+    """
 
     device: str = "cpu"
     rounds: int = 15
     warmup: int = 2
     compile: bool = True
+    seconds: float = 20.0
     quick: bool = False
 
 
@@ -70,7 +76,7 @@ class Case:
         bytes, flops: moved and computed by one ideal pass. roof: roof time / variant time, where a "roof" variant, the
             same bytes or matrix products and nothing else, ran in the same rounds.
         memory: bytes, per variant: peak extra memory of one call, or what `note` says.
-        stages: seconds of the parts of a variant.
+        stages: seconds of the parts of a variant. goals: speed-ups to reach.
     """
 
     suite: str
@@ -85,6 +91,7 @@ class Case:
     roof: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    goals: dict[str, float] = field(default_factory=dict)
     note: str = ""
 
     @property
@@ -164,7 +171,10 @@ def measure(variants: Variants, settings: Settings, cold: bool = False) -> dict[
         repeats[name] = 1 if cold else max(1, int(SHORTEST_SAMPLE / max(time_call(fn, device), 1e-7)))
     evict = torch.empty(EVICT_BYTES // 4, device=device) if cold else None
     samples: dict[str, list[float]] = {name: [] for name in names}
+    start = time.perf_counter()
     for r in range(settings.rounds):
+        if r >= FEWEST_ROUNDS and time.perf_counter() - start > settings.seconds:
+            break
         first = r % len(names)
         for name in names[first:] + names[:first]:
             if evict is not None:
@@ -334,8 +344,6 @@ def processor_name() -> str:
 
 def describe_machine(device: str) -> dict[str, Any]:
     """What a reader needs to judge the numbers, without names of hosts or paths."""
-    import os
-
     from qwen_image_fast import _C
 
     versions = {"python": platform.python_version(), "torch": torch.__version__}

@@ -1,4 +1,4 @@
-"""Imports go one way: ops, models, sampling, pipelines, drop-in, training, command line; ops never import each other."""
+"""Imports go one way, from the ops up to the command line; ops never import each other."""
 
 import ast
 from pathlib import Path

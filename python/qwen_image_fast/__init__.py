@@ -3,6 +3,7 @@
 import torch  # noqa: F401  first, so that our kernels find torch's OpenMP runtime loaded and share its threads
 
 from qwen_image_fast._C import build_info
+from qwen_image_fast.accelerate import accelerate, restore
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.ops import reference
@@ -16,6 +17,8 @@ __all__ = [
     "FlowMatchEulerDiscreteScheduler",
     "QwenImagePipeline",
     "QwenImageTransformer2DModel",
+    "accelerate",
     "build_info",
     "reference",
+    "restore",
 ]

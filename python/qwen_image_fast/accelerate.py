@@ -1,0 +1,149 @@
+"""The drop-in for diffusers: `accelerate(pipe)` and `restore(pipe)`.
+
+An object is accelerated by giving it another class: a subclass of the one it has, under the same name, whose forward is
+ours. Nothing is copied, so the parameters, their names and their memory stay those of the user's pipeline, and
+`isinstance`, `state_dict`, `save_pretrained`, LoRA adapters and offloading go on working. What may not be replaced,
+because a hook or an attention processor of the user would no longer run, is decided at every call: the transformer then
+runs diffusers' own forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from qwen_image_fast.drop_in.obstacle import obstacle
+from qwen_image_fast.drop_in.pipeline import add_text_hook, remove_text_hook
+from qwen_image_fast.drop_in.report import Report
+from qwen_image_fast.drop_in.swap import Swapped, fast_class, swap, unswap
+
+_CONFIG_FIELDS = ("in_channels", "joint_attention_dim", "axes_dims_rope", "zero_cond_t", "use_layer3d_rope")
+
+
+def accelerate(pipe: Any) -> Report:
+    """Make a diffusers Qwen-Image pipeline faster in place; the images stay the same up to rounding.
+
+    Args:
+        pipe: one of diffusers' Qwen-Image pipelines, a modular pipeline of that family, or only its transformer or VAE.
+
+    Returns:
+        What was replaced, and what was left alone and why. Parts that are accelerated already are listed as such.
+
+    Raises:
+        ImportError: diffusers is not installed.
+        TypeError: `pipe` is something else.
+    """
+    _require_diffusers()
+    parts = _parts(pipe)
+    report = Report()
+    for name, part in parts.items():
+        _accelerate_part(name, part, report)
+    if getattr(pipe, "controlnet", None) is not None:
+        report.left_alone.append(("controlnet", "there is no faster version of it here"))
+    return report
+
+
+def restore(pipe: Any) -> None:
+    """Undo `accelerate(pipe)`: afterwards every part runs diffusers' code again, with the same bits as before.
+
+    A part that another pipeline shares is restored for both.
+
+    Raises:
+        ValueError: nothing in `pipe` is accelerated.
+    """
+    _require_diffusers()
+    parts = _parts(pipe)
+    changed = [unswap(module) for part in parts.values() for module in _modules(part)]
+    if "pipeline" in parts:
+        changed.append(remove_text_hook(_unwrap(getattr(pipe, "text_encoder", None))))
+    if not any(changed):
+        raise ValueError(f"restore: pipe must have been accelerated before, got a plain {type(pipe).__name__}")
+
+
+def _require_diffusers() -> None:
+    try:
+        import diffusers  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            'accelerate: diffusers must be installed: pip install "qwen-image-fast[diffusers]"'
+        ) from error
+
+
+def _parts(pipe: Any) -> dict[str, Any]:
+    """The objects in `pipe` that may be accelerated, by name."""
+    from diffusers import AutoencoderKLQwenImage, DiffusionPipeline, ModularPipeline, QwenImageTransformer2DModel
+
+    if isinstance(pipe, nn.Module):
+        model = _unwrap(pipe)
+        for name, cls in (("transformer", QwenImageTransformer2DModel), ("vae", AutoencoderKLQwenImage)):
+            if isinstance(model, cls):
+                return {name: model}
+    elif isinstance(pipe, (DiffusionPipeline, ModularPipeline)) and "QwenImage" in type(pipe).__name__:
+        found = {name: _unwrap(getattr(pipe, name, None)) for name in ("transformer", "vae")}
+        return {name: part for name, part in found.items() if part is not None} | {"pipeline": pipe}
+    raise TypeError(
+        "accelerate: pipe must be a diffusers Qwen-Image pipeline, or its transformer or VAE, "
+        f"got {type(pipe).__module__}.{type(pipe).__name__}"
+    )
+
+
+def _unwrap(module: Any) -> Any:
+    """The module inside of `torch.compile(module)`."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _modules(part: Any) -> list[Any]:
+    return list(part.modules()) if isinstance(part, nn.Module) else [part]
+
+
+def _accelerate_part(name: str, part: Any, report: Report) -> None:
+    if isinstance(part, Swapped):
+        report.left_alone.append((name, "it is accelerated already"))
+    elif fast_class(type(part)) is None and name == "pipeline":
+        why = f"the loop of {type(part).__name__} is not known here: modulation vectors are computed at every call"
+        report.left_alone.append((name, why))
+    elif fast_class(type(part)) is None:
+        what = f"{type(part).__module__}.{type(part).__name__}"
+        report.left_alone.append((name, f"its class, {what}, is none that is known here"))
+    elif name == "transformer" and (missing := [field for field in _CONFIG_FIELDS if field not in part.config]):
+        report.left_alone.append((name, f"this diffusers is too old: no {', '.join(missing)} in the configuration"))
+    elif not swap(part):
+        report.left_alone.append((name, "something unknown replaced its forward on the object"))
+    else:
+        _DETAILS[name](part, report)
+
+
+def _transformer_details(transformer: Any, report: Report) -> None:
+    if why := obstacle(transformer):
+        report.left_alone.append(("transformer", f"{why}; as long as this is so, diffusers' own forward runs"))
+        return
+    report.replaced.append("transformer: fused forward without padding; the last block computes the image only")
+    report.kept_per_step = transformer.modulation_bytes()
+    if any(block._compiled_call_impl is not None for block in transformer.transformer_blocks):
+        why = "compile_repeated_blocks has no effect, because the fused forward calls no block"
+        report.left_alone.append(("compiled blocks", why))
+
+
+def _vae_details(vae: Any, report: Report) -> None:
+    layers = sum(swap(module) for module in vae.modules() if not isinstance(module, Swapped))
+    report.replaced.append(f"vae: single images go through a 2-D network ({layers} layers replaced)")
+
+
+def _pipeline_details(pipe: Any, report: Report) -> None:
+    report.replaced.append(
+        "pipeline: modulation vectors are computed once per time step of a schedule, one row for the whole batch"
+    )
+    text_encoder = _unwrap(getattr(pipe, "text_encoder", None))
+    if type(text_encoder).__name__ != "Qwen2_5_VLForConditionalGeneration":
+        report.left_alone.append(("text_encoder", f"it is a {type(text_encoder).__name__}"))
+    elif not add_text_hook(text_encoder):
+        report.left_alone.append(("text_encoder", "it is accelerated already"))
+    else:
+        report.replaced.append(
+            "text_encoder: while the pipeline encodes prompts, the vocabulary matrix multiplies one position of each "
+            "prompt instead of all; other calls and generate() are unchanged"
+        )
+
+
+_DETAILS = {"transformer": _transformer_details, "vae": _vae_details, "pipeline": _pipeline_details}

@@ -1,0 +1,110 @@
+"""When diffusers' own forward has to run, because something of the user's would be passed over otherwise."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen_image_fast.ops import _library
+
+_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+
+
+def compute_dtype(hidden_states: Tensor) -> torch.dtype:
+    """What a projection of `hidden_states` returns."""
+    kind = hidden_states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_states.dtype
+
+
+def obstacle(model: Any, hidden_states: Tensor | None = None) -> str | None:
+    """Why the fast forward may not run now, or None.
+
+    It reads the norm weights and never calls the blocks, their attention, norms and activations. So these must be
+    diffusers' own, without hooks: group and sequential offloading, step caches and context parallelism hook them.
+    """
+    place = model.proj_out.weight if hidden_states is None else hidden_states
+    try:
+        if not _library.use_reference():
+            _library.check_device("accelerate", place)
+    except NotImplementedError as error:
+        return str(error)
+    dtype = None if hidden_states is None else compute_dtype(hidden_states)
+    known = model._known
+    if known.registry._active_backend != known.native:
+        return f"the attention backend {known.registry._active_backend} was chosen"
+    if (why := _unlike(model, known.top, "")) is not None:
+        return why
+    custom = model._gradient_checkpointing_func if model.gradient_checkpointing else None
+    if custom is not None and "enable_gradient_checkpointing" not in getattr(custom, "__qualname__", ""):
+        return "a gradient checkpointing function of your own was set"
+    for i, block in enumerate(model.transformer_blocks):
+        if (why := _unlike(block, known.block, f"transformer_blocks.{i}")) is not None:
+            return why
+        attn = block._modules["attn"]
+        processor, eps = attn.processor, attn._modules["norm_q"].eps
+        if type(processor) is not known.processor:
+            return f"transformer_blocks.{i}.attn has the processor {type(processor).__name__}"
+        if processor._attention_backend not in (None, known.native) or processor._parallel_config is not None:
+            return f"transformer_blocks.{i}.attn has an attention backend or a parallel configuration of its own"
+        for name in _NORMS:
+            norm = attn._modules[name]
+            weight = norm._parameters.get("weight")
+            if weight is None or norm._parameters.get("bias") is not None or norm.eps != eps:
+                return f"transformer_blocks.{i}.attn.{name} is not a plain RMS norm"
+            if dtype is not None and weight.dtype != dtype:
+                return f"transformer_blocks.{i}.attn.{name} is stored as {weight.dtype}, the inputs are {dtype}"
+            if weight.is_meta:
+                return f"the weights of transformer_blocks.{i}.attn.{name} are not loaded"
+    return None
+
+
+def _unlike(root: nn.Module, expected: dict[tuple[str, ...], tuple[type, ...]], prefix: str) -> str | None:
+    """The first module below `root` that has another class than expected, or a hook."""
+    for path, classes in expected.items():
+        module = root
+        for name in path:
+            module = module._modules.get(name)
+            if module is None:
+                break
+        if type(module) not in classes:
+            return f"{'.'.join((prefix, *path)).lstrip('.')} is a {type(module).__name__}"
+        state = module.__dict__
+        wrapped = state.get("forward")
+        if wrapped is not None and getattr(wrapped, "__func__", None) is not type(module).forward:
+            return f"{'.'.join((prefix, *path)).lstrip('.')} has a hook (offloading, a step cache or the like)"
+        if (state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]
+                or state["_backward_pre_hooks"]):  # fmt: skip
+            return f"{'.'.join((prefix, *path)).lstrip('.')} has a hook"
+    return None
+
+
+def known_parts() -> types.SimpleNamespace:
+    """diffusers' classes for the modules that the fast forward goes past; a class attribute of the fast transformer."""
+    from diffusers.models import activations, attention, attention_dispatch, attention_processor, normalization
+    from diffusers.models.transformers import transformer_qwenimage as qwen
+
+    block: dict[tuple[str, ...], tuple[type, ...]] = {
+        (): (qwen.QwenImageTransformerBlock,),
+        ("attn",): (attention_processor.Attention,),
+    }
+    block |= {("attn", name): (normalization.RMSNorm,) for name in _NORMS}
+    for stream in ("img", "txt"):
+        block |= {(f"{stream}_norm{i}",): (nn.LayerNorm,) for i in (1, 2)}
+        block[(f"{stream}_mod",)] = (nn.Sequential,)
+        block[(f"{stream}_mlp",)] = (attention.FeedForward,)
+        block[(f"{stream}_mlp", "net", "0")] = (activations.GELU,)
+    top = {
+        ("pos_embed",): (qwen.QwenEmbedRope, qwen.QwenEmbedLayer3DRope),
+        ("norm_out",): (normalization.AdaLayerNormContinuous,),
+        ("norm_out", "norm"): (nn.LayerNorm,),
+    }
+    return types.SimpleNamespace(
+        block=block,
+        top=top,
+        processor=qwen.QwenDoubleStreamAttnProcessor2_0,
+        registry=attention_dispatch._AttentionBackendRegistry,
+        native=attention_dispatch.AttentionBackendName.NATIVE,
+    )

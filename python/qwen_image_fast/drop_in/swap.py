@@ -1,0 +1,112 @@
+"""Giving an object another class, and taking it away again."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+from torch import nn
+
+
+class SwappedType(type):
+    """The type of the classes below: each equals the class it replaces, which it is not.
+
+    diffusers' `from_pipe` takes over the models of another pipeline whose type is equal to the one it expects.
+    """
+
+    _original: type
+
+    def __eq__(cls, other):
+        return cls is other or cls.__dict__.get("_original") is other
+
+    def __hash__(cls):
+        return hash(cls.__dict__.get("_original")) if "_original" in cls.__dict__ else type.__hash__(cls)
+
+
+class Swapped:
+    """Base of the classes that `accelerate` gives to objects.
+
+    Each has the name and module of the class it replaces, because diffusers and transformers write both into files.
+    Pickle would then look for it where the original is, so an object is pickled as "the original's fast version".
+    """
+
+    _original: type
+    _caches = ("_layouts", "_modulation_table", "_said", "_one_frame")
+
+    @classmethod
+    def methods(cls, original: type) -> dict[str, Any]:
+        """Methods that are made from those of the original."""
+        return {}
+
+    def __reduce_ex__(self, protocol):
+        state = {k: v for k, v in self.__dict__.items() if k not in self._caches}
+        return _new_swapped, (self._original,), state
+
+
+def _new_swapped(original: type) -> Any:
+    cls = fast_class(original)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def fast_class(original: type) -> type | None:
+    """The class that replaces `original`; None: there is no such class."""
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d, QwenImageRMS_norm
+
+    from qwen_image_fast.drop_in.pipeline import FastPipeline
+    from qwen_image_fast.drop_in.transformer import FastTransformer
+    from qwen_image_fast.drop_in.vae import FastCausalConv3d, FastRMSNorm, FastVAE
+
+    mixins = {
+        QwenImageTransformer2DModel: FastTransformer,
+        AutoencoderKLQwenImage: FastVAE,
+        QwenImageCausalConv3d: FastCausalConv3d,
+        QwenImageRMS_norm: FastRMSNorm,
+    }
+    mixin = mixins.get(original)
+    if original.__module__.startswith("diffusers.pipelines.qwenimage."):
+        mixin = FastPipeline
+    if mixin is None:
+        return None
+    body = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return SwappedType(original.__name__, (mixin, original), body | {"_original": original} | mixin.methods(original))
+
+
+def swap(obj: Any) -> bool:
+    """Give `obj` its fast class; False if it has none, or if the new forward would not be reached."""
+    cls = fast_class(type(obj))
+    if cls is None or not _rebind(obj, type(obj), cls):
+        return False
+    object.__setattr__(obj, "__class__", cls)
+    return True
+
+
+def unswap(obj: Any) -> bool:
+    """Give `obj` its own class back; False if it has it."""
+    if not isinstance(obj, Swapped):
+        return False
+    for cache in obj._caches:
+        obj.__dict__.pop(cache, None)
+    _rebind(obj, type(obj), obj._original)
+    object.__setattr__(obj, "__class__", obj._original)
+    return True
+
+
+def _rebind(obj: Any, old: type, new: type) -> bool:
+    """Let hooks that keep `obj.forward` of the old class (offloading, caching) call the new one.
+
+    accelerate and diffusers hooks put a wrapper on the instance, and keep the bound method that was there before.
+    """
+    if not isinstance(obj, nn.Module) or old.forward is new.forward:
+        return True
+    places: list[tuple[dict, str]] = [(obj.__dict__, name) for name in ("forward", "_old_forward")]
+    if (registry := obj.__dict__.get("_diffusers_hook")) is not None:
+        places += [(ref.__dict__, name) for ref in registry._fn_refs for name in ("forward", "original_forward")]
+    found = False
+    for holder, name in places:
+        if getattr(holder.get(name), "__func__", None) is old.forward:
+            holder[name] = types.MethodType(new.forward, obj)
+            found = True
+    return found or "forward" not in obj.__dict__

@@ -1,0 +1,106 @@
+"""The transformer of a diffusers pipeline with our forward."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen_image_fast.drop_in.loop import ModulationTable, current_loop, current_step
+from qwen_image_fast.drop_in.obstacle import compute_dtype, known_parts, obstacle
+from qwen_image_fast.drop_in.swap import Swapped
+from qwen_image_fast.models.modulation import Modulation
+from qwen_image_fast.models.transformer_forward import TransformerForward
+
+logger = logging.getLogger(__name__)
+
+
+class FastTransformer(Swapped, TransformerForward):
+    """Mixed into diffusers' QwenImageTransformer2DModel, in front of it."""
+
+    @classmethod
+    def methods(cls, original: type) -> dict[str, Any]:
+        from diffusers.utils import apply_lora_scale
+
+        forward = apply_lora_scale("attention_kwargs")(cls.forward)
+        return {"forward": functools.wraps(original.forward)(forward), "_known": known_parts()}
+
+    def forward(
+        self,
+        hidden_states,
+        encoder_hidden_states=None,
+        encoder_hidden_states_mask=None,
+        timestep=None,
+        img_shapes=None,
+        guidance=None,
+        attention_kwargs=None,
+        controlnet_block_samples=None,
+        additional_t_cond=None,
+        return_dict=True,
+    ):
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        arguments = (encoder_hidden_states, encoder_hidden_states_mask, timestep, img_shapes, guidance,
+                     attention_kwargs, controlnet_block_samples, additional_t_cond)  # fmt: skip
+        if why := obstacle(self, hidden_states):
+            if not torch.compiler.is_compiling() and self.__dict__.get("_said") != why:
+                self._said = why
+                logger.warning("the transformer runs diffusers' own forward: %s", why)
+            return super(TransformerForward, self).forward(hidden_states, *arguments, return_dict)
+        if timestep is not None:
+            timestep = timestep.to(compute_dtype(hidden_states))
+        arguments = (*arguments[:2], timestep, *arguments[3:])
+        (sample,) = super().forward(hidden_states, *arguments, return_dict=False)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _check_inputs(self, hidden_states, encoder_hidden_states, timestep, img_shapes, guidance):
+        if self.img_in.weight.dtype != hidden_states.dtype:  # a quantised weight, or one stored in another type
+            return hidden_states.shape[:2]
+        return super()._check_inputs(hidden_states, encoder_hidden_states, timestep, img_shapes, guidance)
+
+    @contextmanager
+    def cache_context(self, *args, **kwargs):
+        """Around each of the pipelines' own calls of the transformer, and so not around those of a user's callback."""
+        with super().cache_context(*args, **kwargs):
+            loop = current_loop.get()
+            token = current_step.set(None if loop is None else loop.step(self))
+            try:
+                yield
+            finally:
+                current_step.reset(token)
+
+    def modulation(self, timestep: Tensor, additional_t_cond: Tensor | None = None) -> Modulation:
+        """In the dtype of `timestep`: a weight may be stored in another one."""
+        temb = F.silu(self.time_text_embed(timestep, timestep, additional_t_cond))
+        blocks = self.transformer_blocks
+        img = [block.img_mod[1](temb) for block in blocks]
+        txt = [block.txt_mod[1](temb) for block in blocks]
+        return Modulation(img, txt, self.norm_out.linear(temb))
+
+    def modulation_of(self, timestep: Tensor, additional_t_cond: Tensor | None) -> Modulation:
+        """Inside of a pipeline all samples are at the same time step: one row, kept for the next call of that step."""
+        step = None if torch.compiler.is_compiling() else current_step.get()
+        if step is None or step.transformer is not self or torch.is_grad_enabled():
+            return super().modulation_of(timestep, additional_t_cond)
+        rows = timestep[:1] if additional_t_cond is None else timestep
+
+        def compute() -> Modulation:
+            return self.sample_modulation(rows, additional_t_cond)
+
+        table = self.__dict__.setdefault("_modulation_table", ModulationTable())
+        modulation = table.get(step, rows, additional_t_cond, compute)
+        if self.config.zero_cond_t and len(rows) != len(timestep):  # two rows per sample: its target, its references
+            repeated = [t.repeat(len(timestep), 1) for t in (*modulation.img, modulation.final)]
+            modulation = Modulation(repeated[:-1], modulation.txt, repeated[-1])
+        return modulation
+
+    def modulation_bytes(self) -> int:
+        """What one time step takes in the table."""
+        rows = 2 if self.config.zero_cond_t else 1
+        values = self.inner_dim * (len(self.transformer_blocks) * (6 * rows + 6) + 2 * rows)
+        return values * torch.empty((), dtype=self.dtype).element_size()

@@ -1,0 +1,174 @@
+"""The benchmarks: how they measure and report, and that every suite runs and finds equal results."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# Run from anywhere: `benchmarks` lives in the root of the repository, which pytest does not put on the path.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+pytest.importorskip("diffusers")
+harness = pytest.importorskip("benchmarks.harness")
+
+SMOKE = harness.Settings(rounds=2, warmup=0, compile=False, quick=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads that wait for each other make small operations very slow where tests share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def variants(calls: list):
+    return {name: (lambda name=name: calls.append(name)) for name in ("a", "b", "c")}
+
+
+def test_order_rotates():
+    calls: list[str] = []
+    harness.measure(variants(calls), harness.Settings(rounds=4, warmup=0), cold=True)
+    assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
+
+
+def test_short_calls_are_repeated_and_counted_once():
+    calls: list[str] = []
+    samples = harness.measure(variants(calls), harness.Settings(rounds=3, warmup=0))
+    assert len(calls) > 100
+    assert all(len(s) == 3 and max(s) < 1e-3 for s in samples.values())
+
+
+def test_long_cases_stop_early():
+    settings = harness.Settings(rounds=1000, warmup=0, seconds=0.0)
+    samples = harness.measure(variants([]), settings)
+    assert {len(s) for s in samples.values()} == {harness.FEWEST_ROUNDS}
+
+
+def test_timing_is_median_and_quartiles():
+    assert harness.Timing.of([5.0, 1.0, 3.0, 2.0, 4.0]) == harness.Timing(3.0, 2.0, 4.0, 5)
+    assert harness.Timing.of([2.0]) == harness.Timing(2.0, 2.0, 2.0, 1)
+
+
+def test_ratio_is_taken_within_rounds():
+    # A machine that slows down tenfold in one round: the ratio of medians would be 1.
+    samples = {"a": [2.0, 20.0, 200.0], "b": [1.0, 10.0, 100.0]}
+    assert harness.ratio(samples, "a", "b") == 2.0
+
+
+@pytest.mark.parametrize("wrong", [lambda: torch.ones(3) * 1.1, lambda: torch.ones(4), lambda: torch.ones(3) / 0])
+def test_no_speedup_without_agreement(wrong):
+    good = {"diffusers": lambda: torch.ones(3), "ours": lambda: torch.ones(3)}
+    case = harness.compare("s", "n", good, SMOKE, tolerance=1e-3, tags={})
+    assert case.agrees and case.speedups.keys() == {"ours"}
+    case = harness.compare("s", "n", {**good, "ours": wrong}, SMOKE, tolerance=1e-3, tags={})
+    assert not case.agrees and case.speedups == {} and harness.speedup(case, "ours") is None
+
+
+def test_bars():
+    assert harness.Bar("b", 1.5, 1.5).verdict == "reached"
+    assert harness.Bar("b", 1.5, 1.4).verdict == "missed"
+    assert harness.Bar("b", 1.2, 1.1, at_most=True).verdict == "reached"
+    assert harness.Bar("b", 1.2, None).verdict == "not measured"
+
+
+def test_speedup_over_another_variant():
+    case = harness.Case("s", "n", {}, {}, {"ours": 3.0, "diffusers compiled": 1.5})
+    assert harness.speedup(case, "ours") == 3.0
+    assert harness.speedup(case, "ours", "diffusers compiled") == 2.0
+
+
+def test_peak_extra_memory():
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak of resident memory is read from Linux")
+    measured = harness.peak_extra_memory(lambda: torch.ones(64 << 18).sum(), "cpu")
+    assert 60 << 20 < measured < 100 << 20
+
+
+def test_stage_times_restores_methods():
+    class Part:
+        def work(self):
+            return 7
+
+    part = Part()
+    with harness.stage_times("cpu", {"work": (part, "work")}) as seconds:
+        assert part.work() == 7
+    assert seconds["work"] > 0 and not vars(part)
+
+
+def test_report_round_trip_table_and_plot(tmp_path):
+    from benchmarks.report import plot, print_report
+    from rich.console import Console
+
+    case = harness.Case(
+        "ops", "add", {"op": "add"}, {"diffusers": harness.Timing.of([0.2]), "ours": harness.Timing.of([0.1])},
+        {"ours": 2.0}, bytes=10**6, roof={"ours": 0.5}, memory={"ours": 10**6}, goals={"ours": 1.5},
+        stages={"ours": {"decode": 0.01}},
+    )  # fmt: skip
+    other = harness.Case("ops", "sub", {}, case.timings, {}, difference=1.0, tolerance=0.1)
+    machine = harness.describe_machine("cpu")
+    report = harness.Report("2000-01-01", machine, {"copy": 1e10}, [case, other], [harness.Bar("add", 1.5, 2.0)])
+    report.save(tmp_path / "r.json")
+    assert harness.Report.load(tmp_path / "r.json") == report
+    console = Console(record=True, width=160, file=(tmp_path / "out").open("w"))
+    print_report(report, console)
+    text = console.export_text()
+    assert all(part in text for part in ("2.00x", "reached", "50%", "results differ", "decode 10 ms"))
+    plot(report, tmp_path / "r.png")
+    assert (tmp_path / "r.png").stat().st_size > 1000
+
+
+def test_machine_names_no_host_or_path():
+    import json
+    import platform
+
+    text = json.dumps(harness.describe_machine("cpu"))
+    assert platform.node() not in text and str(Path.home()) not in text and str(Path(__file__).parents[1]) not in text
+
+
+def test_ops():
+    from benchmarks import bench_ops
+
+    cases = list(bench_ops.cases(SMOKE, heads=2, side=6, txt=8))
+    assert len(cases) == 26 and all(c.agrees for c in cases), [c for c in cases if not c.agrees]
+    assert [b.verdict for b in bench_ops.bars(cases)].count("not measured") == 0
+
+
+def test_block():
+    from benchmarks import bench_block
+
+    (case,) = bench_block.cases(SMOKE, grids=((4, 6),), heads=2, txt=5)
+    assert case.agrees and case.flops == 2 * 29 * 12 * 256**2 + 4 * 29**2 * 256
+    assert bench_block.bars([case])[0].verdict == "not measured"
+
+
+def test_pipeline():
+    pytest.importorskip("qwen_image_fast.accelerate")
+    from benchmarks import bench_pipeline
+
+    (case,) = bench_pipeline.cases(SMOKE, steps=2)
+    assert case.agrees, f"images differ by {case.difference} of 255"
+    assert case.stages.keys() == {"diffusers", "ours", "diffusers accelerated"}
+
+
+def test_loading():
+    from benchmarks import bench_loading
+
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory of a process is read from Linux")
+    (case,) = bench_loading.cases(harness.Settings(rounds=1), layers=1, heads=1)
+    assert case.memory.keys() == {"diffusers", "ours"} and case.bytes > 10**6
+
+
+def test_run_writes_results(tmp_path, capsys):
+    from benchmarks import run
+
+    report = run.main(["transformer", "--quick", "--device", "cpu", "--output", str(tmp_path)])
+    assert len(report.cases) == 2 and all(c.agrees for c in report.cases)
+    (result,) = tmp_path.glob("*-transformer-quick.json")
+    assert harness.Report.load(result) == report and result.with_suffix(".png").exists()
+    assert "bars" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run.main(["no-such-suite"])
