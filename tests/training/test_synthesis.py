@@ -1,0 +1,432 @@
+"""Synthesised text-rendering data: what is drawn is what the caption says, and nothing else decides it."""
+
+import random
+import string
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image, ImageDraw
+from typer.testing import CliRunner
+
+pytest.importorskip("fontTools", reason="glyph coverage is read by fontTools")
+
+from qwen_image_fast.training.synthesis import (
+    FontError,
+    SynthesisRecipe,
+    canvas,
+    colours,
+    compositional,
+    fonts,
+    generator,
+    make,
+    make_edit,
+    photos,
+    preview,
+    pure,
+    quoted_texts,
+    sample,
+    stream,
+    tiny,
+    words,
+    write_preview,
+)
+from qwen_image_fast.training.synthesis import complex as complex_layouts
+from qwen_image_fast.training.synthesis.recipe import STRATEGIES
+
+
+def _has_chinese() -> bool:
+    try:
+        return bool(tiny(64, ("zh",)).faces("zh"))
+    except FontError:
+        return False
+
+
+chinese = pytest.param(
+    "zh", marks=pytest.mark.skipif(not _has_chinese(), reason="no Chinese font: install Debian's fonts-wqy-microhei")
+)
+languages = pytest.mark.parametrize("language", ["en", chinese])
+RENDERED = {"pure": pure, "compositional": compositional, "complex": complex_layouts}
+
+
+@pytest.fixture(scope="session")
+def photograph(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photographs") / "noise.png"
+    coarse = np.random.default_rng(0).integers(0, 255, (12, 20, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((320, 192), Image.Resampling.BICUBIC).save(path)
+    return str(path), "coloured clouds", "彩云"
+
+
+@pytest.fixture(autouse=True)
+def _without_scikit_image(monkeypatch, photograph):
+    """One made-up photograph stands for those in scikit-image's wheel."""
+    find = photos.find_photos
+    monkeypatch.setattr(compositional, "find_photos", lambda folder: find(folder) if folder else (photograph,))
+
+
+def only(strategy: str, **changes) -> SynthesisRecipe:
+    values = {name: float(name == strategy) for name in STRATEGIES} | {"sizes": ((160, 160),)} | changes
+    return SynthesisRecipe(**values)
+
+
+def mixed(language: str) -> SynthesisRecipe:
+    return only(
+        "pure", shapes=0.5, compositional=1.0, complex=1.0, languages=(language,), sizes=((160, 160), (192, 144))
+    )
+
+
+def same(first, second) -> bool:
+    return first.caption == second.caption and first.lines == second.lines and np.array_equal(first.image, second.image)
+
+
+def squeezed(texts) -> str:
+    return "".join("".join(texts).split())
+
+
+# Determinism
+
+
+@languages
+def test_a_sample_depends_on_seed_and_index_only(language):
+    recipe = mixed(language)
+    forwards = [make(recipe, 7, index) for index in range(12)]
+    canvas.text_mask.cache_clear()
+    canvas._turned_mask.cache_clear()
+    backwards = [make(SynthesisRecipe.from_dict(vars(recipe)), 7, index) for index in reversed(range(12))]
+    assert all(same(a, b) for a, b in zip(forwards, reversed(backwards)))
+    assert len({s.caption for s in forwards}) == 12
+    assert not any(same(make(recipe, 8, index), forwards[index]) for index in range(12))
+
+
+def test_pairs_depend_on_seed_and_index_only():
+    recipe = mixed("en")
+    for index in range(8):
+        first, second = make_edit(recipe, 3, index), make_edit(recipe, 3, index)
+        assert first.instruction == second.instruction and np.array_equal(first.target, second.target)
+
+
+def test_processes_give_the_same_samples_in_order():
+    recipe, count = tiny(32), generator._CHUNK + 3
+    alone = list(stream(recipe, 1, start=5, count=count))
+    parallel = list(stream(recipe, 1, start=5, count=count, workers=2))
+    assert len(alone) == len(parallel) == count
+    assert all(same(a, b) for a, b in zip(alone, parallel))
+    assert same(alone[4], make(recipe, 1, 9))
+
+
+def test_an_endless_stream_can_be_left():
+    endless = stream(tiny(32), 0)
+    assert same(next(endless), make(tiny(32), 0, 0))
+    endless.close()
+
+
+# What is drawn
+
+
+@languages
+@pytest.mark.parametrize("strategy", RENDERED)
+def test_the_caption_quotes_what_was_drawn(monkeypatch, strategy, language):
+    """Each quoted text, in order, is what Pillow was asked to draw, and nothing else was drawn."""
+    recipe, module = only(strategy, languages=(language,)), RENDERED[strategy]
+    drawn: list[str] = []
+    draw_text = ImageDraw.ImageDraw.text
+
+    def recording(self, xy, text, *args, **kwargs):
+        drawn.append(text)
+        return draw_text(self, xy, text, *args, **kwargs)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", recording)
+    checked = 0
+    for seed in range(40):
+        planned = module.plan(recipe, random.Random(seed), (160, 160), language)
+        if planned is None:
+            assert module.make(recipe, random.Random(seed), (160, 160), language) is None
+            continue
+        made = module.make(recipe, random.Random(seed), (160, 160), language)
+        canvas.text_mask.cache_clear()
+        canvas._turned_mask.cache_clear()
+        drawn.clear()
+        picture = canvas.render_scene(planned) if strategy == "pure" else module.render(planned)[0]
+        assert np.array_equal(picture, made.image)
+        assert quoted_texts(made.caption) == made.lines
+        assert squeezed(made.lines) == squeezed(drawn)
+        checked += 1
+    assert checked > 10
+
+
+@languages
+def test_text_stays_inside_the_canvas_and_its_box(language):
+    """On a plain ground every pixel outside the boxes is the ground's colour, and the boxes are in the canvas."""
+    recipe = only("pure", languages=(language,), textures=("plain",), sizes=((96, 96), (200, 80)))
+    for index in range(40):
+        made = make(recipe, 0, index)
+        height, width, _ = made.image.shape
+        outside = np.ones((height, width), bool)
+        for left, top, right, bottom in made.boxes:
+            assert 0 <= left < right <= width and 0 <= top < bottom <= height
+            outside[top:bottom, left:right] = False
+        assert (made.image[outside] == colours.COLOURS[made.colours["ground"]].rgb).all()
+        assert (~outside).any() and (made.image[~outside] != colours.COLOURS[made.colours["ground"]].rgb).any()
+
+
+@pytest.mark.parametrize("strategy", ["compositional", "complex"])
+def test_boxes_of_other_strategies_are_inside(strategy):
+    for index in range(15):
+        made = make(only(strategy), 0, index)
+        assert len(made.boxes) == len(made.lines) > 0
+        assert all(0 <= b[0] < b[2] <= 160 and 0 <= b[1] < b[3] <= 160 for b in made.boxes)
+
+
+@languages
+def test_ink_can_be_read_on_its_ground(language):
+    for index in range(40):
+        made = make(tiny(64, (language,)), 2, index)
+        inks = [name for role, name in made.colours.items() if role.startswith("text")]
+        assert all(colours.contrast(ink, made.colours["ground"]) >= colours.LEAST_CONTRAST for ink in inks)
+
+
+@pytest.mark.parametrize("size, letters", [(32, 3), (64, 6), (128, 8)])
+def test_tiny_keeps_its_limits(size, letters):
+    recipe = tiny(size)
+    known = set(string.ascii_letters + string.digits)
+    for index in range(60):
+        made = make(recipe, 0, index)
+        assert made.image.shape == (size, size, 3) and made.image.dtype == np.uint8
+        assert len(made.lines) <= (1 if size == 32 else 2)
+        assert all(len(line) <= letters and set(line) <= known for line in made.lines)
+
+
+def test_fixed_captions_begin_with_the_text():
+    made = [make(tiny(64, natural=0.0, max_lines=1), 0, index) for index in range(10)]
+    for one in made:
+        ground, ink = one.colours["ground"], one.colours["text"]
+        assert one.caption == f'"{one.lines[0]}" in {ink} on a {ground} ground'
+
+
+@pytest.mark.skipif(not _has_chinese(), reason="no Chinese font: install Debian's fonts-wqy-microhei")
+def test_chinese_captions():
+    for index in range(10):
+        made = make(tiny(64, ("zh",), natural=0.0, max_lines=1), 0, index)
+        ink, ground = (colours.COLOURS[made.colours[role]].chinese for role in ("text", "ground"))
+        assert made.caption == f"“{made.lines[0]}”{ink}，{ground}背景"
+        assert set(made.lines[0]) <= set(words.HAN_CHARACTERS)
+
+
+def test_shapes():
+    made = [make(tiny(64, shapes=1, pure=0), 0, index) for index in range(30)]
+    assert any(one.caption.startswith(("a ", "an ")) and " and " not in one.caption for one in made)
+    for one in made:
+        assert not one.lines and one.caption.endswith(" ground")
+        left, top, right, bottom = one.boxes[0]
+        centre = one.image[(top + bottom) // 2, (left + right) // 2]
+        assert tuple(centre) == colours.COLOURS[one.colours["shape 0"]].rgb
+
+
+@pytest.mark.parametrize("text", ['say "hi"', "it’s “this”", "plain", '"a" and “b”'])
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_quotes_round_trip(text, language):
+    assert quoted_texts(f"A sign: {sample.quote(text, language)} in red") == (text,)
+
+
+# Missing glyphs
+
+
+def test_a_paragraph_with_a_missing_glyph_is_dropped_whole():
+    good, bad = "Every glyph is here.", "One glyph \U0001f9ff is not here."
+    recipe = only("pure", paragraph=1.0, paragraphs=(good, bad), rotation=0.0)
+    assert {make(recipe, 0, index).lines for index in range(12)} == {(good,)}
+    alone = only("pure", paragraph=1.0, paragraphs=(bad,))
+    assert all(pure.plan(alone, random.Random(i), (160, 160), "en") is None for i in range(5))
+    with pytest.raises(
+        ValueError, match=r"200 pure samples in en at 160 x 160 were dropped, because a glyph was missing"
+    ):
+        make(alone, 0, 0)
+
+
+def test_coverage():
+    face = fonts.find_fonts()[0]
+    assert fonts.missing_glyphs(face, "ab \n") == ""
+    assert fonts.missing_glyphs(face, "a你好你") == "你好"
+    assert fonts.faces_for((face,), "a你") == ()
+
+
+def test_a_language_without_a_font_says_what_to_do():
+    dejavu = next(face for face in fonts.find_fonts() if not face.is_chinese)
+    recipe = only("pure", languages=("zh",), fonts=(dejavu.path,), system_fonts=False)
+    with pytest.raises(
+        FontError, match="no font has the glyphs 的一是.*--fonts a folder with a Chinese font, such as Deb"
+    ):
+        make(recipe, 0, 0)
+
+
+def test_font_errors(tmp_path, monkeypatch):
+    with pytest.raises(FontError, match=r"font file or folder .*/none does not exist"):
+        fonts.find_fonts((str(tmp_path / "none"),))
+    with pytest.raises(FontError, match="has no font: files must end in .ttf, .otf, .ttc"):
+        fonts.find_fonts((str(tmp_path),))
+    (tmp_path / "broken.ttf").write_bytes(b"not a font")
+    with pytest.raises(FontError, match="broken.ttf cannot be read"):
+        fonts.find_fonts((str(tmp_path),))
+    with pytest.raises(FontError, match="no font was found: pip install matplotlib"):
+        fonts.find_fonts(system=False)
+
+
+# Words
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_held_out_texts_are_never_trained_on(language):
+    train, held_out = words.WordSource("train"), words.WordSource("held_out")
+    rng = random.Random(0)
+    trained = {train.text(rng, language, 4).casefold() for _ in range(2000)}
+    trained |= {train.phrase(rng, language, 1).casefold() for _ in range(500)}
+    evaluated = {held_out.text(rng, language, 4).casefold() for _ in range(500)}
+    assert not trained & evaluated and len(evaluated) > 100
+    assert not any(words.is_held_out(text) for text in trained)
+    assert all(words.is_held_out(text) for text in evaluated)
+    share = sum(map(words.is_held_out, (f"{i:05}" for i in range(5000)))) / 5000
+    assert share == pytest.approx(0.1, abs=0.02)
+
+
+def test_chinese_sentences_do_not_contain_held_out_words():
+    rng, source = random.Random(1), words.WordSource()
+    hidden = [word for word in words.HAN_WORDS if words.is_held_out(word)]
+    text = "".join(source.sentence(rng, "zh") for _ in range(200))
+    assert len(hidden) > 5 and not [word for word in hidden if word in text]
+
+
+def test_han_words_are_made_of_the_listed_characters():
+    assert set("".join(words.HAN_WORDS)) <= set(words.HAN_CHARACTERS)
+    assert 200 <= len(set(words.HAN_CHARACTERS)) <= 220
+    # The first level of GB2312, each character of which is one token of the tiny tokenizer.
+    assert all(0xB0 <= character.encode("gb2312")[0] <= 0xD7 for character in words.HAN_CHARACTERS)
+    assert len(set(words.ENGLISH_WORDS)) == len(words.ENGLISH_WORDS)
+
+
+# Editing pairs
+
+
+@languages
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_pairs_differ_only_inside_the_mask(strategy, language):
+    recipe = only(strategy, languages=(language,))
+    kinds = set()
+    for index in range(40):
+        pair = make_edit(recipe, 0, index)
+        kinds.add(pair.kind)
+        changed = (pair.source != pair.target).any(-1)
+        assert not (changed & ~pair.mask).any(), (index, pair.instruction)
+        assert changed.any() != (pair.kind == "reconstruct"), (index, pair.instruction)
+        assert pair.mask.any() != (pair.kind == "reconstruct")
+        quoted = quoted_texts(pair.instruction)
+        assert set(quoted) <= {*pair.source_lines, *pair.target_lines}
+        if pair.kind == "text":
+            old, new = quoted
+            assert old in pair.source_lines and old not in pair.target_lines
+            assert new in pair.target_lines and new not in pair.source_lines
+        elif pair.kind not in ("add", "remove"):
+            assert pair.source_lines == pair.target_lines
+    expected = {
+        "shapes": {"colour", "ground", "add", "remove", "move", "reconstruct"},
+        "pure": {"text", "colour", "ground", "add", "remove", "move", "reconstruct"},
+    }
+    assert kinds == expected.get(strategy, {"text", "colour", "reconstruct"})
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_tiny_pairs(size):
+    pairs = [make_edit(tiny(size), 0, index) for index in range(40)]
+    assert {pair.kind for pair in pairs} >= {"text", "colour", "ground", "add", "remove", "reconstruct"}
+
+
+# Photographs
+
+
+def test_photographs_of_a_folder(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (120, 200, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a noisy wall.\n")
+    recipe = only("compositional", photos=str(tmp_path), natural=0.0)
+    assert make(recipe, 0, 0).caption.endswith(" in front of a noisy wall")
+    (tmp_path / "b.jpg").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="photograph .*b.jpg cannot be read"):
+        photos.open_photo(str(tmp_path / "b.jpg"))
+
+
+def test_photographs_of_scikit_image():
+    pytest.importorskip("skimage", reason="scikit-image is not installed")
+    found = photos.find_photos(None)
+    assert len(found) > 3 and all(min(photos.open_photo(path).size) >= 250 for path, *_ in found)
+
+
+def test_photograph_errors(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="has no photographs: files must end in .png"):
+        make(only("compositional", photos=str(tmp_path)), 0, 0)
+    monkeypatch.setattr(photos.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="give --photos a folder of your own, or pip install scikit-image"):
+        photos.find_photos.__wrapped__(None)
+
+
+# Recipes
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"pure": 0}, "one weight of shapes, pure, compositional, complex must be positive"),
+        ({"pure": -1}, "pure must be 0 or more, got -1"),
+        ({"sizes": ()}, "sizes must not be empty"),
+        ({"complex": 1, "sizes": [[64, 64]]}, "sizes must be .* 128 pixels or more for pure and complex"),
+        ({"languages": ["fr"]}, "languages must be en, zh or both"),
+        ({"text_colours": ["mauve"]}, "text_colours must be of"),
+        ({"textures": ["wood"]}, "textures must be of"),
+        ({"text_colours": ["white"], "ground_colours": ["white"]}, "have one that can be read on white"),
+        ({"split": "test"}, "split must be of train, held_out"),
+        ({"split": "held_out", "max_letters": 1}, "max_letters must be 2 or more for the held_out split"),
+        ({"fill": 0}, "fill must be in"),
+        ({"rotation": 90}, "rotation must be from 0 to 45"),
+        ({"colour": "red"}, "unknown colour; known are"),
+    ],
+)
+def test_recipe_errors(values, message):
+    with pytest.raises(ValueError, match=message):
+        SynthesisRecipe.from_dict(values)
+
+
+def test_other_errors():
+    with pytest.raises(ValueError, match="size must be one of 32, 64, 128, got 48"):
+        tiny(48)
+    with pytest.raises(ValueError, match="start, count and workers must be 0 or more, got -1"):
+        stream(tiny(32), 0, start=-1)
+    with pytest.raises(ValueError, match="200 pure samples .* were dropped"):
+        make(tiny(32, max_letters=30, random_strings=0.0, paragraph=1.0, paragraphs=("word " * 500,)), 0, 0)
+
+
+# Contact sheets
+
+
+@pytest.mark.parametrize("edits", [False, True])
+def test_contact_sheet(tmp_path, edits):
+    path = tmp_path / "sheet.png"
+    write_preview(tiny(32), path, count=5, columns=3, cell=64, edits=edits)
+    with Image.open(path) as sheet:
+        assert sheet.format == "PNG" and sheet.width > 3 * 64 * (1 + edits) and sheet.height > 2 * 64
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_contact_sheet_errors():
+    with pytest.raises(ValueError, match="must have samples"):
+        preview.contact_sheet([], fonts.find_fonts())
+
+
+def test_preview_command(tmp_path):
+    app = typer.Typer()
+    app.command()(preview.preview)
+    result = CliRunner().invoke(app, ["--out", str(tmp_path / "a.png"), "--recipe", "tiny", "--count", "2"])
+    assert result.exit_code == 0 and "2 samples of tiny" in result.output.replace("\n", " ")
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text('{"sizes": [[96, 64]], "languages": ["en"]}')
+    result = CliRunner().invoke(app, ["--out", str(tmp_path / "b.png"), "--recipe", str(recipe), "--count", "2"])
+    assert result.exit_code == 0 and (tmp_path / "b.png").is_file()
+    result = CliRunner().invoke(app, ["--recipe", "huge"])
+    assert isinstance(result.exception, ValueError) and "recipe must be one of tiny, mixed" in str(result.exception)

@@ -1,0 +1,75 @@
+"""Photographs to composite onto: those inside scikit-image's wheel, or a folder of the user."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+# Only files that the wheel holds: reading them needs no download. File → English and Chinese subject.
+_WHEEL_PHOTOS = {
+    "astronaut.png": ("an astronaut", "一位宇航员"),
+    "brick.png": ("a brick wall", "一面砖墙"),
+    "camera.png": ("a man with a camera", "一位拿相机的男人"),
+    "chelsea.png": ("a cat", "一只猫"),
+    "coffee.png": ("a cup of coffee", "一杯咖啡"),
+    "grass.png": ("grass", "草地"),
+    "gravel.png": ("gravel", "碎石地"),
+    "motorcycle_left.png": ("a motorcycle", "一辆摩托车"),
+    "rocket.jpg": ("a rocket", "一枚火箭"),
+}
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_LONGEST_SIDE = 1024
+
+
+@functools.cache
+def find_photos(folder: str | None) -> tuple[tuple[str, str, str], ...]:
+    """Photographs as (path, English subject, Chinese subject).
+
+    Args:
+        folder: searched in depth, in order of name; the line of text in `<name>.txt` beside a photograph is its
+            subject ("a cat on a sofa"), else it is "a photograph". None: the photographs in scikit-image's wheel.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    if folder is not None:
+        root = Path(folder).expanduser()
+        files = sorted(f for f in root.rglob("*") if f.suffix.lower() in _SUFFIXES) if root.is_dir() else []
+        if not files:
+            raise FileNotFoundError(f"the folder {folder} has no photographs: files must end in {', '.join(_SUFFIXES)}")
+        return tuple((str(file), *_subject(file)) for file in files)
+    spec = importlib.util.find_spec("skimage")  # looks, does not import
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            "compositional samples need photographs: give --photos a folder of your own, or pip install scikit-image, "
+            "whose wheel has some"
+        )
+    data = Path(spec.origin).parent / "data"
+    found = tuple((str(data / name), *subject) for name, subject in _WHEEL_PHOTOS.items() if (data / name).is_file())
+    if not found:
+        raise FileNotFoundError(f"scikit-image has no photographs in {data}: give --photos a folder of your own")
+    return found
+
+
+def _subject(file: Path) -> tuple[str, str]:
+    beside = file.with_suffix(".txt")
+    if beside.is_file():
+        subject = " ".join(beside.read_text(encoding="utf-8").split()).rstrip(".")
+        return subject, subject
+    return "a photograph", "一张照片"
+
+
+@functools.lru_cache(maxsize=32)
+def open_photo(path: str) -> Image.Image:
+    """The photograph in RGB, its longest side at most 1024 pixels."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (_LONGEST_SIDE, _LONGEST_SIDE))
+            photo = image.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"the photograph {path} cannot be read: {error}") from error
+    photo.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)
+    return photo

@@ -1,0 +1,176 @@
+"""What to synthesise: one frozen value, of plain types, that fits into a configuration file."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .canvas import TEXTURES
+from .colours import COLOURS, TINY_GROUND_COLOURS, TINY_TEXT_COLOURS, readable_on
+from .fonts import Face, faces_of_language, find_fonts
+from .words import SPLITS, WordSource, probe
+
+STRATEGIES = ("shapes", "pure", "compositional", "complex")
+_LEAST_SIDE = {"shapes": 16, "pure": 16, "compositional": 96, "complex": 128}
+# Smallest font size in pixels at which a script is legible.
+_LEGIBLE = {"en": 9, "zh": 12}
+
+
+@dataclass(frozen=True)
+class SynthesisRecipe:
+    """A mix of text-rendering data.
+
+    Attributes:
+        shapes, pure, compositional, complex: weights of the strategies.
+        sizes: canvases as (width, height) in pixels; drawn with equal chance, as are languages.
+        languages: of `en`, `zh`.
+        fonts: font files and folders; `system_fonts`: also those of matplotlib and the system.
+        fonts_per_language: use only the first so many fonts of each language; 0: all.
+        text_colours, ground_colours: colour names. Pairs that cannot be read are never drawn.
+        textures: of the grounds of pure samples, names in `canvas.TEXTURES`.
+        max_letters, max_han: longest single text.
+        max_lines: texts of a pure sample, one above the other, each with its own colour at times.
+        paragraph: share of pure samples that are paragraphs.
+        paragraphs: paragraphs to draw, instead of random sentences.
+        fill: smallest share of the canvas that the text may be fitted to, in (0, 1].
+        centred: put texts in the middle, else anywhere inside the canvas.
+        rotation: largest angle of single texts and paragraphs, in degrees.
+        random_strings: share of random strings among single texts.
+        natural: share of captions in free order; the others begin with the quoted text.
+        photos: folder of photographs for compositional samples; None: those in scikit-image's wheel.
+        split, held_out: side of the split of words (`train`, `held_out`), and share of held-out words.
+    """
+
+    shapes: float = 0.0
+    pure: float = 1.0
+    compositional: float = 0.0
+    complex: float = 0.0
+    sizes: tuple[tuple[int, int], ...] = ((256, 256),)
+    languages: tuple[str, ...] = ("en",)
+    fonts: tuple[str, ...] = ()
+    system_fonts: bool = True
+    fonts_per_language: int = 0
+    text_colours: tuple[str, ...] = tuple(COLOURS)
+    ground_colours: tuple[str, ...] = tuple(COLOURS)
+    textures: tuple[str, ...] = tuple(TEXTURES)
+    max_letters: int = 10
+    max_han: int = 6
+    max_lines: int = 3
+    paragraph: float = 0.5
+    paragraphs: tuple[str, ...] = ()
+    fill: float = 0.5
+    centred: bool = False
+    rotation: float = 15.0
+    random_strings: float = 0.3
+    natural: float = 0.5
+    photos: str | None = None
+    split: str = "train"
+    held_out: float = 0.1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", tuple(tuple(size) for size in self.sizes))
+        for name in ("languages", "fonts", "text_colours", "ground_colours", "textures", "paragraphs"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        _check(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SynthesisRecipe:
+        """A recipe from a configuration file's content; lists may stand for tuples."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"recipe: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        return cls(**values)
+
+    def longest(self, language: str) -> int:
+        """Most characters of a single text."""
+        return self.max_han if language == "zh" else self.max_letters
+
+    def legible(self, language: str) -> int:
+        """Smallest font size in pixels."""
+        return _LEGIBLE[language]
+
+    def words(self) -> WordSource:
+        """Where texts come from."""
+        return WordSource(self.split, self.held_out, self.random_strings)
+
+    def faces(self, language: str) -> tuple[Face, ...]:
+        """Fonts for a language. Raises `fonts.FontError` where there is none."""
+        return _faces(self.fonts, self.system_fonts, self.fonts_per_language, language)
+
+
+def tiny(size: int = 64, languages: tuple[str, ...] = ("en",), **changes: Any) -> SynthesisRecipe:
+    """The data of the tiny model: one or two short texts in 8 colours on 6 plain grounds, three fonts, all upright.
+
+    Args:
+        size: 32, 64 or 128 pixels. It sets how many letters and lines stay legible: 3 letters or 2 Han characters in
+            one line at 32, 6 or 4 in two at 64, 8 or 4 in two at 128.
+        languages: of `en`, `zh`.
+        changes: other fields of the recipe, such as `max_letters=1`, `split="held_out"` or `shapes=1, pure=0`.
+    """
+    limits = {32: (3, 2, 1), 64: (6, 4, 2), 128: (8, 4, 2)}
+    if size not in limits:
+        raise ValueError(f"tiny: size must be one of {', '.join(map(str, limits))}, got {size}")
+    letters, han, lines = limits[size]
+    values: dict[str, Any] = {
+        "sizes": ((size, size),),
+        "languages": languages,
+        "fonts_per_language": 3,
+        "text_colours": TINY_TEXT_COLOURS,
+        "ground_colours": TINY_GROUND_COLOURS,
+        "textures": ("plain",),
+        "max_letters": letters,
+        "max_han": han,
+        "max_lines": lines,
+        "paragraph": 0.0,
+        "fill": 0.8,
+        "centred": True,
+        "rotation": 0.0,
+        "random_strings": 0.5,
+        "natural": 0.2,
+    }
+    return SynthesisRecipe(**(values | changes))
+
+
+@functools.lru_cache(maxsize=64)
+def _faces(fonts: tuple[str, ...], system: bool, most: int, language: str) -> tuple[Face, ...]:
+    found = faces_of_language(find_fonts(fonts, system=system), language, probe(language))
+    return found[:most] if most else found
+
+
+def _check(recipe: SynthesisRecipe) -> None:
+    def must(holds: bool, field: str, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"recipe: {field} must {rule}, got {getattr(recipe, field)!r}")
+
+    weights = {name: getattr(recipe, name) for name in STRATEGIES}
+    for name, weight in weights.items():
+        must(isinstance(weight, (int, float)) and math.isfinite(weight) and weight >= 0, name, "be 0 or more")
+    if not any(weights.values()):
+        raise ValueError(f"recipe: one weight of {', '.join(STRATEGIES)} must be positive, got none")
+    must(bool(recipe.sizes), "sizes", "not be empty")
+    least = max(_LEAST_SIDE[name] for name, weight in weights.items() if weight)
+    for size in recipe.sizes:
+        what = " and ".join(name for name, weight in weights.items() if weight)
+        must(len(size) == 2 and min(size) >= least, "sizes", f"be (width, height) of {least} pixels or more for {what}")
+    must(bool(recipe.languages) and set(recipe.languages) <= {"en", "zh"}, "languages", "be en, zh or both")
+    for name in ("text_colours", "ground_colours"):
+        must(bool(getattr(recipe, name)) and set(getattr(recipe, name)) <= set(COLOURS), name, f"be of {list(COLOURS)}")
+    must(bool(recipe.textures) and set(recipe.textures) <= set(TEXTURES), "textures", f"be of {list(TEXTURES)}")
+    for ground in recipe.ground_colours:
+        must(bool(readable_on(ground, recipe.text_colours)), "text_colours", f"have one that can be read on {ground}")
+    must(recipe.split in SPLITS, "split", f"be of {', '.join(SPLITS)}")
+    must(0 < recipe.held_out < 0.5, "held_out", "be between 0 and 0.5")
+    shortest = 2 if recipe.split == "held_out" else 1
+    for name in ("max_letters", "max_han"):
+        must(getattr(recipe, name) >= shortest, name, f"be {shortest} or more for the {recipe.split} split")
+    must(recipe.max_lines >= 1, "max_lines", "be 1 or more")
+    must(0 < recipe.fill <= 1, "fill", "be in (0, 1]")
+    must(0 <= recipe.rotation <= 45, "rotation", "be from 0 to 45 degrees")
+    for name in ("paragraph", "random_strings", "natural"):
+        must(0 <= getattr(recipe, name) <= 1, name, "be from 0 to 1")
+    must(recipe.fonts_per_language >= 0, "fonts_per_language", "be 0 or more")
