@@ -6,15 +6,26 @@ JOBS ?= 2
 
 .PHONY: demo test lint bench install dev clean
 
-# Two stamps: what a user has, and what a developer has on top.
-$(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.py')
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
+  $(shell find csrc python training -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.yaml')
+PIP = $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
+WHEEL = $(shell ls $(VENV)/wheel/*.whl)
+
+# The wheel is built once, then installed for users and, with more extras, for developers.
+$(VENV)/wheel/built: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch==$(shell sed -n 's/^torch==//p' constraints.txt)
-	$(BIN)/pip install -q -c constraints.txt '.[diffusers]'
+	rm -rf $(VENV)/wheel
+	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps -w $(VENV)/wheel .
+	touch $@
+
+$(VENV)/installed: $(VENV)/wheel/built
+	$(PIP) torch
+	$(PIP) --force-reinstall --no-deps $(WHEEL)
+	$(PIP) '$(WHEEL)[diffusers]'
 	touch $@
 
 $(VENV)/dev: $(VENV)/installed
-	$(BIN)/pip install -q -c constraints.txt '.[diffusers,train,dev]'
+	$(PIP) '$(WHEEL)[diffusers,train,dev]'
 	touch $@
 
 install: $(VENV)/installed
