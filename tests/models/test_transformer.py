@@ -1,5 +1,7 @@
 """The transformer against diffusers' own class with the same random weights."""
 
+import copy
+
 import pytest
 import torch
 from reference_transformer import CONFIG, Case, exact_diffusers, make_pair
@@ -146,6 +148,17 @@ def test_compile():
     compiled = torch.compile(ours, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(**inputs).sample, ours(**inputs).sample)
+
+
+def test_a_copy_remembers_no_masks():
+    case = CASES["mask"]
+    ours, _ = make_pair(case, torch.float32)
+    inputs = case.inputs(torch.float32)
+    with torch.no_grad():
+        expected = ours(**inputs).sample
+        copied = copy.deepcopy(ours)
+        assert ours._layouts and not hasattr(copied, "_layouts")
+        assert torch.equal(copied(**inputs).sample, expected)
 
 
 ERRORS = {

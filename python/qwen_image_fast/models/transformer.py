@@ -170,6 +170,10 @@ class QwenImageTransformer2DModel(TransformerForward, PretrainedModel):
         restore_modulation_weights(self)
         return super().state_dict(*args, **kwargs)
 
+    def __getstate__(self):
+        """Without the layouts of recent calls: they are known by the identity of masks that a copy does not have."""
+        return {k: v for k, v in self.__dict__.items() if k != "_layouts"}
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""
         self.gradient_checkpointing = True
