@@ -1,0 +1,105 @@
+"""Latent caches, captions in one batch, and LoRA files that PEFT and diffusers read."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from trainer_helpers import small_recipe, small_transformer, start, weights
+
+from qwen_image_fast.models.text_encoder import T2I_DROP, T2I_TEMPLATE, encode_prompts
+from qwen_image_fast.training.cli import cache_latents
+from qwen_image_fast.training.lora import add_lora, load_lora, lora_state, save_lora
+from qwen_image_fast.training.randomness import normal
+from qwen_image_fast.training.recipe import LoraRecipe, RecipeError
+from qwen_image_fast.training.tiny.flow_task import FlowTask, encode_captions
+from qwen_image_fast.training.tiny.latents import LatentCache, encode_images
+
+
+def test_captions_in_one_batch_equal_captions_alone(folder, tmp_path):
+    task = FlowTask(small_recipe(folder), tmp_path)
+    captions = ["", "red square", "a longer caption, by far"]
+    with torch.no_grad():
+        rows = encode_captions(task.text_encoder, task.pipe.tokenizer, captions, T2I_TEMPLATE, T2I_DROP, 256)
+        expected = encode_prompts(task.text_encoder, task.pipe.tokenizer, captions, max_sequence_length=256)
+    for a, b in zip(rows, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_training_from_a_cache(folder, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps({
+        "device": "cpu", "batch": 4, "steps": 2, "model": {"folder": str(folder)}, "log": {"validation_samples": 2},
+        "data": {"options": {"size": 32}, "buckets": [[32, 32]], "tasks": {"t2i": 1.0, "ti2i": 1.0}},
+    }))  # fmt: skip
+    cache_latents(path, (), tmp_path / "cache", 12)
+    cache = LatentCache(tmp_path / "cache")
+    assert len(cache) == 12
+    recipe = small_recipe(folder, data__cache=str(tmp_path / "cache"), data__tasks={"t2i": 0.5, "recon": 0.5}, batch=10)
+    run = start(recipe, tmp_path / "run")
+    fresh = small_recipe(folder, data__tasks={"t2i": 1.0, "ti2i": 1.0})
+    live = FlowTask(fresh, tmp_path / "live")
+    for i in range(12):
+        caption, images, _ = cache.read(i)
+        _, expected, pixels, _ = live.maker.content(0, i)
+        assert caption == expected
+        for a, b in zip(images, encode_images(live.pipe.vae, pixels), strict=True):
+            np.testing.assert_allclose(a, b.numpy(), rtol=2e-3, atol=2e-3)
+    batch = run.task.maker.batch(0, 0)  # one epoch: each sample but the two for validation
+    assert len({tuple(raw.images[0][0, :4]) for raw in batch}) > 1
+    assert {raw.task for raw in batch} >= {"ti2i"}
+    run.train_step([batch])
+
+
+def test_an_unfinished_cache_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="data.cache must be a finished latent cache"):
+        LatentCache(tmp_path)
+
+
+def with_random_b(model):
+    for name, tensor in lora_state(model).items():
+        if ".lora_B." in name:
+            tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name))))
+
+
+def test_an_adapter_starts_without_effect_and_only_it_trains(folder, tmp_path):
+    recipe = small_recipe(folder, lora__rank=4, model__train_text_encoder=False, steps=2)
+    run = start(recipe, tmp_path)
+    assert all(".lora_" in name for name in run.parameters)
+    assert not any(t.any() for n, t in lora_state(run.task.transformer).items() if ".lora_B." in n)
+    before = weights(run)
+    run.run()
+    assert all(not torch.equal(w, before[n]) for n, w in weights(run).items() if "lora_B" in n and "blocks.0" in n)
+    other = small_transformer()
+    add_lora(other, 4, 16.0, recipe.lora.targets)
+    load_lora(other, tmp_path / "model")
+    assert torch.equal(lora_state(other)["transformer_blocks.0.attn.to_q.lora_A.weight"],
+                       run.ema.average["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"])  # fmt: skip
+    with pytest.raises(RecipeError, match="lora.targets must be ends of names of linear layers, got 'to_x'"):
+        add_lora(small_transformer(), 4, 16.0, ["to_x"])
+
+
+@pytest.mark.parametrize("reader", ["diffusers", "peft"])
+def test_others_read_the_files(tmp_path, reader):
+    diffusers, peft = pytest.importorskip("diffusers"), pytest.importorskip("peft")
+    ours = small_transformer()
+    theirs = diffusers.QwenImageTransformer2DModel(**ours.config)
+    theirs.load_state_dict(ours.state_dict())
+    x, txt = (normal(shape, 0, "input") for shape in ((1, 4, 64), (1, 5, 128)))
+    arguments = {"timestep": torch.tensor([0.5]), "img_shapes": [[(1, 2, 2)]]}
+    with torch.no_grad():
+        plain = ours(x, txt, None, **arguments).sample
+    lora = LoraRecipe(rank=4, alpha=6.0)
+    add_lora(ours, lora.rank, lora.alpha, lora.targets)
+    with_random_b(ours)
+    save_lora(ours, tmp_path, lora)
+    if reader == "peft":
+        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
+    else:
+        state = diffusers.QwenImagePipeline.lora_state_dict(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+        diffusers.QwenImagePipeline.load_lora_into_transformer(state, theirs)
+    with torch.no_grad():
+        a = ours(x, txt, None, **arguments).sample
+        b = theirs(x, txt, torch.ones(1, 5, dtype=torch.int64), **arguments).sample
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert (a - plain).abs().max() > 0.01

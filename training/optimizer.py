@@ -1,0 +1,128 @@
+"""Float32 master weights, AdamW and Muon on them, learning-rate schedules, and the weights that never learn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen_image_fast.training.recipe import OptimizerRecipe
+
+# The text output of the last block reaches nothing, so these never get a gradient.
+DEAD_IN_LAST_BLOCK = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
+
+
+def freeze_dead(transformer: Any) -> list[str]:
+    """Freeze what the loss does not depend on, so that optimiser states and averages exist exactly for what learns."""
+    last = transformer.transformer_blocks[-1]
+    names = [n for n, _ in last.named_parameters() if n.startswith(DEAD_IN_LAST_BLOCK)]
+    for name in names:
+        last.get_parameter(name).requires_grad_(False)
+    return names
+
+
+def learning_rate(recipe: OptimizerRecipe, step: int, steps: int) -> float:
+    """lr of step 0 ... steps - 1: linear warm-up lr (step + 1) / warmup, then constant, or the half cosine
+    lr (f + (1 - f) (1 + cos(pi t)) / 2), t in [0, 1] over the steps behind the warm-up, f = final_lr."""
+    if step < recipe.warmup:
+        return recipe.lr * (step + 1) / recipe.warmup
+    if recipe.schedule == "constant":
+        return recipe.lr
+    t = (step - recipe.warmup) / max(steps - recipe.warmup, 1)
+    return recipe.lr * (recipe.final_lr + (1 - recipe.final_lr) * (1 + math.cos(math.pi * t)) / 2)
+
+
+class Optimizer:
+    """One update of all trainable weights: gradients summed in float32, clipped, then AdamW or Muon.
+
+    A float32 parameter is its own master weight. A 16-bit one has a float32 master that takes the updates and is
+    rounded into it after each: updates smaller than the rounding step of a 16-bit weight would be lost.
+
+    Args:
+        parameters: trainable parameters by name.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], recipe: OptimizerRecipe):
+        self.recipe = recipe
+        self.parameters = dict(parameters)
+        self.masters = {
+            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in parameters.items()
+        }
+        matrices = [n for n, p in parameters.items() if p.ndim >= 2]
+        muon = [n for n in matrices if self._by_muon(n)]
+        groups = [
+            {"params": [self.masters[n] for n in matrices if n not in set(muon)], "weight_decay": recipe.weight_decay},
+            {"params": [p for n, p in self.masters.items() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        common: dict[str, Any] = {"lr": recipe.lr, "betas": tuple(recipe.betas), "eps": recipe.eps}
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if any(g["params"] for g in groups):
+            groups = [g for g in groups if g["params"]]
+            self.optimizers.append(torch.optim.AdamW(groups, fused=True, **common))
+        if muon:
+            # RMS matched to AdamW's, so that both take the same learning rate (Moonlight, arXiv 2502.16982).
+            self.optimizers.append(
+                torch.optim.Muon(
+                    [self.masters[n] for n in muon],
+                    lr=recipe.lr,
+                    weight_decay=recipe.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+
+    def _by_muon(self, name: str) -> bool:
+        if self.recipe.name != "muon":
+            return False
+        if not hasattr(torch.optim, "Muon"):
+            raise RuntimeError("optimizer.name muon needs a torch that has torch.optim.Muon (2.9 or later)")
+        return "transformer_blocks." in name and self.masters[name].ndim == 2
+
+    def accumulate(self) -> None:
+        """Add the gradients of a micro-batch to those of the master weights."""
+        for name, p in self.parameters.items():
+            master = self.masters[name]
+            if master is p or p.grad is None:
+                continue
+            grad = p.grad.float()
+            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            p.grad = None
+
+    def clip(self) -> Tensor:
+        """Scale all gradients so that their joint norm is at most `clip`; returns the norm before that."""
+        return torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.recipe.clip or math.inf)
+
+    def step(self, lr: float) -> None:
+        """Update the master weights and round them into the model; the gradients are gone afterwards."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.write_back()
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        for name, p in self.parameters.items():
+            if self.masters[name] is not p:
+                p.copy_(self.masters[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """Every tensor of the optimisers' states, by "<parameter>/<state>"."""
+        names = {id(m): n for n, m in self.masters.items()}
+        return {
+            f"{names[id(p)]}/{key}": value
+            for optimizer in self.optimizers
+            for p, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        owners = {id(p): o for o in self.optimizers for g in o.param_groups for p in g["params"]}
+        for full, value in tensors.items():
+            name, _, key = full.rpartition("/")
+            master = self.masters[name]
+            # AdamW's step counter lives where fused AdamW wants it, next to the weights.
+            owners[id(master)].state[master][key] = value.to(master.device)

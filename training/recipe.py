@@ -1,0 +1,301 @@
+"""Recipes: what a training run does, as YAML with dataclasses behind it and dotted overrides on the command line.
+
+A file says `kind: flow` or `kind: vae`; every other key is a field of that dataclass or of one inside it. A key that is
+not a field is refused by its name, with the nearest field; so is a value of the wrong type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class RecipeError(ValueError):
+    """A sentence about what a recipe must be."""
+
+
+@dataclass
+class DataRecipe:
+    """source: "squares" (a toy), "synthesis" (training.synthesis) or a folder of images with captions in `<name>.txt`.
+
+    options: arguments of the source. buckets: allowed [height, width] in pixels; an image goes to the one of the
+    nearest aspect ratio. tasks: weights of t2i (text to image), ti2i (references and an instruction) and recon (the
+    reference is the image). text_dropout: share of samples whose caption becomes "". cache: folder of latents made by
+    `training.tiny.latents`; empty: encode on the fly. workers: processes that make batches; 0: the trainer itself.
+    """
+
+    source: str = "squares"
+    options: dict[str, Any] = field(default_factory=dict)
+    buckets: list[list[int]] = field(default_factory=lambda: [[64, 64]])
+    tasks: dict[str, float] = field(default_factory=lambda: {"t2i": 1.0})
+    text_dropout: float = 0.1
+    cache: str = ""
+    workers: int = 0
+
+
+@dataclass
+class ModelRecipe:
+    """folder: the diffusers-layout pipeline to start from; empty: the tiny model with random weights.
+
+    vae: a VAE folder instead of that of `folder`. dtype: of the weights in the forward pass; "auto" is bfloat16 on
+    CUDA, float32 on the CPU. The optimiser's weights are always float32.
+    """
+
+    folder: str = ""
+    vae: str = ""
+    dtype: str = "auto"
+    train_text_encoder: bool = True
+    max_text_tokens: int = 256
+    gradient_checkpointing: bool = False
+    compile: bool = False
+
+
+@dataclass
+class LoraRecipe:
+    """rank 0: full tuning. targets: ends of the names of the linear layers of the transformer that get an adapter."""
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+
+
+@dataclass
+class SigmaRecipe:
+    """Noise levels: sigma = sigmoid(mean + std * n), n standard normal."""
+
+    mean: float = 0.0
+    std: float = 1.0
+
+
+@dataclass
+class OptimizerRecipe:
+    """schedule: "constant" or "cosine" (to `final_lr` times lr), both after a linear warm-up. clip 0: no clipping.
+
+    name "muon": matrices of the transformer blocks by torch.optim.Muon, everything else by AdamW.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    schedule: str = "constant"
+    warmup: int = 0
+    final_lr: float = 0.0
+    ema: float = 0.998
+
+
+@dataclass
+class CheckpointRecipe:
+    every: int = 500
+    keep: int = 2
+
+
+@dataclass
+class LogRecipe:
+    """Steps between log lines, validations and sample grids (0: never). prompts, sample_steps: of the grids."""
+
+    every: int = 10
+    validate_every: int = 0
+    validation_samples: int = 16
+    sample_every: int = 0
+    sample_steps: int = 20
+    prompts: list[str] = field(default_factory=list)
+
+
+@dataclass
+class VaeLossRecipe:
+    """Reconstruction: MSE + l1 * L1. perceptual: its share of the gradient at the last layer; 0: none."""
+
+    l1: float = 0.1
+    latent_noise: float = 0.05
+    perceptual: float = 0.0
+
+
+@dataclass
+class RunRecipe:
+    """What every run has. batch: samples of a micro-batch; accumulate: micro-batches of a step.
+
+    reference_ops: run the PyTorch references of the fused ops, on a device that has no kernels.
+    """
+
+    kind: str = "flow"
+    name: str = "run"
+    seed: int = 0
+    steps: int = 1000
+    batch: int = 32
+    accumulate: int = 1
+    device: str = "auto"
+    reference_ops: bool = False
+    data: DataRecipe = field(default_factory=DataRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    log: LogRecipe = field(default_factory=LogRecipe)
+
+
+@dataclass
+class FlowRecipe(RunRecipe):
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    lora: LoraRecipe = field(default_factory=LoraRecipe)
+    sigma: SigmaRecipe = field(default_factory=SigmaRecipe)
+
+
+@dataclass
+class VaeRecipe(RunRecipe):
+    """mode "scratch": a new VAE; "decoder": the decoder of `folder`, its encoder frozen.
+
+    crop: side in pixels of the random square of each image that is used, a multiple of 8; 0: the whole image.
+    statistics: images of which the latents' mean and deviation are measured at the end ("scratch").
+    """
+
+    kind: str = "vae"
+    mode: str = "scratch"
+    folder: str = ""
+    base_dim: int = 8
+    crop: int = 0
+    statistics: int = 256
+    loss: VaeLossRecipe = field(default_factory=VaeLossRecipe)
+
+
+KINDS: dict[str, type[RunRecipe]] = {"flow": FlowRecipe, "vae": VaeRecipe}
+TASKS = ("t2i", "ti2i", "recon")
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunRecipe:
+    """The recipe in a YAML file, changed by overrides of the form "optimizer.lr=1e-3", values in YAML."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        for override in overrides:
+            name, equals, value = override.partition("=")
+            if not equals or not name:
+                raise RecipeError(f"recipe: an override must look like optimizer.lr=1e-3, got {override!r}")
+            set_dotted(tree, name, yaml.safe_load(value))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe: {path} and the overrides must be valid YAML: {error}") from error
+    return build(tree)
+
+
+def set_dotted(tree: Any, name: str, value: Any) -> None:
+    *parents, last = name.split(".")
+    for parent in parents:
+        if not isinstance(tree.setdefault(parent, {}), dict):
+            raise RecipeError(f"recipe: {name} must name a field, but {parent} has a value of its own")
+        tree = tree[parent]
+    tree[last] = value
+
+
+def build(tree: Any) -> RunRecipe:
+    """The checked recipe of a nested dict."""
+    if not isinstance(tree, dict):
+        raise RecipeError(f"recipe: the file must hold keys and values, got {type(tree).__name__}")
+    kind = tree.get("kind", "flow")
+    if kind not in KINDS:
+        raise RecipeError(f"recipe: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    recipe = _convert(tree, KINDS[kind], "")
+    validate(recipe)
+    return recipe
+
+
+def to_dict(recipe: RunRecipe) -> dict[str, Any]:
+    return dataclasses.asdict(recipe)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """The fields in which two recipes differ, as "optimizer.lr: 0.001 -> 0.01"."""
+    found = []
+    for name in {**old, **new}:
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found.append(f"{prefix}{name}: {a!r} -> {b!r}")
+    return found
+
+
+def _convert(value: Any, kind: Any, path: str) -> Any:
+    """`value` as `kind`, a dataclass or a type of its fields."""
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        if not isinstance(value, dict):
+            raise RecipeError(f"recipe: {path} must hold fields ({', '.join(hints)}), got {value!r}")
+        dot = f"{path}." if path else ""
+        for name in value:
+            if name not in hints:
+                raise RecipeError(f"recipe: there is no field {dot}{name}{_nearest(str(name), hints, dot)}")
+        return kind(**{name: _convert(v, hints[name], dot + name) for name, v in value.items()})
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin is list and isinstance(value, list):
+        return [_convert(v, args[0], f"{path}[{i}]") for i, v in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {str(k): _convert(v, args[1], f"{path}.{k}") for k, v in value.items()}
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-3 as a string
+        except ValueError:
+            pass
+    elif kind is str and value is None:
+        return ""
+    elif isinstance(kind, type) and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    word = str(kind) if isinstance(kind, types.GenericAlias) else kind.__name__
+    raise RecipeError(f"recipe: {path} must be {word}, got {value!r}")
+
+
+def _nearest(name: str, fields: dict[str, Any], dot: str) -> str:
+    near = difflib.get_close_matches(name, fields, n=1, cutoff=0.4)
+    return f"; did you mean {dot}{near[0]}?" if near else f"; fields: {', '.join(fields)}"
+
+
+def validate(recipe: RunRecipe) -> None:
+    """Everything that can be known before a model is loaded; RecipeError with one sentence."""
+    optimizer, data = recipe.optimizer, recipe.data
+    for name, value, least in (
+        ("steps", recipe.steps, 1), ("batch", recipe.batch, 1), ("accumulate", recipe.accumulate, 1),
+        ("checkpoint.every", recipe.checkpoint.every, 1), ("checkpoint.keep", recipe.checkpoint.keep, 1),
+        ("log.every", recipe.log.every, 1), ("log.sample_steps", recipe.log.sample_steps, 1),
+        ("optimizer.warmup", optimizer.warmup, 0), ("data.workers", data.workers, 0),
+    ):  # fmt: skip
+        _must(value >= least, name, f"be at least {least}", value)
+    _must(optimizer.name in ("adamw", "muon"), "optimizer.name", "be adamw or muon", optimizer.name)
+    _must(optimizer.schedule in ("constant", "cosine"), "optimizer.schedule", "be constant or cosine",
+          optimizer.schedule)  # fmt: skip
+    _must(optimizer.lr > 0, "optimizer.lr", "be above 0", optimizer.lr)
+    _must(0 <= optimizer.ema < 1, "optimizer.ema", "be in [0, 1)", optimizer.ema)
+    _must(len(optimizer.betas) == 2, "optimizer.betas", "be two numbers", optimizer.betas)
+    _must(0 <= data.text_dropout <= 1, "data.text_dropout", "be in [0, 1]", data.text_dropout)
+    _must(bool(data.buckets), "data.buckets", "name at least one [height, width]", data.buckets)
+    for bucket in data.buckets:
+        ok = len(bucket) == 2 and all(side > 0 and side % 16 == 0 for side in bucket)
+        _must(ok, "data.buckets", "hold [height, width] in multiples of 16 pixels", bucket)
+    for task in data.tasks:
+        _must(task in TASKS, "data.tasks", f"be of {', '.join(TASKS)}", task)
+    weights = list(data.tasks.values())
+    _must(sum(weights) > 0 and min(weights) >= 0, "data.tasks", "have weights of at least 0, one above 0", data.tasks)
+    if isinstance(recipe, FlowRecipe):
+        _must(recipe.model.dtype in ("auto", "float32", "bfloat16"), "model.dtype",
+              "be auto, float32 or bfloat16", recipe.model.dtype)  # fmt: skip
+        _must(recipe.lora.rank >= 0, "lora.rank", "be at least 0", recipe.lora.rank)
+        _must(not (recipe.lora.rank and recipe.model.train_text_encoder), "model.train_text_encoder",
+              "be false where lora.rank is above 0", True)  # fmt: skip
+    if isinstance(recipe, VaeRecipe):
+        _must(recipe.mode in ("scratch", "decoder"), "mode", "be scratch or decoder", recipe.mode)
+        least = min(side for bucket in data.buckets for side in bucket)
+        _must(0 <= recipe.crop <= least and recipe.crop % 8 == 0, "crop",
+              f"be a multiple of 8 up to the smallest side, {least}", recipe.crop)  # fmt: skip
+        _must(recipe.mode == "scratch" or bool(recipe.folder), "folder", "name a VAE for mode decoder", recipe.folder)
+
+
+def _must(condition: bool, name: str, rule: str, value: Any) -> None:
+    if not condition:
+        raise RecipeError(f"recipe: {name} must {rule}, got {value!r}")

@@ -1,0 +1,116 @@
+"""What a run tells: one progress line on the terminal, and TensorBoard and JSONL files always."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from qwen_image_fast.checkpoint import atomic_write
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most memory used so far, in GB: allocated by torch on CUDA, resident of the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak / 1e6
+
+
+class RunLog:
+    """Files `log.jsonl`, `tensorboard/` and `samples/` in the folder of a run, and the progress line.
+
+    Args:
+        folder: of the run. steps: in total. step: updates made before; later lines of an interrupted run are dropped,
+            since they will be written again.
+    """
+
+    def __init__(self, folder: Path, name: str, steps: int, step: int = 0):
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        path = folder / "log.jsonl"
+        _drop_after(path, step)
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed with the log
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        self.console = Console(stderr=True)
+        self.progress = Progress(
+            TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"),
+            TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self.bar = self.progress.add_task(name, total=steps, completed=step, line="")
+        self.progress.start()
+
+    def advance(self, step: int) -> None:
+        self.progress.update(self.bar, completed=step)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """One JSONL line and one TensorBoard point for each value; training metrics also become the progress line."""
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        if "loss" in values:
+            line = (
+                f"loss {values['loss']:.4f}  {values['images_per_s']:.1f} img/s  {values['tokens_per_s']:.0f} tok/s  "
+                f"data {values['data_wait']:.0%}  {values['memory_gb']:.1f} GB"
+            )
+            self.progress.update(self.bar, line=line)
+            if self.progress.disable:
+                self.console.print(f"step {step}  {line}", highlight=False)
+        else:
+            words = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            self.console.print(f"step {step}  {words}", highlight=False)
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> Path:
+        """Keep an image, uint8 [H, W, 3]."""
+        path = self.folder / "samples" / f"{name}-{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        atomic_write(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
+        self.board.add_image(name, pixels, step, dataformats="HWC")
+        return path
+
+    def close(self) -> None:
+        self.progress.stop()
+        self.board.close()
+        self.file.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = _parse(line)
+        if record is not None and record.get("step", 0) <= step:
+            kept.append(line + "\n")
+    atomic_write(path, lambda file: file.write("".join(kept).encode()))
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """None for the half line that a kill leaves."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def grid(images: list[np.ndarray], columns: int = 8) -> np.ndarray:
+    """Images uint8 [H, W, 3] of one size side by side, white where there is none."""
+    height, width = images[0].shape[:2]
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    out = np.full((rows * height, columns * width, 3), 255, dtype=np.uint8)
+    for i, image in enumerate(images):
+        y, x = divmod(i, columns)
+        out[y * height : (y + 1) * height, x * width : (x + 1) * width] = image
+    return out

@@ -1,0 +1,116 @@
+"""Images to latents, on the fly or once into a memory-mapped file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen_image_fast.checkpoint import atomic_write, json_bytes, read_json
+from qwen_image_fast.models.rope import ImageShape
+from qwen_image_fast.pipelines.latents import pack_latents
+
+TOKENS, INDEX, META = "tokens.npy", "index.jsonl", "cache.json"
+
+
+@torch.no_grad()
+def encode_images(vae: Any, images: Sequence[np.ndarray]) -> list[Tensor]:
+    """(mean of the VAE's distribution - latents_mean) / latents_std as packed tokens, [tokens, 4 * z_dim] float32.
+
+    Args:
+        images: uint8 [H, W, 3], sides multiples of 16; those of one size go through the VAE together.
+    """
+    weight = next(vae.parameters())
+    mean, std = (
+        torch.tensor(values, device=weight.device).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for i, image in enumerate(images):
+        by_size.setdefault(image.shape, []).append(i)
+    out: dict[int, Tensor] = {}
+    for places in by_size.values():
+        z = vae.encode(to_pixels([images[i] for i in places], weight)).latent_dist.mode().float()
+        out.update(zip(places, pack_latents((z - mean) / std)))
+    return [out[i] for i in range(len(images))]
+
+
+def to_pixels(images: Sequence[np.ndarray], like: Tensor) -> Tensor:
+    """uint8 [H, W, 3] images of one size -> [B, 3, 1, H, W] in [-1, 1], type and device of `like`."""
+    stacked = torch.from_numpy(np.stack(images)).to(like.device)
+    return stacked.permute(0, 3, 1, 2).unsqueeze(2).to(like.dtype) / 127.5 - 1
+
+
+def write_cache(
+    folder: Path,
+    vae: Any,
+    samples: Callable[[int], tuple[str, list[np.ndarray], list[ImageShape]]],
+    count: int,
+    batch: int = 64,
+    progress: Callable[[int], Any] = lambda done: None,
+) -> None:
+    """Encode samples 0 ... count - 1 (text, [target, references...], shapes) into `folder`.
+
+    All tokens lie one after another in one float16 file; `index.jsonl` has a line for each sample with its text and
+    the rows and shape of each image. `cache.json` is written last: a folder without it is not a cache.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    channels = 4 * vae.config.z_dim
+    rows = 0
+    raw = folder / f"{TOKENS}.raw"
+    with open(raw, "wb") as tokens, open(folder / INDEX, "w", encoding="utf-8") as index:
+        for start in range(0, count, batch):
+            group = [samples(i) for i in range(start, min(start + batch, count))]
+            encoded = iter(encode_images(vae, [image for _, images, _ in group for image in images]))
+            for caption, images, shapes in group:
+                record: dict[str, Any] = {"caption": caption, "images": []}
+                for _, shape in zip(images, shapes):
+                    value = next(encoded).to("cpu", torch.float16).numpy()
+                    tokens.write(value.tobytes())
+                    record["images"].append([rows, *shape])
+                    rows += len(value)
+                index.write(json.dumps(record, ensure_ascii=False) + "\n")
+            progress(min(start + batch, count))
+    raw.replace(folder / TOKENS)
+    meta = {"samples": count, "rows": rows, "channels": channels}
+    atomic_write(folder / META, lambda file: file.write(json_bytes(meta)))
+
+
+class LatentCache:
+    """Reads a cache; the tokens stay in the file until they are asked for, and processes share its pages."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not (self.folder / META).is_file():
+            raise FileNotFoundError(f"data.cache must be a finished latent cache, {self.folder} has no {META}")
+        self.meta = read_json(self.folder / META)
+        self.records = [json.loads(line) for line in (self.folder / INDEX).read_text(encoding="utf-8").splitlines()]
+        self._open()
+
+    def _open(self) -> None:
+        shape = (self.meta["rows"], self.meta["channels"])
+        self.tokens = np.memmap(self.folder / TOKENS, dtype=np.float16, mode="r", shape=shape)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "tokens": None}  # a worker process maps the file itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def read(self, place: int) -> tuple[str, list[np.ndarray], list[ImageShape]]:
+        """The text, latents of target and references (float32), their shapes."""
+        record = self.records[place]
+        shapes = [(f, h, w) for _, f, h, w in record["images"]]
+        images = [
+            np.asarray(self.tokens[start : start + f * h * w], dtype=np.float32) for start, f, h, w in record["images"]
+        ]
+        return record["caption"], images, shapes

@@ -1,0 +1,282 @@
+"""The training loop: position -> batches -> loss -> update -> average -> log -> validate -> sample -> checkpoint.
+
+What is trained is a `Task` (`tiny/flow_task.py`, `vae.py`). Batch, noise and noise levels of a step are functions of
+the recipe and the step number, so that the loop has no state but the step, the weights, their average and the
+optimiser's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qwen_image_fast import reference
+from qwen_image_fast.training import checkpoint as checkpoints
+from qwen_image_fast.training.ema import EMA
+from qwen_image_fast.training.optimizer import Optimizer, learning_rate
+from qwen_image_fast.training.recipe import RunRecipe, differences, to_dict
+from qwen_image_fast.training.run_log import RunLog, memory_gb
+
+# Batches made ahead of the one in use, for each worker.
+AHEAD = 2
+
+
+@dataclass
+class Losses:
+    """total: what is differentiated, a mean over samples. per_sample: [samples] float32, of the batch's samples.
+
+    extra: further numbers for the log.
+    """
+
+    total: Tensor
+    per_sample: Tensor
+    tokens: int
+    extra: dict[str, float]
+
+
+class BatchMaker(Protocol):
+    """Makes batches; it is copied to the worker processes, so it holds no model."""
+
+    def batch(self, step: int, micro: int) -> Any:
+        """Micro-batch `micro` of step `step`, on the CPU: always the same one."""
+
+
+class Task(Protocol):
+    """What a run trains."""
+
+    modules: dict[str, nn.Module]  # those with trainable weights, by the name they have in checkpoints
+    maker: BatchMaker
+    device: torch.device
+
+    def loss(self, batch: Any) -> Losses: ...
+
+    def describe(self, batch: Any, index: int) -> str:
+        """A few words that let a person find sample `index`."""
+
+    def validate(self) -> dict[str, float]: ...
+
+    def sample_grid(self) -> np.ndarray | None: ...
+
+    def export(self, folder: Path) -> None:
+        """Write what was trained in the layout in which it is used; the modules hold the averaged weights."""
+
+
+class TrainingStopped(RuntimeError):
+    """The loss or a gradient is not finite: which batch, and what is left to go on from."""
+
+
+class Trainer:
+    """One run in one folder.
+
+    Args:
+        recipe, task: what to do. folder: of the run; made if it is not there.
+        resume: go on from the newest checkpoint of the folder, where there is one.
+        allow_changes: resume although the recipe is not the one of the checkpoint.
+
+    Raises:
+        FileExistsError: the folder has checkpoints and `resume` is False.
+        ValueError: the checkpoint does not fit, or its recipe is another one; the sentence lists the differences.
+    """
+
+    def __init__(
+        self, recipe: RunRecipe, task: Task, folder: Path, *, resume: bool = False, allow_changes: bool = False
+    ):
+        self.recipe, self.task, self.folder = recipe, task, Path(folder)
+        self.parameters = {
+            f"{module}.{name}": p
+            for module, m in task.modules.items()
+            for name, p in m.named_parameters()
+            if p.requires_grad
+        }
+        self.optimizer = Optimizer(self.parameters, recipe.optimizer)
+        self.ema = EMA(self.optimizer.masters, recipe.optimizer.ema)
+        self.step = 0
+        self.checkpoint_folder = self.folder / "checkpoints"
+        found = checkpoints.latest(self.checkpoint_folder)
+        if found is not None and not resume:
+            raise FileExistsError(f"train: {folder} already has {found.name}; resume it or choose another folder")
+        checkpoints.remove_unfinished(self.checkpoint_folder)
+        if found is not None:
+            self._restore(found, allow_changes)
+
+    def _restore(self, path: Path, allow_changes: bool) -> None:
+        state = checkpoints.load(path)
+        changed = differences(state.recipe, to_dict(self.recipe))
+        if changed and not allow_changes:
+            raise ValueError(
+                f"resume: the recipe is not the one of {path}: {'; '.join(changed)}; allow recipe changes to go on so"
+            )
+        checkpoints.check_names(self.optimizer.masters, state, path)
+        with torch.no_grad():
+            for name, master in self.optimizer.masters.items():
+                master.copy_(state.weights[name])
+                self.ema.average[name].copy_(state.ema[name])
+        self.optimizer.write_back()
+        self.optimizer.load_state(state.optimizer)
+        self.ema.updates, self.step = state.ema_updates, state.step
+
+    def save(self) -> Path:
+        state = checkpoints.Checkpoint(
+            self.step, to_dict(self.recipe), self.ema.updates, dict(self.optimizer.masters), self.ema.average,
+            self.optimizer.state(),
+        )  # fmt: skip
+        return checkpoints.save(self.checkpoint_folder, state, self.recipe.checkpoint.keep)
+
+    def run(self) -> None:
+        """Train to the recipe's last step, then write `folder/model`."""
+        with reference() if self.recipe.reference_ops else contextlib.nullcontext():
+            log = RunLog(self.folder, self.recipe.name, self.recipe.steps, self.step)
+            try:
+                self._loop(log)
+            finally:
+                log.close()
+            with self.ema.swapped(self.parameters):
+                self.task.export(self.folder / "model")
+
+    def _loop(self, log: RunLog) -> None:
+        recipe = self.recipe
+        meter = Meter()
+        for batches, waited in self._batches():
+            meter.waited += waited
+            losses = self.train_step(batches)
+            meter.add(losses, recipe.batch * recipe.accumulate)
+            log.advance(self.step)
+            last = self.step == recipe.steps
+            if self.step % recipe.log.every == 0 or last:
+                values = meter.values() | {"memory_gb": memory_gb(self.task.device)}
+                log.metrics(self.step, values)
+                meter = Meter()
+            start = time.perf_counter()
+            self._look(log, last)
+            if self.step % recipe.checkpoint.every == 0 or last:
+                self.save()
+            meter.start += time.perf_counter() - start  # speeds are those of training
+
+    def _look(self, log: RunLog, last: bool) -> None:
+        """Validation loss and sample grid with the averaged weights, where this step is due for them."""
+
+        def due(every: int) -> bool:
+            return every > 0 and (self.step % every == 0 or last)
+
+        if not due(self.recipe.log.validate_every) and not due(self.recipe.log.sample_every):
+            return
+        with self.ema.swapped(self.parameters), torch.no_grad():
+            if due(self.recipe.log.validate_every):
+                log.metrics(self.step, self.task.validate())
+            if due(self.recipe.log.sample_every):
+                pixels = self.task.sample_grid()
+                if pixels is not None:
+                    log.image(self.step, "samples", pixels)
+
+    def train_step(self, batches: list[Any]) -> dict[str, float]:
+        """One update: the mean of the micro-batches' losses."""
+        total: float | Tensor = 0.0
+        tokens, extra, seen = 0, {}, []
+        for batch in batches:
+            losses = self.task.loss(batch)
+            (losses.total / len(batches)).backward()
+            self.optimizer.accumulate()
+            tokens += losses.tokens
+            extra = losses.extra
+            seen.append(losses.per_sample.detach())
+            total = total + losses.total.detach() / len(batches)
+        loss, norm = float(total), float(self.optimizer.clip())
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingStopped(self._not_finite(batches, seen, loss, norm))
+        lr = learning_rate(self.recipe.optimizer, self.step, self.recipe.steps)
+        self.optimizer.step(lr)
+        self.ema.update()
+        self.step += 1
+        return {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens, **extra}
+
+    def _not_finite(self, batches: list[Any], seen: list[Tensor], loss: float, norm: float) -> str:
+        where = f"of step {self.step}"
+        for micro, (batch, values) in enumerate(zip(batches, seen)):
+            bad = (~values.isfinite()).nonzero().flatten().tolist()
+            if bad:
+                where += f", micro-batch {micro}, {self.task.describe(batch, bad[0])}"
+                break
+        last = checkpoints.latest(self.checkpoint_folder)
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
+        return f"train: {what} in the batch {where}; {kept}; lower optimizer.lr or look at that sample, then resume"
+
+    def _batches(self) -> Iterator[tuple[list[Any], float]]:
+        """The micro-batches of every step to come, and the seconds spent waiting for them."""
+        recipe, maker = self.recipe, self.task.maker
+        wanted = [(s, m) for s in range(self.step, recipe.steps) for m in range(recipe.accumulate)]
+        source = _ahead(maker, wanted, recipe.data.workers) if recipe.data.workers else (
+            maker.batch(*position) for position in wanted
+        )  # fmt: skip
+        with contextlib.closing(source):
+            while self.step < recipe.steps:
+                start = time.perf_counter()
+                batches = [next(source) for _ in range(recipe.accumulate)]
+                yield batches, time.perf_counter() - start
+
+
+class Meter:
+    """Means and speeds between two log lines."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.waited, self.steps, self.images, self.tokens = 0.0, 0, 0, 0
+        self.sums: dict[str, float] = {}
+
+    def add(self, losses: dict[str, float], images: int) -> None:
+        self.steps += 1
+        self.images += images
+        self.tokens += int(losses["tokens"])
+        for name, value in losses.items():
+            if name != "tokens":
+                self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def values(self) -> dict[str, float]:
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        return {name: value / self.steps for name, value in self.sums.items()} | {
+            "images_per_s": self.images / seconds,
+            "tokens_per_s": self.tokens / seconds,
+            "data_wait": self.waited / seconds,
+        }
+
+
+_maker: BatchMaker
+
+
+def _start_worker(maker: BatchMaker) -> None:
+    global _maker
+    torch.set_num_threads(1)
+    _maker = maker
+
+
+def _make(position: tuple[int, int]) -> Any:
+    return _maker.batch(*position)
+
+
+def _ahead(maker: BatchMaker, positions: list[tuple[int, int]], workers: int) -> Generator[Any, None, None]:
+    """The same batches in the same order, made by worker processes ahead of their use."""
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (maker,)) as pool:
+        pending: deque[Future] = deque()
+        todo = iter(positions)
+        try:
+            while True:
+                while len(pending) < AHEAD * workers and (position := next(todo, None)) is not None:
+                    pending.append(pool.submit(_make, position))
+                if not pending:
+                    return
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

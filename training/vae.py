@@ -1,0 +1,222 @@
+"""Training the VAE: from scratch with an initialisation that does not collapse, or its decoder alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen_image_fast.models.vae import AutoencoderKLQwenImage
+from qwen_image_fast.models.vae_blocks import CausalConv3d, ResidualBlock
+from qwen_image_fast.tiny import tiny_configs
+from qwen_image_fast.training.randomness import generator, key, normal
+from qwen_image_fast.training.recipe import VaeRecipe
+from qwen_image_fast.training.run_log import grid
+from qwen_image_fast.training.tiny.flow_task import pick_device
+from qwen_image_fast.training.tiny.latents import to_pixels
+from qwen_image_fast.training.tiny.sources import Source, fit, make_source, nearest_bucket
+from qwen_image_fast.training.trainer import Losses
+
+# Bounds of the weight that the dynamic balance gives the perceptual loss.
+BALANCE_RANGE = (1e-4, 1e4)
+
+
+@torch.no_grad()
+def initialise(vae: nn.Module, seed: int) -> None:
+    """Weights from which a narrow VAE learns.
+
+    Only the last temporal slice of a causal 3x3x3 weight acts on an image, so a fan-in over all 27 taps makes the
+    activations three times too small and the network collapses to one constant image. Here the other taps are zero,
+    and the acting ones N(0, 1.6^2 / fan_in) with the fan-in of that slice; a residual block's conv2 is halved, the two
+    conv_out are scaled by 0.3, biases are zero.
+    """
+    for name, module in sorted(vae.named_modules()):
+        if not isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            continue
+        fan_in = math.prod(module.weight.shape[1:]) / (module.weight.shape[2] if module.weight.ndim == 5 else 1)
+        weight = normal(tuple(module.weight.shape), seed, f"vae {name}") * (1.6 / math.sqrt(fan_in))
+        if isinstance(module, CausalConv3d):
+            weight[:, :, :-1] = 0
+        if name.endswith("conv_out"):
+            weight *= 0.3
+        module.weight.copy_(weight)
+        if module.bias is not None:
+            module.bias.zero_()
+    for module in vae.modules():
+        if isinstance(module, ResidualBlock):
+            module.conv2.weight.mul_(0.5)
+
+
+def edge_loss(made: Tensor, wanted: Tensor, scales: int = 3) -> Tensor:
+    """A perceptual loss without a network: L1 of gradients and Laplacians on an image pyramid.
+
+    sum over scales of mean |D a - D b| for D = d/dx, d/dy and the 5-point Laplacian, each scale half as large as the
+    one before. It weighs edges, which reconstruction losses blur. A stand-in for features of a trained network.
+
+    Args:
+        made, wanted: [B, C, H, W].
+    """
+    total = made.new_zeros(())
+    difference = made - wanted
+    kernel = made.new_tensor([[0, 1, 0], [1, -4, 1], [0, 1, 0]]).expand(made.shape[1], 1, 3, 3)
+    for _ in range(scales):
+        total = total + difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+        total = total + F.conv2d(difference, kernel, groups=made.shape[1]).abs().mean()
+        if min(difference.shape[-2:]) < 8:
+            break
+        difference = F.avg_pool2d(difference, 2)
+    return total
+
+
+def balance(reconstruction: Tensor, perceptual: Tensor, last: Tensor, share: float) -> Tensor:
+    """share * |d reconstruction / d last| / |d perceptual / d last|, clamped: the adaptive weight of VQGAN
+    (Esser et al., arXiv 2012.09841, equation 7) with `last` the decoder's last weight. It carries no gradient."""
+    (a,) = torch.autograd.grad(reconstruction, last, retain_graph=True)
+    (b,) = torch.autograd.grad(perceptual, last, retain_graph=True)
+    return share * (a.norm() / b.norm().clamp_min(1e-12)).clamp(*BALANCE_RANGE).detach()
+
+
+@dataclass
+class VaeBatch:
+    """images: uint8 [H, W, 3] of one size. step, first: of the run, and the index of the first image."""
+
+    images: list[np.ndarray]
+    step: int
+    first: int
+
+
+@dataclass
+class VaeBatches:
+    """Images in their buckets; the image of an index is always the same."""
+
+    recipe: VaeRecipe
+    source: Source
+
+    def batch(self, step: int, micro: int) -> VaeBatch:
+        first = (step * self.recipe.accumulate + micro) * self.recipe.batch
+        indices = range(first, first + self.recipe.batch)
+        return VaeBatch(self.images(self.recipe.seed, indices, step), step, first)
+
+    def images(self, seed: int, indices: Sequence[int], step: int = 0) -> list[np.ndarray]:
+        """uint8 [H, W, 3], all in the bucket of the first one; with `crop` a random square of that side of each."""
+        made = [self.source.sample(seed, i).image for i in indices]
+        size = nearest_bucket(*made[0].shape[:2], self.recipe.data.buckets)
+        return [self._crop(fit(image, size), seed, i, step) for i, image in zip(indices, made)]
+
+    def _crop(self, image: np.ndarray, seed: int, index: int, step: int) -> np.ndarray:
+        side = self.recipe.crop
+        if not side:
+            return image
+        rng = generator(seed, "crop", step=step, sample=index)
+        top, left = (int(rng.integers(0, n - side + 1)) for n in image.shape[:2])
+        return image[top : top + side, left : left + side]
+
+
+class VaeTask:
+    """A `Task`: see `trainer.py`. Latents are the encoder's means; in mode "scratch" with a little noise, so that
+    nearby latents decode alike; the released VAE's Kullback-Leibler term is not used."""
+
+    def __init__(self, recipe: VaeRecipe, source: Source | None = None):
+        self.recipe = recipe
+        self.device = pick_device(recipe.device)
+        if recipe.folder:
+            self.vae = AutoencoderKLQwenImage.from_pretrained(
+                recipe.folder, torch_dtype=torch.float32, device=self.device
+            )
+        else:
+            with torch.random.fork_rng(devices=[]):  # the constructor draws weights, which are replaced
+                self.vae = AutoencoderKLQwenImage(**{**tiny_configs()["vae"], "base_dim": recipe.base_dim})
+            initialise(self.vae, recipe.seed)
+            self.vae.to(self.device)
+        self.vae.requires_grad_(False)
+        trained = [self.vae.decoder]
+        if recipe.mode == "scratch":
+            trained += [self.vae.encoder, self.vae.quant_conv]
+            self.vae.post_quant_conv.requires_grad_(True)
+        for part in trained:
+            part.requires_grad_(True)
+        for name, p in self.vae.named_parameters():
+            if "time_conv" in name:  # an image does not pass through them
+                p.requires_grad_(False)
+        self.modules: dict[str, nn.Module] = {"vae": self.vae}
+        self.maker = VaeBatches(recipe, source if source is not None else make_source(recipe.data))
+
+    def loss(self, batch: VaeBatch) -> Losses:
+        loss, x = self.recipe.loss, to_pixels(batch.images, self.vae.decoder.conv_in.weight)
+        frozen = self.recipe.mode == "decoder"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            z = self.vae.encode(x).latent_dist.mode()
+        if loss.latent_noise:
+            draws = [
+                normal(tuple(z.shape[1:]), self.recipe.seed, "latents", step=batch.step, sample=batch.first + i)
+                for i in range(len(z))
+            ]
+            z = z + loss.latent_noise * torch.stack(draws).to(z)
+        # Not `decode`, which clamps: a clamped pixel has no gradient.
+        made = self.vae.decoder(self.vae.post_quant_conv(z[:, :, 0]))
+        error = made - x[:, :, 0]
+        per_sample = error.square().mean((1, 2, 3)) + loss.l1 * error.abs().mean((1, 2, 3))
+        total, extra = per_sample.mean(), {"psnr": psnr(error.detach())}
+        if loss.perceptual:
+            perceptual = edge_loss(made, x[:, :, 0])
+            weight = balance(total, perceptual, self.vae.decoder.conv_out.weight, loss.perceptual)
+            extra |= {"perceptual": float(perceptual.detach()), "balance": float(weight)}
+            total = total + weight * perceptual
+        return Losses(total, per_sample, len(z) * math.prod(z.shape[-2:]) // 4, extra)
+
+    def describe(self, batch: VaeBatch, index: int) -> str:
+        return f"sample {batch.first + index}"
+
+    def _held_out(self, count: int) -> list[np.ndarray]:
+        return self.maker.images(key(self.recipe.seed, "validation") % 2**31, range(count))
+
+    def _reconstruct(self, images: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        x = to_pixels(images, self.vae.decoder.conv_in.weight)
+        return x, self.vae.decode(self.vae.encode(x).latent_dist.mode()).sample
+
+    def validate(self) -> dict[str, float]:
+        """PSNR of images that training never sees, in dB for pixels in [-1, 1]."""
+        x, made = self._reconstruct(self._held_out(self.recipe.log.validation_samples))
+        return {"validation_psnr": psnr(made - x)}
+
+    def sample_grid(self) -> np.ndarray | None:
+        """Held-out images above their reconstructions."""
+        images = self._held_out(8)
+        _, made = self._reconstruct(images)
+        pixels = ((made[:, :, 0] / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return grid([*images, *pixels])
+
+    @torch.no_grad()
+    def export(self, folder: Path) -> None:
+        """The VAE's folder; a VAE from scratch with the mean and deviation of its own latents in config.json."""
+        if self.recipe.mode == "decoder":
+            self.vae.save_pretrained(folder)
+            return
+        mean, std = latent_statistics(self.vae, self.maker, self.recipe)
+        fresh = AutoencoderKLQwenImage.from_config(self.vae.config, latents_mean=mean, latents_std=std)
+        fresh.load_state_dict(self.vae.state_dict())
+        fresh.save_pretrained(folder)
+
+
+def latent_statistics(vae: Any, maker: VaeBatches, recipe: VaeRecipe) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each latent channel over `recipe.statistics` held-out images."""
+    held_out = key(recipe.seed, "statistics") % 2**31
+    weight, latents = vae.decoder.conv_in.weight, []
+    for start in range(0, recipe.statistics, recipe.batch):
+        images = maker.images(held_out, range(start, min(start + recipe.batch, recipe.statistics)))
+        z = vae.encode(to_pixels(images, weight)).latent_dist.mode()
+        latents.append(z.double().transpose(0, 1).flatten(1))
+    values = torch.cat(latents, 1)
+    return values.mean(1).tolist(), values.std(1).tolist()
+
+
+def psnr(error: Tensor) -> float:
+    """10 log10(4 / mean error^2): pixels in [-1, 1] span 2."""
+    return 10 * math.log10(4 / max(float(error.square().mean()), 1e-12))
