@@ -99,8 +99,9 @@ def test_stage_times_restores_methods():
 
 
 def test_report_round_trip_table_and_plot(tmp_path):
-    from benchmarks.report import plot, print_report
     from rich.console import Console
+
+    from benchmarks.report import plot, print_report
 
     case = harness.Case(
         "ops", "add", {"op": "add"}, {"diffusers": harness.Timing.of([0.2]), "ours": harness.Timing.of([0.1])},
