@@ -112,10 +112,15 @@ class LogRecipe:
 
 @dataclass
 class VaeLossRecipe:
-    """Reconstruction: MSE + l1 * L1. perceptual: its share of the gradient at the last layer; 0: none."""
+    """Reconstruction: MSE + l1 * L1. perceptual: its share of the gradient at the last layer; 0: none.
+
+    latent_noise: deviation of the noise on the latents z. prior: weight of mean z^2 / 2, the part of the
+    Kullback-Leibler divergence from N(0, 1) that a fixed deviation leaves; it keeps the noise from being outgrown.
+    """
 
     l1: float = 0.1
     latent_noise: float = 0.05
+    prior: float = 0.0
     perceptual: float = 0.0
 
 

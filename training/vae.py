@@ -121,7 +121,7 @@ class VaeBatches:
 
 class VaeTask:
     """A `Task`: see `trainer.py`. Latents are the encoder's means; in mode "scratch" with a little noise, so that
-    nearby latents decode alike; the released VAE's Kullback-Leibler term is not used."""
+    nearby latents decode alike, and a pull towards zero: a Kullback-Leibler term with a fixed deviation."""
 
     def __init__(self, recipe: VaeRecipe, source: Source | None = None):
         self.recipe = recipe
@@ -153,6 +153,7 @@ class VaeTask:
         frozen = self.recipe.mode == "decoder"
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             z = self.vae.encode(x).latent_dist.mode()
+        prior = loss.prior * z.square().mean() / 2
         if loss.latent_noise:
             draws = [
                 normal(tuple(z.shape[1:]), self.recipe.seed, "latents", step=batch.step, sample=batch.first + i)
@@ -163,7 +164,7 @@ class VaeTask:
         made = self.vae.decoder(self.vae.post_quant_conv(z[:, :, 0]))
         error = made - x[:, :, 0]
         per_sample = error.square().mean((1, 2, 3)) + loss.l1 * error.abs().mean((1, 2, 3))
-        total, extra = per_sample.mean(), {"psnr": psnr(error.detach())}
+        total, extra = per_sample.mean() + prior, {"psnr": psnr(error.detach())}
         if loss.perceptual:
             perceptual = edge_loss(made, x[:, :, 0])
             weight = balance(total, perceptual, self.vae.decoder.conv_out.weight, loss.perceptual)
