@@ -42,7 +42,12 @@ def test_a_prompt_does_not_change_the_tokens_before_it(tokenizer, prompt):
 def test_every_ascii_character_of_quoted_text_is_one_token(tokenizer):
     text = '"' + "".join(chr(c) for c in range(0x21, 0x7F)).replace("'", "") + '"'
     assert pieces(tokenizer, text) == list(text)
-    assert pieces(tokenizer, '"BIG cat" red') == list('"BIG cat" red')
+    assert pieces(tokenizer, '"BIG cat"') == list('"BIG cat"')
+
+
+def test_a_caption_spells_its_quoted_word_and_nothing_else(tokenizer):
+    pieces_of = pieces(tokenizer, '"red" in light blue on a white ground')
+    assert pieces_of == [*'"red"', " in", " light", " blue", " on", " a", " white", " ground"]
 
 
 def test_common_chinese_is_one_token_per_character(tokenizer):

@@ -29,6 +29,12 @@ _SPECIAL = (
     "<|video_pad|>",
 )
 _HAN_PUNCTUATION = "，。、；：？！“”‘’（）《》〈〉「」『』【】—…·～￥\u3000"
+# Words of the captions and instructions of `training.synthesis`, each with the space before it.
+_CAPTION_WORDS = """
+a above add an and at background black blue bottom brown center change circle color dark displaying erase green grey
+ground in is it keep left light make middle move of on orange picture pink purple red remove replace reproduce right
+square star text the to top triangle turned white with yellow
+"""
 
 
 def tiny_tokenizer():
@@ -36,11 +42,12 @@ def tiny_tokenizer():
 
     Qwen2's format: byte-level BPE with its pre-tokenization and control tokens. One token each are: every byte, hence
     every ASCII letter, digit and mark; the 3,755 Han characters of GB2312's first level, and common Chinese
-    punctuation; and the words of the prompt templates, as in the released tokenizer, so that the templates begin with
-    exactly 34 and 64 tokens. Any other character is two or more tokens. Decoding returns the text, in Unicode normal
-    form C as in Qwen2.
+    punctuation; the words of the prompt templates, as in the released tokenizer, so that the templates begin with
+    exactly 34 and 64 tokens; and, after a space, the words of captions, so that a quoted word, which follows a
+    quotation mark, is spelled, while " red" is one token to learn a colour from. Any other character is two or more
+    tokens. Decoding returns the text, in Unicode normal form C as in Qwen2.
 
-    The template words are added tokens, not merges: merges towards " the" would also join the space and "t" of " tin".
+    These words are added tokens, not merges: merges towards " the" would also join the space and "t" of " tin".
     They are matched wherever they occur, also inside a longer word (" a" in " apple", "color" in "colorful"): the
     whole-word flag of added tokens is read differently by transformers 4's slow tokenizer.
     """
@@ -276,6 +283,7 @@ def _vocabulary() -> tuple[dict[str, int], list[str], dict[str, dict[str, bool]]
     for template in (T2I_TEMPLATE, EDIT_TEMPLATE, EDIT_PLUS_PICTURE):
         for word in re.findall(r"'s| ?[A-Za-z]+| \(|\),", re.sub(r"<\|\w+\|>|\{\}", "\n", template)):
             added[word] = _flags(special=False)
+    added |= {f" {word}": _flags(special=False) for word in _CAPTION_WORDS.split()}
     return vocab, merges, added
 
 

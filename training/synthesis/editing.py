@@ -170,7 +170,7 @@ def _element(
         return None
     share = rng.uniform(recipe.fill, 1.0)
     room = int(width * share), int(height * share)
-    font_size = fit_size((text,), face, room, smallest=recipe.legible(language))
+    font_size = fit_size((text,), face, room, smallest=recipe.legible(language), largest=recipe.largest())
     return TextElement(text, (text,), face, font_size, colour, *centre) if font_size else None
 
 

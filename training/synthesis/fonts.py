@@ -28,9 +28,9 @@ SYSTEM_FOLDERS = (
 )
 # File name and face number inside the file, in order of preference: recipes that use few fonts take the first ones.
 KNOWN_FONTS = (
+    ("DejaVuSansMono-Bold.ttf", 0),
     ("DejaVuSans-Bold.ttf", 0),
     ("DejaVuSerif-Bold.ttf", 0),
-    ("DejaVuSansMono-Bold.ttf", 0),
     ("DejaVuSans.ttf", 0),
     ("DejaVuSerif.ttf", 0),
     ("DejaVuSansMono.ttf", 0),

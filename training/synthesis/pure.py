@@ -76,7 +76,12 @@ def _plan_texts(recipe: SynthesisRecipe, rng: random.Random, size: tuple[int, in
     width, height = _room(recipe, rng, size)
     sizes = [
         fit_size(
-            (text,), face, (width, int(height / (1.4 * count - 0.4))), smallest=recipe.legible(language), angle=angle
+            (text,),
+            face,
+            (width, int(height / (1.4 * count - 0.4))),
+            angle=angle,
+            smallest=recipe.legible(language),
+            largest=recipe.largest(),
         )
         for text in texts
     ]

@@ -37,6 +37,7 @@ class SynthesisRecipe:
         paragraph: share of pure samples that are paragraphs.
         paragraphs: paragraphs to draw, instead of random sentences.
         fill: smallest share of the canvas that the text may be fitted to, in (0, 1].
+        largest_font: in pixels, of pure samples that are not paragraphs; 0: as large as fits.
         centred: put texts in the middle, else anywhere inside the canvas.
         rotation: largest angle of single texts and paragraphs, in degrees.
         random_strings: share of random strings among single texts.
@@ -63,6 +64,7 @@ class SynthesisRecipe:
     paragraph: float = 0.5
     paragraphs: tuple[str, ...] = ()
     fill: float = 0.5
+    largest_font: int = 0
     centred: bool = False
     rotation: float = 15.0
     random_strings: float = 0.3
@@ -94,6 +96,10 @@ class SynthesisRecipe:
         """Smallest font size in pixels."""
         return _LEGIBLE[language]
 
+    def largest(self) -> int:
+        """Largest font size in pixels."""
+        return self.largest_font or 10_000
+
     def words(self) -> WordSource:
         """Where texts come from."""
         return WordSource(self.split, self.held_out, self.random_strings)
@@ -104,22 +110,25 @@ class SynthesisRecipe:
 
 
 def tiny(size: int = 64, languages: tuple[str, ...] = ("en",), **changes: Any) -> SynthesisRecipe:
-    """The data of the tiny model: one or two short texts in 8 colours on 6 plain grounds, three fonts, all upright.
+    """The data of the tiny model: one or two short texts in 8 colours on 6 plain grounds, one font, all upright.
+
+    The letters are of one size, as long as they fit: what a model learns of a letter in a small image holds in a large
+    one, which shows more of them.
 
     Args:
-        size: 32, 64 or 128 pixels. It sets how many letters and lines stay legible: 3 letters or 2 Han characters in
-            one line at 32, 6 or 4 in two at 64, 8 or 4 in two at 128.
+        size: 32, 64 or 128 pixels. It sets how many letters and lines there is room for: 1 letter or Han character at
+            32; 3 or 2 in one line at 64; 8 or 4 in two lines at 128, where more than 6 letters are drawn smaller.
         languages: of `en`, `zh`.
         changes: other fields of the recipe, such as `max_letters=1`, `split="held_out"` or `shapes=1, pure=0`.
     """
-    limits = {32: (3, 2, 1), 64: (6, 4, 2), 128: (8, 4, 2)}
+    limits = {32: (1, 1, 1), 64: (3, 2, 1), 128: (8, 4, 2)}
     if size not in limits:
         raise ValueError(f"tiny: size must be one of {', '.join(map(str, limits))}, got {size}")
     letters, han, lines = limits[size]
     values: dict[str, Any] = {
         "sizes": ((size, size),),
         "languages": languages,
-        "fonts_per_language": 3,
+        "fonts_per_language": 1,
         "text_colours": TINY_TEXT_COLOURS,
         "ground_colours": TINY_GROUND_COLOURS,
         "textures": ("plain",),
@@ -127,7 +136,8 @@ def tiny(size: int = 64, languages: tuple[str, ...] = ("en",), **changes: Any) -
         "max_han": han,
         "max_lines": lines,
         "paragraph": 0.0,
-        "fill": 0.8,
+        "fill": 1.0,
+        "largest_font": 32,
         "centred": True,
         "rotation": 0.0,
         "random_strings": 0.5,
@@ -170,6 +180,7 @@ def _check(recipe: SynthesisRecipe) -> None:
         must(getattr(recipe, name) >= shortest, name, f"be {shortest} or more for the {recipe.split} split")
     must(recipe.max_lines >= 1, "max_lines", "be 1 or more")
     must(0 < recipe.fill <= 1, "fill", "be in (0, 1]")
+    must(recipe.largest_font >= 0, "largest_font", "be 0 or more")
     must(0 <= recipe.rotation <= 45, "rotation", "be from 0 to 45 degrees")
     for name in ("paragraph", "random_strings", "natural"):
         must(0 <= getattr(recipe, name) <= 1, name, "be from 0 to 1")
