@@ -25,7 +25,7 @@ $(VENV)/installed: $(VENV)/wheel/built
 	touch $@
 
 $(VENV)/dev: $(VENV)/installed
-	$(PIP) '$(WHEEL)[diffusers,train,dev]'
+	$(PIP) '$(WHEEL)[diffusers,train,evaluate,dev]'
 	touch $@
 
 install: $(VENV)/installed

@@ -100,11 +100,15 @@ class CheckpointRecipe:
 
 @dataclass
 class LogRecipe:
-    """Steps between log lines, validations and sample grids (0: never). prompts, sample_steps: of the grids."""
+    """Steps between log lines, validations and sample grids (0: never). prompts, sample_steps: of the grids.
+
+    ocr_samples: held-out captions of the synthesis source that are drawn and read back at each validation.
+    """
 
     every: int = 10
     validate_every: int = 0
     validation_samples: int = 16
+    ocr_samples: int = 0
     sample_every: int = 0
     sample_steps: int = 20
     prompts: list[str] = field(default_factory=list)
@@ -288,6 +292,8 @@ def validate(recipe: RunRecipe) -> None:
     weights = list(data.tasks.values())
     _must(sum(weights) > 0 and min(weights) >= 0, "data.tasks", "have weights of at least 0, one above 0", data.tasks)
     if isinstance(recipe, FlowRecipe):
+        _must(not recipe.log.ocr_samples or data.source == "synthesis", "log.ocr_samples",
+              "be 0 unless data.source is synthesis", recipe.log.ocr_samples)  # fmt: skip
         _must(recipe.model.dtype in ("auto", "float32", "bfloat16"), "model.dtype",
               "be auto, float32 or bfloat16", recipe.model.dtype)  # fmt: skip
         _must(recipe.lora.rank >= 0, "lora.rank", "be at least 0", recipe.lora.rank)

@@ -8,8 +8,8 @@ from qwen_image_fast.training.recipe import FlowRecipe, RecipeError, VaeRecipe, 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(path):
-    assert read_recipe(path).name == f"tiny-{path.stem}"
-    assert find_recipe(f"tiny/{path.stem}") == path
+    assert read_recipe(path).name == f"{path.parent.name}-{path.stem}"
+    assert find_recipe(f"{path.parent.name}/{path.stem}") == path
 
 
 def test_overrides_reach_nested_fields(tmp_path):
@@ -60,7 +60,7 @@ def test_bad_overrides_and_files(tmp_path):
         read_recipe(path, ["steps"])
     with pytest.raises(RecipeError, match="steps has a value of its own"):
         read_recipe(path, ["steps.more=1"])
-    with pytest.raises(RecipeError, match="there is no file nothing; shipped recipes: tiny/shapes, tiny/vae, "):
+    with pytest.raises(RecipeError, match="there is no file nothing; shipped recipes: tiny/1-shapes, tiny/2-"):
         find_recipe("nothing")
 
 

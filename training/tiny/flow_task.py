@@ -137,7 +137,27 @@ class FlowTask:
             losses.append(flow_losses(self.transformer, self.to_latents(part), self.texts(part)))
         by_level = torch.cat(losses).view(len(VALIDATION_SIGMAS), -1).mean(1).tolist()
         named = {f"validation_loss_{level}": loss for level, loss in zip(VALIDATION_SIGMAS, by_level)}
-        return {"validation_loss": sum(by_level) / len(by_level), **named}
+        return {"validation_loss": sum(by_level) / len(by_level), **named, **self._text_accuracy()}
+
+    def _text_accuracy(self) -> dict[str, float]:
+        """How much of held-out texts can be read in the pictures drawn for them."""
+        count = self.recipe.log.ocr_samples
+        if not count:
+            return {}
+        # Only here, because a run without it needs no OCR.
+        from qwen_image_fast.training.evaluation.cases import held_out_cases
+        from qwen_image_fast.training.evaluation.evaluate_text import drawn_by, evaluate
+        from qwen_image_fast.training.evaluation.ocr import Reader
+        from qwen_image_fast.training.evaluation.text_metrics import summarise
+
+        height, width = self.recipe.data.buckets[0]
+        synthesis = make_source(self.recipe.data).recipe
+        draw = drawn_by(
+            self.pipe, height=height, width=width, num_inference_steps=self.recipe.log.sample_steps, true_cfg_scale=1.0
+        )
+        results = evaluate(draw, held_out_cases(synthesis, count), synthesis, Reader())
+        found = summarise([result.score for result in results])
+        return {"ocr_exact": found.exact, "ocr_word_accuracy": found.word_accuracy, "ocr_ned": found.ned}
 
     def sample_grid(self) -> np.ndarray | None:
         prompts = self.recipe.log.prompts

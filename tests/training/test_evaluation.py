@@ -1,0 +1,146 @@
+"""Metrics against hand-computed values; reading and judging pictures whose text and colours are known."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from qwen_image_fast.training.evaluation.cases import cases_of_file, held_out_cases, held_out_edits, psnr_outside
+from qwen_image_fast.training.evaluation.colour_metrics import ground_colour, text_colour
+from qwen_image_fast.training.evaluation.text_metrics import edit_distance, score, summarise
+from qwen_image_fast.training.synthesis.generator import make
+from qwen_image_fast.training.synthesis.recipe import tiny
+from qwen_image_fast.training.synthesis.words import is_held_out
+
+RECIPE = tiny(128)
+UNSEEN = dataclasses.replace(RECIPE, split="held_out")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "distance"),
+    [("", "", 0), ("abc", "", 3), ("kitten", "sitting", 3), ("flaw", "lawn", 2), ("ab", "ba", 2)],
+)
+def test_edit_distance(a, b, distance):
+    assert edit_distance(a, b) == edit_distance(b, a) == distance
+
+
+def test_word_accuracy_counts_words_that_occur_among_those_read():
+    s = score(["Big cat", "DOG"], ["big CAT", "dot"])
+    assert (s.words, s.words_right) == (3, 2)
+    assert s.similarities[:2] == (1.0, 1.0) and s.similarities[2] == pytest.approx(2 / 3, abs=1e-4)
+    assert not s.exact
+
+
+def test_exact_heeds_case_order_and_extra_words_but_not_spaces():
+    assert score(["Big", "cat"], ["Big cat"]).exact and score(["Big cat"], ["Big", "cat"]).exact
+    assert not score(["Big"], ["big"]).exact
+    assert not score(["a", "b"], ["b", "a"]).exact
+    assert not score(["Big"], ["Big", "x"]).exact
+    assert not score(["Big"], []).exact and score(["Big"], []).similarities == (0.0,)
+
+
+def test_text_score_is_a_multiset_match_of_words_or_han_characters():
+    english = score(["to be or not to be."], ["to be, to go"])
+    assert (english.units, english.units_right) == (6, 3)
+    chinese = score(["你好你好，世界"], ["你好世"], "zh")
+    assert (chinese.units, chinese.units_right) == (6, 3)
+
+
+def test_summary_weighs_words_not_pictures():
+    total = summarise([score(["a b c"], ["a b c"]), score(["d"], ["x"])])
+    assert total.word_accuracy == 0.75 and total.exact == 0.5 and total.pictures == 2
+    assert total.ned == pytest.approx(0.75, abs=1e-4)
+    with pytest.raises(ValueError, match="must not be empty"):
+        summarise([])
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_colours_of_renderings_are_recognised(index):
+    sample = make(tiny(128, max_lines=1), 5, index)
+    assert ground_colour(sample.image, RECIPE.ground_colours) == sample.colours["ground"]
+    assert text_colour(sample.image, sample.boxes[0], RECIPE.text_colours) == sample.colours["text"]
+
+
+def test_an_empty_box_has_no_text_colour():
+    plain = np.full((32, 32, 3), 255, np.uint8)
+    assert text_colour(plain, (0, 0, 32, 32), RECIPE.text_colours) is None
+    assert text_colour(plain, (40, 40, 50, 50), RECIPE.text_colours) is None
+
+
+def test_held_out_cases_quote_words_that_training_never_shows():
+    for case in held_out_cases(RECIPE, 20):
+        assert case.texts and all(is_held_out(text) and text in case.prompt for text in case.texts)
+    for pair in held_out_edits(RECIPE, 3, "text"):
+        assert pair.kind == "text" and all(is_held_out(text) for text in pair.target_lines)
+
+
+def test_prompt_files(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text(
+        'A sign "OPEN" above “shop”\n\n{"prompt": "欢迎光临的牌子", "texts": ["欢迎光临"]}\n', encoding="utf-8"
+    )
+    first, second = cases_of_file(path)
+    assert first.texts == ("OPEN", "shop") and first.language == "en" and not first.colours
+    assert second.texts == ("欢迎光临",) and second.language == "zh"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a cat\n", "line 1 of .* must quote the text"),
+        ('\n{"text": 1}\n', 'line 2 of .* must be JSON with "prompt"'),
+        ("{oops\n", "must be JSON"),
+        ("\n", "must have at least one prompt"),
+    ],
+)
+def test_bad_prompt_files_are_named(tmp_path, content, message):
+    path = tmp_path / "prompts.txt"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        cases_of_file(path)
+
+
+def test_psnr_outside_ignores_the_mask():
+    wanted = np.zeros((8, 8, 3), np.uint8)
+    made, mask = wanted.copy(), np.zeros((8, 8), bool)
+    made[:4], mask[:4] = 200, True
+    made[6] = 51
+    assert psnr_outside(made, wanted, mask) == pytest.approx(10 * np.log10(255**2 / (51**2 / 4)))
+
+
+@pytest.fixture(scope="module")
+def reader():
+    pytest.importorskip("rapidocr")
+    from qwen_image_fast.training.evaluation.ocr import Reader
+
+    return Reader()
+
+
+class TestWithReader:
+    def run(self, reader, pictures, cases):
+        from qwen_image_fast.training.evaluation.evaluate_text import evaluate
+
+        return list(evaluate(lambda part, first: pictures[first : first + len(part)], cases, RECIPE, reader, batch=4))
+
+    def test_true_renderings_are_all_right_and_others_are_not(self, reader, tmp_path):
+        from qwen_image_fast.training.evaluation.evaluate_text import read_results, table, write_report
+
+        cases = held_out_cases(RECIPE, 6, seed=3)
+        pictures = [make(UNSEEN, 3, i).image for i in range(6)]
+        totals = write_report(self.run(reader, pictures, cases), tmp_path / "right", {"steps": 0})
+        assert totals["en"]["exact"] == totals["en"]["word_accuracy"] == totals["en"]["colour_accuracy"] == 1.0
+        assert "100.0%" in table(totals) and not (tmp_path / "right" / "failures.png").exists()
+        assert read_results(tmp_path / "right")["summary"] == json.loads(json.dumps(totals))
+
+        wrong = self.run(reader, [*pictures[1:], pictures[0]], cases)
+        totals = write_report(wrong, tmp_path / "wrong", {})
+        assert totals["en"]["exact"] == totals["en"]["word_accuracy"] == 0.0 and totals["en"]["colour_accuracy"] < 0.5
+        assert (tmp_path / "wrong" / "failures.png").exists()
+
+    def test_a_picture_without_text_reads_as_nothing(self, reader):
+        assert reader.read(np.full((128, 128, 3), 255, np.uint8)) == []
+
+    def test_pictures_of_another_type_are_refused(self, reader):
+        with pytest.raises(ValueError, match="must be uint8"):
+            reader.read(np.zeros((8, 8, 3), np.float32))

@@ -1,0 +1,83 @@
+"""What to ask for in an evaluation: prompts with the texts and colours that the picture must show."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from qwen_image_fast.training.synthesis.editing import make_edit
+from qwen_image_fast.training.synthesis.generator import make
+from qwen_image_fast.training.synthesis.recipe import SynthesisRecipe
+from qwen_image_fast.training.synthesis.sample import EditSample, quoted_texts
+
+
+@dataclass(frozen=True)
+class TextCase:
+    """A prompt, the texts it asks for from top to bottom, and role → colour name as in `synthesis.Sample`."""
+
+    prompt: str
+    texts: tuple[str, ...]
+    language: str = "en"
+    colours: Mapping[str, str] = field(default_factory=dict)
+
+
+def held_out_cases(recipe: SynthesisRecipe, count: int, seed: int = 0) -> list[TextCase]:
+    """Captions of the synthesis recipe whose words training never shows."""
+    unseen = dataclasses.replace(recipe, split="held_out", shapes=0.0)
+    made = (make(unseen, seed, i) for i in range(count))
+    return [TextCase(sample.caption, sample.lines, sample.language, sample.colours) for sample in made]
+
+
+def held_out_edits(recipe: SynthesisRecipe, count: int, kind: str, seed: int = 0) -> list[EditSample]:
+    """The first `count` editing pairs of one kind, with words that training never shows."""
+    unseen = dataclasses.replace(recipe, split="held_out", shapes=0.0)
+    found: list[EditSample] = []
+    index = 0
+    while len(found) < count:
+        pair = make_edit(unseen, seed, index)
+        index += 1
+        if pair.kind == kind:
+            found.append(pair)
+        if index > 1000 * count:
+            raise ValueError(f"evaluate: the recipe makes no edits of the kind {kind}")
+    return found
+
+
+def cases_of_file(path: Path) -> list[TextCase]:
+    """Prompts of a file: one a line, or JSON lines with `prompt` and, where it does not quote them, `texts`.
+
+    The language of a case is Chinese where its texts have a Han character.
+
+    Raises:
+        ValueError: a line has no text, or is not what it must be.
+    """
+    cases = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        prompt, texts = line.strip(), None
+        if line.lstrip().startswith("{"):
+            try:
+                record = json.loads(line)
+                prompt, texts = str(record["prompt"]), record.get("texts")
+            except (json.JSONDecodeError, KeyError) as error:
+                raise ValueError(f'evaluate: line {number} of {path} must be JSON with "prompt": {error}') from error
+        texts = tuple(map(str, texts)) if texts else quoted_texts(prompt)
+        if not texts:
+            raise ValueError(f"evaluate: line {number} of {path} must quote the text to draw or give it in texts")
+        chinese = any("\u4e00" <= c <= "\u9fff" for text in texts for c in text)
+        cases.append(TextCase(prompt, texts, "zh" if chinese else "en"))
+    if not cases:
+        raise ValueError(f"evaluate: {path} must have at least one prompt")
+    return cases
+
+
+def psnr_outside(made: np.ndarray, wanted: np.ndarray, mask: np.ndarray) -> float:
+    """10 log10(255^2 / mean error^2) in dB over the pixels outside a mask; uint8 [H, W, 3], bool [H, W]."""
+    error = (made.astype(np.float64) - wanted)[~mask]
+    return float(10 * np.log10(255**2 / max(np.mean(error**2), 1e-6))) if error.size else float("nan")
