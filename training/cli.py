@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from qwen_image_fast.training.memory import check_recipe
 from qwen_image_fast.training.recipe import FlowRecipe, RecipeError, RunRecipe, VaeRecipe, read_recipe
 from qwen_image_fast.training.tiny.batches import FlowBatches
-from qwen_image_fast.training.tiny.flow_task import FlowTask
+from qwen_image_fast.training.tiny.flow_task import FlowTask, pick_device, pick_dtype
 from qwen_image_fast.training.tiny.latents import write_cache
 from qwen_image_fast.training.tiny.sources import Source, make_source
 from qwen_image_fast.training.trainer import Task, Trainer
@@ -59,6 +60,8 @@ def make_task(recipe: RunRecipe, folder: Path, source: Source | None = None) -> 
     if isinstance(recipe, VaeRecipe):
         return VaeTask(recipe, source)
     assert isinstance(recipe, FlowRecipe)
+    device = pick_device(recipe.device)
+    check_recipe(recipe, device, pick_dtype(recipe.model.dtype, device))
     return FlowTask(recipe, folder, source)
 
 

@@ -60,9 +60,10 @@ class RunLog:
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
         if "loss" in values:
+            speed = f"{values['tflops']:.3g} TFLOP/s  " if "tflops" in values else ""
             line = (
                 f"loss {values['loss']:.4f}  {values['images_per_s']:.1f} img/s  {values['tokens_per_s']:.0f} tok/s  "
-                f"data {values['data_wait']:.0%}  {values['memory_gb']:.1f} GB"
+                f"{speed}data {values['data_wait']:.0%}  {values['memory_gb']:.1f} GB"
             )
             self.progress.update(self.bar, line=line)
             if self.progress.disable:

@@ -37,13 +37,14 @@ AHEAD = 2
 class Losses:
     """total: what is differentiated, a mean over samples. per_sample: [samples] float32, of the batch's samples.
 
-    extra: further numbers for the log.
+    flops: of forward and backward, where they are known. extra: further numbers for the log.
     """
 
     total: Tensor
     per_sample: Tensor
     tokens: int
     extra: dict[str, float]
+    flops: float = 0.0
 
 
 class BatchMaker(Protocol):
@@ -183,12 +184,13 @@ class Trainer:
     def train_step(self, batches: list[Any]) -> dict[str, float]:
         """One update: the mean of the micro-batches' losses."""
         total: float | Tensor = 0.0
-        tokens, extra, seen = 0, {}, []
+        tokens, flops, extra, seen = 0, 0.0, {}, []
         for batch in batches:
             losses = self.task.loss(batch)
             (losses.total / len(batches)).backward()
             self.optimizer.accumulate()
             tokens += losses.tokens
+            flops += losses.flops
             extra = losses.extra
             seen.append(losses.per_sample.detach())
             total = total + losses.total.detach() / len(batches)
@@ -199,7 +201,7 @@ class Trainer:
         self.optimizer.step(lr)
         self.ema.update()
         self.step += 1
-        return {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens, **extra}
+        return {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens, "flops": flops, **extra}
 
     def _not_finite(self, batches: list[Any], seen: list[Tensor], loss: float, norm: float) -> str:
         where = f"of step {self.step}"
@@ -232,15 +234,16 @@ class Meter:
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
-        self.waited, self.steps, self.images, self.tokens = 0.0, 0, 0, 0
+        self.waited, self.steps, self.images, self.tokens, self.flops = 0.0, 0, 0, 0, 0.0
         self.sums: dict[str, float] = {}
 
     def add(self, losses: dict[str, float], images: int) -> None:
         self.steps += 1
         self.images += images
         self.tokens += int(losses["tokens"])
+        self.flops += losses["flops"]
         for name, value in losses.items():
-            if name != "tokens":
+            if name not in ("tokens", "flops"):
                 self.sums[name] = self.sums.get(name, 0.0) + value
 
     def values(self) -> dict[str, float]:
@@ -248,6 +251,7 @@ class Meter:
         return {name: value / self.steps for name, value in self.sums.items()} | {
             "images_per_s": self.images / seconds,
             "tokens_per_s": self.tokens / seconds,
+            **({"tflops": self.flops / seconds / 1e12} if self.flops else {}),
             "data_wait": self.waited / seconds,
         }
 

@@ -22,6 +22,7 @@ from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
 from qwen_image_fast.tiny import write_untrained
 from qwen_image_fast.training.lora import add_lora, save_lora
+from qwen_image_fast.training.memory import step_flops
 from qwen_image_fast.training.objectives.flow import FlowSample, flow_losses
 from qwen_image_fast.training.optimizer import freeze_dead
 from qwen_image_fast.training.recipe import FlowRecipe
@@ -92,9 +93,11 @@ class FlowTask:
         self.maker = FlowBatches(recipe, source, self.transformer.config.in_channels, cache)
 
     def loss(self, batch: list[RawSample]) -> Losses:
-        losses = flow_losses(self.transformer, self.to_latents(batch), self.texts(batch))
-        tokens = sum(f * h * w for raw in batch for f, h, w in raw.shapes)
-        return Losses(losses.mean(), losses, tokens, {})
+        texts = self.texts(batch)
+        losses = flow_losses(self.transformer, self.to_latents(batch), texts)
+        images = [sum(f * h * w for f, h, w in raw.shapes) for raw in batch]
+        flops = step_flops(self.transformer.config, images, [len(text) for text in texts])
+        return Losses(losses.mean(), losses, sum(images), {}, flops)
 
     def to_latents(self, batch: list[RawSample]) -> list[FlowSample]:
         images = [image for raw in batch for image in raw.images]
