@@ -60,7 +60,7 @@ def test_bad_overrides_and_files(tmp_path):
         read_recipe(path, ["steps"])
     with pytest.raises(RecipeError, match="steps has a value of its own"):
         read_recipe(path, ["steps.more=1"])
-    with pytest.raises(RecipeError, match="there is no file nothing; shipped recipes: tiny/1-shapes, tiny/2-"):
+    with pytest.raises(RecipeError, match="there is no file nothing; shipped recipes: full/text-to-image, lora/text"):
         find_recipe("nothing")
 
 
