@@ -307,11 +307,13 @@ def test_our_sentence_stands_on_top(generate, monkeypatch, error, text, tracebac
 
 
 def test_the_pipelines_own_errors_are_sentences(generate, monkeypatch):
+    from qwen_image_fast.pipelines.generation import per_prompt
+
     def fail(self, tokens):
-        return pipelines._check_choices(0, 1, "pil", [])
+        return per_prompt("height", [1, 2], 1)
 
     monkeypatch.setattr(pipelines.QwenImagePipeline, "_check_finite", fail)
-    refused(generate("x", "--quiet"), 1, "num_inference_steps must be an integer of at least 1, got 0")
+    refused(generate("x", "--quiet"), 1, "height must be one for all or one for each prompt, 1, got 2")
 
 
 def test_ctrl_c_as_older_typer_reports_it(monkeypatch):

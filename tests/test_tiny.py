@@ -146,3 +146,14 @@ def test_diffusers_loads_the_folder_and_the_prompt_changes_the_image(tiny_folder
     cat, dog = image('"CAT" red'), image('"DOG" 蓝色')
     assert cat.shape == (1, 3, 64, 64) and cat.isfinite().all() and cat.std() > 0.02
     assert (cat - dog).abs().max() > 1 / 255
+
+
+def test_edit_folder_has_the_released_layout(tmp_path):
+    tiny.write_untrained(tmp_path / "edit", edit=True)
+    index = json.loads((tmp_path / "edit" / "model_index.json").read_text())
+    assert index["_class_name"] == "QwenImageEditPlusPipeline"
+    assert index["processor"] == ["transformers", "Qwen2VLProcessor"]
+    assert {n for n in index if not n.startswith("_")} == {p.name for p in (tmp_path / "edit").iterdir() if p.is_dir()}
+    transformers = pytest.importorskip("transformers", minversion="5")
+    processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(tmp_path / "edit" / "processor")
+    assert processor.patch_size == 14 and processor.size["longest_edge"] == 28 * 28 * 1280

@@ -7,6 +7,8 @@ from qwen_image_fast.accelerate import accelerate, restore
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.ops import reference
+from qwen_image_fast.pipelines.edit import QwenImageEditPipeline
+from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
 from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler
 
@@ -15,6 +17,8 @@ __version__ = build_info()["version"]
 __all__ = [
     "AutoencoderKLQwenImage",
     "FlowMatchEulerDiscreteScheduler",
+    "QwenImageEditPipeline",
+    "QwenImageEditPlusPipeline",
     "QwenImagePipeline",
     "QwenImageTransformer2DModel",
     "accelerate",

@@ -30,13 +30,16 @@ class Sample:
     """One image to make.
 
     latents: [tokens, channels] packed noise. shape: (frames, height, width) in tokens. cond, uncond: its conditions;
-    uncond None: no classifier-free guidance.
+    uncond None: no classifier-free guidance. references, reference_shapes: packed latents of 0..N images that stand
+    behind it in the sequence, and their shapes.
     """
 
     latents: Tensor
     shape: ImageShape
     cond: Text
     uncond: Text | None = None
+    references: Sequence[Tensor] = ()
+    reference_shapes: Sequence[ImageShape] = ()
 
 
 # Called after every step with its index, the timestep (1000 * sigma) and the latents of every sample; may return
@@ -44,18 +47,22 @@ class Sample:
 StepCallback = Callable[[int, float, list[Tensor]], "list[Tensor] | None"]
 
 
-def noise_levels(scheduler, tokens: int, steps: int, sigmas: Sequence[float] | None = None) -> Tensor:
-    """The schedule of one image size, float32 [steps + 1] on the CPU: `scheduler` shifted for that number of tokens."""
+def schedule_shift(scheduler, tokens: int) -> float:
+    """mu of an image of `tokens` tokens, from the scheduler's configuration (diffusers' defaults where it has none)."""
     config = scheduler.config
-    if getattr(config, "stochastic_sampling", False):
-        raise ValueError("the scheduler must not use stochastic_sampling: this loop takes deterministic Euler steps")
-    mu = calculate_shift(
+    return calculate_shift(
         tokens,
         config.get("base_image_seq_len", 256),
         config.get("max_image_seq_len", 4096),
         config.get("base_shift", 0.5),
         config.get("max_shift", 1.15),
     )
+
+
+def noise_levels(scheduler, mu: float, steps: int, sigmas: Sequence[float] | None = None) -> Tensor:
+    """The schedule shifted by `mu`, float32 [steps + 1] on the CPU."""
+    if getattr(scheduler.config, "stochastic_sampling", False):
+        raise ValueError("the scheduler must not use stochastic_sampling: this loop takes deterministic Euler steps")
     levels = np.linspace(1.0, 1 / steps, steps).tolist() if sigmas is None else list(sigmas)
     scheduler.set_timesteps(sigmas=levels, mu=mu)
     return scheduler.sigmas.cpu()
@@ -83,10 +90,10 @@ def denoise(
     """
     device, config = samples[0].latents.device, transformer.config
     guided = samples[0].uncond is not None
+    branches = 2 if guided else 1
     texts = [s.cond for s in samples] + [s.uncond for s in samples if s.uncond is not None]
-    shapes = tuple((s.shape,) for s in samples) * (2 if guided else 1)
     layout = pack(
-        shapes,
+        tuple((s.shape, *s.reference_shapes) for s in samples) * branches,
         [len(t.embeds) for t in texts],
         axes_dim=config.axes_dims_rope,
         layer3d=config.use_layer3d_rope,
@@ -94,16 +101,18 @@ def denoise(
         txt_positions=None if all(t.positions is None for t in texts) else [
             torch.arange(len(t.embeds)) if t.positions is None else t.positions.cpu() for t in texts
         ],
+        targets_only=True,
         device=device,
     )  # fmt: skip
 
     lengths = [len(s.latents) for s in samples]
-    levels = {n: noise_levels(scheduler, n, steps, sigmas) for n in dict.fromkeys(lengths)}
-    schedule = torch.stack([levels[n] for n in (dict.fromkeys(lengths) if len(levels) == 1 else lengths)], 1)
+    shifts = [schedule_shift(scheduler, n) for n in lengths]
+    levels = {mu: noise_levels(scheduler, mu, steps, sigmas) for mu in dict.fromkeys(shifts)}
+    schedule = torch.stack([levels[mu] for mu in (dict.fromkeys(shifts) if len(levels) == 1 else shifts)], 1)
     # One value for all samples where they share a schedule, else one for each.
     dt = schedule.diff(dim=0).to(device)
     offsets = None if len(levels) == 1 else cumulative(lengths, device)
-    modulations = StepModulations(transformer, levels, lengths * (2 if guided else 1), free_weights)
+    modulations = StepModulations(transformer, levels, shifts * branches, free_weights)
 
     x = torch.cat([s.latents for s in samples])
     txt = transformer.embed_text(torch.cat([t.embeds for t in texts]))
@@ -112,7 +121,8 @@ def denoise(
         for i in range(len(dt)):
             if interrupted():
                 break
-            out = transformer.forward_packed(torch.cat([x, x]) if guided else x, txt, layout, modulations.at(i))
+            img = torch.cat([part for own, s in zip(x.split(lengths), samples) for part in (own, *s.references)])
+            out = transformer.forward_packed(torch.cat([img] * branches), txt, layout, modulations.at(i))
             x = guided_step(x, out[:rows], out[rows:] if guided else None, dt[i], guidance, rescale, offsets)
             if on_step is not None:
                 changed = on_step(i, float(schedule[i, 0]) * 1000, list(x.split(lengths)))
@@ -124,7 +134,7 @@ def denoise(
 class StepModulations:
     """The modulation vectors of each step, from one table over all schedules of the batch."""
 
-    def __init__(self, transformer, levels: dict[int, Tensor], lengths: Sequence[int], free_weights: bool):
+    def __init__(self, transformer, levels: dict[float, Tensor], shifts: Sequence[float], free_weights: bool):
         self.zero_cond_t = transformer.config.zero_cond_t
         self.steps = len(next(iter(levels.values()))) - 1
         noise = [float(sigma) for schedule in levels.values() for sigma in schedule[:-1]]
@@ -134,10 +144,10 @@ class StepModulations:
         self.table = table
         self.rows = None
         if len(levels) > 1:
-            first = {n: k * self.steps for k, n in enumerate(levels)}
-            self.rows = torch.tensor([first[n] for n in lengths], device=table.final.device)
+            first = {mu: k * self.steps for k, mu in enumerate(levels)}
+            self.rows = torch.tensor([first[mu] for mu in shifts], device=table.final.device)
         elif self.zero_cond_t:
-            self.rows = torch.zeros(len(lengths), dtype=torch.int64, device=table.final.device)
+            self.rows = torch.zeros(len(shifts), dtype=torch.int64, device=table.final.device)
 
     def at(self, step: int) -> Modulation:
         """One condition for the whole batch where all samples share it, else one per segment of the layout."""

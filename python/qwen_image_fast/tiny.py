@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 
 from .checkpoint import save_state
 from .models.text_encoder import EDIT_PLUS_PICTURE, EDIT_TEMPLATE, T2I_TEMPLATE
+from .models.vision import VisionProcessor
 
 _SPECIAL = (
     "<|endoftext|>",
@@ -161,7 +163,7 @@ def tiny_configs() -> dict[str, dict]:
     }
 
 
-def write_untrained(folder: str | Path, seed: int = 0) -> None:
+def write_untrained(folder: str | Path, seed: int = 0, *, edit: bool = False) -> None:
     """Write the tiny Qwen-Image with random float32 weights in the layout of `QwenImagePipeline.from_pretrained`.
 
     The weights depend on the seed and the parameters' names and shapes only: normal with variance 1/fan-in, half
@@ -170,6 +172,7 @@ def write_untrained(folder: str | Path, seed: int = 0) -> None:
     Args:
         folder: must not exist, or be empty.
         seed: of the weights.
+        edit: the layout of `QwenImageEditPlusPipeline.from_pretrained`: also the processor of pictures.
 
     Raises:
         FileExistsError: `folder` holds something.
@@ -193,18 +196,20 @@ def write_untrained(folder: str | Path, seed: int = 0) -> None:
         _write_tokenizer(building / "tokenizer")
         scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_diffusers_version": "0.34.0"}
         _write_json(building / "scheduler" / "scheduler_config.json", scheduler | configs["scheduler"])
-        _write_json(
-            building / "model_index.json",
-            {
-                "_class_name": "QwenImagePipeline",
-                "_diffusers_version": "0.34.0",
-                "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-                "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
-                "tokenizer": ["transformers", "Qwen2Tokenizer"],
-                "transformer": ["diffusers", "QwenImageTransformer2DModel"],
-                "vae": ["diffusers", "AutoencoderKLQwenImage"],
-            },
-        )
+        index = {
+            "_class_name": "QwenImageEditPlusPipeline" if edit else "QwenImagePipeline",
+            "_diffusers_version": "0.34.0",
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+            "tokenizer": ["transformers", "Qwen2Tokenizer"],
+            "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKLQwenImage"],
+        }
+        if edit:
+            index["processor"] = ["transformers", "Qwen2VLProcessor"]
+            _write_tokenizer(building / "processor")
+            _write_processor(building / "processor")
+        _write_json(building / "model_index.json", index)
         building.chmod(0o755)  # mkdtemp's folders are private
         building.replace(folder)
     finally:
@@ -263,6 +268,22 @@ def _write_tokenizer(folder: Path) -> None:
         }
         | special,
     )
+
+
+def _write_processor(folder: Path) -> None:
+    """The pictures' part of transformers' Qwen2VLProcessor; the tokenizer's part is there."""
+    common = {
+        "processor_class": "Qwen2VLProcessor",
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        **asdict(VisionProcessor()),
+    }
+    _write_json(folder / "preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessor", **common})
+    _write_json(folder / "video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor", **common})
 
 
 @functools.cache

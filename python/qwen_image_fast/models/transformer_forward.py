@@ -110,7 +110,8 @@ class TransformerForward:
             controlnet_block_samples: residuals [image rows, width], spread over the blocks.
 
         Returns:
-            [image rows, patch_size^2 * out_channels].
+            [image rows, patch_size^2 * out_channels]; with `layout.targets` only those rows, and of the others the last
+            block computes keys and values alone.
         """
         blocks = self.transformer_blocks
         img = self.img_in(img)
@@ -125,6 +126,12 @@ class TransformerForward:
         txt_s = Stream(txt, layer_norm_modulate(txt, txt_mods[0].shift1, txt_mods[0].scale1, txt_offsets))
         for i, block in enumerate(blocks):
             last = i == len(blocks) - 1
+            if last and layout.targets is not None and img_offsets is not None:
+                # From here on the rows are those of the targets: one condition per sample.
+                per_sample = slice(None, None, len(final_shift) // layout.samples)
+                img_offsets = layout.cu_targets
+                img_mods[i] = BlockVectors(*(m[per_sample] for m in img_mods[i]))
+                final_shift, final_scale = final_shift[per_sample], final_scale[per_sample]
             next_img = (final_shift, final_scale) if last else (img_mods[i + 1].shift1, img_mods[i + 1].scale1)
             next_txt = None if last else (txt_mods[i + 1].shift1, txt_mods[i + 1].scale1)
             args = (block, img_s, txt_s, layout, img_mods[i], txt_mods[i], next_img, next_txt, img_offsets, txt_offsets)
@@ -134,7 +141,8 @@ class TransformerForward:
                 img_s, txt_s = run_block(*args)
             if controlnet_block_samples is not None:
                 interval = math.ceil(len(blocks) / len(controlnet_block_samples))
-                x = img_s.x + controlnet_block_samples[i // interval]
+                added = controlnet_block_samples[i // interval]
+                x = img_s.x + (added[layout.targets] if last and layout.targets is not None else added)
                 img_s = Stream(x, layer_norm_modulate(x, next_img[0], next_img[1], img_offsets))
         return self.proj_out(img_s.normed)
 
@@ -256,22 +264,30 @@ def run_block(
 
     h += gate1 * to_out(attention(LN-modulate(h))); h += gate2 * mlp(LN-modulate(h)), for both streams; each gated
     residual is one pass with the norm that follows it. `next_img`, `next_txt`: shift and scale of that next norm;
-    next_txt None: this is the last block, whose text output reaches nothing and is not computed.
+    next_txt None: this is the last block, whose text output reaches nothing and is not computed; nor is, with
+    `layout.targets`, that of the other image rows.
     """
     attn = block.attn
     head_dim = attn.norm_q.weight.shape[0]
+    targets = layout.targets if next_txt is None else None
 
     def heads(projection: Any, x: Tensor) -> Tensor:
         return projection(x).unflatten(-1, (-1, head_dim))
 
+    img_q = heads(attn.to_q, img.normed if targets is None else img.normed[targets])
+    if targets is not None:  # the op wants all rows; the others are not read again
+        img_q = img_q.new_zeros(len(img.x), *img_q.shape[1:]).index_copy(0, targets, img_q)
     q, k, v = qk_norm_rope(
-        heads(attn.to_q, img.normed), heads(attn.to_k, img.normed), heads(attn.to_v, img.normed),
+        img_q, heads(attn.to_k, img.normed), heads(attn.to_v, img.normed),
         None if next_txt is None else heads(attn.add_q_proj, txt.normed),
         heads(attn.add_k_proj, txt.normed), heads(attn.add_v_proj, txt.normed),
         attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight,
         layout.img_rope, layout.txt_rope, layout.cu_img, layout.cu_txt, attn.norm_q.eps,
     )  # fmt: skip
-    if next_txt is None:
+    if targets is not None:
+        img_y = joint_attention(q[targets], k, v, layout.target_lens, layout.joint_lens).flatten(1)
+        img = Stream(img.x[targets], img.normed)
+    elif next_txt is None:
         img_y = joint_attention(q, k, v, layout.img_lens, layout.joint_lens).flatten(1)
     else:
         img_y, txt_y = layout.split_joint(joint_attention(q, k, v, layout.joint_lens).flatten(1))

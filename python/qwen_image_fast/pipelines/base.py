@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,16 +17,18 @@ from qwen_image_fast.checkpoint import atomic_write, json_bytes, read_json, reso
 from qwen_image_fast.models.text_encoder import load_text_encoder
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
+from qwen_image_fast.models.vision import VisionProcessor
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler
 
 # The library names of model_index.json, as diffusers writes them.
-_INDEX = {
+_PARTS = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
     "tokenizer": ["transformers", "Qwen2Tokenizer"],
     "transformer": ["diffusers", "QwenImageTransformer2DModel"],
     "vae": ["diffusers", "AutoencoderKLQwenImage"],
 }
+PROCESSOR: dict[str, list[str]] = {"processor": ["transformers", "Qwen2VLProcessor"]}
 
 
 @dataclass
@@ -39,6 +41,11 @@ class QwenImagePipelineOutput:
 
 class Pipeline:
     """Components, `from_pretrained`, `save_pretrained`, `to`, and the seconds of each stage of the last call."""
+
+    # The components, with library and class as in model_index.json.
+    parts: ClassVar[dict[str, list[str]]] = _PARTS
+    # Whether the vision tower of the condition encoder is loaded.
+    uses_vision = False
 
     def __init__(self, scheduler, vae, text_encoder, tokenizer, transformer, *, free_modulation_weights: bool = False):
         self.scheduler = scheduler
@@ -91,8 +98,8 @@ class Pipeline:
                 f"from_pretrained: {folder} must hold a Qwen-Image pipeline, its model_index.json names "
                 f"{index.get('_class_name')}"
             )
-        if unknown := set(components) - set(_INDEX):
-            raise TypeError(f"from_pretrained: components must be of {', '.join(_INDEX)}, got {', '.join(unknown)}")
+        if unknown := set(components) - set(cls.parts):
+            raise TypeError(f"from_pretrained: components must be of {', '.join(cls.parts)}, got {', '.join(unknown)}")
         models: dict[str, Any] = {"torch_dtype": torch_dtype, "device": device}
         loaders = {
             "scheduler": lambda: FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler"),
@@ -103,13 +110,12 @@ class Pipeline:
                 folder, subfolder="transformer", variant=variant, **models
             ),
         }
+        if "processor" in cls.parts:
+            loaders["processor"] = lambda: _load_processor(folder / "processor")
         parts = {name: components[name] if name in components else load() for name, load in loaders.items()}
         pipe = cls(**parts, free_modulation_weights=free_modulation_weights)
         pipe._source = folder
         return pipe
-
-    # Whether the vision tower of the condition encoder is loaded.
-    uses_vision = False
 
     def save_pretrained(self, folder: str | os.PathLike, *, max_shard_size: int | str = "10GB") -> None:
         """Write the whole pipeline as a diffusers-layout folder, which diffusers reads too.
@@ -122,17 +128,17 @@ class Pipeline:
         self.transformer.save_pretrained(folder / "transformer", max_shard_size=max_shard_size)
         self.vae.save_pretrained(folder / "vae", max_shard_size=max_shard_size)
         self.scheduler.save_pretrained(folder / "scheduler")
-        for name in ("text_encoder", "tokenizer"):
-            if self._source is None:
+        for name in [n for n in ("text_encoder", "tokenizer", "processor") if n in self.parts]:
+            if self._source is None or not (self._source / name).is_dir():
                 getattr(self, name).save_pretrained(folder / name)
             elif (self._source / name).resolve() != (folder / name).resolve():
                 shutil.copytree(self._source / name, folder / name, dirs_exist_ok=True)
-        index = {"_class_name": type(self).__name__, "_diffusers_version": "0.36.0", **_INDEX}
+        index = {"_class_name": type(self).__name__, "_diffusers_version": "0.36.0", **self.parts}
         atomic_write(folder / "model_index.json", lambda file: file.write(json_bytes(index)))
 
     @property
     def components(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _INDEX}
+        return {name: getattr(self, name) for name in self.parts}
 
     @property
     def device(self) -> torch.device:
@@ -173,3 +179,11 @@ def _load_tokenizer(folder: Path):
     if not folder.is_dir():
         raise FileNotFoundError(f"from_pretrained: there is no tokenizer folder {folder}")
     return Qwen2Tokenizer.from_pretrained(folder)
+
+
+def _load_processor(folder: Path) -> VisionProcessor:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"from_pretrained: there is no processor folder {folder}; editing needs an editing model's folder"
+        )
+    return VisionProcessor.from_pretrained(folder)

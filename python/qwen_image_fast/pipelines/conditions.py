@@ -1,0 +1,140 @@
+"""What stands beside the prompt: reference pictures, in the text and in the image stream.
+
+A reference goes two ways (Qwen-Image report, arXiv 2508.02324, section 2.2): through Qwen2.5-VL into the text, for what
+it means, and through the VAE behind the generated image's tokens, for what it looks like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qwen_image_fast.models.rope import ImageShape
+from qwen_image_fast.models.text_encoder import (
+    EDIT_DROP,
+    EDIT_PLUS_DROP,
+    EDIT_PLUS_PICTURE,
+    EDIT_PLUS_TEMPLATE,
+    EDIT_TEMPLATE,
+)
+from qwen_image_fast.models.vision import IMAGE_TOKEN, Seen, VisionProcessor, encode_pictures, look
+from qwen_image_fast.pipelines.images import Picture, area_size, pad_to_multiple, resize, shrink, to_rgb, to_tensor
+from qwen_image_fast.pipelines.latents import pack_latents
+
+CONDITION_AREA = 384 * 384  # of Edit-Plus' pictures for Qwen2.5-VL
+VAE_AREA = 1024 * 1024
+
+
+class Reference(NamedTuple):
+    """A picture as the two encoders see it."""
+
+    condition: Image.Image
+    vae: Image.Image
+
+
+class References(NamedTuple):
+    """The references of one sample in the image stream: packed latents and shapes in tokens."""
+
+    latents: list[Tensor]
+    shapes: list[ImageShape]
+
+
+def prepare_reference(image: Image.Image, *, preserve_size: bool, condition_area: int, multiple: int = 16) -> Reference:
+    """The picture for Qwen2.5-VL and the one for the VAE.
+
+    `preserve_size`: the VAE sees the picture as it is, padded on the right and at the bottom to the next multiple of
+    16 by repeating its edge; Qwen2.5-VL sees it as it is up to `condition_area` pixels, and resized to that if larger.
+    Otherwise both are resized as in diffusers, smaller pictures too: to `condition_area` and to one megapixel, sides
+    rounded to multiples of 32, which changes the aspect ratio a little.
+    """
+    if preserve_size:
+        return Reference(shrink(image, condition_area), pad_to_multiple(image, multiple))
+    condition = resize(image, *area_size(condition_area, *image.size))
+    return Reference(condition, resize(image, *area_size(VAE_AREA, *image.size)))
+
+
+def edit_prompt(prompt: str, pictures: int, plus: bool) -> str:
+    """The prompt in the template of Edit (one picture) or Edit-Plus (any number, none too)."""
+    if IMAGE_TOKEN in prompt:
+        raise ValueError(f"prompt must not contain {IMAGE_TOKEN}, which stands for a picture")
+    if not plus:
+        return EDIT_TEMPLATE.format(prompt)
+    return EDIT_PLUS_TEMPLATE.format("".join(EDIT_PLUS_PICTURE.format(n + 1) for n in range(pictures)) + prompt)
+
+
+def encode_edit_prompts(
+    text_encoder: Any,
+    tokenizer: Any,
+    processor: VisionProcessor,
+    prompts: Sequence[str],
+    images: Sequence[Sequence[Picture]],
+    *,
+    plus: bool = True,
+    preserve_size: bool = True,
+    condition_area: int = CONDITION_AREA,
+    grid_positions: bool = True,
+) -> list[Tensor]:
+    """The conditions of edits, exactly as the editing pipelines make them; for training and for caching.
+
+    Args:
+        text_encoder: Qwen2.5-VL with its vision tower, in which gradients flow if they are enabled.
+        processor: of the pipeline (`pipe.processor`), or `VisionProcessor()`.
+        prompts: an instruction for each sample. images: its 0..N pictures: arrays or what else `to_rgb` takes.
+        plus: Edit-Plus' template; False: Edit's, with one picture each.
+        preserve_size, condition_area, grid_positions: as in the pipelines' call.
+
+    Returns:
+        Per sample the states [tokens, hidden], in the encoder's dtype.
+    """
+    pictures = [
+        [
+            prepare_reference(
+                to_rgb(f"images[{i}][{k}]", image), preserve_size=preserve_size, condition_area=condition_area
+            ).condition
+            for k, image in enumerate(own)
+        ]
+        for i, own in enumerate(images)
+    ]
+    seen = iter(look(text_encoder, [picture for own in pictures for picture in own], processor))
+    return encode_seen(
+        text_encoder, tokenizer, prompts, [[next(seen) for _ in own] for own in pictures], plus, grid_positions
+    )
+
+
+def encode_seen(
+    text_encoder: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    seen: Sequence[Sequence[Seen]],
+    plus: bool,
+    grid_positions: bool,
+) -> list[Tensor]:
+    """As `encode_edit_prompts`, of pictures that the vision tower has seen."""
+    texts = [edit_prompt(prompt, len(own), plus) for prompt, own in zip(prompts, seen, strict=True)]
+    drop = EDIT_PLUS_DROP if plus else EDIT_DROP
+    return encode_pictures(text_encoder, tokenizer, texts, seen, drop=drop, grid_positions=grid_positions)
+
+
+def encode_latents(vae: Any, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """[1, channels, 1, H, W] in [-1, 1] -> normalised latents [1, z, 1, H / 8, W / 8].
+
+    The mode of the encoder's distribution, or with a generator a sample from it.
+    """
+    distribution = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    latents = distribution.mode() if generator is None else distribution.sample(generator)
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return (latents - mean) / std
+
+
+def encode_reference_latents(vae: Any, images: Sequence[Image.Image]) -> References:
+    """Packed latents [tokens, 4 z] and shapes of pictures whose sides are multiples of 16."""
+    latents = [encode_latents(vae, to_tensor(image)) for image in images]
+    shapes = [(1, x.shape[-2] // 2, x.shape[-1] // 2) for x in latents]
+    return References([pack_latents(x)[0] for x in latents], shapes)

@@ -1,0 +1,125 @@
+"""Pictures as users have them -> RGB, and the sizes that models take."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+Picture = Any  # a PIL image, array or tensor
+
+
+def to_rgb(name: str, image: Picture) -> Image.Image:
+    """An upright 8-bit RGB picture.
+
+    A PIL image: turned as its EXIF entry says; the first frame of an animation; transparency over white; 16-bit and
+    floating-point grey scaled to 8 bits; palette, grey and CMYK converted. An array [H, W], [H, W, 1], [H, W, 3] or
+    [H, W, 4], or a tensor [C, H, W]: uint8, or floating point in [0, 1].
+
+    Raises:
+        TypeError: something else. ValueError: no pixels, another shape, or values out of range.
+    """
+    picture = _to_pil(name, image)
+    if picture.width == 0 or picture.height == 0:
+        raise ValueError(f"{name} must have pixels, got {picture.width}x{picture.height}")
+    if getattr(picture, "is_animated", False):
+        picture.seek(0)
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith(("I;16", "I", "F")):
+        picture = _from_array(name, _grey_to_unit(picture))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def to_rgba(name: str, image: Picture) -> Image.Image:
+    """As `to_rgb`, but with its transparency; opaque where there is none."""
+    picture = _to_pil(name, image)
+    if picture.width and picture.height and picture.has_transparency_data:
+        return ImageOps.exif_transpose(picture).convert("RGBA")
+    return to_rgb(name, picture).convert("RGBA")
+
+
+def to_mask(name: str, image: Picture) -> Image.Image:
+    """A grey picture, white where something is to change."""
+    return to_rgb(name, image).convert("L")
+
+
+def _to_pil(name: str, image: Picture) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, Tensor):
+        if image.dim() != 3:
+            raise ValueError(f"{name} must be a tensor [channels, height, width], got the shape {tuple(image.shape)}")
+        image = image.detach().cpu().movedim(0, -1)
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"{name} must be a PIL image, an array or a tensor, got {type(image).__name__}")
+    return _from_array(name, image)
+
+
+def _from_array(name: str, array: np.ndarray) -> Image.Image:
+    array = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in (3, 4)):
+        raise ValueError(f"{name} must be [height, width] or [height, width, 1, 3 or 4], got the shape {array.shape}")
+    if np.issubdtype(array.dtype, np.floating):
+        if not (array.size and np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise ValueError(f"{name} must hold pixels in [0, 1] where they are floating point, got others or none")
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    if array.dtype != np.uint8:
+        raise ValueError(f"{name} must be uint8, or floating point in [0, 1], got {array.dtype}")
+    if array.size == 0:
+        raise ValueError(f"{name} must have pixels, got {array.shape[1]}x{array.shape[0]}")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _grey_to_unit(picture: Image.Image) -> np.ndarray:
+    """16-bit, 32-bit (which PIL makes of 16-bit files) or floating-point grey to [0, 1]."""
+    array = np.asarray(picture).astype(np.float64)
+    top = 65535.0 if picture.mode != "F" or array.max(initial=0) > 1 else 1.0
+    return np.clip(array / top, 0, 1)
+
+
+def area_size(area: int, width: int, height: int) -> tuple[int, int]:
+    """Width and height of about `area` pixels in the ratio of the given ones, rounded to multiples of 32.
+
+    diffusers' `calculate_dimensions`: Python's rounding, half to even.
+    """
+    ratio = width / height
+    new_width = math.sqrt(area * ratio)
+    return max(32, round(new_width / 32) * 32), max(32, round(new_width / ratio / 32) * 32)
+
+
+def shrink(image: Image.Image, area: int) -> Image.Image:
+    """The picture itself, or, where it has more than `area` pixels, resized to `area_size`."""
+    if image.width * image.height <= area:
+        return image
+    return resize(image, *area_size(area, image.width, image.height))
+
+
+def resize(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Lanczos, as diffusers resizes pictures; the picture itself where it has that size."""
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def pad_to_multiple(image: Image.Image, multiple: int = 16) -> Image.Image:
+    """Grown to the right and the bottom by repeating the last column and row; no pixel moves or changes."""
+    right, bottom = -image.width % multiple, -image.height % multiple
+    if not right and not bottom:
+        return image
+    pixels = np.asarray(image)
+    edges = ((0, bottom), (0, right)) + ((0, 0),) * (pixels.ndim - 2)
+    return Image.fromarray(np.pad(pixels, edges, mode="edge"))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """A picture -> float32 [1, channels, 1, H, W] in [-1, 1], what the VAE takes."""
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
+    return 2 * pixels.movedim(-1, 0)[None, :, None] - 1

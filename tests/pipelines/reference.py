@@ -1,0 +1,61 @@
+"""diffusers' pipelines over the tiny model, and pictures to give them."""
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature, Qwen2_5_VLForConditionalGeneration
+
+try:  # the slow image processor, which needs no torchvision; its name in transformers 5
+    from transformers import Qwen2VLImageProcessorPil as ImageProcessor
+except ImportError:
+    from transformers import Qwen2VLImageProcessor as ImageProcessor
+
+IMAGE = "<|image_pad|>"
+
+
+class Processor:
+    """transformers' Qwen2VLProcessor without its video part, which needs torchvision."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.image_processor = tokenizer, ImageProcessor()
+
+    def __call__(self, text, images=None, padding=True, return_tensors="pt"):
+        pictures = {} if images is None else self.image_processor(images, return_tensors="pt")
+        counts = iter([] if images is None else (pictures["image_grid_thw"].prod(1) // 4).tolist())
+        pieces = [t.split(IMAGE) for t in text]
+        text = [p[0] + "".join(IMAGE * next(counts) + rest for rest in p[1:]) for p in pieces]
+        return BatchFeature({**self.tokenizer(text, padding=padding, return_tensors="pt"), **pictures})
+
+
+def name_picture_tokens(module, args, kwargs):
+    """Without these ids transformers 5 gives pictures consecutive positions (huggingface/diffusers#14194)."""
+    ids = (kwargs["input_ids"] == module.config.image_token_id).int()
+    return args, kwargs | {"mm_token_type_ids": ids}
+
+
+def reference(name, folder, dtype=torch.float32, grid_positions=True, **components):
+    """diffusers' pipeline `name` of the tiny folder, with positions as the model was trained or as they are now."""
+    base = diffusers.QwenImagePipeline.from_pretrained(folder, dtype=dtype)
+    parts = {**base.components, **components}
+    parts["text_encoder"] = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "text_encoder", dtype=dtype)
+    if grid_positions:
+        parts["text_encoder"].register_forward_pre_hook(name_picture_tokens, with_kwargs=True)
+    if "Edit" in name or "Layered" in name:
+        parts["processor"] = Processor(parts["tokenizer"])
+    pipe = getattr(diffusers, name)(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def picture(width, height, seed=0):
+    """Smooth colours with a hard edge."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((width, height), Image.BICUBIC)
+    pixels = np.asarray(small).copy()
+    pixels[height // 4 : height // 2, width // 4 : width // 2] = rng.integers(0, 256, 3)
+    return Image.fromarray(pixels)
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(s) for s in seeds]

@@ -1,0 +1,222 @@
+"""Edit and Edit-Plus against diffusers' pipelines with the same folder and seed, and what only ours can do."""
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+from reference import picture, reference, seeded
+
+import qwen_image_fast
+from qwen_image_fast import QwenImageEditPipeline, QwenImageEditPlusPipeline
+from qwen_image_fast.models.vision import VisionProcessor
+from qwen_image_fast.pipelines import conditions, editing
+from qwen_image_fast.pipelines.conditions import encode_edit_prompts
+from qwen_image_fast.tiny import write_untrained
+
+NAMES = ["QwenImageEditPipeline", "QwenImageEditPlusPipeline"]
+PROMPT = "turn the sky blue"
+AREA = 128 * 128  # stands for the megapixel
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("edit") / "model"
+    write_untrained(folder, edit=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small():
+    """diffusers' sizes, 64 times smaller."""
+    patch = pytest.MonkeyPatch()
+    for name in ("edit", "edit_plus"):
+        module = importlib.import_module(f"diffusers.pipelines.qwenimage.pipeline_qwenimage_{name}")
+        full = module.calculate_dimensions
+        patch.setattr(module, "calculate_dimensions", lambda area, ratio, full=full: full(area / 64, ratio))
+    patch.setattr(conditions, "VAE_AREA", AREA)
+    patch.setattr(editing, "VAE_AREA", AREA)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def pair(request, folder, small):
+    return getattr(qwen_image_fast, request.param).from_pretrained(folder), reference(request.param, folder)
+
+
+def theirs(pipe, *args, **kwargs):
+    return pipe(*args, **{"output_type": "latent", "num_inference_steps": 2, **kwargs}).images
+
+
+def like_diffusers(pipe, *args, **kwargs):
+    area = 48 * 48 if pipe.plus else AREA
+    return ours(pipe, *args, **{"preserve_size": False, "condition_area": area, **kwargs})
+
+
+def ours(pipe, *args, **kwargs):
+    return pipe(*args, progress=False, **{"output_type": "latent", "num_inference_steps": 2, **kwargs}).images
+
+
+SIZES = [(64, 64), (120, 40), (48, 112), (61, 37)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_latents_equal_diffusers(pair, size):
+    call = {"image": picture(*size), "prompt": PROMPT, "negative_prompt": "blurry and dark"}
+    expected = theirs(pair[1], **call, generator=seeded(7))
+    got = like_diffusers(pair[0], **call, seed=7)
+    assert expected.std() > 0.5
+    torch.testing.assert_close(got, expected, rtol=0, atol=5e-5)
+
+
+def test_no_guidance_size_and_several_images(pair):
+    call = {"image": picture(64, 48), "prompt": PROMPT, "height": 70, "width": 96, "num_images_per_prompt": 2}
+    expected = theirs(pair[1], **call, generator=seeded(1, 2))
+    torch.testing.assert_close(like_diffusers(pair[0], **call, seed=1), expected, rtol=0, atol=5e-5)
+
+
+def test_images_equal_diffusers(pair):
+    call = {"image": picture(61, 37), "prompt": PROMPT, "negative_prompt": " ", "output_type": "np"}
+    expected = theirs(pair[1], **call, generator=seeded(3))
+    got = like_diffusers(pair[0], **call, seed=3)
+    assert got[0].shape == expected[0].shape and np.abs(got[0] - expected[0]).max() < 1 / 255
+
+
+@pytest.mark.parametrize("references", [2, 3])
+def test_several_references_equal_diffusers(folder, small, references):
+    images = [picture(*SIZES[k], seed=k) for k in range(references)]
+    call = {"image": images, "prompt": PROMPT, "negative_prompt": " "}
+    expected = theirs(reference("QwenImageEditPlusPipeline", folder), **call, generator=seeded(7))
+    pipe = QwenImageEditPlusPipeline.from_pretrained(folder)
+    torch.testing.assert_close(like_diffusers(pipe, **call, seed=7), expected, rtol=0, atol=5e-5)
+
+
+def test_consecutive_positions_equal_diffusers_with_transformers_5(folder, small):
+    """What an installation of both gives today; the trained positions give another image."""
+    call = {"image": picture(64, 64), "prompt": PROMPT}
+    expected = theirs(reference("QwenImageEditPipeline", folder, grid_positions=False), **call, generator=seeded(7))
+    pipe = QwenImageEditPipeline.from_pretrained(folder)
+    got = like_diffusers(pipe, **call, seed=7, grid_positions=False)
+    torch.testing.assert_close(got, expected, rtol=0, atol=5e-5)
+    assert (like_diffusers(pipe, **call, seed=7) - got).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reference_rows_of_zero_cond_t(folder, small, name):
+    """Edit-2511: references are modulated at t = 0."""
+    import diffusers
+
+    config = {**qwen_image_fast.tiny.tiny_configs()["transformer"], "zero_cond_t": True}
+    pipe = getattr(qwen_image_fast, name).from_pretrained(folder)
+    transformer = qwen_image_fast.QwenImageTransformer2DModel(**config)
+    transformer.load_state_dict(pipe.transformer.state_dict())
+    pipe.transformer = transformer.eval()
+    theirs_transformer = diffusers.QwenImageTransformer2DModel(**config).eval()
+    theirs_transformer.load_state_dict(transformer.state_dict())
+    call = {"image": picture(48, 64), "prompt": PROMPT, "negative_prompt": " "}
+    expected = theirs(reference(name, folder, transformer=theirs_transformer), **call, generator=seeded(7))
+    torch.testing.assert_close(like_diffusers(pipe, **call, seed=7), expected, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_errs_at_most_twice_as_much(folder, small, name):
+    ours_half = getattr(qwen_image_fast, name).from_pretrained(folder, torch_dtype=torch.bfloat16)
+    exact, half = reference(name, folder, torch.float64), reference(name, folder, torch.bfloat16)
+    errors = [[], []]
+    for seed in range(3):
+        call = {"image": picture(64, 48, seed), "prompt": PROMPT, "negative_prompt": "bad", "height": 96, "width": 128}
+        noise = torch.randn(1, 48, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        truth = theirs(exact, **call, latents=noise)
+        found = like_diffusers(ours_half, **call, latents=noise), theirs(half, **call, latents=noise)
+        for e, out in zip(errors, found):
+            e.append(out.double() - truth)
+    a, b = (torch.cat(e) for e in errors)
+    assert a.pow(2).mean().sqrt() <= 2 * b.pow(2).mean().sqrt() and a.abs().max() <= 2 * b.abs().max()
+
+
+def test_a_mixed_batch_equals_single_runs(folder):
+    """Sizes, prompts and numbers of references differ; a neighbour's content changes nothing at all."""
+    pipe = QwenImageEditPlusPipeline.from_pretrained(folder)
+    images = [[picture(64, 48)], [], [picture(40, 80, 1), picture(33, 47, 2)]]
+    prompts = [PROMPT, "a cat", "a much longer instruction about the second picture"]
+    call = {"negative_prompt": "bad", "height": [None, 32, None], "width": [None, 48, None]}
+    batch = ours(pipe, images, prompts, **call, seed=[5, 6, 7])
+    for i in range(3):
+        size = {"height": call["height"][i], "width": call["width"][i]}
+        alone = ours(pipe, [images[i]], prompts[i], **{**call, **size}, seed=5 + i)[0]
+        torch.testing.assert_close(batch[i], alone, rtol=0, atol=2e-5)
+    images[2][0] = picture(40, 80, 9)
+    prompts[2] = prompts[2].replace("second", "firsts")
+    again = ours(pipe, images, prompts, **call, seed=[5, 6, 8])
+    assert torch.equal(again[0], batch[0]) and torch.equal(again[1], batch[1]) and not torch.equal(again[2], batch[2])
+
+
+@pytest.mark.parametrize("size", [*SIZES, (5, 90), (128, 96)], ids=str)
+def test_the_default_keeps_the_exact_size(folder, size):
+    pipe = QwenImageEditPlusPipeline.from_pretrained(folder)
+    call = {"prompt": PROMPT, "seed": 0, "output_type": "pil"}
+    assert ours(pipe, picture(*size), **call)[0].size == size
+    assert ours(pipe, picture(*size), **call, height=21, width=50)[0].size == (50, 21)
+
+
+def test_the_default_moves_no_pixel():
+    image = picture(61, 37)
+    seen = conditions.prepare_reference(image, preserve_size=True, condition_area=384 * 384)
+    assert seen.condition is image and seen.vae.size == (64, 48)
+    assert seen.vae.crop((0, 0, 61, 37)).tobytes() == image.tobytes()
+    assert seen.vae.getpixel((63, 47)) == image.getpixel((60, 36))
+    large = conditions.prepare_reference(picture(256, 128), preserve_size=True, condition_area=96 * 96)
+    assert large.condition.size == (128, 64) and large.vae.size == (256, 128)
+
+
+def test_conditions_for_training_are_those_of_the_pipeline(folder):
+    pipe = QwenImageEditPlusPipeline.from_pretrained(folder)
+    images = [[np.asarray(picture(64, 48))], [], [np.asarray(picture(40, 80, 1)), np.asarray(picture(33, 47, 2))]]
+    prompts = [PROMPT, "a cat", "swap them"]
+    states = encode_edit_prompts(pipe.text_encoder, pipe.tokenizer, VisionProcessor(), prompts, images)
+    seen = {}
+
+    def keep(pipe, step, timestep, kwargs):
+        seen["embeds"] = kwargs["prompt_embeds"]
+
+    ours(pipe, images, prompts, height=32, width=32, seed=0,
+         callback_on_step_end=keep, callback_on_step_end_tensor_inputs=["prompt_embeds"])  # fmt: skip
+    for row, state in zip(seen["embeds"], states):
+        assert torch.equal(row[: len(state)], state.detach())
+    states[2].square().sum().backward()
+    encoder = pipe.text_encoder
+    assert encoder.visual.patch_embed.proj.weight.grad.abs().sum() > 0
+    assert encoder.language_model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
+
+
+def test_the_last_block_computes_the_target_only(folder):
+    pipe = QwenImageEditPlusPipeline.from_pretrained(folder)
+    rows = {}
+    last = pipe.transformer.transformer_blocks[-1]
+    for name, module in (("q", last.attn.to_q), ("mlp", last.img_mlp.net[2]), ("out", pipe.transformer.proj_out)):
+        module.register_forward_hook(lambda m, a, y, name=name: rows.update({name: y.shape[0]}))
+    ours(pipe, [picture(64, 64), picture(32, 32)], PROMPT, height=48, width=48, seed=0)
+    assert rows == {"q": 9, "mlp": 9, "out": 9}
+
+
+def test_save_and_load(folder, tmp_path):
+    pipe = QwenImageEditPlusPipeline.from_pretrained(folder)
+    call = {"image": picture(48, 48), "prompt": PROMPT, "seed": 0}
+    pipe.save_pretrained(tmp_path / "saved")
+    again = QwenImageEditPlusPipeline.from_pretrained(tmp_path / "saved")
+    assert torch.equal(ours(again, **call), ours(pipe, **call))
+    assert set(pipe.components) == {*qwen_image_fast.QwenImagePipeline.parts, "processor"}
+
+
+def test_components_of_a_diffusers_pipeline(folder):
+    pipe = QwenImageEditPipeline.from_pretrained(folder)
+    parts = reference("QwenImageEditPipeline", folder).components
+    shared = QwenImageEditPipeline(**{**parts, "transformer": pipe.transformer, "vae": pipe.vae})
+    call = {"image": picture(48, 48), "prompt": PROMPT, "seed": 0}
+    torch.testing.assert_close(ours(shared, **call), ours(pipe, **call), rtol=0, atol=1e-5)
+
+
+def test_a_text_to_image_folder_is_named(tiny_folder):
+    with pytest.raises(FileNotFoundError, match="no processor folder .* editing needs an editing model's folder"):
+        QwenImageEditPipeline.from_pretrained(tiny_folder)
