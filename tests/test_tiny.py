@@ -156,4 +156,4 @@ def test_edit_folder_has_the_released_layout(tmp_path):
     assert {n for n in index if not n.startswith("_")} == {p.name for p in (tmp_path / "edit").iterdir() if p.is_dir()}
     transformers = pytest.importorskip("transformers", minversion="5")
     processor = transformers.Qwen2VLImageProcessorPil.from_pretrained(tmp_path / "edit" / "processor")
-    assert processor.patch_size == 14 and processor.size["longest_edge"] == 28 * 28 * 1280
+    assert processor.patch_size == 14 and processor.size["longest_edge"] == 84 * 84

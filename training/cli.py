@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from tqdm import tqdm
 
 from qwen_image_fast.training.memory import check_recipe
 from qwen_image_fast.training.recipe import FlowRecipe, RecipeError, RunRecipe, VaeRecipe, read_recipe
@@ -88,4 +89,8 @@ def cache_latents(recipe_path: str | Path, overrides: Any, folder: str | Path, c
         raise RecipeError("recipe: cache-latents needs kind flow without data.cache")
     task = FlowTask(recipe, folder)
     maker = FlowBatches(recipe, make_source(recipe.data), task.transformer.config.in_channels)
-    write_cache(folder, task.pipe.vae, lambda i: maker.content(recipe.seed, i, recon=False)[1:], count)
+    pixels = any(recipe.data.tasks.get(name) for name in ("ti2i", "recon"))
+    with tqdm(total=count, unit="sample") as bar:
+        write_cache(
+            folder, task.pipe.vae, maker.to_cache, count, pixels=pixels, progress=lambda done: bar.update(done - bar.n)
+        )

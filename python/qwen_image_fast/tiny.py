@@ -280,7 +280,7 @@ def _write_processor(folder: Path) -> None:
         "do_resize": True,
         "resample": 3,
         "rescale_factor": 1 / 255,
-        **asdict(VisionProcessor()),
+        **asdict(VisionProcessor(max_pixels=84 * 84)),  # nine tokens for a picture of any size
     }
     _write_json(folder / "preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessor", **common})
     _write_json(folder / "video_preprocessor_config.json", {"video_processor_type": "Qwen2VLVideoProcessor", **common})

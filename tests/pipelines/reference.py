@@ -17,8 +17,8 @@ IMAGE = "<|image_pad|>"
 class Processor:
     """transformers' Qwen2VLProcessor without its video part, which needs torchvision."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.image_processor = tokenizer, ImageProcessor()
+    def __init__(self, tokenizer, folder):
+        self.tokenizer, self.image_processor = tokenizer, ImageProcessor.from_pretrained(folder)
 
     def __call__(self, text, images=None, padding=True, return_tensors="pt"):
         pictures = {} if images is None else self.image_processor(images, return_tensors="pt")
@@ -42,7 +42,7 @@ def reference(name, folder, dtype=torch.float32, grid_positions=True, **componen
     if grid_positions:
         parts["text_encoder"].register_forward_pre_hook(name_picture_tokens, with_kwargs=True)
     if "Edit" in name or "Layered" in name:
-        parts["processor"] = Processor(parts["tokenizer"])
+        parts["processor"] = Processor(parts["tokenizer"], folder / "processor")
     pipe = getattr(diffusers, name)(**parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -9,7 +9,6 @@ from reference import picture, reference, seeded
 
 import qwen_image_fast
 from qwen_image_fast import QwenImageEditPipeline, QwenImageEditPlusPipeline
-from qwen_image_fast.models.vision import VisionProcessor
 from qwen_image_fast.pipelines import conditions, editing
 from qwen_image_fast.pipelines.conditions import encode_edit_prompts
 from qwen_image_fast.tiny import write_untrained
@@ -174,7 +173,7 @@ def test_conditions_for_training_are_those_of_the_pipeline(folder):
     pipe = QwenImageEditPlusPipeline.from_pretrained(folder)
     images = [[np.asarray(picture(64, 48))], [], [np.asarray(picture(40, 80, 1)), np.asarray(picture(33, 47, 2))]]
     prompts = [PROMPT, "a cat", "swap them"]
-    states = encode_edit_prompts(pipe.text_encoder, pipe.tokenizer, VisionProcessor(), prompts, images)
+    states = encode_edit_prompts(pipe.text_encoder, pipe.tokenizer, pipe.processor, prompts, images)
     seen = {}
 
     def keep(pipe, step, timestep, kwargs):

@@ -40,15 +40,28 @@ def test_training_from_a_cache(folder, tmp_path):
     fresh = small_recipe(folder, data__tasks={"t2i": 1.0, "ti2i": 1.0})
     live = FlowTask(fresh, tmp_path / "live")
     for i in range(12):
-        caption, images, _ = cache.read(i)
-        _, expected, pixels, _ = live.maker.content(0, i)
-        assert caption == expected
-        for a, b in zip(images, encode_images(live.pipe.vae, pixels), strict=True):
+        cached, expected = cache.read(i), live.maker.content(0, i)
+        assert cached.text == expected.caption
+        for a, b in zip(cached.latents, encode_images(live.pipe.vae, expected.images), strict=True):
             np.testing.assert_allclose(a, b.numpy(), rtol=2e-3, atol=2e-3)
+        for a, b in zip(cached.pixels, expected.images, strict=True):
+            np.testing.assert_array_equal(a, b)
     batch = run.task.maker.batch(0, 0)  # one epoch: each sample but the two for validation
     assert len({tuple(raw.images[0][0, :4]) for raw in batch}) > 1
     assert {raw.task for raw in batch} >= {"ti2i"}
     run.train_step([batch])
+
+
+def test_a_cache_without_pixels_serves_no_reconstruction(folder, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps({
+        "device": "cpu", "batch": 2, "model": {"folder": str(folder)}, "log": {"validation_samples": 1},
+        "data": {"options": {"size": 32}, "buckets": [[32, 32]]},
+    }))  # fmt: skip
+    cache_latents(path, (), tmp_path / "cache", 4)
+    recipe = small_recipe(folder, data__cache=str(tmp_path / "cache"), data__tasks={"recon": 1.0})
+    with pytest.raises(RecipeError, match="it lacks references' pixels"):
+        FlowTask(recipe, tmp_path / "run").maker.batch(0, 0)
 
 
 def test_an_unfinished_cache_is_refused(tmp_path):

@@ -321,8 +321,11 @@ def test_pairs_differ_only_inside_the_mask(strategy, language):
         quoted = quoted_texts(pair.instruction)
         assert set(quoted) <= {*pair.source_lines, *pair.target_lines}
         if pair.kind == "text":
-            old, new = quoted
-            assert old in pair.source_lines and old not in pair.target_lines
+            *old, new = quoted
+            if old:
+                assert old[0] in pair.source_lines and old[0] not in pair.target_lines
+            else:  # "change the text to": there is only one
+                assert len(pair.source_lines) == 1
             assert new in pair.target_lines and new not in pair.source_lines
         elif pair.kind not in ("add", "remove"):
             assert pair.source_lines == pair.target_lines
@@ -331,6 +334,16 @@ def test_pairs_differ_only_inside_the_mask(strategy, language):
         "pure": {"text", "colour", "ground", "add", "remove", "move", "reconstruct"},
     }
     assert kinds == expected.get(strategy, {"text", "colour", "reconstruct"})
+
+
+def test_kinds_of_edits_are_chosen_by_the_recipe():
+    recipe = only("pure", edits=("text", "text", "colour"))
+    kinds = [make_edit(recipe, 0, index).kind for index in range(60)]
+    assert set(kinds) == {"text", "colour"} and kinds.count("text") > kinds.count("colour")
+    with pytest.raises(ValueError, match="edits must be of"):
+        only("pure", edits=("txt",))
+    with pytest.raises(ValueError, match="edits must not be text alone"):
+        only("shapes", edits=("text",))
 
 
 @pytest.mark.parametrize("size", [32, 64])

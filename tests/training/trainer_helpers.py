@@ -22,7 +22,7 @@ def small_transformer(seed=0, **changes):
 
 def small_folder(folder):
     """The tiny pipeline with the small transformer and a small VAE whose latents depend on the image."""
-    write_untrained(folder)
+    write_untrained(folder, edit=True)
     small_transformer().save_pretrained(folder / "transformer")
     vae = AutoencoderKLQwenImage(**{**tiny_configs()["vae"], "base_dim": 4})
     initialise(vae, 0)

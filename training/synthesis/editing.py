@@ -18,7 +18,6 @@ from .recipe import SynthesisRecipe
 from .sample import Box, EditSample, article, quote
 from .shapes import shape_name
 
-SCENE_KINDS = ("text", "colour", "ground", "add", "remove", "move", "reconstruct")
 Element = TextElement | ShapeElement
 
 # Kind → instructions in English and Chinese.
@@ -30,6 +29,11 @@ _INSTRUCTIONS = {
     "remove": (("remove {what}", "erase {what}"), ("去掉{what}", "把{what}删掉")),
     "move": (("move {what} to the {place}",), ("把{what}移到{place}",)),
     "reconstruct": (("keep the picture as it is", "reproduce the picture"), ("保持图片不变", "重现这张图片")),
+}
+# Of a picture with a single text or shape: there is nothing to tell it from.
+_OF_THE_ONLY_ONE = {
+    "text": (("change the text to {new}",), ("把文字改成{new}",)),
+    "colour": (("make it {colour}",), ("把它变成{colour}",)),
 }
 _COLUMNS = {"left": "左", "center": "中", "right": "右"}
 _COLUMN_NAMES = {"left": "左边", "center": "中间", "right": "右边"}
@@ -59,7 +63,7 @@ def _draw(
 def _scene_pair(
     recipe: SynthesisRecipe, rng: random.Random, strategy: str, size: tuple[int, int], language: str
 ) -> EditSample | None:
-    kind = rng.choice(SCENE_KINDS[1:] if strategy == "shapes" else SCENE_KINDS)
+    kind = rng.choice([kind for kind in recipe.edits if strategy != "shapes" or kind != "text"])
     layouts = [("shape",), ("shape", "shape")] if strategy == "shapes" else [("text",), ("text", "shape")]
     if strategy == "pure" and recipe.max_lines > 1:
         layouts.append(("text", "text"))
@@ -79,7 +83,7 @@ def _scene_pair(
         return None
     source, target, words = changed
     mask = _scene_mask(source, target)
-    instruction = _instruction(rng, kind, language, **words)
+    instruction = _instruction(rng, kind, language, only=len(elements) == 1, **words)
     images = render_scene(source), render_scene(target)
     return EditSample(*images, instruction, mask, kind, language, _texts(source), _texts(target), strategy)
 
@@ -249,8 +253,10 @@ def _column(element: ShapeElement, band: Box, language: str) -> str:
     return _COLUMN_NAMES[column] if language == "zh" else column
 
 
-def _instruction(rng: random.Random, kind: str, language: str, **words: str) -> str:
+def _instruction(rng: random.Random, kind: str, language: str, only: bool = False, **words: str) -> str:
     english, chinese = _INSTRUCTIONS[kind]
+    if only and kind in _OF_THE_ONLY_ONE and rng.random() < 0.5:
+        english, chinese = _OF_THE_ONLY_ONE[kind]
     return rng.choice(chinese if language == "zh" else english).format(**words)
 
 

@@ -15,6 +15,7 @@ from .fonts import Face, faces_of_language, find_fonts
 from .words import SPLITS, WordSource, probe
 
 STRATEGIES = ("shapes", "pure", "compositional", "complex")
+EDITS = ("text", "colour", "ground", "add", "remove", "move", "reconstruct")
 _LEAST_SIDE = {"shapes": 16, "pure": 16, "compositional": 96, "complex": 128}
 # Smallest font size in pixels at which a script is legible.
 _LEGIBLE = {"en": 9, "zh": 12}
@@ -43,6 +44,7 @@ class SynthesisRecipe:
         random_strings: share of random strings among single texts.
         natural: share of captions in free order; the others begin with the quoted text.
         photos: folder of photographs for compositional samples; None: those in scikit-image's wheel.
+        edits: kinds of editing pairs of shapes and pure, drawn with equal chance; a kind may occur several times.
         split, held_out: side of the split of words (`train`, `held_out`), and share of held-out words.
     """
 
@@ -70,12 +72,13 @@ class SynthesisRecipe:
     random_strings: float = 0.3
     natural: float = 0.5
     photos: str | None = None
+    edits: tuple[str, ...] = EDITS
     split: str = "train"
     held_out: float = 0.1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", tuple(tuple(size) for size in self.sizes))
-        for name in ("languages", "fonts", "text_colours", "ground_colours", "textures", "paragraphs"):
+        for name in ("languages", "fonts", "text_colours", "ground_colours", "textures", "paragraphs", "edits"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         _check(self)
 
@@ -173,6 +176,8 @@ def _check(recipe: SynthesisRecipe) -> None:
     must(bool(recipe.textures) and set(recipe.textures) <= set(TEXTURES), "textures", f"be of {list(TEXTURES)}")
     for ground in recipe.ground_colours:
         must(bool(readable_on(ground, recipe.text_colours)), "text_colours", f"have one that can be read on {ground}")
+    must(bool(recipe.edits) and set(recipe.edits) <= set(EDITS), "edits", f"be of {list(EDITS)}")
+    must(not (recipe.shapes and set(recipe.edits) == {"text"}), "edits", "not be text alone where there are shapes")
     must(recipe.split in SPLITS, "split", f"be of {', '.join(SPLITS)}")
     must(0 < recipe.held_out < 0.5, "held_out", "be between 0 and 0.5")
     shortest = 2 if recipe.split == "held_out" else 1

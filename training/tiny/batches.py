@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -13,7 +14,7 @@ from qwen_image_fast.training.objectives.flow import logit_normal
 from qwen_image_fast.training.randomness import epoch_position, generator, key, normal
 from qwen_image_fast.training.recipe import FlowRecipe, RecipeError
 from qwen_image_fast.training.tiny.latents import LatentCache
-from qwen_image_fast.training.tiny.sources import Source, fit, nearest_bucket
+from qwen_image_fast.training.tiny.sources import Sample, Source, fit, nearest_bucket
 
 # What a reconstruction sample asks for.
 KEEP_INSTRUCTION = "Keep the image as it is."
@@ -26,7 +27,8 @@ class RawSample:
     """A sample before any model has seen it.
 
     images: the target and its references, uint8 [H, W, 3], or packed latents float [tokens, channels] from a cache.
-    shapes: (frames, height, width) in tokens of each. index: its position in the stream of samples.
+    shapes: (frames, height, width) in tokens of each. pictures: the references as the condition encoder sees them,
+    uint8 [H, W, 3]. index: its position in the stream of samples.
     """
 
     index: int
@@ -34,8 +36,19 @@ class RawSample:
     caption: str
     images: list[np.ndarray]
     shapes: list[ImageShape]
+    pictures: list[np.ndarray]
     noise: Tensor
     sigma: float
+
+
+class Content(NamedTuple):
+    """Of a sample: task, text, target and references, their shapes, and the references' pixels."""
+
+    task: str
+    caption: str
+    images: list[np.ndarray]
+    shapes: list[ImageShape]
+    pictures: list[np.ndarray]
 
 
 @dataclass
@@ -71,39 +84,54 @@ class FlowBatches:
         recipe, draws = self.recipe, generator(seed, "sample", step=step, sample=index)
         dropped = float(draws.random()) < recipe.data.text_dropout
         drawn = logit_normal(draws, recipe.sigma.mean, recipe.sigma.std)
-        task, caption, images, shapes = self.content(seed, index)
+        task, caption, images, shapes, pictures = self.content(seed, index)
         frames, height, width = shapes[0]
         return RawSample(
-            index, task, "" if dropped and sigma is None else caption, images, shapes,
+            index, task, "" if dropped and sigma is None else caption, images, shapes, pictures,
             normal((frames * height * width, self.channels), seed, "noise", step=step, sample=index),
             drawn if sigma is None else sigma,
         )  # fmt: skip
 
-    def content(self, seed: int, index: int, recon: bool = True) -> tuple[str, str, list[np.ndarray], list[ImageShape]]:
-        """Task, text, the target and its references, their shapes; the same for every step that shows the sample.
-
-        `recon=False` leaves out the reference of a reconstruction: a cache holds its image once.
-        """
+    def content(self, seed: int, index: int) -> Content:
+        """What the sample shows, the same in every step."""
         draws, data = generator(seed, "task", sample=index), self.recipe.data
         if self.cache is not None:
             held_out = self.recipe.log.validation_samples
             place = len(self.cache) - 1 - index
             if seed != self.validation_seed:
                 place = epoch_position(seed, index, len(self.cache) - held_out)
-            caption, images, shapes = self.cache.read(place)
+            cached = self.cache.read(place)
             # Which samples are edits was decided when the cache was made.
-            task = "ti2i" if len(images) > 1 else choose(draws, {**data.tasks, "ti2i": 0.0})
+            task = "ti2i" if len(cached.latents) > 1 else choose(draws, {**data.tasks, "ti2i": 0.0})
+            if task != "t2i" and not cached.pixels:
+                raise RecipeError(
+                    "recipe: data.cache must have been made with this recipe: it lacks references' pixels"
+                )
+            found = Content(task, cached.text, cached.latents, cached.shapes, cached.pixels)
         else:
             task = choose(draws, data.tasks)
-            make = getattr(self.source, "edit" if task == "ti2i" else "sample", None)
-            if make is None:
-                raise RecipeError(f"recipe: data.tasks must not have ti2i: the source {data.source} has no edits")
-            sample = make(seed, index)
+            sample = self.drawn(seed, index, task)
             images, shapes = to_buckets([sample.image, *sample.references], data.buckets)
-            caption = sample.caption
-        if task == "recon" and recon:
-            return task, KEEP_INSTRUCTION, [images[0]] * 2, [shapes[0]] * 2
-        return task, caption, images, shapes
+            found = Content(task, sample.caption, images, shapes, images)
+        if task == "recon":
+            return Content(task, KEEP_INSTRUCTION, found.images * 2, found.shapes * 2, found.pictures)
+        return found._replace(pictures=found.pictures[1:])
+
+    def drawn(self, seed: int, index: int, task: str | None = None) -> Sample:
+        """The sample of the source: an edit, or a picture and its caption."""
+        if task is None:
+            task = choose(generator(seed, "task", sample=index), self.recipe.data.tasks)
+        make = getattr(self.source, "edit" if task == "ti2i" else "sample", None)
+        if make is None:
+            raise RecipeError(
+                f"recipe: data.tasks must not have ti2i: the source {self.recipe.data.source} has no edits"
+            )
+        return make(seed, index)
+
+    def to_cache(self, index: int) -> tuple[str, list[np.ndarray], list[ImageShape]]:
+        """Text, images and shapes of sample `index` for `write_cache`; the image of a reconstruction once."""
+        sample = self.drawn(self.recipe.seed, index)
+        return sample.caption, *to_buckets([sample.image, *sample.references], self.recipe.data.buckets)
 
 
 def choose(draws: np.random.Generator, weights: Mapping[str, float]) -> str:

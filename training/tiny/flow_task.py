@@ -12,20 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from qwen_image_fast.checkpoint import find_weights, save_state
-from qwen_image_fast.models.text_encoder import (
-    EDIT_PLUS_DROP,
-    EDIT_PLUS_TEMPLATE,
-    T2I_DROP,
-    T2I_TEMPLATE,
-)
+from qwen_image_fast.models.text_encoder import T2I_DROP, T2I_TEMPLATE
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
+from qwen_image_fast.pipelines.conditions import encode_edit_prompts
+from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
 from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
 from qwen_image_fast.tiny import write_untrained
 from qwen_image_fast.training.lora import add_lora, save_lora
 from qwen_image_fast.training.memory import step_flops
 from qwen_image_fast.training.objectives.flow import FlowSample, flow_losses
 from qwen_image_fast.training.optimizer import freeze_dead
-from qwen_image_fast.training.recipe import FlowRecipe
+from qwen_image_fast.training.recipe import DataRecipe, FlowRecipe
 from qwen_image_fast.training.run_log import grid
 from qwen_image_fast.training.tiny.batches import VALIDATION_SIGMAS, FlowBatches, RawSample
 from qwen_image_fast.training.tiny.latents import LatentCache, encode_images
@@ -62,13 +59,15 @@ class FlowTask:
         self.device = pick_device(recipe.device)
         self.folder = Path(recipe.model.folder or folder / "start")
         if not recipe.model.folder and not (self.folder / "model_index.json").is_file():
-            write_untrained(self.folder, seed=recipe.seed)
-        parts = {}
+            write_untrained(self.folder, seed=recipe.seed, edit=True)
+        parts: dict[str, Any] = {}
         if recipe.model.vae:
             parts["vae"] = AutoencoderKLQwenImage.from_pretrained(recipe.model.vae, device=self.device)
-        self.pipe = QwenImagePipeline.from_pretrained(
-            self.folder, torch_dtype=torch.float32, device=self.device, **parts
-        )
+        self.edits = any(recipe.data.tasks.get(task) for task in ("ti2i", "recon"))
+        kind: Any = QwenImageEditPlusPipeline if self.edits else QwenImagePipeline
+        pipe = kind.from_pretrained(self.folder, torch_dtype=torch.float32, device=self.device, **parts)
+        shared = {name: getattr(pipe, name) for name in QwenImagePipeline.parts}
+        self.pipe, self.edit_pipe = QwenImagePipeline(**shared), pipe if self.edits else None
         self.dtype = pick_dtype(recipe.model.dtype, self.device)
         self.transformer: Any = self.pipe.transformer.to(self.dtype).train()
         self.text_encoder: Any = self.pipe.text_encoder.to(self.dtype)
@@ -88,7 +87,7 @@ class FlowTask:
         if recipe.model.compile:
             self.transformer.forward_packed = torch.compile(self.transformer.forward_packed)
         cache = LatentCache(recipe.data.cache) if recipe.data.cache else None
-        if source is None and cache is None:
+        if source is None and not (cache and recipe.data.source == DataRecipe.source):
             source = make_source(recipe.data)
         self.maker = FlowBatches(recipe, source, self.transformer.config.in_channels, cache)
 
@@ -113,19 +112,24 @@ class FlowTask:
         return samples
 
     def texts(self, batch: list[RawSample]) -> list[Tensor]:
-        """Condition states of each sample: the text-to-image template without references, else the edit template.
-
-        A reference reaches the transformer by its latents alone; the condition encoder does not look at it.
-        """
+        """Condition states of each sample, as the pipelines make them: with references, of what Qwen2.5-VL sees too."""
         out: dict[int, Tensor] = {}
+        plain = [i for i, raw in enumerate(batch) if len(raw.images) == 1]
+        edits = [i for i, raw in enumerate(batch) if len(raw.images) > 1]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.recipe.model.train_text_encoder):
-            for edit, template, drop in ((False, T2I_TEMPLATE, T2I_DROP), (True, EDIT_PLUS_TEMPLATE, EDIT_PLUS_DROP)):
-                places = [i for i, raw in enumerate(batch) if (len(raw.images) > 1) == edit]
-                if places:
-                    captions = [batch[i].caption for i in places]
-                    limit = self.recipe.model.max_text_tokens
-                    states = encode_captions(self.text_encoder, self.pipe.tokenizer, captions, template, drop, limit)
-                    out.update(zip(places, states))
+            if plain:
+                captions, limit = [batch[i].caption for i in plain], self.recipe.model.max_text_tokens
+                states = encode_captions(
+                    self.text_encoder, self.pipe.tokenizer, captions, T2I_TEMPLATE, T2I_DROP, limit
+                )
+                out.update(zip(plain, states))
+            if edits:
+                assert self.edit_pipe is not None
+                states = encode_edit_prompts(
+                    self.text_encoder, self.pipe.tokenizer, self.edit_pipe.processor,
+                    [batch[i].caption for i in edits], [batch[i].pictures for i in edits],
+                )  # fmt: skip
+                out.update(zip(edits, states))
         return [out[i] for i in range(len(batch))]
 
     def describe(self, batch: list[RawSample], index: int) -> str:
@@ -143,35 +147,49 @@ class FlowTask:
         return {"validation_loss": sum(by_level) / len(by_level), **named, **self._text_accuracy()}
 
     def _text_accuracy(self) -> dict[str, float]:
-        """How much of held-out texts can be read in the pictures drawn for them."""
+        """How much of held-out texts can be read in the pictures drawn for them, and in edits that change a text."""
         count = self.recipe.log.ocr_samples
         if not count:
             return {}
         # Only here, because a run without it needs no OCR.
-        from qwen_image_fast.training.evaluation.cases import held_out_cases
-        from qwen_image_fast.training.evaluation.evaluate_text import drawn_by, evaluate
+        from qwen_image_fast.training.evaluation import evaluate_edit, evaluate_text
+        from qwen_image_fast.training.evaluation.cases import held_out_cases, held_out_edits
         from qwen_image_fast.training.evaluation.ocr import Reader
         from qwen_image_fast.training.evaluation.text_metrics import summarise
 
-        height, width = self.recipe.data.buckets[0]
-        synthesis = make_source(self.recipe.data).recipe
-        draw = drawn_by(
-            self.pipe, height=height, width=width, num_inference_steps=self.recipe.log.sample_steps, true_cfg_scale=1.0
-        )
-        results = evaluate(draw, held_out_cases(synthesis, count), synthesis, Reader())
+        synthesis, reader = make_source(self.recipe.data).recipe, Reader()
+        draw = evaluate_text.drawn_by(self.pipe, **self._sampling())
+        results = evaluate_text.evaluate(draw, held_out_cases(synthesis, count), synthesis, reader)
         found = summarise([result.score for result in results])
-        return {"ocr_exact": found.exact, "ocr_word_accuracy": found.word_accuracy, "ocr_ned": found.ned}
+        values = {"ocr_exact": found.exact, "ocr_word_accuracy": found.word_accuracy, "ocr_ned": found.ned}
+        if self.edit_pipe is not None:
+            edit = evaluate_edit.edited_by(self.edit_pipe, **self._sampling())
+            edits = list(evaluate_edit.evaluate_edits(edit, held_out_edits(synthesis, count // 2, "text"), reader))
+            totals = evaluate_edit.summary(edits)["text"]
+            values |= {"edit_exact": totals["exact"], "edit_psnr_outside": totals["psnr_outside"]}
+        return values
+
+    def _sampling(self) -> dict[str, Any]:
+        height, width = self.recipe.data.buckets[0]
+        steps = self.recipe.log.sample_steps
+        return {"height": height, "width": width, "num_inference_steps": steps, "true_cfg_scale": 1.0}
 
     def sample_grid(self) -> np.ndarray | None:
-        prompts = self.recipe.log.prompts
+        """Pictures of the recipe's prompts; below them references and what was made of them."""
+        prompts, seed = self.recipe.log.prompts, self.recipe.seed
         if not prompts:
             return None
-        height, width = self.recipe.data.buckets[0]
-        made = self.pipe(
-            prompts, height=height, width=width, num_inference_steps=self.recipe.log.sample_steps,
-            seed=self.recipe.seed, true_cfg_scale=1.0, output_type="np", progress=False,
-        )  # fmt: skip
-        return grid([(image * 255).round().astype(np.uint8) for image in made.images])
+        made = self.pipe(prompts, seed=seed, output_type="np", progress=False, **self._sampling())
+        rows = [(image * 255).round().astype(np.uint8) for image in made.images]
+        if self.edit_pipe is not None and hasattr(self.maker.source, "edit"):
+            pairs = [self.maker.source.edit(self.maker.validation_seed, i) for i in range(len(prompts))]
+            edited = self.edit_pipe(
+                [list(pair.references) for pair in pairs], [pair.caption for pair in pairs], seed=seed,
+                output_type="np", progress=False, **self._sampling(),
+            )  # fmt: skip
+            rows += [pair.references[0] for pair in pairs]
+            rows += [(image * 255).round().astype(np.uint8) for image in edited.images]
+        return grid(rows, columns=len(prompts))
 
     def export(self, folder: Path) -> None:
         """The pipeline's folder with the trained parts, or the LoRA files alone."""

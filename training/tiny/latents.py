@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from qwen_image_fast.checkpoint import atomic_write, json_bytes, read_json
 from qwen_image_fast.models.rope import ImageShape
 from qwen_image_fast.pipelines.latents import pack_latents
 
-TOKENS, INDEX, META = "tokens.npy", "index.jsonl", "cache.json"
+TOKENS, PIXELS, INDEX, META = "tokens.raw", "pixels.raw", "index.jsonl", "cache.json"
 
 
 @torch.no_grad()
@@ -52,33 +53,52 @@ def write_cache(
     samples: Callable[[int], tuple[str, list[np.ndarray], list[ImageShape]]],
     count: int,
     batch: int = 64,
+    pixels: bool = False,
     progress: Callable[[int], Any] = lambda done: None,
 ) -> None:
     """Encode samples 0 ... count - 1 (text, [target, references...], shapes) into `folder`.
 
-    All tokens lie one after another in one float16 file; `index.jsonl` has a line for each sample with its text and
-    the rows and shape of each image. `cache.json` is written last: a folder without it is not a cache.
+    All tokens lie one after another in one float16 file, with `pixels` all images in a uint8 file beside it, for a
+    condition encoder that looks at them; `index.jsonl` has a line for each sample with its text and the rows and shape
+    of each image. `cache.json` is written last: a folder without it is not a cache.
     """
     folder.mkdir(parents=True, exist_ok=True)
     channels = 4 * vae.config.z_dim
-    rows = 0
-    raw = folder / f"{TOKENS}.raw"
-    with open(raw, "wb") as tokens, open(folder / INDEX, "w", encoding="utf-8") as index:
+    rows = offset = 0
+    with (
+        open(folder / TOKENS, "wb") as tokens,
+        open(folder / PIXELS, "wb") as stored,
+        open(folder / INDEX, "w", encoding="utf-8") as index,
+    ):
         for start in range(0, count, batch):
             group = [samples(i) for i in range(start, min(start + batch, count))]
             encoded = iter(encode_images(vae, [image for _, images, _ in group for image in images]))
             for caption, images, shapes in group:
-                record: dict[str, Any] = {"caption": caption, "images": []}
-                for _, shape in zip(images, shapes):
+                record: dict[str, Any] = {"caption": caption, "images": [], "pixels": []}
+                for image, shape in zip(images, shapes):
                     value = next(encoded).to("cpu", torch.float16).numpy()
                     tokens.write(value.tobytes())
                     record["images"].append([rows, *shape])
                     rows += len(value)
+                    if pixels:
+                        stored.write(image.tobytes())
+                        record["pixels"].append([offset, *image.shape[:2]])
+                        offset += image.size
                 index.write(json.dumps(record, ensure_ascii=False) + "\n")
             progress(min(start + batch, count))
-    raw.replace(folder / TOKENS)
-    meta = {"samples": count, "rows": rows, "channels": channels}
+    meta = {"samples": count, "rows": rows, "channels": channels, "pixels": offset}
     atomic_write(folder / META, lambda file: file.write(json_bytes(meta)))
+
+
+@dataclass
+class Cached:
+    """text; latents of target and references, [tokens, channels] float32; their (frames, height, width) in tokens;
+    their pixels, uint8 [H, W, 3], or none."""
+
+    text: str
+    latents: list[np.ndarray]
+    shapes: list[ImageShape]
+    pixels: list[np.ndarray]
 
 
 class LatentCache:
@@ -95,22 +115,29 @@ class LatentCache:
     def _open(self) -> None:
         shape = (self.meta["rows"], self.meta["channels"])
         self.tokens = np.memmap(self.folder / TOKENS, dtype=np.float16, mode="r", shape=shape)
+        self.pixels = None
+        if self.meta["pixels"]:
+            self.pixels = np.memmap(self.folder / PIXELS, dtype=np.uint8, mode="r", shape=(self.meta["pixels"],))
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "tokens": None}  # a worker process maps the file itself
+        return {**self.__dict__, "tokens": None, "pixels": None}  # a worker process maps the file itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
 
-    def read(self, place: int) -> tuple[str, list[np.ndarray], list[ImageShape]]:
-        """The text, latents of target and references (float32), their shapes."""
+    def read(self, place: int) -> Cached:
         record = self.records[place]
         shapes = [(f, h, w) for _, f, h, w in record["images"]]
-        images = [
+        latents = [
             np.asarray(self.tokens[start : start + f * h * w], dtype=np.float32) for start, f, h, w in record["images"]
         ]
-        return record["caption"], images, shapes
+        pixels = []
+        if self.pixels is not None:
+            pixels = [
+                np.array(self.pixels[start : start + 3 * h * w]).reshape(h, w, 3) for start, h, w in record["pixels"]
+            ]
+        return Cached(record["caption"], latents, shapes, pixels)
