@@ -3,59 +3,104 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich import print as rich_print
 from tqdm import tqdm
+
+from qwen_image_fast.tiny import SHIPPED
 
 app = typer.Typer(help="Measure what a model can do.", no_args_is_help=True)
 
-Model = Annotated[str, typer.Argument(help="diffusers-layout folder or hub name")]
+Model = Annotated[str, typer.Argument(help="diffusers-layout folder or hub name", show_default="the tiny model")]
 Out = Annotated[Path, typer.Option(help="folder for results.json and the pictures")]
+Letters = Annotated[int, typer.Option(help="most letters of a synthetic text", min=2)]
+WordsOnly = Annotated[bool, typer.Option("--words-only", help="English words only, no random strings")]
+Size = Annotated[int, typer.Option(help="height and width in pixels", min=32)]
+Steps = Annotated[int, typer.Option(help="denoising steps", min=1)]
+Guidance = Annotated[float, typer.Option(help="true_cfg_scale; 1: none")]
+Seed = Annotated[int, typer.Option(help="picture i gets seed + i")]
+Batch = Annotated[int, typer.Option(help="pictures at a time", min=1)]
 
 
 @app.command("text")
 def text_command(
-    model: Model,
+    model: Model = str(SHIPPED),
     out: Out = Path("outputs/evaluate-text"),
     prompts: Annotated[
         Path | None, typer.Option(help="a prompt a line, its texts in quotation marks; else unseen synthetic captions")
     ] = None,
     count: Annotated[int, typer.Option(help="synthetic captions of each language", min=1)] = 200,
     languages: Annotated[str, typer.Option(help="of the synthetic captions: en, zh or en,zh")] = "en",
-    letters: Annotated[int, typer.Option(help="most letters of a synthetic text", min=2)] = 6,
     lines: Annotated[int, typer.Option(help="most texts of a synthetic picture", min=1)] = 1,
-    words_only: Annotated[bool, typer.Option(help="English words only, no random strings")] = False,
-    size: Annotated[int, typer.Option(help="height and width in pixels", min=32)] = 128,
-    steps: Annotated[int, typer.Option(min=1)] = 20,
-    guidance: Annotated[float, typer.Option(help="true_cfg_scale; 1: none")] = 1.0,
-    seed: Annotated[int, typer.Option(help="picture i gets seed + i")] = 0,
-    batch: Annotated[int, typer.Option(min=1)] = 16,
+    letters: Letters = 6,
+    words_only: WordsOnly = False,
+    size: Size = 128,
+    steps: Steps = 20,
+    guidance: Guidance = 1.0,
+    seed: Seed = 0,
+    batch: Batch = 16,
 ) -> None:
     """Draw texts, read them back, and count: exact match, CVTG-2K's word accuracy and NED, LongText-Bench's score."""
     from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
+    from qwen_image_fast.training.evaluation import evaluate_text as report
     from qwen_image_fast.training.evaluation.cases import cases_of_file, held_out_cases
-    from qwen_image_fast.training.evaluation.evaluate_text import drawn_by, evaluate, table, write_report
     from qwen_image_fast.training.evaluation.ocr import Reader
-    from qwen_image_fast.training.synthesis.recipe import tiny
 
-    changes = {"max_letters": letters, "max_lines": lines} | ({"random_strings": 0.0} if words_only else {})
-    recipes = [tiny(128, (language,), **changes) for language in languages.split(",")]
+    recipes = [_recipe(language, letters, lines, words_only) for language in languages.split(",")]
     cases = cases_of_file(prompts) if prompts else [c for r in recipes for c in held_out_cases(r, count, seed)]
     reader, pipe = Reader(), QwenImagePipeline.from_pretrained(model)
-    draw = drawn_by(
-        pipe, seed=seed, height=size, width=size, num_inference_steps=steps, true_cfg_scale=guidance,
-        negative_prompt=" " if guidance > 1 else None,
-    )  # fmt: skip
-    judged = evaluate(draw, cases, recipes[0], reader, batch)
-    results = list(tqdm(judged, total=len(cases), unit="picture"))
-    settings = {"model": model, "prompts": str(prompts or "held-out synthetic"), "size": size, "steps": steps,
-                "guidance": guidance, "seed": seed, "letters": letters, "lines": lines, "words_only": words_only,
-                "batch": batch}  # fmt: skip
-    totals = write_report(results, out, settings)
-    print(table(totals))
+    draw = report.drawn_by(pipe, seed=seed, height=size, width=size, **_sampling(steps, guidance))
+    results = list(tqdm(report.evaluate(draw, cases, recipes[0], reader, batch), total=len(cases), unit="picture"))
+    settings = {"prompts": str(prompts or "held-out synthetic captions"), "letters": letters, "lines": lines,
+                "words_only": words_only, "size": size, "steps": steps, "guidance": guidance, "seed": seed}  # fmt: skip
+    totals = report.write_report(results, out, settings)
+    print(report.table(totals))
     for language, values in totals.items():
         lengths = ", ".join(f"{n}: {right}/{of}" for n, (right, of) in values["exact_by_length"].items())
         print(f"exact by length of the longest text, {language}: {lengths}")
-    rich_print(f"results.json and pictures are in {out}")
+    print(f"results.json and pictures are in {out}")
+
+
+@app.command("edit")
+def edit_command(
+    model: Model = str(SHIPPED),
+    out: Out = Path("outputs/evaluate-edit"),
+    kinds: Annotated[str, typer.Option(help="of text, colour, ground, add, remove, move, reconstruct")] = "text,colour",
+    count: Annotated[int, typer.Option(help="pairs of each kind", min=1)] = 100,
+    language: Annotated[str, typer.Option(help="en or zh")] = "en",
+    letters: Letters = 6,
+    words_only: WordsOnly = False,
+    size: Size = 128,
+    steps: Steps = 20,
+    guidance: Guidance = 1.0,
+    seed: Seed = 0,
+    batch: Batch = 16,
+) -> None:
+    """Edit synthetic pictures with unseen words, read them back, and measure what else changed."""
+    from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
+    from qwen_image_fast.training.evaluation import evaluate_edit as report
+    from qwen_image_fast.training.evaluation.cases import held_out_edits
+    from qwen_image_fast.training.evaluation.ocr import Reader
+
+    recipe = _recipe(language, letters, 2, words_only)
+    pairs = [pair for kind in kinds.split(",") for pair in held_out_edits(recipe, count, kind, seed)]
+    reader, pipe = Reader(), QwenImageEditPlusPipeline.from_pretrained(model)
+    edit = report.edited_by(pipe, seed=seed, **_sampling(steps, guidance))
+    results = list(tqdm(report.evaluate_edits(edit, pairs, reader, batch), total=len(pairs), unit="picture"))
+    settings = {"kinds": kinds, "letters": letters, "words_only": words_only, "size": size, "steps": steps,
+                "guidance": guidance, "seed": seed}  # fmt: skip
+    print(report.table(report.write_report(results, out, settings)))
+    print(f"results.json and pictures are in {out}")
+
+
+def _recipe(language: str, letters: int, lines: int, words_only: bool):
+    from qwen_image_fast.training.synthesis.recipe import tiny
+
+    changes = {"max_letters": letters, "max_lines": lines} | ({"random_strings": 0.0} if words_only else {})
+    return tiny(128, (language,), **changes)
+
+
+def _sampling(steps: int, guidance: float) -> dict[str, Any]:
+    negative = " " if guidance > 1 else None
+    return {"num_inference_steps": steps, "true_cfg_scale": guidance, "negative_prompt": negative}
