@@ -31,7 +31,9 @@ class Sample:
 
     latents: [tokens, channels] packed noise. shape: (frames, height, width) in tokens. cond, uncond: its conditions;
     uncond None: no classifier-free guidance. references, reference_shapes: packed latents of 0..N images that stand
-    behind it in the sequence, and their shapes.
+    behind it in the sequence, and their shapes. layers: images of that shape, one after another in `latents`.
+    image: clean latents to start from; `latents` is then the noise to mix them with. mask: 1 where the image may
+    change, like `latents`; 0 keeps `image`. mu: the shift of its schedule; None: from its number of tokens.
     """
 
     latents: Tensor
@@ -40,8 +42,24 @@ class Sample:
     uncond: Text | None = None
     references: Sequence[Tensor] = ()
     reference_shapes: Sequence[ImageShape] = ()
+    layers: int = 1
+    image: Tensor | None = None
+    mask: Tensor | None = None
+    mu: float | None = None
+
+    @property
+    def shapes(self) -> tuple[ImageShape, ...]:
+        """Of all its images in the sequence."""
+        return (*[self.shape] * self.layers, *self.reference_shapes)
+
+    def noised(self, sigma: Tensor) -> Tensor:
+        """`image` at a noise level, a scalar in its dtype."""
+        assert self.image is not None
+        return sigma * self.latents + (1.0 - sigma) * self.image
 
 
+# At a step, for these latents: the residuals of ControlNets for the transformer's blocks, each [rows, width].
+Residuals = Callable[[int, Tensor], Sequence[Tensor]]
 # Called after every step with its index, the timestep (1000 * sigma) and the latents of every sample; may return
 # replacements for them.
 StepCallback = Callable[[int, float, list[Tensor]], "list[Tensor] | None"]
@@ -75,9 +93,11 @@ def denoise(
     *,
     steps: int,
     sigmas: Sequence[float] | None = None,
+    begin: int = 0,
     guidance: float = 1.0,
     rescale: bool = True,
     free_weights: bool = False,
+    control: Callable[[Tensor], Residuals] | None = None,
     on_step: StepCallback | None = None,
     progress: bool = True,
     interrupted: Callable[[], bool] = lambda: False,
@@ -86,14 +106,15 @@ def denoise(
 
     All samples, and both branches of classifier-free guidance, run as one packed batch without padding; each keeps the
     schedule of its own size. Modulation vectors of all steps are computed first; `free_weights` then releases the
-    weights that made them.
+    weights that made them. `begin`: the first step that is taken. `control`: given the noise
+    levels of the samples, float32 [steps, samples], the residuals of ControlNets.
     """
     device, config = samples[0].latents.device, transformer.config
     guided = samples[0].uncond is not None
     branches = 2 if guided else 1
     texts = [s.cond for s in samples] + [s.uncond for s in samples if s.uncond is not None]
     layout = pack(
-        tuple((s.shape, *s.reference_shapes) for s in samples) * branches,
+        tuple(s.shapes for s in samples) * branches,
         [len(t.embeds) for t in texts],
         axes_dim=config.axes_dims_rope,
         layer3d=config.use_layer3d_rope,
@@ -101,12 +122,12 @@ def denoise(
         txt_positions=None if all(t.positions is None for t in texts) else [
             torch.arange(len(t.embeds)) if t.positions is None else t.positions.cpu() for t in texts
         ],
-        targets_only=True,
+        targets=[s.layers for s in samples] * branches,
         device=device,
     )  # fmt: skip
 
     lengths = [len(s.latents) for s in samples]
-    shifts = [schedule_shift(scheduler, n) for n in lengths]
+    shifts = [schedule_shift(scheduler, n) if s.mu is None else s.mu for s, n in zip(samples, lengths)]
     levels = {mu: noise_levels(scheduler, mu, steps, sigmas) for mu in dict.fromkeys(shifts)}
     schedule = torch.stack([levels[mu] for mu in (dict.fromkeys(shifts) if len(levels) == 1 else shifts)], 1)
     # One value for all samples where they share a schedule, else one for each.
@@ -114,21 +135,37 @@ def denoise(
     offsets = None if len(levels) == 1 else cumulative(lengths, device)
     modulations = StepModulations(transformer, levels, shifts * branches, free_weights)
 
-    x = torch.cat([s.latents for s in samples])
+    sample_levels = torch.stack([levels[mu] for mu in shifts], 1)
+    residuals = None if control is None else control(sample_levels[:-1])
+    starts = sample_levels[begin].to(samples[0].latents)
+    x = torch.cat([s.latents if s.image is None else s.noised(sigma) for s, sigma in zip(samples, starts)])
     txt = transformer.embed_text(torch.cat([t.embeds for t in texts]))
     rows = len(x)
-    with tqdm(total=len(dt), disable=not progress, desc="denoise", unit="step") as bar:
-        for i in range(len(dt)):
+    with tqdm(total=len(dt) - begin, disable=not progress, desc="denoise", unit="step") as bar:
+        for i in range(begin, len(dt)):
             if interrupted():
                 break
             img = torch.cat([part for own, s in zip(x.split(lengths), samples) for part in (own, *s.references)])
-            out = transformer.forward_packed(torch.cat([img] * branches), txt, layout, modulations.at(i))
+            added = None if residuals is None else [torch.cat([r] * branches) for r in residuals(i, x)]
+            out = transformer.forward_packed(torch.cat([img] * branches), txt, layout, modulations.at(i), added)
             x = guided_step(x, out[:rows], out[rows:] if guided else None, dt[i], guidance, rescale, offsets)
+            if any(s.mask is not None for s in samples):
+                x = keep_masked(x.split(lengths), samples, sample_levels[i + 1])
             if on_step is not None:
-                changed = on_step(i, float(schedule[i, 0]) * 1000, list(x.split(lengths)))
+                changed = on_step(i - begin, float(schedule[i, 0]) * 1000, list(x.split(lengths)))
                 x = x if changed is None else torch.cat([c.to(x) for c in changed])
             bar.update()
     return list(x.split(lengths))
+
+
+def keep_masked(latents: Sequence[Tensor], samples: Sequence[Sample], sigmas: Tensor) -> Tensor:
+    """(1 - mask) image_sigma + mask latents of each sample that has a mask, at its noise level of `sigmas`."""
+    parts = []
+    for x, sample, sigma in zip(latents, samples, sigmas.to(latents[0])):
+        if sample.mask is not None:
+            x = (1 - sample.mask) * sample.noised(sigma) + sample.mask * x
+        parts.append(x)
+    return torch.cat(parts)
 
 
 class StepModulations:
@@ -138,7 +175,10 @@ class StepModulations:
         self.zero_cond_t = transformer.config.zero_cond_t
         self.steps = len(next(iter(levels.values()))) - 1
         noise = [float(sigma) for schedule in levels.values() for sigma in schedule[:-1]]
-        table = transformer.modulation_tables.get(transformer, [*noise, 0.0] if self.zero_cond_t else noise)
+        noise = [*noise, 0.0] if self.zero_cond_t else noise
+        # The Layered model's flag of RGB images; all of its images are RGBA.
+        flag = 0 if transformer.config.use_additional_t_cond else None
+        table = transformer.modulation_tables.get(transformer, noise, flag)
         if free_weights:
             free_modulation_weights(transformer, table)
         self.table = table

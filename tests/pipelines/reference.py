@@ -12,6 +12,7 @@ except ImportError:
     from transformers import Qwen2VLImageProcessor as ImageProcessor
 
 IMAGE = "<|image_pad|>"
+AREA = 128 * 128  # what the fixture `small` puts in the place of a megapixel
 
 
 class Processor:
@@ -23,9 +24,14 @@ class Processor:
     def __call__(self, text, images=None, padding=True, return_tensors="pt"):
         pictures = {} if images is None else self.image_processor(images, return_tensors="pt")
         counts = iter([] if images is None else (pictures["image_grid_thw"].prod(1) // 4).tolist())
-        pieces = [t.split(IMAGE) for t in text]
+        pieces = [t.split(IMAGE) for t in ([text] if isinstance(text, str) else text)]
         text = [p[0] + "".join(IMAGE * next(counts) + rest for rest in p[1:]) for p in pieces]
-        return BatchFeature({**self.tokenizer(text, padding=padding, return_tensors="pt"), **pictures})
+        tokens = self.tokenizer(text, padding=padding, return_tensors="pt")
+        kinds = (tokens["input_ids"] == self.tokenizer.convert_tokens_to_ids(IMAGE)).int()
+        return BatchFeature({**tokens, "mm_token_type_ids": kinds, **pictures})
+
+    def batch_decode(self, *args, **kwargs):
+        return self.tokenizer.batch_decode(*args, **kwargs)
 
 
 def name_picture_tokens(module, args, kwargs):

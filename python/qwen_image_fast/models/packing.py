@@ -26,7 +26,8 @@ class PackedLayout:
         segments: int32, first image row of each modulation segment: one per sample, or with `zero_cond_t` two (the
             generated image, its references).
         img_index, txt_index: rows of the padded batch that are kept; None: all of them.
-        targets: int64, image rows of the generated images where only those are wanted of the output; None: all rows.
+        target_lens: tokens of each sample's generated images.
+        targets: int64, their rows where only those are wanted of the output; None: all rows.
         cu_targets: int32 [samples + 1], first row of each sample among the targets.
     """
 
@@ -37,6 +38,7 @@ class PackedLayout:
     img_rope: Tensor
     txt_rope: Tensor
     segments: Tensor
+    target_lens: tuple[int, ...]
     img_index: Tensor | None = None
     txt_index: Tensor | None = None
     targets: Tensor | None = None
@@ -49,11 +51,6 @@ class PackedLayout:
     @cached_property
     def img_lens(self) -> tuple[int, ...]:
         return tuple(sum(f * h * w for f, h, w in sample) for sample in self.shapes)
-
-    @cached_property
-    def target_lens(self) -> tuple[int, ...]:
-        """Tokens of each sample's generated image."""
-        return tuple(f * h * w for (f, h, w), *_ in self.shapes)
 
     @cached_property
     def joint_lens(self) -> tuple[int, ...]:
@@ -97,7 +94,7 @@ def pack(
     txt_positions: Sequence[Tensor] | None = None,
     img_index: Tensor | None = None,
     txt_index: Tensor | None = None,
-    targets_only: bool = False,
+    targets: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> PackedLayout:
     """Build the layout of a batch.
@@ -106,18 +103,20 @@ def pack(
         shapes: per sample, (frames, height, width) in tokens of its images.
         txt_lens: kept text tokens of each sample. txt_positions: their indices in the prompt; None: 0, 1, 2, ...
         axes_dim, layer3d, zero_cond_t: the model's configuration.
-        targets_only: the model returns the rows of the generated images alone (all rows if there is nothing else).
+        targets: how many images of each sample, from the first one, are generated: the model returns their rows alone.
+            None: one, and the model returns all rows.
     """
     tables = [
         sample_rope(s, range(n) if txt_positions is None else txt_positions[b], axes_dim, layer3d)
         for b, (s, n) in enumerate(zip(shapes, txt_lens))
     ]
     img_lens = [sum(f * h * w for f, h, w in sample) for sample in shapes]
-    target_lens = [f * h * w for (f, h, w), *_ in shapes]
-    targets = None
-    if targets_only and target_lens != img_lens:
+    counts = [1] * len(shapes) if targets is None else targets
+    target_lens = [sum(f * h * w for f, h, w in sample[:count]) for sample, count in zip(shapes, counts)]
+    rows = None
+    if targets is not None and target_lens != img_lens:
         starts = accumulate(img_lens[:-1], initial=0)
-        targets = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, target_lens)]).to(device)
+        rows = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, target_lens)]).to(device)
     if zero_cond_t:
         segments = cumulative([n for t, length in zip(target_lens, img_lens) for n in (t, length - t)], device)
     else:
@@ -132,8 +131,9 @@ def pack(
         segments=segments,
         img_index=img_index,
         txt_index=txt_index,
-        targets=targets,
-        cu_targets=None if targets is None else cumulative(target_lens, device),
+        target_lens=tuple(target_lens),
+        targets=rows,
+        cu_targets=None if rows is None else cumulative(target_lens, device),
     )
 
 

@@ -8,6 +8,7 @@ transformers 5 gives them consecutive positions instead, which the released weig
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -195,6 +196,28 @@ def encode_pictures(
         for row, owners in zip(hidden, group.values(), strict=True):
             states.update((i, row[drop:].clone()) for i in owners)
     return [states[i] for i in range(len(prompts))]
+
+
+def write_caption(
+    text_encoder: Any, tokenizer: Any, picture: Image.Image, processor: VisionProcessor, prompt: str, length: int = 512
+) -> str:
+    """What Qwen2.5-VL answers to a prompt with one `<|image_pad|>`, at most `length` tokens.
+
+    Args:
+        text_encoder: with its head, `load_captioner`; sampled as its generation_config says.
+    """
+    if not hasattr(text_encoder, "lm_head"):
+        raise ValueError("write_caption: text_encoder must have its language-model head, got one loaded without it")
+    patches, grid = processor(picture)
+    tokens = grid[1] * grid[2] // processor.merge_size**2
+    inputs = tokenizer([prompt.replace(IMAGE_TOKEN, IMAGE_TOKEN * tokens)], return_tensors="pt")
+    ids = inputs["input_ids"]
+    given = {**inputs, "pixel_values": patches, "image_grid_thw": torch.tensor([grid])}
+    if "mm_token_type_ids" in inspect.signature(text_encoder.forward).parameters:  # transformers since 5
+        given["mm_token_type_ids"] = (ids == tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int()
+    device = text_encoder.get_input_embeddings().weight.device
+    answer = text_encoder.generate(**{k: v.to(device) for k, v in given.items()}, max_new_tokens=length)
+    return tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
 def picture_positions(

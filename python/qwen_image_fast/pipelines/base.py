@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 
 from qwen_image_fast.checkpoint import atomic_write, json_bytes, read_json, resolve_folder
-from qwen_image_fast.models.text_encoder import load_text_encoder
+from qwen_image_fast.models.controlnet import QwenImageControlNetModel
+from qwen_image_fast.models.text_encoder import load_captioner, load_text_encoder
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.models.vision import VisionProcessor
@@ -28,6 +29,7 @@ _PARTS = {
     "transformer": ["diffusers", "QwenImageTransformer2DModel"],
     "vae": ["diffusers", "AutoencoderKLQwenImage"],
 }
+CONTROLNET: dict[str, list[str]] = {"controlnet": ["diffusers", "QwenImageControlNetModel"]}
 PROCESSOR: dict[str, list[str]] = {"processor": ["transformers", "Qwen2VLProcessor"]}
 
 
@@ -46,6 +48,8 @@ class Pipeline:
     parts: ClassVar[dict[str, list[str]]] = _PARTS
     # Whether the vision tower of the condition encoder is loaded.
     uses_vision = False
+    # Whether it is loaded with its language-model head, to write captions.
+    writes_captions = False
 
     def __init__(self, scheduler, vae, text_encoder, tokenizer, transformer, *, free_modulation_weights: bool = False):
         self.scheduler = scheduler
@@ -104,7 +108,11 @@ class Pipeline:
         loaders = {
             "scheduler": lambda: FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler"),
             "tokenizer": lambda: _load_tokenizer(folder / "tokenizer"),
-            "text_encoder": lambda: load_text_encoder(folder / "text_encoder", vision=cls.uses_vision, **models),
+            "text_encoder": lambda: (
+                load_captioner(folder / "text_encoder", **models)
+                if cls.writes_captions
+                else load_text_encoder(folder / "text_encoder", vision=cls.uses_vision, **models)
+            ),
             "vae": lambda: AutoencoderKLQwenImage.from_pretrained(folder, subfolder="vae", variant=variant, **models),
             "transformer": lambda: QwenImageTransformer2DModel.from_pretrained(
                 folder, subfolder="transformer", variant=variant, **models
@@ -112,6 +120,10 @@ class Pipeline:
         }
         if "processor" in cls.parts:
             loaders["processor"] = lambda: _load_processor(folder / "processor")
+        if "controlnet" in cls.parts:
+            loaders["controlnet"] = lambda: QwenImageControlNetModel.from_pretrained(
+                folder, subfolder="controlnet", variant=variant, **models
+            )
         parts = {name: components[name] if name in components else load() for name, load in loaders.items()}
         pipe = cls(**parts, free_modulation_weights=free_modulation_weights)
         pipe._source = folder

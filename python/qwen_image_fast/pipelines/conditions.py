@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -119,13 +121,13 @@ def encode_seen(
     return encode_pictures(text_encoder, tokenizer, texts, seen, drop=drop, grid_positions=grid_positions)
 
 
-def encode_latents(vae: Any, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """[1, channels, 1, H, W] in [-1, 1] -> normalised latents [1, z, 1, H / 8, W / 8].
+def encode_distribution(vae: Any, pixels: Tensor):
+    """The VAE's distribution over latents of [1, channels, 1, H, W] in [-1, 1]."""
+    return vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
 
-    The mode of the encoder's distribution, or with a generator a sample from it.
-    """
-    distribution = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    latents = distribution.mode() if generator is None else distribution.sample(generator)
+
+def normalized(vae: Any, latents: Tensor) -> Tensor:
+    """(latents - mean) / std for each channel of [1, z, 1, H, W]."""
     mean, std = (
         torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
         for values in (vae.config.latents_mean, vae.config.latents_std)
@@ -135,6 +137,30 @@ def encode_latents(vae: Any, pixels: Tensor, generator: torch.Generator | None =
 
 def encode_reference_latents(vae: Any, images: Sequence[Image.Image]) -> References:
     """Packed latents [tokens, 4 z] and shapes of pictures whose sides are multiples of 16."""
-    latents = [encode_latents(vae, to_tensor(image)) for image in images]
+    latents = [normalized(vae, encode_distribution(vae, to_tensor(image)).mode()) for image in images]
     shapes = [(1, x.shape[-2] // 2, x.shape[-1] // 2) for x in latents]
     return References([pack_latents(x)[0] for x in latents], shapes)
+
+
+def first_step(steps: int, strength: float) -> int:
+    """The first of `steps` steps that is taken when an image is changed with `strength` in [0, 1]; 1: all of them."""
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be in [0, 1], got {strength}")
+    begin = int(max(steps - min(steps * strength, steps), 0))
+    if begin >= steps:
+        raise ValueError(f"strength must leave at least one of the {steps} steps, got {strength}")
+    return begin
+
+
+def mask_tokens(mask: Image.Image, height: int, width: int, channels: int) -> Tensor:
+    """A grey picture -> float32 [tokens, 4 channels], 1 where it is at least half white; height, width in latents."""
+    white = torch.from_numpy(np.asarray(mask.convert("L"), dtype=np.float32) / 255)[None, None] >= 0.5
+    latent = F.interpolate(white.float(), size=(height, width))
+    return pack_latents(latent.expand(1, channels, height, width)[:, :, None])[0]
+
+
+def fit(image: Image.Image, pixels: tuple[int, int], latent: tuple[int, int], scale: int, pad: bool) -> Image.Image:
+    """A picture at the size of its latents, height and width: resized to `pixels` and padded, or resized to it."""
+    if pad:
+        return pad_to_multiple(resize(image, pixels[1], pixels[0]), 2 * scale)
+    return resize(image, latent[1] * scale, latent[0] * scale)

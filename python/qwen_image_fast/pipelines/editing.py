@@ -15,7 +15,7 @@ from qwen_image_fast.pipelines.conditions import (
     encode_seen,
     prepare_reference,
 )
-from qwen_image_fast.pipelines.generation import GenerationPipeline, Request, per_prompt
+from qwen_image_fast.pipelines.generation import GenerationPipeline, Request
 from qwen_image_fast.pipelines.images import area_size
 from qwen_image_fast.sampling import Sample
 
@@ -51,7 +51,10 @@ class EditingPipeline(GenerationPipeline):
         # A picture that several prompts share stays one object: it is encoded once.
         prepared = {id(p): prepare_reference(p, **options) for own in images for p in own}
         references = [[prepared[id(p)] for p in own] for own in images]
-        crops = self._pixels(request, images, height, width, preserve_size)
+        defaults = [own[-1].size[::-1] if own else (1024, 1024) for own in images]
+        if not preserve_size:
+            defaults = [area_size(VAE_AREA, w, h)[::-1] for h, w in defaults]
+        crops = self._pixels(height, width, defaults)
 
         with self._stage("vision"):
             needed = request.prompt is not None or request.negative_prompt is not None
@@ -79,29 +82,3 @@ class EditingPipeline(GenerationPipeline):
         tokens = self._denoise(request, samples)
         keep = [crop for crop in crops for _ in range(each)] if preserve_size else None
         return self._finish(request, tokens, sizes, seeds, keep)
-
-    @property
-    def size_multiple(self) -> int:
-        """Pixels of a side of a latent token."""
-        return 2 * self.vae_scale_factor
-
-    def _pixels(self, request: Request, images, height, width, preserve_size: bool) -> list[tuple[int, int]]:
-        """Height and width of every prompt's result."""
-        prompts = len(images)
-        sizes = []
-        for own, h, w in zip(images, per_prompt("height", height, prompts), per_prompt("width", width, prompts)):
-            for name, value in (("height", h), ("width", w)):
-                if value is not None and (not isinstance(value, int) or value < 1):
-                    raise ValueError(f"{name} must be a positive integer, got {value}")
-            default = own[-1].size if own else (1024, 1024)
-            default = default if preserve_size else area_size(VAE_AREA, *default)
-            sizes.append((h or default[1], w or default[0]))
-        return sizes
-
-    def _latent_size(self, pixels: tuple[int, int], preserve_size: bool) -> tuple[int, int]:
-        """Latent height and width: up to whole tokens, of which the rest is cut, or down to them, as in diffusers."""
-        multiple = self.size_multiple
-        tokens = [-(-side // multiple) if preserve_size else side // multiple for side in pixels]
-        if min(tokens) < 1:
-            raise ValueError(f"height and width must be at least {multiple}, got {pixels[1]}x{pixels[0]}")
-        return 2 * tokens[0], 2 * tokens[1]

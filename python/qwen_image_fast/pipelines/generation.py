@@ -176,6 +176,29 @@ class GenerationPipeline(Pipeline):
             sides.append([v // scale for v in values for _ in range(request.num_images_per_prompt)])
         return list(zip(*sides))
 
+    @property
+    def size_multiple(self) -> int:
+        """Pixels of a side of a latent token."""
+        return 2 * self.vae_scale_factor
+
+    def _pixels(self, height, width, defaults: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Height and width of every prompt's result, of any size; `defaults` where they are not given."""
+        sizes, prompts = [], len(defaults)
+        for (h0, w0), h, w in zip(defaults, per_prompt("height", height, prompts), per_prompt("width", width, prompts)):
+            for name, value in (("height", h), ("width", w)):
+                if value is not None and (not isinstance(value, int) or value < 1):
+                    raise ValueError(f"{name} must be a positive integer, got {value}")
+            sizes.append((h0 if h is None else h, w0 if w is None else w))
+        return sizes
+
+    def _latent_size(self, pixels: tuple[int, int], preserve_size: bool) -> tuple[int, int]:
+        """Latent height and width: up to whole tokens, of which the rest is cut, or down to them, as in diffusers."""
+        multiple = self.size_multiple
+        tokens = [-(-side // multiple) if preserve_size else side // multiple for side in pixels]
+        if min(tokens) < 1:
+            raise ValueError(f"height and width must be at least {multiple}, got {pixels[1]}x{pixels[0]}")
+        return 2 * tokens[0], 2 * tokens[1]
+
     def _generators(self, request: Request, images: int):
         """The generator or generators of the noise, and the seed of every image where it is known."""
         generator, seed = request.generator, request.seed
@@ -195,17 +218,17 @@ class GenerationPipeline(Pipeline):
             raise ValueError(f"seed must be one or one for each image, {images}, got {len(seeds)}")
         return [torch.Generator().manual_seed(s) for s in seeds], seeds
 
-    def _noise(self, request: Request, sizes: list[tuple[int, int]], generator) -> list[Tensor]:
+    def _noise(self, request: Request, sizes: list[tuple[int, int]], generator, layers: int = 1) -> list[Tensor]:
         channels, latents = self.transformer.config.in_channels, request.latents
         if latents is None:
-            return draw_noise(sizes, channels // 4, generator, self.dtype, self.device)
+            return draw_noise(sizes, channels // 4, generator, self.dtype, self.device, layers)
         if len(latents) != len(sizes):
             raise ValueError(f"latents must hold one entry per image, {len(sizes)}, got {len(latents)}")
         for x, (h, w) in zip(latents, sizes):
-            if tuple(x.shape) != (h // 2 * (w // 2), channels):
+            shape = (layers * (h // 2) * (w // 2), channels)
+            if tuple(x.shape) != shape:
                 raise ValueError(
-                    f"latents must be packed tokens {(h // 2 * (w // 2), channels)} for {w * 8}x{h * 8} pixels, "
-                    f"got {tuple(x.shape)}"
+                    f"latents must be packed tokens {shape} for {w * 8}x{h * 8} pixels, got {tuple(x.shape)}"
                 )
             if not torch.isfinite(x).all():
                 raise ValueError("latents must be finite, got NaN or infinity")

@@ -28,8 +28,9 @@ def draw_noise(
     generator: torch.Generator | Sequence[torch.Generator] | None,
     dtype: torch.dtype,
     device: torch.device,
+    layers: int = 1,
 ) -> list[Tensor]:
-    """Packed noise of every image, [tokens, 4 * channels]; `sizes` are latent heights and widths.
+    """Packed noise of every image, [layers * tokens, 4 * channels]; `sizes` are latent heights and widths.
 
     As diffusers draws it: in the model's dtype, on the generator's device; a list of generators draws image by image,
     one generator draws a batch of equal sizes at once (and images of different sizes one after another).
@@ -37,8 +38,8 @@ def draw_noise(
 
     def draw(count: int, size: tuple[int, int], source: torch.Generator | None) -> Tensor:
         where = device if source is None else source.device
-        noise = torch.randn(count, 1, channels, *size, generator=source, dtype=dtype, device=where)
-        return pack_latents(noise.to(device))
+        noise = torch.randn(count, layers, channels, *size, generator=source, dtype=dtype, device=where)
+        return pack_latents(noise.to(device).flatten(0, 1)[:, None]).unflatten(0, (count, layers)).flatten(1, 2)
 
     if generator is None or isinstance(generator, torch.Generator):
         if len(set(sizes)) == 1:

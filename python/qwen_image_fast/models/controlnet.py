@@ -1,0 +1,165 @@
+"""ControlNets of Qwen-Image: a few transformer blocks whose outputs are added to those of the big model.
+
+    h_0 = img_in(x) + controlnet_x_embedder(condition);  (h_i, txt_i) = block_i(h_{i-1}, txt_{i-1})
+    residual_i = scale controlnet_blocks_i(h_i), added behind every ceil(n / blocks)-th of the n transformer blocks
+
+Source: https://github.com/huggingface/diffusers/pull/12215 and the checkpoints it reads, InstantX's union (canny, soft
+edge, depth, pose) and inpainting ControlNets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen_image_fast.models.base import PretrainedModel, record_config
+from qwen_image_fast.models.modulation import Modulation
+from qwen_image_fast.models.packing import PackedLayout, pack_padded
+from qwen_image_fast.models.transformer import (
+    QwenImageTransformerBlock,
+    QwenTimestepProjEmbeddings,
+    RMSNorm,
+)
+from qwen_image_fast.models.transformer_forward import BlockVectors, Stream, run_block
+from qwen_image_fast.ops.layer_norm_modulate import layer_norm_modulate
+
+
+@dataclass
+class QwenImageControlNetOutput:
+    controlnet_block_samples: list[Tensor]
+
+
+class QwenImageControlNetModel(PretrainedModel):
+    """A ControlNet with diffusers' constructor, configuration and state-dict keys.
+
+    Args:
+        extra_condition_channels: channels of a condition token beyond `in_channels`: 4 for inpainting (the mask of its
+            2 x 2 latent pixels). The rest: as in `QwenImageTransformer2DModel`.
+    """
+
+    @record_config
+    def __init__(
+        self,
+        patch_size: int = 2,
+        in_channels: int = 64,
+        out_channels: int | None = 16,
+        num_layers: int = 60,
+        attention_head_dim: int = 128,
+        num_attention_heads: int = 24,
+        joint_attention_dim: int = 3584,
+        axes_dims_rope: Sequence[int] = (16, 56, 56),
+        extra_condition_channels: int = 0,
+    ):
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        self.inner_dim = dim
+        self.time_text_embed = QwenTimestepProjEmbeddings(dim)
+        self.txt_norm = RMSNorm(joint_attention_dim)
+        self.img_in = nn.Linear(in_channels, dim)
+        self.txt_in = nn.Linear(joint_attention_dim, dim)
+        self.transformer_blocks = nn.ModuleList(
+            [QwenImageTransformerBlock(dim, attention_head_dim) for _ in range(num_layers)]
+        )
+        self.controlnet_blocks = nn.ModuleList([_zero(nn.Linear(dim, dim)) for _ in range(num_layers)])
+        self.controlnet_x_embedder = _zero(nn.Linear(in_channels + extra_condition_channels, dim))
+
+    @classmethod
+    def from_transformer(
+        cls, transformer: Any, num_layers: int = 5, extra_condition_channels: int = 0
+    ) -> QwenImageControlNetModel:
+        """A ControlNet to train: the first blocks and the embeddings of `transformer`, zero outputs."""
+        config = {k: v for k, v in transformer.config.items() if k in _CONFIG}
+        model = cls(**{**config, "num_layers": num_layers, "extra_condition_channels": extra_condition_channels})
+        own = model.state_dict()
+        state = {k: v for k, v in transformer.state_dict().items() if k in own}
+        model.load_state_dict({**own, **state})
+        return model.to(transformer.device, transformer.dtype)
+
+    def modulation(self, timestep: Tensor) -> Modulation:
+        """The vectors of every block at the noise levels `timestep`, [conditions] in [0, 1]."""
+        like = timestep.new_empty(0, dtype=self.img_in.weight.dtype)
+        temb = F.silu(self.time_text_embed(timestep.to(like.dtype), like))
+        blocks: Any = self.transformer_blocks
+        return Modulation([b.img_mod[1](temb) for b in blocks], [b.txt_mod[1](temb) for b in blocks], temb)
+
+    def embed_text(self, txt: Tensor) -> Tensor:
+        """Condition encoder states [text rows, joint_attention_dim] -> [text rows, width]."""
+        return self.txt_in(self.txt_norm(txt))
+
+    def forward_packed(
+        self, img: Tensor, condition: Tensor, txt: Tensor, layout: PackedLayout, modulation: Modulation
+    ) -> list[Tensor]:
+        """The residuals, one [image rows, width] for each block, before scaling.
+
+        Args:
+            img: [image rows, in_channels] noisy latent tokens. condition: [image rows, in_channels + extra channels].
+            txt: [text rows, width], from `embed_text`. layout, modulation: as in the transformer.
+        """
+        x = self.img_in(img) + self.controlnet_x_embedder(condition)
+        width = x.shape[-1]
+        img_mods = [BlockVectors(*m.split(width, dim=1)) for m in modulation.img]
+        txt_mods = [BlockVectors(*m.split(width, dim=1)) for m in modulation.txt]
+        img_offsets = None if len(modulation.final) == 1 else layout.segments
+        txt_offsets = None if len(modulation.final) == 1 else layout.cu_txt
+        img_s = Stream(x, layer_norm_modulate(x, img_mods[0].shift1, img_mods[0].scale1, img_offsets))
+        txt_s = Stream(txt, layer_norm_modulate(txt, txt_mods[0].shift1, txt_mods[0].scale1, txt_offsets))
+        residuals = []
+        for i, (block, out) in enumerate(zip(self.transformer_blocks, self.controlnet_blocks)):
+            last = i == len(self.transformer_blocks) - 1
+            # Behind the last block no norm follows; its own stands in, and the result is not used.
+            follows = img_mods[i if last else i + 1]
+            next_txt = None if last else (txt_mods[i + 1].shift1, txt_mods[i + 1].scale1)
+            img_s, txt_s = run_block(
+                block, img_s, txt_s, layout, img_mods[i], txt_mods[i], (follows.shift1, follows.scale1), next_txt,
+                img_offsets, txt_offsets,
+            )  # fmt: skip
+            residuals.append(out(img_s.x))
+        return residuals
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        controlnet_cond: Tensor,
+        conditioning_scale: float = 1.0,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        img_shapes: Sequence | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> QwenImageControlNetOutput | list[Tensor]:
+        """diffusers' call, on padded batches [samples, tokens, channels]; residuals are [samples, tokens, width]."""
+        if encoder_hidden_states is None or timestep is None or img_shapes is None:
+            raise ValueError("encoder_hidden_states, timestep and img_shapes must be given, got None")
+        samples, rows = hidden_states.shape[:2]
+        if controlnet_cond.shape[:2] != (samples, rows):
+            raise ValueError(
+                f"controlnet_cond must have the samples and tokens of hidden_states, {(samples, rows)}, "
+                f"got {tuple(controlnet_cond.shape[:2])}"
+            )
+        layout = pack_padded(
+            img_shapes, rows, encoder_hidden_states_mask, encoder_hidden_states.shape[1], samples,
+            axes_dim=self.config.axes_dims_rope, device=hidden_states.device,
+        )  # fmt: skip
+        txt = encoder_hidden_states.flatten(0, 1)
+        txt = self.embed_text(txt if layout.txt_index is None else txt[layout.txt_index])
+        modulation = self.modulation(timestep.expand(samples))
+        found = self.forward_packed(hidden_states.flatten(0, 1), controlnet_cond.flatten(0, 1), txt, layout, modulation)
+        residuals = [r.unflatten(0, (samples, rows)) * conditioning_scale for r in found]
+        return QwenImageControlNetOutput(residuals) if return_dict else residuals
+
+
+_CONFIG = (
+    "patch_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim",
+    "axes_dims_rope",
+)  # fmt: skip
+
+
+def _zero(linear: nn.Linear) -> nn.Linear:
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
+    return linear

@@ -1,0 +1,144 @@
+"""What the ControlNet pipelines share: condition tokens, and the residuals of every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qwen_image_fast.models.controlnet import QwenImageControlNetModel
+from qwen_image_fast.models.packing import pack
+from qwen_image_fast.pipelines.base import CONTROLNET, QwenImagePipelineOutput
+from qwen_image_fast.pipelines.conditions import encode_distribution, normalized
+from qwen_image_fast.pipelines.generation import GenerationPipeline, Request, per_prompt
+from qwen_image_fast.pipelines.images import resize, to_rgb, to_tensor
+from qwen_image_fast.pipelines.latents import pack_latents
+from qwen_image_fast.sampling import Residuals, Sample
+
+
+@dataclass
+class Control:
+    """One ControlNet with the condition tokens of all samples, packed; scale: its weight at every step."""
+
+    net: QwenImageControlNetModel
+    tokens: Tensor
+    scale: list[float]
+
+
+class ControlPipeline(GenerationPipeline):
+    """A text-to-image pipeline with one ControlNet, or several."""
+
+    parts = GenerationPipeline.parts | CONTROLNET
+
+    def __init__(
+        self, scheduler, vae, text_encoder, tokenizer, transformer, controlnet, *, free_modulation_weights: bool = False
+    ):
+        super().__init__(
+            scheduler, vae, text_encoder, tokenizer, transformer, free_modulation_weights=free_modulation_weights
+        )
+        self.controlnet = controlnet
+        for net in self.controlnets:
+            if net.inner_dim != transformer.inner_dim or net.config.in_channels != transformer.config.in_channels:
+                raise ValueError(
+                    f"controlnet must be of the transformer's family: width {transformer.inner_dim} and "
+                    f"{transformer.config.in_channels} channels, got {net.inner_dim} and {net.config.in_channels}"
+                )
+
+    @property
+    def controlnets(self) -> list[QwenImageControlNetModel]:
+        return list(self.controlnet) if isinstance(self.controlnet, (list, tuple)) else [self.controlnet]
+
+    def _run(
+        self, request: Request, height, width, control_image, control_mask, scale, start, end
+    ) -> QwenImagePipelineOutput | tuple:
+        cond, uncond = self._conditions(request)
+        sizes = self._sizes(request, height, width)
+        generator, seeds = self._generators(request, len(cond))
+        several = isinstance(control_image, (list, tuple)) and len(control_image) > 1 and self._count(request) == 1
+        images = list(control_image) if several or len(self.controlnets) > 1 else [control_image]
+        nets = self.controlnets if len(self.controlnets) > 1 else self.controlnets * len(images)
+        if len(nets) != len(images):
+            raise ValueError(f"control_image must hold one for each of the {len(nets)} ControlNets, got {len(images)}")
+        with self._stage("encode"):
+            tokens = [self._control_tokens(request, net, image, control_mask, sizes, generator)
+                      for net, image in zip(nets, images)]  # fmt: skip
+        samples = [
+            Sample(x, (1, h // 2, w // 2), cond[i], None if uncond is None else uncond[i])
+            for i, (x, (h, w)) in enumerate(zip(self._noise(request, sizes, generator), sizes))
+        ]
+        steps = request.num_inference_steps if request.sigmas is None else len(request.sigmas)
+        weights = zip(*(per_prompt(name, value, len(nets)) for name, value in (
+            ("controlnet_conditioning_scale", scale), ("control_guidance_start", start), ("control_guidance_end", end)
+        )))  # fmt: skip
+        controls = [
+            Control(net, t, [w * (first <= i / steps and (i + 1) / steps <= last) for i in range(steps)])
+            for net, t, (w, first, last) in zip(nets, tokens, weights)
+        ]
+        result = self._denoise(request, samples, control=lambda levels: control_residuals(controls, samples, levels))
+        return self._finish(request, result, sizes, seeds)
+
+    def _control_tokens(self, request, net, image, mask, sizes, generator) -> Tensor:
+        """The packed condition of all images: normalised latents, drawn from the VAE's distribution; with a mask of
+        the picture blanked where it is white, and what is kept of each latent pixel."""
+        extra = net.config.extra_condition_channels
+        if (extra == 0) != (mask is None):
+            what = "a union ControlNet, which takes no mask" if extra == 0 else "an inpainting ControlNet"
+            raise ValueError(f"controlnet must fit the pipeline, got {what}")
+        each, count = request.num_images_per_prompt, self._count(request)
+        pictures = [to_rgb("control_image", one) for one in per_prompt("control_image", image, count)]
+        masks = (
+            None if mask is None else [to_rgb("control_mask", one) for one in per_prompt("control_mask", mask, count)]
+        )
+        single = generator is None or isinstance(generator, torch.Generator)
+        rows, scale = [], self.vae_scale_factor
+        for k, (h, w) in enumerate(sizes):
+            pixels = to_tensor(resize(pictures[k // each], w * scale, h * scale))
+            white = None
+            if masks is not None:
+                grey = resize(masks[k // each], w * scale, h * scale).convert("L")
+                white = (to_tensor(grey.convert("RGB"))[:, :1] >= 0).float()
+                pixels = pixels.masked_fill(white.bool(), -1)
+            distribution = encode_distribution(self.vae, pixels)
+            latents = normalized(self.vae, distribution.sample(generator if single else generator[k]))
+            if white is not None:
+                kept = 1 - torch.nn.functional.interpolate(white[:, :, 0], size=(h, w))[:, :, None]
+                latents = torch.cat([latents, kept.to(latents)], 1)
+            rows.append(pack_latents(latents)[0].to(self.device, self.dtype))
+        return torch.cat(rows)
+
+
+def control_residuals(controls: Sequence[Control], samples: Sequence[Sample], levels: Tensor) -> Residuals:
+    """The sum of the ControlNets' residuals at every step, computed with the prompt and used without it too.
+
+    levels: float32 [steps, samples], the noise levels.
+    """
+    net = controls[0].net
+    device, dtype = net.device, net.dtype
+    layout = pack(
+        tuple(s.shapes for s in samples), [len(s.cond.embeds) for s in samples], axes_dim=net.config.axes_dims_rope,
+        txt_positions=[
+            torch.arange(len(s.cond.embeds)) if s.cond.positions is None else s.cond.positions.cpu() for s in samples
+        ],
+        device=device,
+    )  # fmt: skip
+    # The way of the reference: 1000 sigma in float32, rounded to the model's dtype, divided by 1000.
+    timesteps = (levels * 1000).to(device, dtype) / 1000
+    shared = bool((levels == levels[:, :1]).all())
+    nets = {id(c.net): c.net for c in controls}
+    text = torch.cat([s.cond.embeds for s in samples])
+    texts = {key: n.embed_text(text) for key, n in nets.items()}
+
+    def residuals(step: int, x: Tensor) -> list[Tensor]:
+        timestep = timesteps[step, :1] if shared else timesteps[step]
+        modulations = {key: n.modulation(timestep) for key, n in nets.items()}
+        total: list[Tensor] = []
+        for c in controls:
+            key = id(c.net)
+            found = c.net.forward_packed(x, c.tokens, texts[key], layout, modulations[key])
+            found = [r * c.scale[step] for r in found]
+            total = [a + b for a, b in zip(total, found)] if total else found
+        return total
+
+    return residuals

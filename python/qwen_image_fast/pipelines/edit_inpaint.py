@@ -1,0 +1,92 @@
+"""Editing inside a mask: `QwenImageEditInpaintPipeline`, with the call of diffusers' pipeline of that name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_image_fast.models.vision import look
+from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
+from qwen_image_fast.pipelines.conditions import VAE_AREA, encode_seen, prepare_reference
+from qwen_image_fast.pipelines.editing import EditingPipeline
+from qwen_image_fast.pipelines.generation import Request
+from qwen_image_fast.pipelines.images import Picture, area_size, resize
+from qwen_image_fast.pipelines.starting import StartingPipeline
+
+
+class QwenImageEditInpaintPipeline(EditingPipeline, StartingPipeline):
+    """Edit pictures where a mask is white; the picture is also the reference."""
+
+    plus = False
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        image: Picture | Sequence[Picture] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        mask_image: Picture | Sequence[Picture] | None = None,
+        masked_image_latents: Tensor | None = None,
+        true_cfg_scale: float = 4.0,
+        height: int | Sequence[int] | None = None,
+        width: int | Sequence[int] | None = None,
+        padding_mask_crop: int | None = None,
+        strength: float = 0.6,
+        num_inference_steps: int = 50,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        latents: Tensor | Sequence[Tensor] | None = None,
+        prompt_embeds: Tensor | Sequence[Tensor] | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | Sequence[Tensor] | None = None,
+        negative_prompt_embeds_mask: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int = 512,
+        *,
+        preserve_size: bool = True,
+        condition_area: int = VAE_AREA,
+        grid_positions: bool = True,
+        seed: int | Sequence[int] | None = None,
+        progress: bool = True,
+    ) -> QwenImagePipelineOutput | tuple:
+        """Edit masked pictures. Further arguments: the calls of `QwenImageInpaintPipeline` and `QwenImageEditPipeline`.
+
+        Args:
+            height, width: with `preserve_size` pixels of the result, default: those of the picture; without it they
+                have no effect, as in diffusers.
+
+        Raises:
+            ValueError, TypeError: bad arguments, in one sentence; also when the result is not finite.
+        """
+        request = Request.of(locals())
+        self._begin(request)
+        pictures = self._pictures(request, image)
+        masks = self._masks(pictures, mask_image)
+        if preserve_size:
+            pixels = self._pixels(height, width, [(p.height, p.width) for p in pictures])
+        else:
+            pixels = [area_size(VAE_AREA, *p.size)[::-1] for p in pictures]
+        prepared = [prepare_reference(p, preserve_size=preserve_size, condition_area=condition_area) for p in pictures]
+        with self._stage("vision"):
+            seen = look(self.text_encoder, [p.condition for p in prepared], self.processor) if request.prompt else []
+
+        def encode(prompts: Sequence[str]):
+            each = [[s] for s in seen]
+            return encode_seen(self.text_encoder, self.tokenizer, prompts, each, self.plus, grid_positions)
+
+        if not preserve_size:
+            pictures = [resize(p, w, h) for p, (h, w) in zip(pictures, pixels)]
+            masks = [resize(m, w, h) for m, (h, w) in zip(masks, pixels)]
+        return self._change(
+            request, pictures, pixels, strength=strength, preserve_size=preserve_size, masks=masks,
+            padding_mask_crop=padding_mask_crop, encode=encode, as_reference=True,
+        )  # fmt: skip

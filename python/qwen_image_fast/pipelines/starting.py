@@ -1,0 +1,117 @@
+"""What image-to-image and the inpaintings share: a start from a noised picture, kept where the mask is black."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
+from qwen_image_fast.pipelines.conditions import encode_distribution, first_step, fit, mask_tokens, normalized
+from qwen_image_fast.pipelines.generation import GenerationPipeline, Request, per_prompt
+from qwen_image_fast.pipelines.images import Picture, resize, to_rgb, to_tensor
+from qwen_image_fast.pipelines.latents import pack_latents
+from qwen_image_fast.pipelines.masks import Box, crop_region, paste_back, resize_and_fill
+from qwen_image_fast.sampling import Sample
+
+logger = logging.getLogger(__name__)
+
+
+class StartingPipeline(GenerationPipeline):
+    """A pipeline that starts from a picture for each prompt."""
+
+    def _pictures(self, request: Request, image: Picture | Sequence[Picture] | None) -> list[Image.Image]:
+        """One RGB picture for each prompt."""
+        if image is None:
+            raise ValueError("image must be given, got None")
+        return [to_rgb("image", one) for one in per_prompt("image", image, self._count(request))]
+
+    def _masks(self, pictures: Sequence[Image.Image], mask_image: Any) -> list[Image.Image]:
+        """One mask for each picture, in its size; a mask of the same aspect ratio is resized."""
+        if mask_image is None:
+            raise ValueError("mask_image must be given, got None")
+        masks = [to_rgb("mask_image", one) for one in per_prompt("mask_image", mask_image, len(pictures))]
+        for mask, picture in zip(masks, pictures):
+            # One pixel of rounding in either side is the same ratio.
+            if abs(mask.width * picture.height - mask.height * picture.width) > max(*mask.size, *picture.size):
+                raise ValueError(
+                    f"mask_image must have the size of its image, {picture.width}x{picture.height}, or its aspect "
+                    f"ratio, got {mask.width}x{mask.height}"
+                )
+        return [resize(mask, *picture.size) for mask, picture in zip(masks, pictures)]
+
+    def _change(
+        self,
+        request: Request,
+        pictures: Sequence[Image.Image],
+        pixels: list[tuple[int, int]],
+        *,
+        strength: float,
+        preserve_size: bool,
+        masks: Sequence[Image.Image] | None = None,
+        padding_mask_crop: int | None = None,
+        encode: Callable[[Sequence[str]], list[Tensor]] | None = None,
+        as_reference: bool = False,
+    ) -> QwenImagePipelineOutput | tuple:
+        """The call, from the RGB pictures of each prompt on, which become images of `pixels`, height and width.
+
+        `as_reference`: the picture's latents also stand behind the image in the sequence.
+        """
+        steps = request.num_inference_steps if request.sigmas is None else len(request.sigmas)
+        begin, each, scale = first_step(steps, strength), request.num_images_per_prompt, self.vae_scale_factor
+        latent = [self._latent_size(size, preserve_size) for size in pixels]
+        boxes: list[Box] = []
+        if padding_mask_crop is not None:
+            assert masks is not None
+            if request.output_type != "pil":
+                raise ValueError(f"output_type must be 'pil' with padding_mask_crop, got {request.output_type!r}")
+            boxes = [crop_region(m, w, h, padding_mask_crop) for m, (h, w) in zip(masks, pixels)]
+
+        def fitted(images: Sequence[Image.Image]) -> list[Image.Image]:
+            if boxes:
+                sides = [(w * scale, h * scale) for h, w in latent]
+                return [resize_and_fill(image.crop(box), *side) for image, box, side in zip(images, boxes, sides)]
+            return [fit(image, p, size, scale, preserve_size) for image, p, size in zip(images, pixels, latent)]
+
+        cond, uncond = self._conditions(request, encode)
+        sizes = [size for size in latent for _ in range(each)]
+        generator, seeds = self._generators(request, len(cond))
+        with self._stage("encode"):
+            images = self._encode(fitted(pictures), each, generator) if request.latents is None or masks else None
+        noise = self._noise(request, sizes, generator)
+        samples = []
+        for i, (x, (h, w)) in enumerate(zip(noise, sizes)):
+            sample = Sample(x, (1, h // 2, w // 2), cond[i], None if uncond is None else uncond[i])
+            sample.image = None if images is None else images[i]
+            if as_reference and images is not None:
+                sample.references, sample.reference_shapes = [images[i]], [sample.shape]
+            samples.append(sample)
+        for i, mask in enumerate(fitted(masks) if masks else []):
+            kept = mask_tokens(mask, *latent[i], self.vae.z_dim).to(self.device, self.dtype)
+            for sample in samples[i * each : (i + 1) * each]:
+                sample.mask = kept
+        tokens = self._denoise(request, samples, begin=begin)
+        crops = [size for size in pixels for _ in range(each)] if preserve_size and not boxes else None
+        output = self._finish(request, tokens, sizes, seeds, crops)
+        if boxes and masks:
+            found = output.images if isinstance(output, QwenImagePipelineOutput) else output[0]
+            found[:] = [
+                paste_back(image, pictures[i // each], masks[i // each], boxes[i // each])
+                for i, image in enumerate(found)
+            ]
+        return output
+
+    def _encode(self, pictures: Sequence[Image.Image], each: int, generator) -> list[Tensor]:
+        """Packed latents of every image, drawn from the VAE's distribution, before its noise, by the same generator."""
+        single = generator is None or isinstance(generator, torch.Generator)
+        latents = []
+        for i, picture in enumerate(pictures):
+            distribution = encode_distribution(self.vae, to_tensor(picture))
+            for k in range(i * each, (i + 1) * each):
+                drawn = distribution.sample(generator if single else generator[k])
+                latents.append(pack_latents(normalized(self.vae, drawn))[0].to(self.device, self.dtype))
+        return latents

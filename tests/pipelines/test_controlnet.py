@@ -1,0 +1,190 @@
+"""ControlNets against diffusers' model and pipelines with the same weights and seed."""
+
+import diffusers
+import pytest
+import torch
+from reference import picture, reference, seeded
+
+import qwen_image_fast
+from qwen_image_fast import QwenImageControlNetInpaintPipeline, QwenImageControlNetModel, QwenImageControlNetPipeline
+from qwen_image_fast.tiny import tiny_configs
+
+PROMPTS = ["a red house", "two cats by the sea, in the evening"]
+SIZE = {"width": 64, "height": 48, "num_inference_steps": 3, "output_type": "latent"}
+
+
+def config(extra=0, layers=2):
+    sizes = {k: v for k, v in tiny_configs()["transformer"].items() if k != "guidance_embeds"}
+    return {**sizes, "num_layers": layers, "extra_condition_channels": extra}
+
+
+def nets(extra=0, layers=2, seed=0, dtype=torch.float32):
+    """Ours and diffusers', every weight random, so that the residuals are not zero."""
+    torch.manual_seed(seed)
+    mine = QwenImageControlNetModel(**config(extra, layers)).eval()
+    for p in mine.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=p.shape[-1] ** -0.5)
+    theirs = diffusers.QwenImageControlNetModel(**config(extra, layers)).eval()
+    theirs.load_state_dict(mine.state_dict())
+    return mine.to(dtype), theirs.to(dtype)
+
+
+@pytest.fixture(scope="module")
+def union():
+    return nets()
+
+
+@pytest.fixture(scope="module")
+def pair(edit_folder, union):
+    mine = QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=union[0])
+    return mine, reference("QwenImageControlNetPipeline", edit_folder, controlnet=union[1])
+
+
+def ours(pipe, **call):
+    return pipe(**{**SIZE, "progress": False, **call}).images
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_model_equals_diffusers(union, masked):
+    torch.manual_seed(1)
+    inputs = {
+        "hidden_states": torch.randn(2, 12, 64), "controlnet_cond": torch.randn(2, 12, 64),
+        "encoder_hidden_states": torch.randn(2, 7, 128), "timestep": torch.tensor([0.3, 0.3]),
+        "img_shapes": [[(1, 3, 4)]] * 2, "conditioning_scale": 0.7,
+    }  # fmt: skip
+    if masked:
+        inputs["encoder_hidden_states_mask"] = torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
+    mine, theirs = union
+    with torch.no_grad():
+        expected = theirs(**inputs).controlnet_block_samples
+        got = mine(**inputs).controlnet_block_samples
+    assert len(got) == len(expected) == 2 and expected[0].std() > 0.1
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+    assert torch.equal(mine(**inputs, return_dict=False)[1], mine(**inputs).controlnet_block_samples[1])
+
+
+CALLS = {
+    "one": {},
+    "guidance": {"negative_prompt": "bad"},
+    "scale": {"controlnet_conditioning_scale": 0.4, "negative_prompt": "bad"},
+    "part of the steps": {"control_guidance_start": 0.3, "control_guidance_end": 0.7},
+    "tall": {"width": 32, "height": 80},
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_latents_equal_diffusers(pair, call):
+    call = {**SIZE, "prompt": PROMPTS[0], "control_image": picture(80, 60), **call}
+    expected = pair[1](**call, generator=seeded(7)).images
+    torch.testing.assert_close(ours(pair[0], **call, seed=7), expected, rtol=0, atol=5e-5)
+    without = ours(pair[0], **{**call, "controlnet_conditioning_scale": 0.0}, seed=7)
+    assert (without - expected).abs().max() > 1e-3
+
+
+def test_several_pictures_for_a_union_net(edit_folder, union):
+    mine = QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=union[0])
+    multi = diffusers.QwenImageMultiControlNetModel([union[1]])
+    theirs = reference("QwenImageControlNetPipeline", edit_folder, controlnet=multi)
+    call = {**SIZE, "prompt": PROMPTS[0], "control_image": [picture(64, 48), picture(64, 48, 1)],
+            "controlnet_conditioning_scale": [0.5, 0.8], "negative_prompt": " "}  # fmt: skip
+    expected = theirs(**call, generator=seeded(7)).images
+    torch.testing.assert_close(ours(mine, **call, seed=7), expected, rtol=0, atol=5e-5)
+
+
+def test_several_nets_add_up(edit_folder, union):
+    """The same net twice is the union net with two pictures."""
+    call = {"prompt": PROMPTS[0], "control_image": [picture(64, 48), picture(64, 48, 1)], "seed": 3}
+    one = QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=union[0])
+    two = QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=[union[0], nets()[0]])
+    torch.testing.assert_close(ours(two, **call), ours(one, **call), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("call", [{}, {"negative_prompt": "bad"}], ids=["one", "guidance"])
+def test_inpainting_equals_diffusers(edit_folder, call, monkeypatch):
+    """diffusers draws the picture's latents from the global generator: both take the mode here."""
+    mine, theirs = nets(extra=4)
+    mine = QwenImageControlNetInpaintPipeline.from_pretrained(edit_folder, controlnet=mine)
+    theirs = reference("QwenImageControlNetInpaintPipeline", edit_folder, controlnet=theirs)
+    for pipe in (mine, theirs):
+        encode = pipe.vae.encode
+
+        def encode_mode(*args, encode=encode, **kwargs):
+            out = encode(*args, **kwargs)
+            monkeypatch.setattr(type(out.latent_dist), "sample", lambda self, generator=None: self.mode())
+            return out
+
+        monkeypatch.setattr(pipe.vae, "encode", encode_mode)
+    mask = picture(80, 60, 3).convert("L").point(lambda v: 255 * (v > 128))
+    call = {**SIZE, "prompt": PROMPTS[0], "control_image": picture(80, 60), "control_mask": mask, **call}
+    expected = theirs(**call, generator=seeded(7)).images
+    torch.testing.assert_close(ours(mine, **call, seed=7), expected, rtol=0, atol=5e-5)
+
+
+def test_a_mixed_batch_equals_single_runs(pair):
+    sizes, images = [(64, 48), (32, 80)], [picture(64, 48), picture(20, 50, 1)]
+    call = {"negative_prompt": "bad"}
+    widths, heights = zip(*sizes)
+    batch = ours(pair[0], prompt=PROMPTS, control_image=images, width=widths, height=heights, seed=[5, 6], **call)
+    for k, (width, height) in enumerate(sizes):
+        alone = ours(
+            pair[0], prompt=PROMPTS[k], control_image=images[k], width=width, height=height, seed=5 + k, **call
+        )
+        torch.testing.assert_close(batch[k], alone[0], rtol=0, atol=2e-5)
+
+
+def test_bfloat16_errs_at_most_twice_as_much(edit_folder):
+    name = "QwenImageControlNetPipeline"
+    half_ours, half_theirs = nets(dtype=torch.bfloat16)
+    exact = nets(dtype=torch.bfloat16)[1].double()
+    mine = QwenImageControlNetPipeline.from_pretrained(edit_folder, torch_dtype=torch.bfloat16, controlnet=half_ours)
+    pipes = [mine, reference(name, edit_folder, torch.bfloat16, controlnet=half_theirs),
+             reference(name, edit_folder, torch.float64, controlnet=exact)]  # fmt: skip
+    for pipe in pipes:
+        encode = pipe.vae.encode
+
+        def encode_mode(*args, encode=encode, **kwargs):
+            out = encode(*args, **kwargs)
+            out.latent_dist.sample = lambda generator=None: out.latent_dist.mode()
+            return out
+
+        pipe.vae.encode = encode_mode
+    errors = [[], []]
+    for seed in range(2):
+        noise = torch.randn(1, 12, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        call = {**SIZE, "prompt": PROMPTS[0], "control_image": picture(64, 48, seed), "negative_prompt": "bad"}
+        got, half, truth = (pipe(**call, latents=noise).images for pipe in pipes)
+        errors[0].append(got.double() - truth)
+        errors[1].append(half.double() - truth)
+    a, b = (torch.cat(e) for e in errors)
+    assert a.pow(2).mean().sqrt() <= 2 * b.pow(2).mean().sqrt() and a.abs().max() <= 2 * b.abs().max()
+
+
+def test_save_load_and_start_from_a_transformer(edit_folder, tmp_path, union):
+    union[0].save_pretrained(tmp_path / "net")
+    again = QwenImageControlNetModel.from_pretrained(tmp_path / "net")
+    diffusers.QwenImageControlNetModel.from_pretrained(tmp_path / "net")
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), union[0].state_dict().values()))
+    pipe = qwen_image_fast.QwenImagePipeline.from_pretrained(edit_folder)
+    fresh = QwenImageControlNetModel.from_transformer(pipe.transformer, num_layers=2, extra_condition_channels=4)
+    assert fresh.controlnet_x_embedder.weight.shape == (192, 68) and not fresh.controlnet_blocks[1].weight.any()
+    own, given = fresh.transformer_blocks[1].attn.to_q.weight, pipe.transformer.transformer_blocks[1].attn.to_q.weight
+    assert torch.equal(own, given)
+
+
+def test_errors(edit_folder, pair):
+    other = QwenImageControlNetModel(**{**config(), "num_attention_heads": 2})
+    with pytest.raises(ValueError, match="controlnet must be of the transformer's family: width 192 and 64 channels"):
+        QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=other)
+    with pytest.raises(ValueError, match="controlnet must fit the pipeline, got an inpainting ControlNet"):
+        pipe = QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=nets(extra=4)[0])
+        ours(pipe, prompt="x", control_image=picture(32, 32))
+    with pytest.raises(TypeError, match="control_image must be a PIL image, an array or a tensor, got NoneType"):
+        ours(pair[0], prompt="x")
+    pipe = QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=[nets()[0], nets()[0]])
+    with pytest.raises(ValueError, match="control_image must hold one for each of the 2 ControlNets, got 1"):
+        ours(pipe, prompt="x", control_image=[picture(32, 32)])
+    pipe = QwenImageControlNetInpaintPipeline.from_pretrained(edit_folder, controlnet=nets(extra=4)[0])
+    with pytest.raises(ValueError, match="control_mask must be given, got None"):
+        ours(pipe, prompt="x", control_image=picture(32, 32))

@@ -1,0 +1,186 @@
+"""Image to image and the inpaintings against diffusers' pipelines with the same folder and seed."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reference import AREA, picture, reference, seeded
+
+import qwen_image_fast
+from qwen_image_fast.pipelines import masks
+from qwen_image_fast.pipelines.latents import pack_latents
+
+NAMES = ["QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline", "QwenImageEditInpaintPipeline"]
+PROMPT = "turn the sky blue"
+
+
+def white_box(width, height):
+    mask = np.zeros((height, width), dtype=np.uint8)
+    mask[height // 4 : height // 2 + 3, width // 3 :] = 255
+    return Image.fromarray(mask)
+
+
+def call_of(name, size, seed=0):
+    mask = {} if "Img2Img" in name else {"mask_image": white_box(*size)}
+    return {"image": picture(*size, seed), "prompt": PROMPT, "num_inference_steps": 4, "output_type": "latent", **mask}
+
+
+def ours(pipe, **call):
+    small = {"condition_area": AREA} if hasattr(pipe, "processor") else {}
+    return pipe(**{"preserve_size": False, "progress": False, **small, **call}).images
+
+
+def load(name, folder, dtype=torch.float32):
+    return getattr(qwen_image_fast, name).from_pretrained(folder, torch_dtype=dtype)
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def pair(request, edit_folder, small):
+    return request.param, load(request.param, edit_folder), reference(request.param, edit_folder)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 32), (32, 112), (75, 50)], ids=str)
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_latents_equal_diffusers(pair, size, strength):
+    name, mine, theirs = pair
+    call = {**call_of(name, size), "strength": strength, "negative_prompt": "blurry"}
+    call |= {"width": size[0], "height": size[1]}
+    expected = theirs(**call, generator=seeded(7)).images
+    got = ours(mine, **call, seed=7)
+    assert expected.std() > 0.5
+    torch.testing.assert_close(got, expected, rtol=0, atol=5e-5)
+
+
+def test_one_generator_and_images_equal_diffusers(pair):
+    name, mine, theirs = pair
+    call = {**call_of(name, (64, 48)), "width": 64, "height": 48, "output_type": "np"}
+    expected = theirs(**call, generator=torch.Generator().manual_seed(3)).images
+    got = ours(mine, **call, generator=torch.Generator().manual_seed(3))
+    assert np.abs(got[0] - expected[0]).max() < 1 / 255
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_errs_at_most_twice_as_much(edit_folder, small, name, monkeypatch):
+    mine = load(name, edit_folder, torch.bfloat16)
+    exact, half = reference(name, edit_folder, torch.float64), reference(name, edit_folder, torch.bfloat16)
+    # The pictures' latents are drawn in each type's own way: take the mode, and one noise for all.
+    noise = {}
+    for pipe in (mine, exact, half):
+        patch_noise(pipe, noise, monkeypatch)
+    errors = [[], []]
+    for seed in range(2):
+        side = 128 if "Edit" in name else 64
+        noise["seed"], noise["size"] = seed, (side // 8, side // 8)
+        call = {**call_of(name, (64, 64), seed), "width": 64, "height": 64, "num_inference_steps": 2}
+        truth = exact(**call).images
+        for e, out in zip(errors, (ours(mine, **call), half(**call).images)):
+            e.append(out.double() - truth)
+    a, b = (torch.cat(e) for e in errors)
+    assert a.pow(2).mean().sqrt() <= 2 * b.pow(2).mean().sqrt() and a.abs().max() <= 2 * b.abs().max()
+
+
+def patch_noise(pipe, noise, monkeypatch):
+    """The VAE returns its mode, and the noise is that of noise["seed"] in bfloat16."""
+
+    def draw(shape_or_sizes, *args, dtype=torch.bfloat16, **kwargs):
+        source = torch.Generator().manual_seed(noise["seed"])
+        return torch.randn(1, 1, 16, *noise["size"], generator=source, dtype=torch.bfloat16).to(dtype)
+
+    encode = pipe.vae.encode
+
+    def encode_mode(*args, **kwargs):
+        out = encode(*args, **kwargs)
+        out.latent_dist.sample = lambda generator=None: out.latent_dist.mode()
+        return out
+
+    pipe.vae.encode = encode_mode
+    if hasattr(pipe, "_noise"):
+        pipe._noise = lambda *args: [pack_latents(draw(None))[0]]
+    else:
+        monkeypatch.setattr(sys.modules[type(pipe).__module__], "randn_tensor", draw)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mixed_batch_equals_single_runs(edit_folder, name):
+    pipe = load(name, edit_folder)
+    calls = [call_of(name, size, k) for k, size in enumerate([(64, 48), (33, 70), (16, 16)])]
+    for k, call in enumerate(calls):
+        call["prompt"] = PROMPT * (k + 1)
+    together = {key: [call[key] for call in calls] for key in calls[0] if key in ("image", "mask_image", "prompt")}
+    rest = {"negative_prompt": "bad", "preserve_size": True}
+    batch = ours(pipe, **{**calls[0], **together, **rest}, seed=[5, 6, 7])
+    for k, call in enumerate(calls):
+        alone = ours(pipe, **call, **rest, seed=5 + k)[0]
+        torch.testing.assert_close(batch[k], alone, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_default_keeps_the_exact_size(edit_folder, name):
+    call = {**call_of(name, (61, 37)), "output_type": "pil", "preserve_size": True}
+    assert ours(load(name, edit_folder), **call, seed=0)[0].size == (61, 37)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_what_is_not_masked_keeps_its_latents(edit_folder, name):
+    """The last step ends at the picture's own latents outside the mask."""
+    pipe = load(name, edit_folder)
+    call = {**call_of(name, (64, 64)), "preserve_size": True, "strength": 1.0}
+    whole = ours(pipe, **{**call, "mask_image": Image.new("L", (64, 64), 0)}, seed=0)[0]
+    part = ours(pipe, **call, seed=0)[0]
+    changed = (whole - part).abs().amax(-1).view(4, 4) > 0
+    expected = torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]]).bool()
+    assert torch.equal(changed, expected)
+
+
+@pytest.mark.parametrize("size", [(200, 120), (120, 200), (64, 64)], ids=str)
+@pytest.mark.parametrize("box", [(0.1, 0.2, 0.4, 0.25), (0, 0, 0.2, 0.9), (0.8, 0.3, 0.95, 0.4)], ids=str)
+def test_crop_geometry_equals_diffusers(size, box):
+    from diffusers.image_processor import VaeImageProcessor
+
+    theirs = VaeImageProcessor(vae_scale_factor=16)
+    mask = Image.new("L", size, 0)
+    mask.paste(255, tuple(int(share * side) for share, side in zip(box, size * 2)))
+    for width, height in ((64, 64), (96, 32), (32, 80)):
+        expected = theirs.get_crop_region(mask, width, height, pad=8)
+        assert masks.crop_region(mask, width, height, 8) == expected
+        image = picture(*size)
+        filled = theirs._resize_and_fill(image.crop(expected), width, height)
+        assert masks.resize_and_fill(image.crop(expected), width, height).tobytes() == filled.tobytes()
+        result = picture(width, height, 5)
+        pasted = theirs.apply_overlay(mask, image, result, expected)
+        assert masks.paste_back(result, image, mask, expected).tobytes() == pasted.tobytes()
+
+
+def test_padding_mask_crop_equals_diffusers(edit_folder):
+    name = "QwenImageInpaintPipeline"
+    call = {**call_of(name, (120, 90)), "width": 64, "height": 48, "padding_mask_crop": 5, "output_type": "pil"}
+    expected = reference(name, edit_folder)(**call, generator=seeded(3)).images[0]
+    for preserve_size in (True, False):
+        got = ours(load(name, edit_folder), **call, preserve_size=preserve_size, seed=3)[0]
+        assert got.size == (120, 90) and np.abs(np.int16(got) - np.int16(expected)).max() <= 1
+    outside = np.asarray(white_box(120, 90)) == 0
+    assert np.array_equal(np.asarray(got)[outside], np.asarray(call["image"])[outside])
+
+
+ERRORS = {
+    "image must be given, got None": {"image": None},
+    "mask_image must be given, got None": {"mask_image": None},
+    "mask_image must have the size of its image, 64x64, or its aspect ratio, got 64x20": {
+        "mask_image": white_box(64, 20)
+    },
+    r"strength must be in \[0, 1\], got 1.5": {"strength": 1.5},
+    "strength must leave at least one of the 4 steps, got 0": {"strength": 0},
+    "output_type must be 'pil' with padding_mask_crop": {"padding_mask_crop": 3},
+    "mask_image must have white pixels where padding_mask_crop is given": {
+        "padding_mask_crop": 3, "output_type": "pil", "mask_image": Image.new("L", (64, 64), 0),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "change"), ERRORS.items(), ids=ERRORS.keys())
+def test_errors(edit_folder, text, change):
+    name = "QwenImageInpaintPipeline"
+    with pytest.raises(ValueError, match=text):
+        ours(load(name, edit_folder), **{**call_of(name, (64, 64)), **change})
