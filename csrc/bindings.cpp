@@ -7,6 +7,7 @@
 #include <string>
 #include <tuple>
 
+#include "kernels/channel_norm_silu.h"
 #include "kernels/gate_residual_norm_modulate.h"
 #include "kernels/gelu_tanh.h"
 #include "kernels/guided_step.h"
@@ -159,6 +160,20 @@ static void gelu_tanh_backward(Address x, Address grad_out, Address grad_x, int6
   gelu_tanh_backward_cpu({pointer(x), pointer(grad_out), pointer(grad_x), elements, dtype});
 }
 
+static void channel_norm_silu_forward(Address x, Address gamma, Address bias, Address out, int64_t rows,
+                                      int64_t channels, bool silu, int dtype) {
+  py::gil_scoped_release release;
+  channel_norm_silu_forward_cpu({pointer(x), pointer(gamma), pointer(bias), pointer(out), rows, channels, silu, dtype});
+}
+
+static void channel_norm_silu_backward(Address x, Address gamma, Address bias, Address grad_out, Address grad_x,
+                                       Address grad_gamma, Address grad_bias, int64_t rows, int64_t channels, bool silu,
+                                       int dtype) {
+  py::gil_scoped_release release;
+  channel_norm_silu_backward_cpu({pointer(x), pointer(gamma), pointer(bias), pointer(grad_out), pointer(grad_x),
+                                  pointer(grad_gamma), pointer(grad_bias), rows, channels, silu, dtype});
+}
+
 static py::dict build_info() {
   py::dict info;
   info["version"] = QIF_VERSION;
@@ -190,6 +205,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("guided_step_backward", &qif::guided_step_backward);
   m.def("gelu_tanh_forward", &qif::gelu_tanh_forward);
   m.def("gelu_tanh_backward", &qif::gelu_tanh_backward);
+  m.def("channel_norm_silu_forward", &qif::channel_norm_silu_forward);
+  m.def("channel_norm_silu_backward", &qif::channel_norm_silu_backward);
   m.def("build_info", &qif::build_info);
   m.def("set_isa", &qif::set_isa);
 }

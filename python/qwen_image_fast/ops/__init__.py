@@ -1,6 +1,7 @@
-"""The fused operations of the Qwen-Image transformer, forward and backward. One file each, named after the op."""
+"""The fused operations of the Qwen-Image transformer and VAE, forward and backward. One file each, named after the op."""
 
 from qwen_image_fast.ops._library import reference
+from qwen_image_fast.ops.channel_norm_silu import channel_norm_silu
 from qwen_image_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from qwen_image_fast.ops.gelu_tanh import gelu_tanh
 from qwen_image_fast.ops.guided_step import guided_step
@@ -9,6 +10,7 @@ from qwen_image_fast.ops.layer_norm_modulate import layer_norm_modulate
 from qwen_image_fast.ops.qk_norm_rope import qk_norm_rope
 
 __all__ = [
+    "channel_norm_silu",
     "gate_residual_norm_modulate",
     "gelu_tanh",
     "guided_step",

@@ -1,0 +1,118 @@
+import harness
+import pytest
+import torch
+from harness import DTYPES, Op
+
+from qwen_image_fast.ops.channel_norm_silu import channel_norm_silu, channel_norm_silu_reference
+
+
+def make(rows, channels, bias=True, silu=True):
+    x = torch.randn(rows, channels) * torch.tensor([1e-3, 1.0, 30.0]).repeat(rows)[:rows, None]
+    gamma = 1 + 0.3 * torch.randn(channels)
+    return x, gamma, torch.randn(channels) if bias else None, silu
+
+
+OP = Op(channel_norm_silu, channel_norm_silu_reference, make)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7, False), (64, 96, False), (70, 384, True, False), (130, 101)], ids=str)
+def test_accuracy(shape, dtype, instruction_set):
+    harness.check_accuracy(OP, dtype, *shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+def test_norms_from_overflow_of_squares_to_zero(dtype, instruction_set):
+    """As F.normalize: squares beyond float16, rows below the smallest norm, rows of zeros and their gradients."""
+    size = torch.tensor([3e3, 1.0, 1e-5, 1e-13, 0.0], dtype=torch.float64)
+    x = (torch.randn(5, 40, dtype=torch.float64) * size[:, None]).to(dtype).requires_grad_()
+    gamma = torch.ones(40, dtype=dtype)
+    out, expected = channel_norm_silu(x, gamma), channel_norm_silu_reference(x, gamma)
+    torch.testing.assert_close(out, expected, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+    assert torch.count_nonzero(out[4]) == 0
+    if dtype in (torch.float64, torch.float32):
+        (grad,), (wanted,) = (torch.autograd.grad(y[:, ::3].sum(), x) for y in (out, expected))
+        scale = wanted.abs().amax(1, keepdim=True)
+        torch.testing.assert_close(grad / scale, wanted / scale, rtol=0, atol=1e2 * torch.finfo(dtype).eps)
+
+
+def test_extremes_of_the_activation(instruction_set):
+    gamma = torch.tensor([-1e30, -200.0, -30.0, 0.0, 30.0, 200.0, 1e30])
+    out = channel_norm_silu(torch.ones(1, 7), gamma)[0]
+    exact = torch.nn.functional.silu(gamma.double())
+    assert (out[:3].abs() < 1e-7).all()
+    torch.testing.assert_close(out[3:].double(), exact[3:], rtol=1e-6, atol=0)
+
+
+def test_inplace_and_leading_dimensions():
+    x, gamma = torch.randn(2, 3, 4, 24), torch.randn(24)
+    expected = channel_norm_silu(x, gamma)
+    assert torch.equal(expected.flatten(0, 2), channel_norm_silu(x.flatten(0, 2), gamma))
+    assert channel_norm_silu(x, gamma, inplace=True) is x and torch.equal(x, expected)
+    before = x.clone().requires_grad_()
+    kept = before.detach().clone()
+    channel_norm_silu(before, gamma, inplace=True).sum().backward()
+    assert torch.equal(before.detach(), kept)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(instruction_set):
+    x, gamma, bias, silu = make(90, 41)
+    whole = channel_norm_silu(x, gamma, bias, silu)
+    assert all(torch.equal(channel_norm_silu(x[i:j], gamma, bias), whole[i:j]) for i, j in ((0, 1), (3, 70), (89, 90)))
+
+
+@pytest.mark.parametrize("options", [(True, True), (False, False)])
+def test_gradcheck(options):
+    harness.check_gradcheck(OP, 4, 9, *options)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck(bias):
+    args = OP.inputs(torch.float32, 6, 24, bias, grad=True)
+    harness.check_opcheck(torch.ops.qwen_image_fast.channel_norm_silu, args)
+
+
+def test_compile():
+    harness.check_compile(OP, (6, 24), (8, 24), (8, 40))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_deterministic(dtype):
+    harness.check_deterministic(OP, dtype, 300, 130)
+
+
+def test_reference_mode():
+    from qwen_image_fast import reference
+
+    x, gamma, bias, _ = make(5, 8)
+    with reference():
+        out = channel_norm_silu(x, gamma, bias)
+    assert torch.equal(out, channel_norm_silu_reference(x, gamma, bias))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
+def test_empty(shape):
+    x = torch.empty(shape, requires_grad=True)
+    gamma = torch.ones(shape[1], requires_grad=True)
+    out = channel_norm_silu(x, gamma)
+    out.sum().backward()
+    assert out.shape == shape and gamma.grad.eq(0).all()
+
+
+X, GAMMA = torch.randn(4, 8), torch.ones(8)
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "text"),
+    [
+        ((torch.randn(8, 4).t(), GAMMA), ValueError, "x must be contiguous"),
+        ((X.int(), GAMMA), TypeError, "dtype must be"),
+        ((X, GAMMA.double()), TypeError, "gamma must have the dtype of the first input, torch.float32"),
+        ((X, torch.ones(9)), ValueError, r"gamma must have one value per channel of x, 8, got \(9,\)"),
+        ((X, GAMMA, torch.ones(1)), ValueError, r"bias must have one value per channel of x, 8, got \(1,\)"),
+        ((X, torch.ones(16)[::2]), ValueError, "gamma must be contiguous"),
+    ],
+)
+def test_errors(args, error, text):
+    with pytest.raises(error, match=f"^channel_norm_silu: {text}"):
+        channel_norm_silu(*args)
