@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "kernels/channel_norm_silu.h"
+#include "kernels/conv3x3.h"
 #include "kernels/gate_residual_norm_modulate.h"
 #include "kernels/gelu_tanh.h"
 #include "kernels/guided_step.h"
@@ -174,6 +175,14 @@ static void channel_norm_silu_backward(Address x, Address gamma, Address bias, A
                                   pointer(grad_gamma), pointer(grad_bias), rows, channels, silu, dtype});
 }
 
+static void conv3x3_forward(Address x, Address packed, Address bias, Address residual, Address gamma, Address out,
+                            int64_t batch, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels,
+                            bool upsample, int dtype) {
+  py::gil_scoped_release release;
+  conv3x3_forward_cpu({pointer(x), pointer(packed), pointer(bias), pointer(residual), pointer(gamma), pointer(out),
+                       batch, height, width, in_channels, out_channels, upsample, dtype});
+}
+
 static py::dict build_info() {
   py::dict info;
   info["version"] = QIF_VERSION;
@@ -207,6 +216,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("gelu_tanh_backward", &qif::gelu_tanh_backward);
   m.def("channel_norm_silu_forward", &qif::channel_norm_silu_forward);
   m.def("channel_norm_silu_backward", &qif::channel_norm_silu_backward);
+  m.def("conv3x3_forward", &qif::conv3x3_forward);
   m.def("build_info", &qif::build_info);
   m.def("set_isa", &qif::set_isa);
 }

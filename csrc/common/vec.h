@@ -6,7 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__F16C__) || defined(__FMA__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -95,7 +95,7 @@ inline void narrow(Half* dst, float x) {
 template <class V, class A>
 inline V splat(A x) {
   V v = {};
-  return v + x;
+  return x - v;  // not x + v, which is no broadcast: it turns -0 into 0
 }
 
 template <class V>
@@ -176,6 +176,29 @@ inline void store(Half* p, V v) {
 #endif
   }
 }
+
+// ---- arithmetic --------------------------------------------------------------------------------------------------
+
+// a * b + c, in one rounding where the instruction set has it.
+template <class V>
+inline V multiply_add(V a, V b, V c) {
+  return a * b + c;
+}
+#if defined(__AVX512F__)
+inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif defined(__FMA__)
+inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#endif
 
 // ---- loops over a row --------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
-"""The fused operations of the Qwen-Image transformer and VAE, forward and backward. One file each, named after the op."""
+"""The fused operations of Qwen-Image, forward and backward. One file each, named after the op."""
 
 from qwen_image_fast.ops._library import reference
 from qwen_image_fast.ops.channel_norm_silu import channel_norm_silu
+from qwen_image_fast.ops.conv3x3 import conv3x3, pack_conv3x3
 from qwen_image_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from qwen_image_fast.ops.gelu_tanh import gelu_tanh
 from qwen_image_fast.ops.guided_step import guided_step
@@ -11,11 +12,13 @@ from qwen_image_fast.ops.qk_norm_rope import qk_norm_rope
 
 __all__ = [
     "channel_norm_silu",
+    "conv3x3",
     "gate_residual_norm_modulate",
     "gelu_tanh",
     "guided_step",
     "joint_attention",
     "layer_norm_modulate",
     "qk_norm_rope",
+    "pack_conv3x3",
     "reference",
 ]
