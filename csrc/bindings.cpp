@@ -177,10 +177,10 @@ static void channel_norm_silu_backward(Address x, Address gamma, Address bias, A
 
 static void conv3x3_forward(Address x, Address packed, Address bias, Address residual, Address gamma, Address out,
                             int64_t batch, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels,
-                            bool upsample, int dtype) {
+                            bool upsample, bool pad_rows, int dtype) {
   py::gil_scoped_release release;
   conv3x3_forward_cpu({pointer(x), pointer(packed), pointer(bias), pointer(residual), pointer(gamma), pointer(out),
-                       batch, height, width, in_channels, out_channels, upsample, dtype});
+                       batch, height, width, in_channels, out_channels, upsample, pad_rows, dtype});
 }
 
 static py::dict build_info() {

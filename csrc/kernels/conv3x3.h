@@ -27,6 +27,7 @@ struct Conv3x3 {
   void* out;             // [batch, height, width, out_channels], twice the height and width if `upsample`
   int64_t batch, height, width, in_channels, out_channels;
   bool upsample;
+  bool pad_rows;  // false: x brings the rows above and below itself, and the result has two rows (upsample: 4) less
   int dtype;
 };
 

@@ -28,9 +28,9 @@ struct Blocks {
   int64_t tiles() const { return images * rows * columns; }
 };
 
-static Blocks plan(const Conv3x3& p, int64_t product_width, int64_t element) {
+static Blocks plan(const Conv3x3& p, int64_t height, int64_t product_width, int64_t element) {
   Blocks b;
-  b.tiles_y = divide_up(p.height, kOut);
+  b.tiles_y = divide_up(height, kOut);
   b.tiles_x = divide_up(p.width, kOut);
   const int64_t most = std::max(kFewestTiles, kBlockBytes / (kPoints * element * (p.in_channels + product_width)));
   // Wide rather than high: rows of x are contiguous. Then blocks of nearly equal size.
@@ -56,13 +56,14 @@ class Convolution {
         phases_(p.upsample ? 4 : 1),
         panels_(divide_up(p.out_channels, kPanel)),
         product_width_(phases_ * panels_ * kPanel),
+        height_(p.pad_rows ? p.height : p.height - 2),
         affine_(p.in_channels + p.out_channels) {
     if (p.gamma) widen_row(static_cast<const T*>(p.gamma), affine_.data(), p.in_channels);
     if (p.bias) widen_row(static_cast<const T*>(p.bias), affine_.data() + p.in_channels, p.out_channels);
   }
 
   void run() {
-    blocks_ = plan(p_, product_width_, sizeof(A));
+    blocks_ = plan(p_, height_, product_width_, sizeof(A));
     pad_rows_ = blocks_.rows * kOut + 2;
     pad_columns_ = blocks_.columns * kOut + 2;
     // 16 more elements from one point to the next: at a power of two all points would fall into the same cache sets.
@@ -107,7 +108,8 @@ class Convolution {
 
   // A row of the block's pixels with one more on each side, after f, zeros outside of the image.
   void fill_row(int64_t image, int64_t row) {
-    const int64_t c = p_.in_channels, y = tile_y_ * kOut - 1 + row, left = tile_x_ * kOut - 1, n = columns_ * kOut + 2;
+    const int64_t c = p_.in_channels, y = tile_y_ * kOut - (p_.pad_rows ? 1 : 0) + row, left = tile_x_ * kOut - 1,
+                  n = columns_ * kOut + 2;
     A* dst = padded_row(image, row);
     const int64_t first = y < 0 || y >= p_.height ? n : std::max<int64_t>(0, -left);
     const int64_t last = std::max(first, std::min(n, p_.width - left));
@@ -151,9 +153,9 @@ class Convolution {
     const int64_t per_image = rows_ * columns_, within = t % per_image, n = p_.out_channels;
     const int64_t y0 = (tile_y_ + within / columns_) * kOut, x0 = (tile_x_ + within % columns_) * kOut;
     const int64_t scale = p_.upsample ? 2 : 1, width = p_.width * scale;
-    const int64_t rows = std::min<int64_t>(kOut, p_.height - y0), columns = std::min<int64_t>(kOut, p_.width - x0);
+    const int64_t rows = std::min<int64_t>(kOut, height_ - y0), columns = std::min<int64_t>(kOut, p_.width - x0);
     const int64_t first =
-        ((image_ + t / per_image) * p_.height * scale + y0 * scale + phase / 2) * width + x0 * scale + phase % 2;
+        ((image_ + t / per_image) * height_ * scale + y0 * scale + phase / 2) * width + x0 * scale + phase % 2;
     const A* products = products_.get() + t * product_width_ + phase * panels_ * kPanel;
     const A* bias = p_.bias ? affine_.data() + p_.in_channels : nullptr;
     const T* residual = static_cast<const T*>(p_.residual);
@@ -173,8 +175,8 @@ class Convolution {
   }
 
   const Conv3x3& p_;
-  const int64_t phases_, panels_, product_width_;
-  std::vector<A> affine_;  // gamma, then bias
+  const int64_t phases_, panels_, product_width_, height_;  // height_: of the result, before upsampling
+  std::vector<A> affine_;                                   // gamma, then bias
   Blocks blocks_;
   int64_t pad_rows_, pad_columns_, in_plane_, product_plane_;
   std::unique_ptr<A[]> padded_, in_, products_;

@@ -3,7 +3,7 @@ import functools
 import harness
 import pytest
 import torch
-from harness import DTYPES, Op
+from harness import Op
 
 from qwen_image_fast.ops.conv3x3 import conv3x3, conv3x3_reference, pack_conv3x3
 
@@ -98,9 +98,22 @@ def test_a_pixel_does_not_depend_on_the_blocks(instruction_set):
 
 
 @pytest.mark.parametrize("upsample", [False, True])
+def test_without_padded_rows(upsample):
+    x, weight, bias, residual, gamma, _ = make(2, 9, 6, 40, 36, upsample)
+    cut = 2 if upsample else 1
+    inner = residual[:, cut:-cut].contiguous()
+    whole = conv3x3(x, weight, bias, residual, gamma, upsample)
+    part = conv3x3(x, weight, bias, inner, gamma, upsample, pad_rows=False)
+    torch.testing.assert_close(part, whole[:, cut:-cut], rtol=0, atol=1e-5)
+    assert conv3x3(x[:, :2].contiguous(), weight, bias, None, gamma, upsample, pad_rows=False).shape[1] == 0
+    args = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((1, 4, 2, 2), (2, 2, 3, 3))]
+    assert torch.autograd.gradcheck(lambda x, w: conv3x3(x, w, upsample=upsample, pad_rows=False), args)
+
+
+@pytest.mark.parametrize("upsample", [False, True])
 def test_opcheck(upsample):
     args = OP.inputs(torch.float32, 1, 5, 6, 4, 3, upsample, grad=True)
-    harness.check_opcheck(torch.ops.qwen_image_fast.conv3x3, [*args, None])
+    harness.check_opcheck(torch.ops.qwen_image_fast.conv3x3, [*args, True, None])
 
 
 def test_compile():
@@ -146,7 +159,12 @@ X, WEIGHT = torch.randn(1, 4, 5, 8), torch.randn(6, 8, 3, 3)
         ((X, WEIGHT, None, X), ValueError, r"residual must have the shape \(1, 4, 5, 6\), got"),
         ((X, WEIGHT, None, None, torch.ones(6)), ValueError, r"gamma must have the shape \(8,\), got"),
         ((X, WEIGHT, None, None, torch.ones(16)[::2]), ValueError, "gamma must be contiguous"),
-        ((X, WEIGHT, None, None, None, False, torch.ones(3)), ValueError, "packed must be pack_conv3x3"),
+        (
+            (X[:, :1], WEIGHT, None, None, None, False, False),
+            ValueError,
+            "x must have at least 2 rows without pad_rows",
+        ),
+        ((X, WEIGHT, None, None, None, False, True, torch.ones(3)), ValueError, "packed must be pack_conv3x3"),
     ],
 )
 def test_errors(args, error, text):

@@ -18,7 +18,7 @@ __all__ = [
     "guided_step",
     "joint_attention",
     "layer_norm_modulate",
-    "qk_norm_rope",
     "pack_conv3x3",
+    "qk_norm_rope",
     "reference",
 ]

@@ -29,6 +29,7 @@ def conv3x3(
     residual: Tensor | None = None,
     gamma: Tensor | None = None,
     upsample: bool = False,
+    pad_rows: bool = True,
     packed: Tensor | None = None,
 ) -> Tensor:
     """out = conv(f(x), weight) + bias + residual: 3x3, stride 1, one zero on each side, channels last.
@@ -40,20 +41,22 @@ def conv3x3(
         x: [B, H, W, C], contiguous; float32, float16, bfloat16 or float64.
         weight: [D, C, 3, 3], any strides. bias: [D]. residual: the shape of the result, contiguous. gamma: [C].
             All of the dtype of x; None for none.
+        pad_rows: False: the first and last row of x only serve as the neighbours of the others, and give no rows of
+            the result, which has the height H - 2, or 2 (H - 2).
         packed: `pack_conv3x3(weight, upsample)` of this weight, made once; None: made for this call.
 
     Returns:
-        [B, H, W, D], or [B, 2H, 2W, D]. Arithmetic in float32 (float64 for float64), one rounding on store. float32:
+        [B, H, W, D]; with `upsample` [B, 2H, 2W, D]. Arithmetic in float32 (float64 for float64), one rounding on store. float32:
         the error of a pixel is about twice that of a direct convolution.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit together.
     """
     if lib.use_reference():
-        return conv3x3_reference(x, weight, bias, residual, gamma, upsample)
+        return conv3x3_reference(x, weight, bias, residual, gamma, upsample, pad_rows)
     if lib.call_directly(x, weight, bias, residual, gamma):
-        return _forward(x, weight, bias, residual, gamma, upsample, packed)
-    return _op(x, weight, bias, residual, gamma, upsample, packed)
+        return _forward(x, weight, bias, residual, gamma, upsample, pad_rows, packed)
+    return _op(x, weight, bias, residual, gamma, upsample, pad_rows, packed)
 
 
 def conv3x3_reference(
@@ -63,6 +66,7 @@ def conv3x3_reference(
     residual: Tensor | None = None,
     gamma: Tensor | None = None,
     upsample: bool = False,
+    pad_rows: bool = True,
     packed: Tensor | None = None,
 ) -> Tensor:
     """The formula in plain PyTorch, in the dtype of x; `packed` is not used."""
@@ -73,6 +77,9 @@ def conv3x3_reference(
     if upsample:
         x = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     out = F.conv2d(x, weight, bias, padding=1).permute(0, 2, 3, 1)
+    if not pad_rows:
+        cut = 2 if upsample else 1
+        out = out[:, cut:-cut]
     return out if residual is None else out + residual
 
 
@@ -115,7 +122,13 @@ def pack_conv3x3(weight: Tensor, upsample: bool = False) -> Tensor:
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gamma: Tensor | None, upsample: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    gamma: Tensor | None,
+    upsample: bool,
+    pad_rows: bool,
 ) -> list[int]:
     """Check everything but `packed`; the shape of the result."""
     lib.check_input(_OP, "x", x)
@@ -125,6 +138,10 @@ def _check(
     lib.check_like(_OP, "weight", weight, x)
     if weight.dim() != 4 or weight.shape[1:] != (channels, 3, 3):
         lib.fail(_OP, "weight", f"have the shape [out_channels, {channels}, 3, 3]", tuple(weight.shape))
+    if not pad_rows:
+        if height < 2:
+            lib.fail(_OP, "x", "have at least 2 rows without pad_rows", height)
+        height -= 2
     scale = 2 if upsample else 1
     shape = [batch, scale * height, scale * width, weight.shape[0]]
     for name, t, wanted in (("bias", bias, shape[3:]), ("residual", residual, shape), ("gamma", gamma, [channels])):
@@ -153,9 +170,10 @@ def _forward(
     residual: Tensor | None,
     gamma: Tensor | None,
     upsample: bool,
+    pad_rows: bool,
     packed: Tensor | None,
 ) -> Tensor:
-    shape = _check(x, weight, bias, residual, gamma, upsample)
+    shape = _check(x, weight, bias, residual, gamma, upsample, pad_rows)
     out = x.new_empty(shape)
     if packed is None:
         packed = pack_conv3x3(weight, upsample)
@@ -163,18 +181,19 @@ def _forward(
     if out.numel():
         _C.conv3x3_forward(
             x.data_ptr(), packed.data_ptr(), pointer(bias), pointer(residual), pointer(gamma), out.data_ptr(),
-            *x.shape, weight.shape[0], upsample, DTYPE_CODES[x.dtype],
+            *x.shape, weight.shape[0], upsample, pad_rows, DTYPE_CODES[x.dtype],
         )  # fmt: skip
     return out
 
 
-def _fake(x, weight, bias, residual, gamma, upsample, packed):
-    return x.new_empty(_check(x, weight, bias, residual, gamma, upsample))
+def _fake(x, weight, bias, residual, gamma, upsample, pad_rows, packed):
+    return x.new_empty(_check(x, weight, bias, residual, gamma, upsample, pad_rows))
 
 
 _op = lib.register(
     _OP,
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? gamma, bool upsample, Tensor? packed) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? gamma, bool upsample, bool pad_rows, "
+    "Tensor? packed) -> Tensor",
     _forward,
     _fake,
 )
@@ -193,7 +212,7 @@ def _sum_phases(grad: Tensor) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, _, gamma, ctx.upsample, _ = inputs
+    x, weight, bias, _, gamma, ctx.upsample, ctx.pad_rows, _ = inputs
     ctx.save_for_backward(x, weight, gamma)
     ctx.has_bias = bias is not None
 
@@ -203,17 +222,19 @@ def _autograd(ctx, grad_out):
     x, weight, gamma = ctx.saved_tensors
     need_x, need_weight, need_bias, need_residual, need_gamma = ctx.needs_input_grad[:5]
     grad_out = grad_out.contiguous()
-    grads: list[Tensor | None] = [None] * 7
+    grads: list[Tensor | None] = [None] * 8
     if need_bias and ctx.has_bias:
         grads[2] = grad_out.sum((0, 1, 2))
     if need_residual:
         grads[3] = grad_out
     if ctx.upsample:
-        batch, height, width, _ = x.shape
+        batch, height, width = (n // s for n, s in zip(grad_out.shape, (1, 2, 2)))
         grad_out = grad_out.view(batch, height, 2, width, 2, -1).permute(0, 1, 3, 2, 4, 5).flatten(3).contiguous()
         weight = _phase_weights(weight)
+    if not ctx.pad_rows:
+        grad_out = F.pad(grad_out, (0, 0, 0, 0, 1, 1))
     if need_x or need_gamma:
-        grad_in = _op(grad_out, weight.flip(2, 3).transpose(0, 1), None, None, None, False, None)
+        grad_in = _op(grad_out, weight.flip(2, 3).transpose(0, 1), None, None, None, False, True, None)
         grads[0] = grad_in
     if need_weight:
         y = x if gamma is None else torch.ops.qwen_image_fast.channel_norm_silu(x, gamma, None, True)
