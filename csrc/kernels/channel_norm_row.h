@@ -19,8 +19,9 @@ inline A square_sum(const T* x, int64_t n) {
 // gamma, bias: of the type of the arithmetic; bias null for none. `out` may be `x`.
 template <class A, class T, class Out>
 inline void channel_norm_row(const T* x, const A* gamma, const A* bias, Out* out, int64_t n, bool silu) {
-  const A norm = std::sqrt(square_sum<A>(x, n));
-  const A factor = std::sqrt(A(n)) / (norm > A(kSmallestNorm) ? norm : A(kSmallestNorm));
+  // In double: what the factor errs by is common to all channels, and would add up in the convolution behind.
+  const double norm = std::sqrt(static_cast<double>(square_sum<A>(x, n)));
+  const A factor = static_cast<A>(std::sqrt(double(n)) / (norm > kSmallestNorm ? norm : kSmallestNorm));
   each<A>(n, [&](auto lane, int64_t i) {
     using V = typename decltype(lane)::type;
     V u = load<V>(x + i) * factor * load<V>(gamma + i);

@@ -228,6 +228,7 @@ def test_precision(dtype, shape):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_norm_rounds_like_diffusers(dtype):
+    """A video, to the bit; an image is rounded once only."""
     ours, theirs = ChannelRMSNorm(6).to(dtype), reference_module.QwenImageRMS_norm(6, images=False).to(dtype)
     gamma = 1 + latents(6, 1, 1, 1, dtype=dtype)
     ours.gamma.data, theirs.gamma.data = gamma, gamma
@@ -235,7 +236,8 @@ def test_norm_rounds_like_diffusers(dtype):
     x = latents(2, 6, 3, 4, 5) * torch.tensor([1e3, 1.0, 1e-5, 1e-13, 0.0], dtype=torch.float64)
     x = x.to(dtype)
     assert torch.equal(ours(x), theirs(x))
-    assert torch.equal(ours(x[:, :, 0]), theirs(x)[:, :, 0])
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(ours(x[:, :, 0]), theirs(x)[:, :, 0], rtol=4 * eps, atol=eps)
     assert torch.count_nonzero(ours(x)[..., 4]) == 0
     assert ours(x)[..., 0].abs().max() > 1
 
@@ -273,6 +275,7 @@ def test_gradients(frames):
 def test_precision_of_gradients(dtype):
     """The rule over all gradients together, each relative to its largest element: some have a handful of elements."""
     ours, theirs = pair(dtype)
+    ours.set_convolution("exact")
     exact = without_float32_upsample(copy.deepcopy(theirs).double())
     x, weight = pixels(1, 3, 1, 16, 24, dtype=dtype), latents(1, 3, 1, 16, 24, dtype=dtype)
     mine, reference = gradients(ours, x, weight), gradients(theirs, x, weight)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen_image_fast.models.base import PretrainedModel, record_config
-from qwen_image_fast.models.vae_blocks import CausalConv3d, Decoder, Encoder, run_in_chunks
+from qwen_image_fast.models.vae_blocks import CausalConv3d, Decoder, Encoder
+from qwen_image_fast.models.vae_checks import check_latents, check_pixels, error
+from qwen_image_fast.models.vae_conv import Convolution, forget_packed_weights
+from qwen_image_fast.models.vae_streams import run_in_chunks
+from qwen_image_fast.models.vae_tiling import blended_tiles, parse_bytes, strip_rows
 
 # After the first frame, four image frames go with one latent frame.
 FRAMES_PER_LATENT = 4
@@ -137,6 +141,7 @@ class AutoencoderKLQwenImage(PretrainedModel):
 
         self.use_slicing = False
         self.use_tiling = False
+        self.memory_limit: int | None = None
         # In pixels. Larger images than one tile are split while `use_tiling` is set.
         self.tile_sample_min_height = 256
         self.tile_sample_min_width = 256
@@ -180,11 +185,11 @@ class AutoencoderKLQwenImage(PretrainedModel):
         ratio = self.spatial_compression_ratio
         for name, size in sizes.items():
             if size <= 0 or size % ratio != 0:
-                raise _error("enable_tiling", f"{name} must be a positive multiple of {ratio}, got {size}")
+                raise error("enable_tiling", f"{name} must be a positive multiple of {ratio}, got {size}")
         for axis in ("height", "width"):
             stride, tile = sizes[f"tile_sample_stride_{axis}"], sizes[f"tile_sample_min_{axis}"]
             if stride > tile:
-                raise _error(
+                raise error(
                     "enable_tiling",
                     f"tile_sample_stride_{axis} must be at most tile_sample_min_{axis} ({tile}), got {stride}",
                 )
@@ -194,6 +199,39 @@ class AutoencoderKLQwenImage(PretrainedModel):
 
     def disable_tiling(self) -> None:
         self.use_tiling = False
+
+    def set_memory_limit(self, limit: int | str | None) -> None:
+        """Compute images in strips of rows, as high as fit into so much memory: the same result, for any size.
+
+        Unlike tiles, strips are exact: attention, at latent size, sees the whole image, and a convolution keeps the
+        rows that it needs of the strip before. Videos are not computed in strips.
+
+        Args:
+            limit: bytes that encoding or decoding one image may take, or a string like "4GB"; without the parameters
+                and their transformed copies (`docs/vae.md`). None: no limit.
+
+        Raises:
+            ValueError: not a number of bytes.
+        """
+        self.memory_limit = None if limit is None else self._limit("set_memory_limit", limit)
+
+    def set_convolution(self, convolution: Convolution) -> None:
+        """How 3x3 convolutions of an image are computed on a CPU.
+
+        Args:
+            convolution: "auto" (the default): by Winograd's algorithm where it is faster, algebraically equal with
+                about twice the rounding error. "exact": directly, everywhere.
+
+        Raises:
+            ValueError: another word.
+        """
+        if convolution not in get_args(Convolution):
+            raise error("set_convolution", f"convolution must be 'auto' or 'exact', got {convolution!r}")
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, CausalConv3d)):
+                module.convolution = convolution
+        if convolution == "exact":
+            forget_packed_weights(self)
 
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[DiagonalGaussianDistribution]:
         """Distribution of the latents of an image or a video.
@@ -213,11 +251,12 @@ class AutoencoderKLQwenImage(PretrainedModel):
         frames, height, width = x.shape[2:]
         ratio = self.spatial_compression_ratio
         if height % ratio != 0 or width % ratio != 0:
-            raise _error(
+            raise error(
                 "encode", f"x must have a height and width that are multiples of {ratio}, got {height} and {width}"
             )
         if frames % FRAMES_PER_LATENT != 1:
-            raise _error("encode", f"x must have 1 + {FRAMES_PER_LATENT}k frames, got {frames}")
+            raise error("encode", f"x must have 1 + {FRAMES_PER_LATENT}k frames, got {frames}")
+        check_pixels(x)
         latent_dist = DiagonalGaussianDistribution(self._per_sample(self._encode, x))
         return EncoderOutput(latent_dist) if return_dict else (latent_dist,)
 
@@ -229,14 +268,15 @@ class AutoencoderKLQwenImage(PretrainedModel):
             return_dict: return an object with the field `sample` instead of a tuple of one.
 
         Returns:
-            `sample` of shape `[B, input_channels, 1 + 4 (T - 1), 8 H, 8 W]`, clamped to [-1, 1] unless tiled.
+            `sample` of shape `[B, input_channels, 1 + 4 (T - 1), 8 H, 8 W]`, clamped to [-1, 1] unless blended.
 
         Raises:
             ValueError: an argument that breaks these rules.
         """
         self._check("decode", "z", z, self.z_dim)
         if z.shape[2] == 0:
-            raise _error("decode", "z must have at least one frame, got 0")
+            raise error("decode", "z must have at least one frame, got 0")
+        check_latents(z)
         sample = self._per_sample(self._decode, z)
         return DecoderOutput(sample) if return_dict else (sample,)
 
@@ -255,27 +295,30 @@ class AutoencoderKLQwenImage(PretrainedModel):
     def _check(self, method: str, name: str, x: Tensor, channels: int) -> None:
         if x.ndim != 5:
             hint = f": give one image its frame axis with {name}.unsqueeze(2)" if x.ndim == 4 else ""
-            raise _error(method, f"{name} must have 5 dimensions [B, C, T, H, W], got {x.ndim}{hint}")
+            raise error(method, f"{name} must have 5 dimensions [B, C, T, H, W], got {x.ndim}{hint}")
         if not x.is_floating_point():
             hint = ": convert pixels to floats in [-1, 1]" if method == "encode" else ""
-            raise _error(method, f"{name} must have a floating-point dtype, got {x.dtype}{hint}")
+            raise error(method, f"{name} must have a floating-point dtype, got {x.dtype}{hint}")
         if x.shape[1] != channels:
-            raise _error(method, f"{name} must have {channels} channels, got {x.shape[1]}")
+            raise error(method, f"{name} must have {channels} channels, got {x.shape[1]}")
 
     def _per_sample(self, fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if self.use_slicing and x.shape[0] > 1:
+        if (self.use_slicing or self.memory_limit is not None) and x.shape[0] > 1:
             return torch.cat([fn(part) for part in x.split(1)])
         return fn(x)
 
     def _encode(self, x: Tensor) -> Tensor:
         tile, stride = self._tile_and_stride()
         if self.use_tiling and (x.shape[-2] > tile[0] or x.shape[-1] > tile[1]):
-            return _tiled(self._encode_whole, x, tile, stride, (1, self.spatial_compression_ratio))
+            return blended_tiles(self._encode_whole, x, tile, stride, (1, self.spatial_compression_ratio))
         return self._encode_whole(x)
 
     def _encode_whole(self, x: Tensor) -> Tensor:
         if x.shape[2] == 1:
-            return self.quant_conv(self.encoder(_image(x))).contiguous().unsqueeze(2)
+            height, width = (n // self.spatial_compression_ratio for n in x.shape[3:])
+            strip = self._strip("encode", x, height, width)
+            pixels = None if strip is None else strip * self.spatial_compression_ratio
+            return self.quant_conv(self.encoder(_image(x), strip=pixels)).contiguous().unsqueeze(2)
         chunks = (x[:, :, :1], *x[:, :, 1:].split(FRAMES_PER_LATENT, dim=2))
         return self.quant_conv(run_in_chunks(self.encoder, chunks))
 
@@ -283,71 +326,38 @@ class AutoencoderKLQwenImage(PretrainedModel):
         ratio = self.spatial_compression_ratio
         tile, stride = ([size // ratio for size in sizes] for sizes in self._tile_and_stride())
         if self.use_tiling and (z.shape[-2] > tile[0] or z.shape[-1] > tile[1]):
-            return _tiled(self._decode_whole, z, tile, stride, (ratio, 1))
+            return blended_tiles(self._decode_whole, z, tile, stride, (ratio, 1))
         return self._decode_whole(z).clamp(-1.0, 1.0)
 
     def _decode_whole(self, z: Tensor) -> Tensor:
         if z.shape[2] == 1:
-            return self.decoder(self.post_quant_conv(_image(z))).contiguous().unsqueeze(2)
+            strip = self._strip("decode", z, *z.shape[3:])
+            return self.decoder(self.post_quant_conv(_image(z)), strip=strip).contiguous().unsqueeze(2)
         return run_in_chunks(self.decoder, self.post_quant_conv(z).split(1, dim=2))
+
+    def _strip(self, method: str, x: Tensor, height: int, width: int) -> int | None:
+        """Rows of the latent per strip under the memory limit; None: all."""
+        if self.memory_limit is None:
+            return None
+        try:
+            rows = strip_rows(self.config, height, width, x.element_size(), self.memory_limit)
+        except ValueError as wrong:
+            raise error(method, str(wrong)) from None
+        if rows is not None and method == "encode" and self.config.attn_scales:
+            raise error(method, "memory_limit must be None for an encoder with attn_scales, or fit the whole image")
+        return rows
+
+    def _limit(self, method: str, limit: int | str) -> int:
+        try:
+            return parse_bytes(limit)
+        except ValueError as wrong:
+            raise error(method, str(wrong)) from None
 
     def _tile_and_stride(self) -> tuple[tuple[int, int], tuple[int, int]]:
         tile = (self.tile_sample_min_height, self.tile_sample_min_width)
         return tile, (self.tile_sample_stride_height, self.tile_sample_stride_width)
 
 
-def _error(method: str, message: str) -> ValueError:
-    return ValueError(f"AutoencoderKLQwenImage.{method}: {message}")
-
-
 def _image(x: Tensor) -> Tensor:
-    """The only frame of `x [B, C, 1, H, W]` as `[B, C, H, W]`, in channels-last memory: 1.15 times as fast on a CPU."""
+    """The only frame of `x [B, C, 1, H, W]` as `[B, C, H, W]`, in channels-last memory."""
     return x.squeeze(2).contiguous(memory_format=torch.channels_last)
-
-
-def _tiled(
-    fn: Callable[[Tensor], Tensor],
-    x: Tensor,
-    tile: Sequence[int],
-    stride: Sequence[int],
-    scale: tuple[int, int],
-) -> Tensor:
-    """Apply `fn` to overlapping tiles of `x [..., H, W]` and join the results, blended where they overlap.
-
-    Args:
-        tile, stride: (height, width) of a tile and between the starts of tiles, in positions of `x`.
-        scale: `fn` turns s positions into `s * scale[0] // scale[1]`.
-    """
-    rescale = [scale[0] * s // scale[1] for s in stride]
-    overlap = [scale[0] * (t - s) // scale[1] for t, s in zip(tile, stride)]
-    above: list[Tensor] = []
-    rows = []
-    for top in range(0, x.shape[-2], stride[0]):
-        row: list[Tensor] = []
-        for column, left in enumerate(range(0, x.shape[-1], stride[1])):
-            piece = fn(x[..., top : top + tile[0], left : left + tile[1]])
-            if above:
-                piece = _blend(above[column], piece, overlap[0], dim=-2)
-            if row:
-                piece = _blend(row[-1], piece, overlap[1], dim=-1)
-            row.append(piece)
-        rows.append(torch.cat([piece[..., : rescale[0], : rescale[1]] for piece in row], dim=-1))
-        above = row
-    return torch.cat(rows, dim=-2)
-
-
-def _blend(before: Tensor, after: Tensor, overlap: int, dim: int) -> Tensor:
-    """Return `after` with its first `overlap` positions along `dim` faded in over the last ones of `before`.
-
-    y[i] = before[-overlap + i] (1 - i / overlap) + after[i] i / overlap, computed in at least float32. The last tile
-    of an image may be shorter than `overlap`, which then shrinks to its length.
-    """
-    overlap = min(after.shape[dim], overlap)
-    if overlap == 0:
-        return after
-    dtype = torch.promote_types(after.dtype, torch.float32)
-    fade_in = torch.arange(overlap, dtype=torch.float64, device=after.device) / overlap
-    shape = [overlap if axis == after.ndim + dim else 1 for axis in range(after.ndim)]
-    old, new = (1 - fade_in).to(dtype).view(shape), fade_in.to(dtype).view(shape)
-    mixed = before.narrow(dim, before.shape[dim] - overlap, overlap) * old + after.narrow(dim, 0, overlap) * new
-    return torch.cat([mixed.to(after.dtype), after.narrow(dim, overlap, after.shape[dim] - overlap)], dim=dim)

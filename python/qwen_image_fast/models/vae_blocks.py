@@ -2,7 +2,8 @@
 
 Every layer is called as `layer(x, stream)` with either
 
-- an image `x [B, C, H, W]`, `stream=None`: the network is then purely two-dimensional, or
+- an image `x [B, C, H, W]` in channels-last memory, `stream=None`: the network is then purely two-dimensional,
+- some rows of an image, with one `RowStream` shared by all strips, or
 - a chunk of consecutive frames `x [B, C, T, H, W]`, with one `FrameStream` shared by all chunks of the video.
 
 Module and parameter names, and parameter shapes, are those of `diffusers.AutoencoderKLQwenImage`, so that its state
@@ -11,41 +12,17 @@ dict loads with `strict=True`. That includes the five-dimensional convolution we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen_image_fast.models.vae_conv import Conv, Convolution, convolve, is_bare, norm_silu
+from qwen_image_fast.models.vae_streams import FrameStream, RowStream, run_in_strips
 
-class FrameStream:
-    """What each layer remembers of a video that is fed to it chunk by chunk: its last input frames.
-
-    One object belongs to one pass over one video. Layers are its keys, so nothing depends on the order of calls.
-    """
-
-    def __init__(self) -> None:
-        self.first_chunk = True
-        self._frames: dict[nn.Module, Tensor] = {}
-
-    def join(self, layer: nn.Module, x: Tensor, keep: int) -> Tensor:
-        """Return `x [B, C, T, H, W]` behind the frames kept for `layer`, and keep the last `keep` frames of that."""
-        if layer in self._frames:
-            x = torch.cat([self._frames[layer], x], dim=2)
-        # A view would hold the whole chunk of every layer in memory until the next one.
-        self._frames[layer] = x[:, :, -keep:].clone()
-        return x
-
-
-def run_in_chunks(network: nn.Module, chunks: Iterable[Tensor]) -> Tensor:
-    """Feed consecutive chunks of one video through `network` and concatenate the results in time."""
-    stream = FrameStream()
-    out = []
-    for chunk in chunks:
-        out.append(network(chunk, stream))
-        stream.first_chunk = False
-    return torch.cat(out, dim=2)
+Stream = FrameStream | RowStream | None
 
 
 def per_frame(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -55,6 +32,25 @@ def per_frame(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     batch, frames = x.shape[0], x.shape[2]
     y = fn(x.transpose(1, 2).flatten(0, 1))
     return y.unflatten(0, (batch, frames)).transpose(1, 2)
+
+
+def convolve_rows(
+    conv: Conv,
+    x: Tensor,
+    stream: Stream,
+    gamma: Tensor | None = None,
+    residual: Tensor | None = None,
+    upsample: bool = False,
+) -> Tensor:
+    """`convolve` of a whole image, or of what a strip completes."""
+    if not isinstance(stream, RowStream):
+        return convolve(conv, x, gamma, residual, upsample)
+    if conv.weight.shape[-1] == 1:
+        return convolve(conv, x)
+    x = stream.window(conv, x)
+    if residual is not None:
+        residual = stream.delay(conv, residual, max(0, x.shape[2] - 2))
+    return convolve(conv, x, gamma, residual, upsample, pad_rows=False)
 
 
 class CausalConv3d(nn.Conv3d):
@@ -72,13 +68,14 @@ class CausalConv3d(nn.Conv3d):
         kt, kh, kw = (kernel_size,) * 3 if isinstance(kernel_size, int) else kernel_size
         super().__init__(in_channels, out_channels, (kt, kh, kw), padding=(0, kh // 2, kw // 2))
         self.history = kt - 1
+        self.convolution: Convolution = "auto"
 
-    def forward(self, x: Tensor, stream: FrameStream | None = None) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream = None) -> Tensor:
         if x.ndim == 4:
-            return F.conv2d(x, self.weight[:, :, -1], self.bias, padding=self.padding[1:])
+            return convolve_rows(self, x, stream)
         if self.history > 0:
             needed = self.history + x.shape[2]
-            if stream is not None:
+            if isinstance(stream, FrameStream):
                 x = stream.join(self, x, self.history)
             x = F.pad(x, (0, 0, 0, 0, needed - x.shape[2], 0))
         return super().forward(x)
@@ -87,12 +84,15 @@ class CausalConv3d(nn.Conv3d):
 class ChannelRMSNorm(nn.Module):
     """RMS norm over channels: y = sqrt(C) * x / max(|x|_2, 1e-12) * gamma, |x|_2 over the channels of one position.
 
-    float16 and bfloat16: x / |x|_2 is computed in float32 and rounded once; the two products then each round.
+    An image: `ops.channel_norm_silu`, rounded once. A video in float16 or bfloat16 rounds as diffusers does: x / |x|_2
+    is computed in float32 and rounded, then each of the two products.
 
     Args:
         dim: number of channels C.
         axes: how many axes follow the channels in the stored shape of `gamma` (`[C, 1, ...]`); no effect on the result.
     """
+
+    silu = False
 
     def __init__(self, dim: int, axes: int = 3) -> None:
         super().__init__()
@@ -100,16 +100,25 @@ class ChannelRMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * axes))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 4 and x.is_cpu:
+            return norm_silu(x, self.gamma, silu=self.silu)
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         gamma = self.gamma.reshape(-1, *[1] * (x.ndim - 2))
-        return F.normalize(wide, dim=1).to(x.dtype) * self.scale * gamma
+        x = F.normalize(wide, dim=1).to(x.dtype) * self.scale * gamma
+        return F.silu(x) if self.silu else x
 
 
 class ChannelRMSNormSiLU(ChannelRMSNorm):
     """SiLU(ChannelRMSNorm(x)): the pair in front of every 3x3x3 convolution but the first."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(super().forward(x))
+    silu = True
+
+
+def norm_and_convolve(norm: ChannelRMSNormSiLU, conv: CausalConv3d, x: Tensor, stream: Stream) -> Tensor:
+    """conv(norm(x)), in one op for an image where nothing of the user's hangs on the two."""
+    if x.ndim == 4 and type(conv) is CausalConv3d and is_bare(norm, conv):
+        return convolve_rows(conv, x, stream, norm.gamma)
+    return conv(norm(x), stream)
 
 
 class Downsample(nn.Module):
@@ -128,9 +137,13 @@ class Downsample(nn.Module):
             self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1))
         self.temporal = temporal
 
-    def forward(self, x: Tensor, stream: FrameStream | None = None) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream = None) -> Tensor:
+        if isinstance(stream, RowStream):
+            x = stream.window(self, x, above=0, step=2)
+            if not x.shape[2]:
+                return x[..., : x.shape[3] // 2]
         x = per_frame(self.resample, x)
-        if not self.temporal or stream is None:
+        if not self.temporal or not isinstance(stream, FrameStream):
             return x
         x = stream.join(self, x, keep=1)
         return x if stream.first_chunk else self.time_conv(x)
@@ -155,11 +168,24 @@ class Upsample(nn.Module):
             self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1))
         self.temporal = temporal
 
-    def forward(self, x: Tensor, stream: FrameStream | None = None) -> Tensor:
-        if self.temporal and stream is not None and not stream.first_chunk:
+    def forward(self, x: Tensor, stream: Stream = None) -> Tensor:
+        if x.ndim == 4:
+            return self._enlarge(x, stream)
+        if self.temporal and isinstance(stream, FrameStream) and not stream.first_chunk:
             x = self.time_conv(x, stream)
             x = x.unflatten(1, (2, -1)).movedim(1, 3).flatten(2, 3)  # [B, 2C, T, ...] -> [B, C, 2T, ...]
         return per_frame(self.resample, x)
+
+    def _enlarge(self, x: Tensor, stream: Stream) -> Tensor:
+        enlarge, conv = self.resample
+        if type(conv) is nn.Conv2d and is_bare(self.resample, enlarge, conv):
+            return convolve_rows(conv, x, stream, upsample=True)
+        if not isinstance(stream, RowStream):
+            return self.resample(x)
+        x = stream.window(conv, x)
+        if not x.shape[2]:
+            return x[:, : x.shape[1] // 2].repeat(1, 1, 1, 2)
+        return self.resample(x)[:, :, 2:-2]
 
 
 class ResidualBlock(nn.Module):
@@ -174,10 +200,21 @@ class ResidualBlock(nn.Module):
         self.conv2 = CausalConv3d(out_dim, out_dim, 3)
         self.conv_shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
 
-    def forward(self, x: Tensor, stream: FrameStream | None = None) -> Tensor:
-        h = self.conv1(self.norm1(x), stream)
+    def forward(self, x: Tensor, stream: Stream = None) -> Tensor:
+        h = norm_and_convolve(self.norm1, self.conv1, x, stream)
+        residual = self.conv_shortcut(x)
+        drops = self.training and self.dropout.p > 0
+        if (
+            h.ndim == 4
+            and type(self.conv2) is CausalConv3d
+            and is_bare(self.norm2, self.dropout, self.conv2)
+            and not drops
+        ):
+            return convolve_rows(self.conv2, h, stream, self.norm2.gamma, residual)
         h = self.conv2(self.dropout(self.norm2(h)), stream)
-        return h + self.conv_shortcut(x)
+        if isinstance(stream, RowStream):
+            residual = stream.delay(self, residual, h.shape[2])
+        return h + residual
 
 
 class AttentionBlock(nn.Module):
@@ -190,7 +227,7 @@ class AttentionBlock(nn.Module):
         self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
         self.proj = nn.Conv2d(dim, dim, 1)
 
-    def forward(self, x: Tensor, stream: FrameStream | None = None) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream = None) -> Tensor:
         return per_frame(self._attend, x)
 
     def _attend(self, x: Tensor) -> Tensor:
@@ -209,7 +246,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([AttentionBlock(dim)])
         self.resnets = nn.ModuleList([ResidualBlock(dim, dim, dropout) for _ in range(2)])
 
-    def forward(self, x: Tensor, stream: FrameStream | None = None) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream = None) -> Tensor:
         x = self.resnets[0](x, stream)
         x = self.attentions[0](x, stream)
         return self.resnets[1](x, stream)
@@ -224,7 +261,7 @@ class UpBlock(nn.Module):
         self.resnets = nn.ModuleList(ResidualBlock(a, b, dropout) for a, b in pairwise(widths))
         self.upsamplers = nn.ModuleList([upsample] if upsample is not None else [])
 
-    def forward(self, x: Tensor, stream: FrameStream | None = None) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream = None) -> Tensor:
         for layer in (*self.resnets, *self.upsamplers):
             x = layer(x, stream)
         return x
@@ -271,12 +308,21 @@ class Encoder(nn.Module):
         self.norm_out = ChannelRMSNormSiLU(width)
         self.conv_out = CausalConv3d(width, out_channels, 3)
 
-    def forward(self, x: Tensor, stream: FrameStream | None = None) -> Tensor:
+    def forward(self, x: Tensor, stream: FrameStream | None = None, strip: int | None = None) -> Tensor:
+        """strip: rows of an image computed at a time in front of the middle block, a multiple of 2^n; None: all."""
+        if strip is None:
+            x = self._shrink(x, stream)
+        else:
+            scale = 2 ** sum(isinstance(layer, Downsample) for layer in self.down_blocks)
+            x = run_in_strips(self._shrink, x, strip, x.shape[2] // scale)
+        x = self.mid_block(x, stream)
+        return norm_and_convolve(self.norm_out, self.conv_out, x, stream)
+
+    def _shrink(self, x: Tensor, stream: Stream) -> Tensor:
         x = self.conv_in(x, stream)
         for layer in self.down_blocks:
             x = layer(x, stream)
-        x = self.mid_block(x, stream)
-        return self.conv_out(self.norm_out(x), stream)
+        return x
 
 
 class Decoder(nn.Module):
@@ -314,9 +360,15 @@ class Decoder(nn.Module):
         self.norm_out = ChannelRMSNormSiLU(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], channels, 3)
 
-    def forward(self, x: Tensor, stream: FrameStream | None = None) -> Tensor:
+    def forward(self, x: Tensor, stream: FrameStream | None = None, strip: int | None = None) -> Tensor:
+        """strip: rows of the latent of an image computed at a time behind the middle block; None: all."""
         x = self.conv_in(x, stream)
         x = self.mid_block(x, stream)
+        if strip is None:
+            return self._enlarge(x, stream)
+        return run_in_strips(self._enlarge, x, strip, x.shape[2] * 2 ** (len(self.up_blocks) - 1))
+
+    def _enlarge(self, x: Tensor, stream: Stream) -> Tensor:
         for block in self.up_blocks:
             x = block(x, stream)
-        return self.conv_out(self.norm_out(x), stream)
+        return norm_and_convolve(self.norm_out, self.conv_out, x, stream)

@@ -46,8 +46,8 @@ def conv3x3(
         packed: `pack_conv3x3(weight, upsample)` of this weight, made once; None: made for this call.
 
     Returns:
-        [B, H, W, D]; with `upsample` [B, 2H, 2W, D]. Arithmetic in float32 (float64 for float64), one rounding on store. float32:
-        the error of a pixel is about twice that of a direct convolution.
+        [B, H, W, D]; with `upsample` [B, 2H, 2W, D]. Arithmetic in float32 (float64 for float64), one rounding on
+        store. float32: the error of a pixel is about twice that of a direct convolution.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit together.

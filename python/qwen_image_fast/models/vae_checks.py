@@ -1,0 +1,63 @@
+"""What the VAE says about inputs that it cannot have been meant to get."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+# Pixels in [-1, 1] may overshoot a little after resizing; a picture in [0, 255] goes far beyond this.
+LARGEST_PIXEL = 8.0
+
+
+def error(method: str, message: str) -> ValueError:
+    return ValueError(f"AutoencoderKLQwenImage.{method}: {message}")
+
+
+def _range(x: Tensor) -> tuple[float, float] | None:
+    """Smallest and largest value; None where they cannot be read: while tracing or capturing, and of nothing."""
+    if torch.compiler.is_compiling() or x.is_meta or x.numel() == 0 or type(x) is not Tensor:
+        return None
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    low, high = (v.item() for v in torch.aminmax(x.detach()))
+    return low, high
+
+
+def check_pixels(x: Tensor) -> None:
+    """Finite values that may be pixels in [-1, 1].
+
+    Raises:
+        ValueError: NaN, infinity, or values as of [0, 255].
+
+    Warns:
+        UserWarning: no negative value, as of [0, 1].
+    """
+    found = _range(x)
+    if found is None:
+        return
+    low, high = found
+    if not (abs(low) < float("inf") and abs(high) < float("inf")):
+        raise error("encode", f"x must be finite, got values from {low:g} to {high:g}")
+    if max(-low, high) > LARGEST_PIXEL:
+        raise error(
+            "encode", f"x must lie in [-1, 1], got values from {low:g} to {high:g}: convert 0..255 with x / 127.5 - 1"
+        )
+    if 0 <= low < high <= 1:
+        warnings.warn(
+            f"AutoencoderKLQwenImage.encode: x must lie in [-1, 1], got no negative value ({low:g} to {high:g}); "
+            "if these pixels are meant to be in [0, 1], convert them with 2 * x - 1",
+            stacklevel=3,
+        )
+
+
+def check_latents(z: Tensor) -> None:
+    """Finite values.
+
+    Raises:
+        ValueError: NaN or infinity.
+    """
+    found = _range(z)
+    if found is not None and not (abs(found[0]) < float("inf") and abs(found[1]) < float("inf")):
+        raise error("decode", f"z must be finite, got values from {found[0]:g} to {found[1]:g}")

@@ -1,0 +1,116 @@
+"""The VAE on images larger than memory: strips of rows, which are exact, and diffusers' blended tiles."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# Full-resolution images of a strip's height alive at once: six (a block's input, its rows with those kept from before,
+# the same of the hidden image, its result and the next), and what malloc keeps in pieces of other sizes; measured.
+_STRIP_IMAGES = 20
+# Bytes of workspaces and of what libraries keep, whatever the image.
+_OVERHEAD = 64 << 20
+# Images of the middle block alive at once in its attention: input, norm, q, k, v, result, its projection; and one more.
+_MIDDLE_IMAGES = 8
+
+
+def parse_bytes(limit: int | str) -> int:
+    """Bytes from a number or "4GB", "512 MiB".
+
+    Raises:
+        ValueError: neither, or not positive.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", limit.upper()) if isinstance(limit, str) else None
+    if found:
+        limit = int(float(found[1]) * _UNITS[found[2] or ""])
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit <= 0:
+        raise ValueError(f"memory_limit must be a positive number of bytes or a string like '4GB', got {limit!r}")
+    return limit
+
+
+def strip_rows(config: Mapping[str, Any], height: int, width: int, element: int, limit: int) -> int | None:
+    """How many rows of the latent to compute at a time, so that one image takes at most `limit` bytes; None: all.
+
+    Counted are the activations, the image and its copy; not the parameters and what is kept of them.
+
+    Args:
+        height, width: of the latent. element: bytes of a value.
+
+    Raises:
+        ValueError: `limit` is less than a single row of the latent takes.
+    """
+    scale = 2 ** (len(config["dim_mult"]) - 1)
+    middle = height * width * config["base_dim"] * config["dim_mult"][-1]
+    image = 2 * config["input_channels"] * scale * height * scale * width
+    # Each resolution keeps some rows of each layer; its rows are half as long as those of the one before, and up to
+    # twice as wide, so all resolutions keep about the same.
+    kept = 4 * (config["num_res_blocks"] + 1) * scale * width * config["base_dim"] * len(config["dim_mult"])
+    per_row = _STRIP_IMAGES * config["base_dim"] * scale * scale * width
+
+    def needed(rows: int) -> int:
+        return _OVERHEAD + element * max(_MIDDLE_IMAGES * middle, 2 * middle + image + kept + rows * per_row)
+
+    if needed(height) <= limit:
+        return None
+    if needed(1) > limit:
+        raise ValueError(
+            f"memory_limit must be at least {needed(1)} bytes for an image of {scale * height} x {scale * width}, "
+            f"got {limit}"
+        )
+    rows = 1
+    while needed(2 * rows) <= limit:
+        rows *= 2
+    return rows
+
+
+def blended_tiles(
+    fn: Callable[[Tensor], Tensor],
+    x: Tensor,
+    tile: Sequence[int],
+    stride: Sequence[int],
+    scale: tuple[int, int],
+) -> Tensor:
+    """Apply `fn` to overlapping tiles of `x [..., H, W]` and join the results, blended where they overlap.
+
+    Args:
+        tile, stride: (height, width) of a tile and between the starts of tiles, in positions of `x`.
+        scale: `fn` turns s positions into `s * scale[0] // scale[1]`.
+    """
+    rescale = [scale[0] * s // scale[1] for s in stride]
+    overlap = [scale[0] * (t - s) // scale[1] for t, s in zip(tile, stride)]
+    above: list[Tensor] = []
+    rows = []
+    for top in range(0, x.shape[-2], stride[0]):
+        row: list[Tensor] = []
+        for column, left in enumerate(range(0, x.shape[-1], stride[1])):
+            piece = fn(x[..., top : top + tile[0], left : left + tile[1]])
+            if above:
+                piece = _blend(above[column], piece, overlap[0], dim=-2)
+            if row:
+                piece = _blend(row[-1], piece, overlap[1], dim=-1)
+            row.append(piece)
+        rows.append(torch.cat([piece[..., : rescale[0], : rescale[1]] for piece in row], dim=-1))
+        above = row
+    return torch.cat(rows, dim=-2)
+
+
+def _blend(before: Tensor, after: Tensor, overlap: int, dim: int) -> Tensor:
+    """Return `after` with its first `overlap` positions along `dim` faded in over the last ones of `before`.
+
+    y[i] = before[-overlap + i] (1 - i / overlap) + after[i] i / overlap, computed in at least float32. The last tile
+    of an image may be shorter than `overlap`, which then shrinks to its length.
+    """
+    overlap = min(after.shape[dim], overlap)
+    if overlap == 0:
+        return after
+    dtype = torch.promote_types(after.dtype, torch.float32)
+    fade_in = torch.arange(overlap, dtype=torch.float64, device=after.device) / overlap
+    shape = [overlap if axis == after.ndim + dim else 1 for axis in range(after.ndim)]
+    old, new = (1 - fade_in).to(dtype).view(shape), fade_in.to(dtype).view(shape)
+    mixed = before.narrow(dim, before.shape[dim] - overlap, overlap) * old + after.narrow(dim, 0, overlap) * new
+    return torch.cat([mixed.to(after.dtype), after.narrow(dim, overlap, after.shape[dim] - overlap)], dim=dim)
