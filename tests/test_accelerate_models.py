@@ -171,6 +171,86 @@ def test_vae(frames, setting):
         assert torch.equal(ours.decode(z).sample, theirs.decode(z).sample)
 
 
+def small_vae(**changes):
+    torch.manual_seed(0)
+    sizes = {
+        "base_dim": 20,
+        "z_dim": 4,
+        "dim_mult": [1, 2, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True],
+    }
+    return diffusers.AutoencoderKLQwenImage(**{**sizes, **changes}).eval().requires_grad_(False)
+
+
+def images(vae):
+    x, z = torch.rand(2, 3, 1, 24, 20) * 2 - 1, torch.randn(2, 4, 1, 6, 5)
+    return lambda model=vae: (model.encode(x).latent_dist.parameters, model.decode(z).sample)
+
+
+@pytest.mark.parametrize("convolution", ["auto", "exact"])
+def test_vae_convolution(convolution, monkeypatch):
+    from qwen_image_fast.models import vae_conv
+
+    calls, conv3x3 = [], vae_conv.conv3x3
+    monkeypatch.setattr(vae_conv, "conv3x3", lambda *args: calls.append(args) or conv3x3(*args))
+    theirs = small_vae()
+    ours = copy.deepcopy(theirs)
+    report = accelerate(ours, convolution=convolution)
+    assert "instead of" in str(report) and "TFLOP" in str(report)
+    run_images = images(ours)
+    for a, b in zip(run_images(), run_images(theirs)):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+    assert (len(calls) > 20) == (convolution == "auto")
+    again = pickle.loads(pickle.dumps(ours))
+    assert all(torch.equal(a, b) for a, b in zip(run_images(), run_images(again)))
+    restore(ours)
+    assert all(vars(a).keys() == vars(b).keys() for a, b in zip(ours.modules(), theirs.modules()))
+    assert all(torch.equal(a, b) for a, b in zip(run_images(), run_images(theirs)))
+
+
+def test_vae_convolution_knows_two_words():
+    with pytest.raises(ValueError, match="accelerate: convolution must be 'auto' or 'exact', got 'fast'"):
+        accelerate(small_vae(), convolution="fast")
+
+
+def test_vae_training_hooks_and_adapters():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    theirs = small_vae()
+    ours = copy.deepcopy(theirs)
+    accelerate(ours)
+    for model in (theirs, ours):
+        torch.manual_seed(1)
+        inject_adapter_in_model(
+            LoraConfig(r=2, target_modules=["to_qkv", "resample.1"], init_lora_weights=False), model
+        )
+        model.decoder.up_blocks[0].resnets[0].norm2.register_forward_hook(lambda _, args, out: out * 1.5)
+        model.decoder.requires_grad_(True)
+    z, found = torch.randn(1, 4, 1, 6, 5), []
+    for model in (theirs, ours):
+        model.decode(z).sample.square().mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and any("lora" in name for name in found[0])
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad, rtol=0, atol=1e-4 * grad.abs().max().item() + 1e-9, msg=name)
+    with torch.no_grad():
+        for model in (theirs, ours):
+            for p in model.decoder.parameters():
+                p.mul_(0.9)
+    torch.testing.assert_close(ours.decode(z).sample, theirs.decode(z).sample, rtol=0, atol=2e-5)
+
+
+def test_flops_of_the_released_vae():
+    from qwen_image_fast.drop_in.vae_flops import decoding_flops
+
+    with torch.device("meta"):
+        vae = diffusers.AutoencoderKLQwenImage()
+    accelerate(vae)
+    theirs, ours = decoding_flops(vae, 256)
+    assert 6.5e11 < theirs < 8e11 and 6e10 < ours < 8e10
+
+
 # ---- adapters --------------------------------------------------------------------------------------------------------
 
 

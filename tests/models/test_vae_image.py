@@ -182,7 +182,7 @@ def test_hooks_and_other_forwards_run_and_change_the_result():
 
 def test_compiles_as_a_whole():
     block = build(torch.float32, **WIDE)[0].decoder.up_blocks[1].resnets[0]
-    x = latents(1, 80, 4, 6, dtype=torch.float32)
+    x = latents(1, block.conv1.in_channels, 4, 6, dtype=torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), block(x), rtol=0, atol=1e-4)

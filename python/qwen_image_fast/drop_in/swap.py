@@ -33,6 +33,7 @@ class Swapped:
 
     _original: type
     _caches = ("_layouts", "_modulation_table", "_said", "_one_frame")
+    _settings = ("convolution",)
 
     @classmethod
     def methods(cls, original: type) -> dict[str, Any]:
@@ -53,17 +54,24 @@ def _new_swapped(original: type) -> Any:
 def fast_class(original: type) -> type | None:
     """The class that replaces `original`; None: there is no such class."""
     from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
-    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d, QwenImageRMS_norm
+    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
+        QwenImageCausalConv3d,
+        QwenImageResample,
+        QwenImageResidualBlock,
+        QwenImageRMS_norm,
+    )
 
     from qwen_image_fast.drop_in.pipeline import FastPipeline
     from qwen_image_fast.drop_in.transformer import FastTransformer
-    from qwen_image_fast.drop_in.vae import FastCausalConv3d, FastRMSNorm, FastVAE
+    from qwen_image_fast.drop_in.vae import FastCausalConv3d, FastResample, FastResidualBlock, FastRMSNorm, FastVAE
 
     mixins = {
         QwenImageTransformer2DModel: FastTransformer,
         AutoencoderKLQwenImage: FastVAE,
         QwenImageCausalConv3d: FastCausalConv3d,
         QwenImageRMS_norm: FastRMSNorm,
+        QwenImageResidualBlock: FastResidualBlock,
+        QwenImageResample: FastResample,
     }
     mixin = mixins.get(original)
     if original.__module__.startswith("diffusers.pipelines.qwenimage."):
@@ -87,8 +95,8 @@ def unswap(obj: Any) -> bool:
     """Give `obj` its own class back; False if it has it."""
     if not isinstance(obj, Swapped):
         return False
-    for cache in obj._caches:
-        obj.__dict__.pop(cache, None)
+    for name in (*obj._caches, *obj._settings):
+        obj.__dict__.pop(name, None)
     _rebind(obj, type(obj), obj._original)
     object.__setattr__(obj, "__class__", obj._original)
     return True

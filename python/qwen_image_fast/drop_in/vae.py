@@ -1,15 +1,17 @@
 """The VAE of a diffusers pipeline, with single images as a two-dimensional network.
 
 Of a causal convolution, one frame meets the last temporal slice of the weight only; the other slices meet the zeros in
-front of the first frame. The layers around convolutions and norms stay diffusers'.
+front of the first frame. Norm, SiLU, convolution and the residual sum are then one op (`models/vae_conv.py`), and an
+upsampling convolution reads the small image. What is around these layers stays diffusers'.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 from qwen_image_fast.drop_in.swap import Swapped
+from qwen_image_fast.models.vae_conv import convolve, is_bare, norm_silu
 
 
 class FastVAE(Swapped):
@@ -44,19 +46,71 @@ class FastVAE(Swapped):
 class FastCausalConv3d(Swapped):
     """Mixed into diffusers' QwenImageCausalConv3d, in front of it."""
 
+    convolution = "auto"
+
     def forward(self, x, cache_x=None):
-        left, _, top, _, before, _ = self._padding
-        if cache_x is not None or x.shape[2] != 1 or before != self.kernel_size[0] - 1:
+        if cache_x is not None or x.shape[2] != 1 or not self.keeps_size():
             return super().forward(x, cache_x)
-        weight, stride, dilation = self.weight[:, :, -1], self.stride[1:], self.dilation[1:]
-        return F.conv2d(x.squeeze(2), weight, self.bias, stride, (top, left), dilation, self.groups).unsqueeze(2)
+        return convolve(self, x.squeeze(2)).unsqueeze(2)
+
+    def keeps_size(self):
+        """Whether it is what `convolve` computes: kernels of 3 or 1, zeros all around, in time only in front."""
+        time, height, width = self.kernel_size
+        return (
+            self.kernel_size in ((3, 3, 3), (1, 1, 1))
+            and self._padding == (width // 2, width // 2, height // 2, height // 2, time - 1, 0)
+            and self.stride == self.dilation == (1, 1, 1)
+            and self.groups == 1
+        )
 
 
 class FastRMSNorm(Swapped):
-    """Mixed into diffusers' QwenImageRMS_norm, in front of it: two passes over memory less."""
+    """Mixed into diffusers' QwenImageRMS_norm, in front of it."""
 
     def forward(self, x):
-        if not self.channel_first or isinstance(self.bias, torch.Tensor) or x.element_size() == 1:
+        if not self.takes(x):
             return super().forward(x)
-        wide = x.float() if x.element_size() == 2 else x
-        return F.normalize(wide, dim=1).to(x.dtype) * (self.gamma * self.scale)
+        frames = x.shape[2] if x.ndim == 5 else None
+        y = norm_silu(x if frames is None else x.squeeze(2), self.gamma, silu=False)
+        return y if frames is None else y.unsqueeze(2)
+
+    def takes(self, x):
+        bare = self.channel_first and not isinstance(self.bias, torch.Tensor) and self.gamma.dtype == x.dtype
+        return bare and x.is_cpu and x.element_size() > 1 and (x.ndim == 4 or (x.ndim == 5 and x.shape[2] == 1))
+
+
+class FastResidualBlock(Swapped):
+    """Mixed into diffusers' QwenImageResidualBlock, in front of it."""
+
+    def forward(self, x, feat_cache=None, feat_idx=(0,)):
+        if feat_cache is not None or x.shape[2] != 1 or not self._is_known(x):
+            return super().forward(x, feat_cache, feat_idx)
+        residual = self.conv_shortcut(x).squeeze(2)
+        h = convolve(self.conv1, x.squeeze(2), self.norm1.gamma)
+        return convolve(self.conv2, h, self.norm2.gamma, residual).unsqueeze(2)
+
+    def _is_known(self, x):
+        norms, convs = (self.norm1, self.norm2), (self.conv1, self.conv2)
+        return (
+            all(isinstance(norm, FastRMSNorm) and norm.takes(x) for norm in norms)
+            and all(isinstance(conv, FastCausalConv3d) and conv.keeps_size() for conv in convs)
+            and isinstance(self.nonlinearity, nn.SiLU)
+            and not (self.dropout.training and self.dropout.p > 0)
+            and is_bare(*norms, *convs, self.nonlinearity, self.dropout)
+        )
+
+
+class FastResample(Swapped):
+    """Mixed into diffusers' QwenImageResample, in front of it."""
+
+    convolution = "auto"
+
+    def forward(self, x, feat_cache=None, feat_idx=(0,)):
+        known = feat_cache is None and x.shape[2] == 1 and self.mode.startswith("upsample")
+        if not known or self.convolution == "exact" or not self._is_known():
+            return super().forward(x, feat_cache, feat_idx)
+        return convolve(self.resample[1], x.squeeze(2), upsample=True).unsqueeze(2)
+
+    def _is_known(self):
+        enlarge, conv = self.resample
+        return type(conv) is nn.Conv2d and conv.padding == (1, 1) and is_bare(self.resample, enlarge, conv)
