@@ -7,7 +7,7 @@ JOBS ?= 2
 .PHONY: demo test lint bench install dev clean
 
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
-  $(shell find csrc python training -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.yaml')
+  $(shell find csrc python training -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.py' -o -name '*.yaml')
 PIP = $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
 WHEEL = $(shell ls $(VENV)/wheel/*.whl)
 
@@ -40,7 +40,7 @@ test: $(VENV)/dev
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format --dry-run -Werror $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 	$(BIN)/mypy
 
 bench: $(VENV)/dev

@@ -1,22 +1,15 @@
-// The Python module _C: one function per op and direction. Pointers come as integers; Python has checked everything.
+// The Python module _C: one function per op and direction, and with CUDA one more of each (bindings_cuda.cpp).
 #include <omp.h>
 #include <pybind11/pybind11.h>
 
-#include <cstdint>
+#include <sstream>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 
-#include "kernels/channel_norm_silu.h"
-#include "kernels/conv3x3.h"
-#include "kernels/gate_residual_norm_modulate.h"
-#include "kernels/gelu_tanh.h"
-#include "kernels/guided_step.h"
-#include "kernels/layer_norm_modulate.h"
-#include "kernels/qk_norm_rope.h"
+#include "bindings_cuda.h"
+#include "params.h"
 
 namespace py = pybind11;
-using Address = uintptr_t;
 
 namespace qif {
 
@@ -52,135 +45,14 @@ static void set_isa(const std::string& name) {
                               "), got " + name);
 }
 
-template <class T = void>
-static T* pointer(Address a) {
-  return reinterpret_cast<T*>(a);
-}
-
-static void layer_norm_modulate_forward(Address x, Address shift, Address scale, int64_t shift_stride,
-                                        int64_t scale_stride, Address offsets, Address out, int64_t rows, int64_t width,
-                                        int64_t segments, double eps, int dtype) {
-  py::gil_scoped_release release;
-  layer_norm_modulate_forward_cpu({pointer(x), pointer(shift), pointer(scale), shift_stride, scale_stride,
-                                   pointer<int32_t>(offsets), pointer(out), rows, width, segments, eps, dtype});
-}
-
-static void layer_norm_modulate_backward(Address x, Address scale, int64_t scale_stride, Address offsets,
-                                         Address grad_out, Address grad_x, Address grad_shift, Address grad_scale,
-                                         int64_t rows, int64_t width, int64_t segments, double eps, int dtype) {
-  py::gil_scoped_release release;
-  layer_norm_modulate_backward_cpu({pointer(x), pointer(scale), scale_stride, pointer<int32_t>(offsets),
-                                    pointer(grad_out), pointer(grad_x), pointer(grad_shift), pointer(grad_scale), rows,
-                                    width, segments, eps, dtype});
-}
-
-static void gate_residual_norm_modulate_forward(Address x, Address y, Address gate, Address shift, Address scale,
-                                                int64_t gate_stride, int64_t shift_stride, int64_t scale_stride,
-                                                Address offsets, Address residual, Address out, int64_t rows,
-                                                int64_t width, int64_t segments, double eps, int dtype) {
-  py::gil_scoped_release release;
-  gate_residual_norm_modulate_forward_cpu({pointer(x), pointer(y), pointer(gate), pointer(shift), pointer(scale),
-                                           gate_stride, shift_stride, scale_stride, pointer<int32_t>(offsets),
-                                           pointer(residual), pointer(out), rows, width, segments, eps, dtype});
-}
-
-static void gate_residual_norm_modulate_backward(Address residual, Address y, Address gate, Address scale,
-                                                 int64_t gate_stride, int64_t scale_stride, Address offsets,
-                                                 Address grad_residual, Address grad_out, Address grad_x,
-                                                 Address grad_y, Address grad_gate, Address grad_shift,
-                                                 Address grad_scale, int64_t rows, int64_t width, int64_t segments,
-                                                 double eps, int dtype) {
-  py::gil_scoped_release release;
-  gate_residual_norm_modulate_backward_cpu(
-      {pointer(residual), pointer(y), pointer(gate), pointer(scale), gate_stride, scale_stride,
-       pointer<int32_t>(offsets), pointer(grad_residual), pointer(grad_out), pointer(grad_x), pointer(grad_y),
-       pointer(grad_gate), pointer(grad_shift), pointer(grad_scale), rows, width, segments, eps, dtype});
-}
-
-// A stream as Python passes it: (q, k, v, q_stride, k_stride, v_stride, q_weight, k_weight, rope, cu, rows).
-using Stream =
-    std::tuple<Address, Address, Address, int64_t, int64_t, int64_t, Address, Address, Address, Address, int64_t>;
-
-static QkNormRopeStream stream(const Stream& s) {
-  const auto& [q, k, v, q_stride, k_stride, v_stride, q_weight, k_weight, rope, cu, rows] = s;
-  return {
-      pointer(q),        pointer(k),           pointer(v),           q_stride, k_stride, v_stride, pointer(q_weight),
-      pointer(k_weight), pointer<float>(rope), pointer<int32_t>(cu), rows};
-}
-
-using StreamGrad = std::tuple<Address, Address, Address, Address, Address>;
-
-static QkNormRopeStreamGrad stream_grad(const StreamGrad& s) {
-  const auto& [q, k, v, q_weight, k_weight] = s;
-  return {pointer(q), pointer(k), pointer(v), pointer(q_weight), pointer(k_weight)};
-}
-
-static void qk_norm_rope_forward(const Stream& txt, const Stream& img, Address q, Address k, Address v, int64_t samples,
-                                 int64_t heads, int64_t head_dim, double eps, int dtype) {
-  py::gil_scoped_release release;
-  qk_norm_rope_forward_cpu(
-      {stream(txt), stream(img), pointer(q), pointer(k), pointer(v), samples, heads, head_dim, eps, dtype});
-}
-
-static void qk_norm_rope_backward(const Stream& txt, const Stream& img, Address grad_q, Address grad_k, Address grad_v,
-                                  int64_t samples, int64_t heads, int64_t head_dim, double eps, int dtype,
-                                  const StreamGrad& txt_grad, const StreamGrad& img_grad) {
-  py::gil_scoped_release release;
-  qk_norm_rope_backward_cpu({{stream(txt), stream(img), pointer(grad_q), pointer(grad_k), pointer(grad_v), samples,
-                              heads, head_dim, eps, dtype},
-                             stream_grad(txt_grad),
-                             stream_grad(img_grad)});
-}
-
-static void guided_step_forward(Address sample, Address cond, Address uncond, Address dt, Address offsets, Address out,
-                                int64_t rows, int64_t channels, int64_t segments, double guidance, bool rescale,
-                                int dtype) {
-  py::gil_scoped_release release;
-  guided_step_forward_cpu({pointer(sample), pointer(cond), pointer(uncond), pointer<float>(dt),
-                           pointer<int32_t>(offsets), pointer(out), rows, channels, segments, guidance, rescale,
-                           dtype});
-}
-
-static void guided_step_backward(Address cond, Address uncond, Address dt, Address offsets, Address grad_out,
-                                 Address grad_cond, Address grad_uncond, int64_t rows, int64_t channels,
-                                 int64_t segments, double guidance, bool rescale, int dtype) {
-  py::gil_scoped_release release;
-  guided_step_backward_cpu({{nullptr, pointer(cond), pointer(uncond), pointer<float>(dt), pointer<int32_t>(offsets),
-                             pointer(grad_out), rows, channels, segments, guidance, rescale, dtype},
-                            pointer(grad_cond),
-                            pointer(grad_uncond)});
-}
-
-static void gelu_tanh_forward(Address x, Address out, int64_t elements, int dtype) {
-  py::gil_scoped_release release;
-  gelu_tanh_forward_cpu({pointer(x), pointer(out), elements, dtype});
-}
-
-static void gelu_tanh_backward(Address x, Address grad_out, Address grad_x, int64_t elements, int dtype) {
-  py::gil_scoped_release release;
-  gelu_tanh_backward_cpu({pointer(x), pointer(grad_out), pointer(grad_x), elements, dtype});
-}
-
-static void channel_norm_silu_forward(Address x, Address gamma, Address bias, Address out, int64_t rows,
-                                      int64_t channels, bool silu, int dtype) {
-  py::gil_scoped_release release;
-  channel_norm_silu_forward_cpu({pointer(x), pointer(gamma), pointer(bias), pointer(out), rows, channels, silu, dtype});
-}
-
-static void channel_norm_silu_backward(Address x, Address gamma, Address bias, Address grad_out, Address grad_x,
-                                       Address grad_gamma, Address grad_bias, int64_t rows, int64_t channels, bool silu,
-                                       int dtype) {
-  py::gil_scoped_release release;
-  channel_norm_silu_backward_cpu({pointer(x), pointer(gamma), pointer(bias), pointer(grad_out), pointer(grad_x),
-                                  pointer(grad_gamma), pointer(grad_bias), rows, channels, silu, dtype});
-}
-
-static void conv3x3_forward(Address x, Address packed, Address bias, Address residual, Address gamma, Address out,
-                            int64_t batch, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels,
-                            bool upsample, bool pad_rows, int dtype) {
-  py::gil_scoped_release release;
-  conv3x3_forward_cpu({pointer(x), pointer(packed), pointer(bias), pointer(residual), pointer(gamma), pointer(out),
-                       batch, height, width, in_channels, out_channels, upsample, pad_rows, dtype});
+// name(...): params from what Python passes, then the kernel.
+template <class Params, class... A>
+static void define(py::module_& m, const char* name, Params (*params)(A...), void (*kernel)(const Params&)) {
+  m.def(name, [params, kernel](A... a) {
+    const Params p = params(a...);
+    py::gil_scoped_release release;
+    kernel(p);
+  });
 }
 
 static py::dict build_info() {
@@ -197,26 +69,38 @@ static py::dict build_info() {
   info["cpu_best"] = isa_name(best_isa);
   info["cpu_in_use"] = isa_name(chosen_isa);
   info["openmp_threads"] = omp_get_max_threads();
-  info["cuda_architectures"] = py::list();
+  py::list architectures;
+#if defined(QIF_CUDA_ARCHITECTURES)
+  std::istringstream names(QIF_CUDA_ARCHITECTURES);
+  for (std::string name; names >> name;) architectures.append("sm_" + name);
+  info["cuda_version"] = cuda_version();
+#endif
+  info["cuda_architectures"] = architectures;
   return info;
 }
 
 }  // namespace qif
 
 PYBIND11_MODULE(_C, m) {
-  m.def("layer_norm_modulate_forward", &qif::layer_norm_modulate_forward);
-  m.def("layer_norm_modulate_backward", &qif::layer_norm_modulate_backward);
-  m.def("gate_residual_norm_modulate_forward", &qif::gate_residual_norm_modulate_forward);
-  m.def("gate_residual_norm_modulate_backward", &qif::gate_residual_norm_modulate_backward);
-  m.def("qk_norm_rope_forward", &qif::qk_norm_rope_forward);
-  m.def("qk_norm_rope_backward", &qif::qk_norm_rope_backward);
-  m.def("guided_step_forward", &qif::guided_step_forward);
-  m.def("guided_step_backward", &qif::guided_step_backward);
-  m.def("gelu_tanh_forward", &qif::gelu_tanh_forward);
-  m.def("gelu_tanh_backward", &qif::gelu_tanh_backward);
-  m.def("channel_norm_silu_forward", &qif::channel_norm_silu_forward);
-  m.def("channel_norm_silu_backward", &qif::channel_norm_silu_backward);
-  m.def("conv3x3_forward", &qif::conv3x3_forward);
-  m.def("build_info", &qif::build_info);
-  m.def("set_isa", &qif::set_isa);
+  using namespace qif;
+  define(m, "layer_norm_modulate_forward", layer_norm_modulate, layer_norm_modulate_forward_cpu);
+  define(m, "layer_norm_modulate_backward", layer_norm_modulate_backward, layer_norm_modulate_backward_cpu);
+  define(m, "gate_residual_norm_modulate_forward", gate_residual_norm_modulate,
+         gate_residual_norm_modulate_forward_cpu);
+  define(m, "gate_residual_norm_modulate_backward", gate_residual_norm_modulate_backward,
+         gate_residual_norm_modulate_backward_cpu);
+  define(m, "qk_norm_rope_forward", qk_norm_rope, qk_norm_rope_forward_cpu);
+  define(m, "qk_norm_rope_backward", qk_norm_rope_backward, qk_norm_rope_backward_cpu);
+  define(m, "guided_step_forward", guided_step, guided_step_forward_cpu);
+  define(m, "guided_step_backward", guided_step_backward, guided_step_backward_cpu);
+  define(m, "gelu_tanh_forward", gelu_tanh, gelu_tanh_forward_cpu);
+  define(m, "gelu_tanh_backward", gelu_tanh_backward, gelu_tanh_backward_cpu);
+  define(m, "channel_norm_silu_forward", channel_norm_silu, channel_norm_silu_forward_cpu);
+  define(m, "channel_norm_silu_backward", channel_norm_silu_backward, channel_norm_silu_backward_cpu);
+  define(m, "conv3x3_forward", conv3x3, conv3x3_forward_cpu);
+#if defined(QIF_CUDA_ARCHITECTURES)
+  define_cuda(m);
+#endif
+  m.def("build_info", &build_info);
+  m.def("set_isa", &set_isa);
 }

@@ -3,6 +3,10 @@
 #pragma once
 #include <cstdint>
 
+#if !defined(QIF_DEVICE)
+#define QIF_DEVICE
+#endif
+
 namespace qif {
 namespace QIF_ISA {
 
@@ -10,11 +14,11 @@ struct Segments {
   const int32_t* offsets;  // [count + 1] first row of each segment; null: `count` segments of equal length
   int64_t rows, count;
 
-  int64_t begin(int64_t s) const { return offsets ? offsets[s] : s * (rows / count); }
-  int64_t end(int64_t s) const { return begin(s + 1); }
+  QIF_DEVICE int64_t begin(int64_t s) const { return offsets ? offsets[s] : s * (rows / count); }
+  QIF_DEVICE int64_t end(int64_t s) const { return begin(s + 1); }
 
   // The segment that holds `row`; empty segments hold none.
-  int64_t find(int64_t row) const {
+  QIF_DEVICE int64_t find(int64_t row) const {
     if (!offsets) return row / (rows / count);
     int64_t lo = 0, hi = count - 1;
     while (lo < hi) {

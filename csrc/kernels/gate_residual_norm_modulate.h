@@ -7,6 +7,7 @@
 // g * y, grad_shift and grad_scale as in layer_norm_modulate, all reduced over the rows of each segment here.
 #pragma once
 #include "common/cpu_dispatch.h"
+#include "common/cuda_dispatch.h"
 
 namespace qif {
 
@@ -36,5 +37,9 @@ struct GateResidualNormModulateBackward {
 
 QIF_DECLARE_CPU(gate_residual_norm_modulate_forward, GateResidualNormModulate)
 QIF_DECLARE_CPU(gate_residual_norm_modulate_backward, GateResidualNormModulateBackward)
+QIF_DECLARE_CUDA(gate_residual_norm_modulate_forward, GateResidualNormModulate)
+int64_t gate_residual_norm_modulate_backward_scratch(int64_t rows, int64_t width, int64_t segments,
+                                                     bool equal);  // bytes
+QIF_DECLARE_CUDA(gate_residual_norm_modulate_backward, GateResidualNormModulateBackward)
 
 }  // namespace qif

@@ -6,6 +6,7 @@
 // Traffic: one read and one write. Bound by arithmetic on the CPU, so the exponential is a polynomial of our own.
 #pragma once
 #include "common/cpu_dispatch.h"
+#include "common/cuda_dispatch.h"
 
 namespace qif {
 
@@ -25,5 +26,7 @@ struct GeluTanhBackward {
 
 QIF_DECLARE_CPU(gelu_tanh_forward, GeluTanh)
 QIF_DECLARE_CPU(gelu_tanh_backward, GeluTanhBackward)
+QIF_DECLARE_CUDA(gelu_tanh_forward, GeluTanh)
+QIF_DECLARE_CUDA(gelu_tanh_backward, GeluTanhBackward)
 
 }  // namespace qif

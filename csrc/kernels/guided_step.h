@@ -7,6 +7,7 @@
 // Arithmetic in float32 (float64 for float64), one rounding on store. Traffic: 3 reads and 1 write.
 #pragma once
 #include "common/cpu_dispatch.h"
+#include "common/cuda_dispatch.h"
 
 namespace qif {
 
@@ -27,5 +28,7 @@ struct GuidedStepBackward {
 
 QIF_DECLARE_CPU(guided_step_forward, GuidedStep)
 QIF_DECLARE_CPU(guided_step_backward, GuidedStepBackward)
+QIF_DECLARE_CUDA(guided_step_forward, GuidedStep)
+QIF_DECLARE_CUDA(guided_step_backward, GuidedStepBackward)
 
 }  // namespace qif

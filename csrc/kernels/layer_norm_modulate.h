@@ -6,6 +6,7 @@
 // Traffic: one read and one write of x; 2 more reads backward.
 #pragma once
 #include "common/cpu_dispatch.h"
+#include "common/cuda_dispatch.h"
 
 namespace qif {
 
@@ -34,5 +35,8 @@ struct LayerNormModulateBackward {
 
 QIF_DECLARE_CPU(layer_norm_modulate_forward, LayerNormModulate)
 QIF_DECLARE_CPU(layer_norm_modulate_backward, LayerNormModulateBackward)
+QIF_DECLARE_CUDA(layer_norm_modulate_forward, LayerNormModulate)
+int64_t layer_norm_modulate_backward_scratch(int64_t rows, int64_t width, int64_t segments, bool equal);  // bytes
+QIF_DECLARE_CUDA(layer_norm_modulate_backward, LayerNormModulateBackward)
 
 }  // namespace qif

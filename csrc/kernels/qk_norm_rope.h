@@ -9,6 +9,7 @@
 // Traffic: one read and one write of q, k, v. Backward reads q, k again and sums the weight gradients here.
 #pragma once
 #include "common/cpu_dispatch.h"
+#include "common/cuda_dispatch.h"
 
 namespace qif {
 
@@ -41,5 +42,8 @@ struct QkNormRopeBackward {
 
 QIF_DECLARE_CPU(qk_norm_rope_forward, QkNormRope)
 QIF_DECLARE_CPU(qk_norm_rope_backward, QkNormRopeBackward)
+QIF_DECLARE_CUDA(qk_norm_rope_forward, QkNormRope)
+int64_t qk_norm_rope_backward_scratch(int64_t txt_rows, int64_t img_rows, int64_t head_dim);  // bytes
+QIF_DECLARE_CUDA(qk_norm_rope_backward, QkNormRopeBackward)
 
 }  // namespace qif

@@ -1,8 +1,13 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from harness import INSTRUCTION_SETS
 
 from qwen_image_fast import _C
+
+DEVICES = ["cpu", "cuda-emulated", "cuda"]
 
 
 @pytest.fixture(autouse=True)
@@ -13,9 +18,44 @@ def poisoned_outputs():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
-def instruction_set(request):
-    """Every set of CPU kernels that this machine can run."""
+@pytest.fixture(scope="session")
+def emulated_device(pytestconfig):
+    from emulator import build
+    from emulator.device import EmulatedDevice
+
+    if build.compiler() is None:
+        pytest.skip("the CUDA emulator is compiled with g++ or clang++, and neither is here")
+    return EmulatedDevice(pytestconfig.cache.mkdir("emulator"))
+
+
+@contextmanager
+def on_device(name: str, request) -> Iterator[str]:
+    """Where ops run. On `cuda` all tensors that the test makes are CUDA tensors."""
+    if name == "cpu":
+        yield name
+    elif name == "cuda-emulated":
+        with request.getfixturevalue("emulated_device"):
+            yield name
+    elif not (torch.cuda.is_available() and _C.build_info()["cuda_architectures"]):
+        pytest.skip("needs a GPU and a build with CUDA")
+    else:
+        with torch.device("cuda"):
+            yield name
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    with on_device(request.param, request) as name:
+        yield name
+
+
+@pytest.fixture(params=[*INSTRUCTION_SETS, *DEVICES[1:]])
+def kernels(request):
+    """Every set of CPU kernels that this machine can run, and the CUDA kernels."""
+    if request.param not in INSTRUCTION_SETS:
+        with on_device(request.param, request) as name:
+            yield name
+        return
     best = _C.build_info()["cpu_in_use"]
     _C.set_isa(request.param)
     yield request.param

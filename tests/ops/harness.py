@@ -116,6 +116,17 @@ def check_compile(op: Op, *shapes: tuple) -> None:
             assert torch.equal(a, b)
 
 
+def check_misaligned(op: Op, dtype: torch.dtype, *shape) -> None:
+    """Views that start one element into their memory give the same result."""
+
+    def shifted(a):
+        return torch.cat([a.new_zeros(1), a.flatten()])[1:].view(a.shape) if isinstance(a, Tensor) else a
+
+    args = op.inputs(dtype, *shape)
+    for a, b in zip(results(op.fn, args), results(op.fn, [shifted(a) for a in args])):
+        torch.testing.assert_close(a, b, rtol=0, atol=2 * torch.finfo(dtype).eps * float(a.abs().max()))
+
+
 def check_deterministic(op: Op, dtype: torch.dtype, *shape) -> None:
     """The same bits for any number of threads, forward and backward."""
     args = op.inputs(dtype, *shape, grad=True)

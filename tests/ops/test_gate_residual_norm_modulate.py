@@ -26,7 +26,7 @@ SHAPES = [(1, 2, 1), (3, 7, 3), (10, 33, 2), (64, 192, 4), (130, 100, 1), (70, 3
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["equal", "packed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_accuracy(shape, layout, dtype, instruction_set):
+def test_accuracy(shape, layout, dtype, kernels):
     harness.check_accuracy(OP, dtype, *shape, layout)
 
 
@@ -55,11 +55,23 @@ def test_compile():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [3080, 1200])
+def test_rows_of_other_widths(width, dtype, device):
+    """Wider than a warp or a block keeps in registers, and between the widths that kernels are made for."""
+    harness.check_accuracy(OP, dtype, 5, width, 2, "packed")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_misaligned_tensors(dtype, device):
+    harness.check_misaligned(OP, dtype, 6, 64, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_deterministic(dtype):
     harness.check_deterministic(OP, dtype, 300, 257, 3, "packed")
 
 
-def test_a_sample_does_not_depend_on_its_neighbours():
+def test_a_sample_does_not_depend_on_its_neighbours(device):
     x, y, gate, shift, scale, offsets = OP.inputs(torch.bfloat16, 200, 192, 3, "packed", grad=True)
     inputs = (x, y, gate, shift, scale)
     whole = gate_residual_norm_modulate(*inputs, offsets)
@@ -73,7 +85,7 @@ def test_a_sample_does_not_depend_on_its_neighbours():
             assert torch.equal(g[place], a[place])
 
 
-def test_float16_saturates_as_the_model_clips():
+def test_float16_saturates_as_the_model_clips(device):
     x = torch.full((1, 8), 60000.0, dtype=torch.float16)
     one = torch.ones(1, 8, dtype=torch.float16)
     residual, out = gate_residual_norm_modulate(x, x * torch.linspace(-2, 1, 8).half(), one, one, one)
@@ -85,7 +97,7 @@ def test_float16_saturates_as_the_model_clips():
     assert gate_residual_norm_modulate(x, x, one, one, one)[0][0, 0].isnan()
 
 
-def test_empty():
+def test_empty(device):
     v = torch.randn(2, 8, requires_grad=True)
     x = torch.empty(0, 8, requires_grad=True)
     residual, out = gate_residual_norm_modulate(x, x.detach(), v, v, v)

@@ -15,11 +15,11 @@ OP = Op(gelu_tanh, gelu_tanh_reference, make)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (64, 768), (130, 101)], ids=str)
-def test_accuracy(shape, dtype, instruction_set):
+def test_accuracy(shape, dtype, kernels):
     harness.check_accuracy(OP, dtype, *shape)
 
 
-def test_tails_and_extremes(instruction_set):
+def test_tails_and_extremes(kernels):
     """Where 1 + tanh(u) cancels, and beyond the range of the exponential."""
     x = torch.tensor([-1e30, -30.0, -9.0, -6.0, -1e-20, 0.0, 1e-20, 6.0, 30.0, 1e30, float("inf"), float("nan")])
     out = gelu_tanh(x)
@@ -31,7 +31,7 @@ def test_tails_and_extremes(instruction_set):
     torch.testing.assert_close(gelu_tanh(grid).double(), gelu_tanh_reference(grid.double()), rtol=2e-6, atol=1e-12)
 
 
-def test_inplace():
+def test_inplace(device):
     x = torch.randn(5, 33)
     expected = gelu_tanh(x)
     assert gelu_tanh(x, inplace=True) is x and torch.equal(x, expected)
@@ -41,7 +41,7 @@ def test_inplace():
     assert torch.equal(x.detach(), before) and x.grad is not None
 
 
-def test_an_element_does_not_depend_on_where_it_lies(instruction_set):
+def test_an_element_does_not_depend_on_where_it_lies(kernels):
     x = torch.randn(100)
     whole = gelu_tanh(x)
     assert all(torch.equal(gelu_tanh(x[i : i + n]), whole[i : i + n]) for i, n in ((0, 1), (3, 5), (8, 92), (50, 17)))
@@ -64,7 +64,7 @@ def test_deterministic(dtype):
     harness.check_deterministic(OP, dtype, 300, 257)
 
 
-def test_empty():
+def test_empty(device):
     assert gelu_tanh(torch.empty(0, 8)).shape == (0, 8)
 
 

@@ -19,7 +19,7 @@ OP = Op(guided_step, guided_step_reference, make, fixed={3})
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("guided", [(True, True), (True, False), (False, True)], ids=["rescale", "plain", "no-cfg"])
 @pytest.mark.parametrize("shape", [(2, 4, 1), (6, 7, 3), (96, 64, 2), (600, 64, 1)], ids=str)
-def test_accuracy(shape, guided, dtype, instruction_set):
+def test_accuracy(shape, guided, dtype, kernels):
     harness.check_accuracy(OP, dtype, *shape, *guided)
 
 
@@ -43,7 +43,7 @@ def test_deterministic(dtype):
     harness.check_deterministic(OP, dtype, 900, 64, 3)
 
 
-def test_packed_samples_step_by_their_own_dt():
+def test_packed_samples_step_by_their_own_dt(device):
     sample, cond, uncond = torch.randn(3, 10, 64).unbind(0)
     dt, offsets = torch.tensor([-0.5, -0.1]), torch.tensor([0, 4, 10], dtype=torch.int32)
     out = guided_step(sample, cond, uncond, dt, 4.0, True, offsets)
@@ -61,7 +61,7 @@ def test_zero_velocity_stays_zero():
     assert torch.equal(guided_step(sample, zero, zero, torch.tensor([-0.1]), 4.0), sample)
 
 
-def test_empty():
+def test_empty(device):
     x = torch.empty(0, 64)
     assert guided_step(x, x, x, torch.tensor([-0.1]), 4.0).shape == (0, 64)
 

@@ -23,11 +23,11 @@ SHAPES = [(1, 1, 1), (3, 7, 3), (10, 33, 2), (64, 192, 4), (130, 100, 1), (70, 3
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["equal", "packed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_accuracy(shape, layout, dtype, instruction_set):
+def test_accuracy(shape, layout, dtype, kernels):
     harness.check_accuracy(OP, dtype, *shape, layout)
 
 
-def test_large_mean_does_not_cancel():
+def test_large_mean_does_not_cancel(device):
     """E[x^2] - mean^2 would lose everything here."""
     x = 1000 + torch.randn(4, 3072)
     zero = torch.zeros(1, 3072)
@@ -51,11 +51,23 @@ def test_compile():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [3080, 1200])
+def test_rows_of_other_widths(width, dtype, device):
+    """Wider than a warp or a block keeps in registers, and between the widths that kernels are made for."""
+    harness.check_accuracy(OP, dtype, 5, width, 2, "packed")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_misaligned_tensors(dtype, device):
+    harness.check_misaligned(OP, dtype, 6, 64, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_deterministic(dtype):
     harness.check_deterministic(OP, dtype, 300, 257, 3, "packed")
 
 
-def test_a_sample_does_not_depend_on_its_neighbours():
+def test_a_sample_does_not_depend_on_its_neighbours(device):
     x, shift, scale, offsets = OP.inputs(torch.bfloat16, 200, 192, 3, "packed", grad=True)
     whole = layer_norm_modulate(x, shift, scale, offsets)
     grads = torch.autograd.grad(whole, (x, shift, scale), torch.ones_like(whole))
@@ -68,7 +80,7 @@ def test_a_sample_does_not_depend_on_its_neighbours():
         assert torch.equal(grads[1][s], alone[1][s]) and torch.equal(grads[2][s], alone[2][s])
 
 
-def test_leading_dimensions_and_expanded_vectors():
+def test_leading_dimensions_and_expanded_vectors(device):
     x, vector = torch.randn(2, 5, 32), torch.randn(1, 64)
     shift, scale = vector.expand(2, 64).chunk(2, dim=1)
     out = layer_norm_modulate(x, shift, scale)
@@ -76,7 +88,7 @@ def test_leading_dimensions_and_expanded_vectors():
     torch.testing.assert_close(out, layer_norm_modulate_reference(x, shift, scale))
 
 
-def test_empty():
+def test_empty(device):
     vectors = torch.randn(2, 8)
     assert layer_norm_modulate(torch.empty(0, 8), vectors, vectors).shape == (0, 8)
     x = torch.empty(0, 8, requires_grad=True)
@@ -87,7 +99,7 @@ def test_empty():
     assert out.isfinite().all()
 
 
-def test_nan_in_nan_out():
+def test_nan_in_nan_out(device):
     x = torch.randn(4, 40)
     x[1, 3] = float("nan")
     zero = torch.zeros(1, 40)

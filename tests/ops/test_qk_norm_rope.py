@@ -46,12 +46,12 @@ def inputs(dtype, *shape, grad=False):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("text_q", [True, False], ids=["", "no-text-q"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_accuracy(shape, text_q, dtype, instruction_set):
+def test_accuracy(shape, text_q, dtype, kernels):
     harness.check_accuracy(Op(OP.fn, OP.reference, lambda *_: make(*shape, text_q), OP.fixed), dtype, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_slices_of_a_fused_projection(dtype):
+def test_slices_of_a_fused_projection(dtype, device):
     args = inputs(dtype, (16, 3), (5, 2), 6, 32)
     sliced = list(args)
     for first in (0, 3):
@@ -84,7 +84,7 @@ def test_deterministic(dtype):
     harness.check_deterministic(op, dtype, 1)
 
 
-def test_a_sample_does_not_depend_on_its_neighbours():
+def test_a_sample_does_not_depend_on_its_neighbours(device):
     args = inputs(torch.bfloat16, (9, 4, 20), (3, 7, 2), 3, 40)
     q, k, v = qk_norm_rope(*args)
     cu_img, cu_txt = args[12].tolist(), args[13].tolist()
@@ -98,7 +98,7 @@ def test_a_sample_does_not_depend_on_its_neighbours():
             assert torch.equal(whole[j], part)
 
 
-def test_empty():
+def test_empty(device):
     q, k, v = qk_norm_rope(*make((0,), (0,), 2, 8))
     assert q.shape == k.shape == v.shape == (0, 2, 8)
 

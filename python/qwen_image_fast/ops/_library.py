@@ -62,6 +62,28 @@ def call_directly(*tensors: Tensor | None) -> bool:
     return all(t is None or (type(t) in _plain_types and not (grad and t.requires_grad)) for t in tensors)
 
 
+def launch(name: str, on: Tensor, *args: Any, scratch: tuple | None = None) -> None:
+    """Run a kernel of `_C` where the tensor `on` is; on CUDA in the current stream of its device.
+
+    Args:
+        args: what the function takes (csrc/params.h).
+        scratch: arguments of `<name>_scratch`, which tells how much memory the CUDA kernel needs besides.
+    """
+    if on.is_cpu:
+        getattr(_C, name)(*args)
+        return
+    device = on.get_device()
+    memory = None
+    if scratch is not None:
+        memory = torch.empty(getattr(_C, f"{name}_scratch")(*scratch), dtype=torch.uint8, device=on.device)
+    kernel, stream = getattr(_C, f"{name}_cuda"), torch.cuda.current_stream(device).cuda_stream
+    if device == torch.cuda.current_device():
+        kernel(*args, pointer(memory), stream)
+    else:
+        with torch.cuda.device(device):
+            kernel(*args, pointer(memory), stream)
+
+
 # Checks run at every call: conditions first, words only for an error.
 
 
@@ -74,8 +96,7 @@ def check_input(op: str, name: str, x: Tensor) -> None:
 
     `meta` and fake tensors pass, they are never computed.
     """
-    if x.dtype not in DTYPE_CODES:
-        fail(op, "dtype", "be float32, float16, bfloat16 or float64", x.dtype, TypeError)
+    check_dtype(op, x)
     if x.dim() < 1:
         fail(op, name, "have at least one dimension", tuple(x.shape))
     if not x.is_contiguous():
@@ -83,12 +104,30 @@ def check_input(op: str, name: str, x: Tensor) -> None:
     check_device(op, x)
 
 
+def check_dtype(op: str, x: Tensor) -> None:
+    if x.dtype not in DTYPE_CODES:
+        fail(op, "dtype", "be float32, float16, bfloat16 or float64", x.dtype, TypeError)
+
+
+_has_cuda = bool(_C.build_info()["cuda_architectures"])
+
+
 def check_device(op: str, x: Tensor) -> None:
-    if not (x.is_cpu or x.is_meta):
+    """A device with kernels, and what they take there; `meta` and fake tensors pass, they are never computed."""
+    if x.is_cpu or x.is_meta:
+        return
+    if not (x.is_cuda and _has_cuda):
         raise NotImplementedError(
-            f"{op}: this build has kernels for cpu, got a tensor on {x.device}; "
-            "run it under `with qwen_image_fast.reference():` or move it to the CPU"
+            f"{op}: this build has kernels for {'cpu and cuda' if _has_cuda else 'cpu'}, got a tensor on {x.device}; "
+            "run it under `with qwen_image_fast.reference():`, move it to the CPU"
+            + (", or build with QIF_CUDA=ON" if x.is_cuda else "")
         )
+    if x.dtype == torch.float64:
+        fail(op, "dtype", "be float32, float16 or bfloat16 on CUDA", x.dtype, TypeError)
+    if x.dim() and x.numel() // max(x.shape[-1], 1) >= 2**31:
+        fail(op, "rows", "be fewer than 2^31 on CUDA", x.numel() // x.shape[-1])
+    if type(x) in _plain_types and x.data_ptr() % x.element_size():
+        fail(op, "data", f"be aligned to its {x.element_size()}-byte elements", hex(x.data_ptr()))
 
 
 def check_like(op: str, name: str, t: Tensor, x: Tensor) -> None:

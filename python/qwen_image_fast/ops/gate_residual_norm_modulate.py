@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_image_fast.ops import _library as lib
-from qwen_image_fast.ops._library import _C, DTYPE_CODES, pointer
+from qwen_image_fast.ops._library import DTYPE_CODES, pointer
 
 _OP = "gate_residual_norm_modulate"
 
@@ -72,7 +72,8 @@ def _forward(x, y, gate, shift, scale, offsets, eps: float) -> tuple[Tensor, Ten
     residual, out = torch.empty_like(x), torch.empty_like(x)
     if x.numel():
         width = x.shape[-1]
-        _C.gate_residual_norm_modulate_forward(
+        lib.launch(
+            "gate_residual_norm_modulate_forward", x,
             x.data_ptr(), y.data_ptr(), gate.data_ptr(), shift.data_ptr(), scale.data_ptr(), gate.stride(0),
             shift.stride(0), scale.stride(0), pointer(offsets), residual.data_ptr(), out.data_ptr(),
             x.numel() // width, width, gate.shape[0], eps, DTYPE_CODES[x.dtype],
@@ -89,10 +90,12 @@ def _backward(grad_residual, grad_out, residual, y, gate, scale, offsets, eps: f
     grad_residual, grad_out = grad_residual.contiguous(), grad_out.contiguous()
     grads = _backward_fake(grad_residual, grad_out, residual, y, gate, scale, offsets, eps)
     width = y.shape[-1]
-    _C.gate_residual_norm_modulate_backward(
+    rows, segments = y.numel() // max(width, 1), gate.shape[0]
+    lib.launch(
+        "gate_residual_norm_modulate_backward", y,
         residual.data_ptr(), y.data_ptr(), gate.data_ptr(), scale.data_ptr(), gate.stride(0), scale.stride(0),
         pointer(offsets), grad_residual.data_ptr(), grad_out.data_ptr(), *(g.data_ptr() for g in grads),
-        y.numel() // max(width, 1), width, gate.shape[0], eps, DTYPE_CODES[y.dtype],
+        rows, width, segments, eps, DTYPE_CODES[y.dtype], scratch=(rows, width, segments, offsets is None),
     )  # fmt: skip
     return grads
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_image_fast.ops import _library as lib
-from qwen_image_fast.ops._library import _C, DTYPE_CODES
+from qwen_image_fast.ops._library import DTYPE_CODES
 
 _OP = "gelu_tanh"
 
@@ -41,7 +41,7 @@ def _forward(x: Tensor, out: Tensor | None = None) -> Tensor:
     lib.check_input(_OP, "x", x)
     if out is None:
         out = torch.empty_like(x)
-    _C.gelu_tanh_forward(x.data_ptr(), out.data_ptr(), x.numel(), DTYPE_CODES[x.dtype])
+    lib.launch("gelu_tanh_forward", x, x.data_ptr(), out.data_ptr(), x.numel(), DTYPE_CODES[x.dtype])
     return out
 
 
@@ -52,7 +52,8 @@ def _fake(x):
 
 def _backward(grad_out: Tensor, x: Tensor) -> Tensor:
     grad_out, grad_x = grad_out.contiguous(), torch.empty_like(x)
-    _C.gelu_tanh_backward(x.data_ptr(), grad_out.data_ptr(), grad_x.data_ptr(), x.numel(), DTYPE_CODES[x.dtype])
+    pointers = x.data_ptr(), grad_out.data_ptr(), grad_x.data_ptr()
+    lib.launch("gelu_tanh_backward", x, *pointers, x.numel(), DTYPE_CODES[x.dtype])
     return grad_x
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qwen_image_fast.ops import _library as lib
-from qwen_image_fast.ops._library import _C, DTYPE_CODES, pointer
+from qwen_image_fast.ops._library import DTYPE_CODES, pointer
 
 _OP = "guided_step"
 
@@ -85,7 +85,8 @@ def _forward(sample, cond, uncond, dt, guidance: float, rescale: bool, offsets) 
     out = torch.empty_like(sample)
     if sample.numel():
         channels = sample.shape[-1]
-        _C.guided_step_forward(
+        lib.launch(
+            "guided_step_forward", sample,
             sample.data_ptr(), cond.data_ptr(), pointer(uncond), dt.data_ptr(), pointer(offsets), out.data_ptr(),
             sample.numel() // channels, channels, dt.shape[0], guidance, rescale, DTYPE_CODES[sample.dtype],
         )  # fmt: skip
@@ -102,7 +103,8 @@ def _backward(grad_out, cond, uncond, dt, guidance: float, rescale: bool, offset
     grad_cond, grad_uncond = _backward_fake(grad_out, cond, uncond, dt, guidance, rescale, offsets)
     if cond.numel():
         channels = cond.shape[-1]
-        _C.guided_step_backward(
+        lib.launch(
+            "guided_step_backward", cond,
             cond.data_ptr(), pointer(uncond), dt.data_ptr(), pointer(offsets), grad_out.data_ptr(),
             grad_cond.data_ptr(), grad_uncond.data_ptr(), cond.numel() // channels, channels, dt.shape[0], guidance,
             rescale, DTYPE_CODES[cond.dtype],

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_image_fast.ops import _library as lib
-from qwen_image_fast.ops._library import _C, DTYPE_CODES, pointer
+from qwen_image_fast.ops._library import DTYPE_CODES, pointer
 
 _OP = "layer_norm_modulate"
 
@@ -60,7 +60,8 @@ def _forward(x: Tensor, shift: Tensor, scale: Tensor, offsets: Tensor | None, ep
     out = torch.empty_like(x)
     if x.numel():
         width = x.shape[-1]
-        _C.layer_norm_modulate_forward(
+        lib.launch(
+            "layer_norm_modulate_forward", x,
             x.data_ptr(), shift.data_ptr(), scale.data_ptr(), shift.stride(0), scale.stride(0), pointer(offsets),
             out.data_ptr(), x.numel() // width, width, shift.shape[0], eps, DTYPE_CODES[x.dtype],
         )  # fmt: skip
@@ -78,10 +79,12 @@ def _backward(
     grad_out = grad_out.contiguous()
     grad_x, grad_shift, grad_scale = _backward_fake(grad_out, x, scale, offsets, eps)
     width = x.shape[-1]
-    _C.layer_norm_modulate_backward(
+    rows, segments = x.numel() // max(width, 1), scale.shape[0]
+    lib.launch(
+        "layer_norm_modulate_backward", x,
         x.data_ptr(), scale.data_ptr(), scale.stride(0), pointer(offsets), grad_out.data_ptr(), grad_x.data_ptr(),
-        grad_shift.data_ptr(), grad_scale.data_ptr(), x.numel() // max(width, 1), width, scale.shape[0], eps,
-        DTYPE_CODES[x.dtype],
+        grad_shift.data_ptr(), grad_scale.data_ptr(), rows, width, segments, eps, DTYPE_CODES[x.dtype],
+        scratch=(rows, width, segments, offsets is None),
     )  # fmt: skip
     return grad_x, grad_shift, grad_scale
 

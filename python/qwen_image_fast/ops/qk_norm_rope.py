@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qwen_image_fast.ops import _library as lib
-from qwen_image_fast.ops._library import _C, DTYPE_CODES, pointer
+from qwen_image_fast.ops._library import DTYPE_CODES, pointer
 
 _OP = "qk_norm_rope"
 
@@ -83,14 +83,15 @@ def _check(
     img_q, img_k, img_v, txt_q, txt_k, txt_v, norm_q, norm_k, norm_added_q, norm_added_k,
     img_rope, txt_rope, cu_img, cu_txt,
 ) -> None:  # fmt: skip
+    lib.check_dtype(_OP, img_q)
     lib.check_device(_OP, img_q)
-    if img_q.dtype not in DTYPE_CODES:
-        lib.fail(_OP, "dtype", "be float32, float16, bfloat16 or float64", img_q.dtype, TypeError)
     if img_q.dim() != 3:
         lib.fail(_OP, "img_q", "have three dimensions, [rows, heads, head_dim]", tuple(img_q.shape))
     (img_rows, heads, e), txt_rows = img_q.shape, txt_k.shape[0]
     if e % 8:
         lib.fail(_OP, "head_dim", "be a multiple of 8", e)
+    if e > 256 and img_q.is_cuda:
+        lib.fail(_OP, "head_dim", "be at most 256 on CUDA", e)
     for name, t, rows in (
         ("img_q", img_q, img_rows), ("img_k", img_k, img_rows), ("img_v", img_v, img_rows),
         ("txt_q", txt_q, txt_rows), ("txt_k", txt_k, txt_rows), ("txt_v", txt_v, txt_rows),
@@ -138,7 +139,8 @@ def _forward(
         img_q, img_k, img_v, txt_q, txt_k, txt_v, norm_q, norm_k, norm_added_q, norm_added_k,
         img_rope, txt_rope, cu_img, cu_txt, eps,
     )  # fmt: skip
-    _C.qk_norm_rope_forward(
+    lib.launch(
+        "qk_norm_rope_forward", q,
         _stream(txt_q, txt_k, txt_v, norm_added_q, norm_added_k, txt_rope, cu_txt),
         _stream(img_q, img_k, img_v, norm_q, norm_k, img_rope, cu_img),
         q.data_ptr(), k.data_ptr(), v.data_ptr(), cu_img.shape[0] - 1, *img_q.shape[1:], eps, DTYPE_CODES[q.dtype],
@@ -170,13 +172,15 @@ def _backward(
     )  # fmt: skip
     g_img_q, g_img_k, g_img_v, g_txt_q, g_txt_k, g_txt_v, *g_norms = grads
     # The kernel reads no v backward; k stands in for its pointer and stride.
-    _C.qk_norm_rope_backward(
+    lib.launch(
+        "qk_norm_rope_backward", img_q,
         _stream(txt_q, txt_k, txt_k, norm_added_q, norm_added_k, txt_rope, cu_txt),
         _stream(img_q, img_k, img_k, norm_q, norm_k, img_rope, cu_img),
         grad_q.data_ptr(), grad_k.data_ptr(), grad_v.data_ptr(), cu_img.shape[0] - 1, *img_q.shape[1:], eps,
         DTYPE_CODES[img_q.dtype],
         (g_txt_q.data_ptr(), g_txt_k.data_ptr(), g_txt_v.data_ptr(), g_norms[2].data_ptr(), g_norms[3].data_ptr()),
         (g_img_q.data_ptr(), g_img_k.data_ptr(), g_img_v.data_ptr(), g_norms[0].data_ptr(), g_norms[1].data_ptr()),
+        scratch=(txt_k.shape[0], img_k.shape[0], img_q.shape[2]),
     )  # fmt: skip
     if txt_q is None:
         g_norms[2].zero_()

@@ -1,0 +1,181 @@
+// What Python passes to an op, as the op's params struct: pointers come as integers. Shared by the CPU and the CUDA
+// functions of the module; Python has checked everything.
+#pragma once
+#include <cstdint>
+#include <tuple>
+
+#include "kernels/channel_norm_silu.h"
+#include "kernels/conv3x3.h"
+#include "kernels/gate_residual_norm_modulate.h"
+#include "kernels/gelu_tanh.h"
+#include "kernels/guided_step.h"
+#include "kernels/layer_norm_modulate.h"
+#include "kernels/qk_norm_rope.h"
+
+namespace qif {
+
+using Address = uintptr_t;
+
+template <class T = void>
+inline T* pointer(Address a) {
+  return reinterpret_cast<T*>(a);
+}
+
+inline LayerNormModulate layer_norm_modulate(Address x, Address shift, Address scale, int64_t shift_stride,
+                                             int64_t scale_stride, Address offsets, Address out, int64_t rows,
+                                             int64_t width, int64_t segments, double eps, int dtype) {
+  return {pointer(x),   pointer(shift), pointer(scale), shift_stride, scale_stride, pointer<int32_t>(offsets),
+          pointer(out), rows,           width,          segments,     eps,          dtype};
+}
+
+inline LayerNormModulateBackward layer_norm_modulate_backward(Address x, Address scale, int64_t scale_stride,
+                                                              Address offsets, Address grad_out, Address grad_x,
+                                                              Address grad_shift, Address grad_scale, int64_t rows,
+                                                              int64_t width, int64_t segments, double eps, int dtype) {
+  return {pointer(x),
+          pointer(scale),
+          scale_stride,
+          pointer<int32_t>(offsets),
+          pointer(grad_out),
+          pointer(grad_x),
+          pointer(grad_shift),
+          pointer(grad_scale),
+          rows,
+          width,
+          segments,
+          eps,
+          dtype};
+}
+
+inline GateResidualNormModulate gate_residual_norm_modulate(Address x, Address y, Address gate, Address shift,
+                                                            Address scale, int64_t gate_stride, int64_t shift_stride,
+                                                            int64_t scale_stride, Address offsets, Address residual,
+                                                            Address out, int64_t rows, int64_t width, int64_t segments,
+                                                            double eps, int dtype) {
+  return {pointer(x),
+          pointer(y),
+          pointer(gate),
+          pointer(shift),
+          pointer(scale),
+          gate_stride,
+          shift_stride,
+          scale_stride,
+          pointer<int32_t>(offsets),
+          pointer(residual),
+          pointer(out),
+          rows,
+          width,
+          segments,
+          eps,
+          dtype};
+}
+
+inline GateResidualNormModulateBackward gate_residual_norm_modulate_backward(
+    Address residual, Address y, Address gate, Address scale, int64_t gate_stride, int64_t scale_stride,
+    Address offsets, Address grad_residual, Address grad_out, Address grad_x, Address grad_y, Address grad_gate,
+    Address grad_shift, Address grad_scale, int64_t rows, int64_t width, int64_t segments, double eps, int dtype) {
+  return {pointer(residual),
+          pointer(y),
+          pointer(gate),
+          pointer(scale),
+          gate_stride,
+          scale_stride,
+          pointer<int32_t>(offsets),
+          pointer(grad_residual),
+          pointer(grad_out),
+          pointer(grad_x),
+          pointer(grad_y),
+          pointer(grad_gate),
+          pointer(grad_shift),
+          pointer(grad_scale),
+          rows,
+          width,
+          segments,
+          eps,
+          dtype};
+}
+
+// A stream as Python passes it: (q, k, v, q_stride, k_stride, v_stride, q_weight, k_weight, rope, cu, rows).
+using Stream =
+    std::tuple<Address, Address, Address, int64_t, int64_t, int64_t, Address, Address, Address, Address, int64_t>;
+
+inline QkNormRopeStream stream(const Stream& s) {
+  const auto& [q, k, v, q_stride, k_stride, v_stride, q_weight, k_weight, rope, cu, rows] = s;
+  return {
+      pointer(q),        pointer(k),           pointer(v),           q_stride, k_stride, v_stride, pointer(q_weight),
+      pointer(k_weight), pointer<float>(rope), pointer<int32_t>(cu), rows};
+}
+
+using StreamGrad = std::tuple<Address, Address, Address, Address, Address>;
+
+inline QkNormRopeStreamGrad stream_grad(const StreamGrad& s) {
+  const auto& [q, k, v, q_weight, k_weight] = s;
+  return {pointer(q), pointer(k), pointer(v), pointer(q_weight), pointer(k_weight)};
+}
+
+inline QkNormRope qk_norm_rope(const Stream& txt, const Stream& img, Address q, Address k, Address v, int64_t samples,
+                               int64_t heads, int64_t head_dim, double eps, int dtype) {
+  return {stream(txt), stream(img), pointer(q), pointer(k), pointer(v), samples, heads, head_dim, eps, dtype};
+}
+
+inline QkNormRopeBackward qk_norm_rope_backward(const Stream& txt, const Stream& img, Address grad_q, Address grad_k,
+                                                Address grad_v, int64_t samples, int64_t heads, int64_t head_dim,
+                                                double eps, int dtype, const StreamGrad& txt_grad,
+                                                const StreamGrad& img_grad) {
+  return {qk_norm_rope(txt, img, grad_q, grad_k, grad_v, samples, heads, head_dim, eps, dtype), stream_grad(txt_grad),
+          stream_grad(img_grad)};
+}
+
+inline GuidedStep guided_step(Address sample, Address cond, Address uncond, Address dt, Address offsets, Address out,
+                              int64_t rows, int64_t channels, int64_t segments, double guidance, bool rescale,
+                              int dtype) {
+  return {pointer(sample), pointer(cond), pointer(uncond), pointer<float>(dt), pointer<int32_t>(offsets),
+          pointer(out),    rows,          channels,        segments,           guidance,
+          rescale,         dtype};
+}
+
+inline GuidedStepBackward guided_step_backward(Address cond, Address uncond, Address dt, Address offsets,
+                                               Address grad_out, Address grad_cond, Address grad_uncond, int64_t rows,
+                                               int64_t channels, int64_t segments, double guidance, bool rescale,
+                                               int dtype) {
+  return {guided_step(0, cond, uncond, dt, offsets, grad_out, rows, channels, segments, guidance, rescale, dtype),
+          pointer(grad_cond), pointer(grad_uncond)};
+}
+
+inline GeluTanh gelu_tanh(Address x, Address out, int64_t elements, int dtype) {
+  return {pointer(x), pointer(out), elements, dtype};
+}
+
+inline GeluTanhBackward gelu_tanh_backward(Address x, Address grad_out, Address grad_x, int64_t elements, int dtype) {
+  return {pointer(x), pointer(grad_out), pointer(grad_x), elements, dtype};
+}
+
+inline ChannelNormSilu channel_norm_silu(Address x, Address gamma, Address bias, Address out, int64_t rows,
+                                         int64_t channels, bool silu, int dtype) {
+  return {pointer(x), pointer(gamma), pointer(bias), pointer(out), rows, channels, silu, dtype};
+}
+
+inline ChannelNormSiluBackward channel_norm_silu_backward(Address x, Address gamma, Address bias, Address grad_out,
+                                                          Address grad_x, Address grad_gamma, Address grad_bias,
+                                                          int64_t rows, int64_t channels, bool silu, int dtype) {
+  return {pointer(x),
+          pointer(gamma),
+          pointer(bias),
+          pointer(grad_out),
+          pointer(grad_x),
+          pointer(grad_gamma),
+          pointer(grad_bias),
+          rows,
+          channels,
+          silu,
+          dtype};
+}
+
+inline Conv3x3 conv3x3(Address x, Address packed, Address bias, Address residual, Address gamma, Address out,
+                       int64_t batch, int64_t height, int64_t width, int64_t in_channels, int64_t out_channels,
+                       bool upsample, bool pad_rows, int dtype) {
+  return {pointer(x), pointer(packed), pointer(bias), pointer(residual), pointer(gamma), pointer(out), batch,
+          height,     width,           in_channels,   out_channels,      upsample,       pad_rows,     dtype};
+}
+
+}  // namespace qif

@@ -1,0 +1,428 @@
+#include "emulator.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <stdexcept>
+#include <vector>
+
+#define QIF_ISA host
+#include "common/vec.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace emulator {
+
+ThreadIndices now;
+
+namespace {
+
+// ---- fibers: a stack each, switched by hand
+// --------------------------------------------------------------------------
+
+constexpr size_t kStackBytes = 256 << 10;  // address space; pages are touched as they are used
+
+#if defined(__x86_64__)
+using Context = void*;  // the stack pointer; callee-saved registers lie on the stack
+extern "C" void qif_emulator_switch(void** save, void* load);
+asm(R"(
+.text
+.globl qif_emulator_switch
+.hidden qif_emulator_switch
+qif_emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+void switch_context(Context& from, Context& to) { qif_emulator_switch(&from, to); }
+void prepare(Context& context, unsigned char* stack, void (*entry)()) {
+  auto** top = reinterpret_cast<void**>(stack + kStackBytes) - 2;
+  *top = reinterpret_cast<void*>(entry);  // `ret` enters it with the stack aligned as after a call
+  context = top - 6;
+  std::fill(top - 6, top, nullptr);
+}
+#else
+using Context = ucontext_t;
+void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
+void prepare(Context& context, unsigned char* stack, void (*entry)()) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = kStackBytes;
+  makecontext(&context, entry, 0);
+}
+#endif
+
+enum class State { kReady, kBarrier, kMeeting, kDone };
+
+struct Fiber {
+  Context context;
+  dim3 thread;
+  State state;
+  Site site;
+  // Epochs: barriers passed by the block and by the fiber's warp. Accesses in different epochs are ordered.
+  uint32_t warp_epoch;
+  uint32_t mask;
+  void* payload;
+  WarpOperation run;
+  const char* operation;
+};
+
+// ---- the running block
+// -----------------------------------------------------------------------------------------------
+
+struct Access {
+  uint32_t epoch = 0, warp_epoch = 0;  // epoch 0: none in this block
+  int thread = -1;
+};
+constexpr size_t kCellBytes = 2;
+struct Cell {
+  Access write, read, other_read;  // the last reads by two different threads, of different warps where there are such
+};
+
+struct Block {
+  const std::function<void()>* kernel = nullptr;
+  std::vector<Fiber> fibers;
+  std::vector<int> meeting;  // lanes of each warp that wait in `meet`
+  size_t running = 0;
+  uint32_t epoch = 1;
+  std::vector<unsigned char> arena;
+  std::vector<Cell> cells;
+  size_t arena_used = 0, dynamic_begin = 0, dynamic_bytes = 0;
+  std::vector<std::pair<const SharedKey*, SharedSpan>> arrays;
+  std::string error;
+};
+Block block;
+Context scheduler;
+std::vector<unsigned char*> stacks;
+std::vector<std::pair<uintptr_t, uintptr_t>> ranges;
+
+constexpr size_t kArenaBytes = 232448;  // what a block can have on sm_90
+
+std::string place(size_t thread) {
+  const dim3 t = block.fibers[thread].thread, b = now.block;
+  char text[96];
+  std::snprintf(text, sizeof(text), "block (%u, %u, %u) thread (%u, %u, %u)", b.x, b.y, b.z, t.x, t.y, t.z);
+  return text;
+}
+
+std::string describe(Site site) {
+  const char* slash = std::strrchr(site.file, '/');
+  return std::string(slash ? slash + 1 : site.file) + ":" + std::to_string(site.line);
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+// AddressSanitizer is told of every switch; null `save`: the fiber that is left never comes back.
+const void* scheduler_stack;
+size_t scheduler_stack_bytes;
+#define QIF_LEAVE(save, stack, bytes) __sanitizer_start_switch_fiber(save, stack, bytes)
+#define QIF_ARRIVE(saved, stack, bytes) __sanitizer_finish_switch_fiber(saved, stack, bytes)
+#else
+#define QIF_LEAVE(save, stack, bytes) (void)(save)
+#define QIF_ARRIVE(saved, stack, bytes) (void)(saved)
+#endif
+
+void to_scheduler() {
+  Fiber& f = block.fibers[block.running];
+  void* fake = nullptr;
+  QIF_LEAVE(f.state == State::kDone ? nullptr : &fake, scheduler_stack, scheduler_stack_bytes);
+  switch_context(f.context, scheduler);
+  QIF_ARRIVE(fake, &scheduler_stack, &scheduler_stack_bytes);
+  now.thread = f.thread;
+}
+
+void fiber_main() {
+  QIF_ARRIVE(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+  try {
+    (*block.kernel)();
+  } catch (const std::exception& e) {
+    block.error = e.what();
+  }
+  block.fibers[block.running].state = State::kDone;
+  to_scheduler();
+}
+
+void run_until_it_waits(size_t i) {
+  block.running = i;
+  now.thread = block.fibers[i].thread;
+  void* fake = nullptr;
+  QIF_LEAVE(&fake, stacks[i], kStackBytes);
+  switch_context(scheduler, block.fibers[i].context);
+  QIF_ARRIVE(fake, nullptr, nullptr);
+}
+
+// All wait: open the barrier, or say who never came.
+void open_barrier() {
+  size_t waiting = block.fibers.size(), stuck = block.fibers.size(), exited = block.fibers.size();
+  for (size_t i = 0; i < block.fibers.size(); ++i) {
+    const State s = block.fibers[i].state;
+    if (s == State::kBarrier) waiting = i;
+    if (s == State::kMeeting) stuck = i;
+    if (s == State::kDone) exited = i;
+  }
+  const size_t none = block.fibers.size();
+  if (stuck != none) {
+    const Fiber& f = block.fibers[stuck];
+    char mask[16];
+    std::snprintf(mask, sizeof(mask), "0x%08x", f.mask);
+    throw std::runtime_error(std::string(f.operation) + " at " + describe(f.site) + " in " + place(stuck) +
+                             " waits for lanes of its mask " + mask + " that never come");
+  }
+  if (exited != none)
+    throw std::runtime_error("divergent barrier: " + place(waiting) + " waits at " +
+                             describe(block.fibers[waiting].site) + ", " + place(exited) + " has returned");
+  for (size_t i = 0; i < none; ++i) {
+    const Site a = block.fibers[0].site, b = block.fibers[i].site;
+    if (a.line != b.line || std::strcmp(a.file, b.file))
+      throw std::runtime_error("divergent barrier: " + place(0) + " waits at " + describe(a) + ", " + place(i) +
+                               " at " + describe(b));
+  }
+  for (Fiber& f : block.fibers) f.state = State::kReady;
+  ++block.epoch;
+}
+
+void run_block(dim3 dims, size_t shared_bytes) {
+  const size_t threads = size_t{dims.x} * dims.y * dims.z;
+  block.fibers.resize(threads);
+  block.meeting.assign((threads + 31) / 32, 0);
+  while (stacks.size() < threads) {
+    void* p = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    stacks.push_back(static_cast<unsigned char*>(p));
+  }
+  for (size_t i = 0; i < threads; ++i) {
+    Fiber& f = block.fibers[i];
+    f = Fiber{};
+    f.thread = dim3(i % dims.x, i / dims.x % dims.y, i / dims.x / dims.y);
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(stacks[i], kStackBytes);
+#endif
+    prepare(f.context, stacks[i], fiber_main);
+  }
+  std::fill(block.cells.begin(), block.cells.begin() + (block.arena_used + kCellBytes - 1) / kCellBytes, Cell{});
+  block.epoch = 1;
+  block.arrays.clear();
+  block.arena_used = block.dynamic_bytes = shared_bytes;
+  std::fill(block.cells.begin(), block.cells.begin() + (shared_bytes + kCellBytes - 1) / kCellBytes, Cell{});
+  block.error.clear();
+
+  for (;;) {
+    bool progress = false, done = true;
+    for (size_t i = 0; i < threads; ++i) {
+      if (block.fibers[i].state == State::kReady) {
+        progress = true;
+        run_until_it_waits(i);
+        if (!block.error.empty()) throw std::runtime_error(block.error);
+      }
+      done = done && block.fibers[i].state == State::kDone;
+    }
+    if (done) return;
+    if (!progress) open_barrier();
+  }
+}
+
+bool ordered(const Access& before, const Fiber& f, int thread) {
+  if (before.epoch == 0 || before.thread == thread || before.epoch < block.epoch) return true;
+  return before.thread / 32 == thread / 32 && before.warp_epoch < f.warp_epoch;
+}
+
+[[noreturn]] void race(const SharedSpan& span, ptrdiff_t offset, int first, const char* how) {
+  fail(std::string("race on shared `") + span.name + "`, byte " +
+       std::to_string(offset - static_cast<ptrdiff_t>(span.begin)) + ": " + how + " thread " + std::to_string(first) +
+       " without a barrier between them");
+}
+
+}  // namespace
+
+void fail(const std::string& what) { throw std::runtime_error(place(block.running) + ": " + what); }
+
+void run_grid(dim3 grid, dim3 dims, size_t shared_bytes, const std::function<void()>& kernel) {
+  const size_t threads = size_t{dims.x} * dims.y * dims.z;
+  if (threads == 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
+    throw std::runtime_error("launch: bad grid or block size");
+  if (shared_bytes > kArenaBytes) throw std::runtime_error("launch: more shared memory than a block can have");
+  block.arena.resize(kArenaBytes);
+  block.cells.resize(kArenaBytes / kCellBytes + 1);
+  block.kernel = &kernel;
+  now.block_dim = dims;
+  now.grid_dim = grid;
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        now.block = dim3(x, y, z);
+        run_block(dims, shared_bytes);
+      }
+}
+
+int lane() { return static_cast<int>(block.running % 32); }
+
+void block_barrier(Site site) {
+  Fiber& f = block.fibers[block.running];
+  f.state = State::kBarrier;
+  f.site = site;
+  to_scheduler();
+}
+
+void meet(uint32_t mask, void* payload, WarpOperation run, const char* name, Site site) {
+  Fiber& own = block.fibers[block.running];
+  if (!(mask >> lane() & 1)) fail(std::string(name) + " at " + describe(site) + ": the mask misses the calling lane");
+  own.state = State::kMeeting;
+  own.site = site;
+  own.mask = mask;
+  own.payload = payload;
+  own.run = run;
+  own.operation = name;
+  const size_t first = block.running / 32 * 32, there = std::min<size_t>(32, block.fibers.size() - first);
+  const uint32_t existing = there == 32 ? ~0u : (1u << there) - 1;
+  int& waiting = block.meeting[block.running / 32];
+  if (++waiting < __builtin_popcount(mask & existing)) return to_scheduler();
+  void* payloads[32] = {};
+  for (size_t l = 0; l < there; ++l) {
+    if (!(mask >> l & 1)) continue;
+    const Fiber& f = block.fibers[first + l];
+    if (f.state != State::kMeeting || f.mask != mask || f.run != run) return to_scheduler();
+    payloads[l] = f.payload;
+  }
+  for (size_t l = 0; l < there; ++l)
+    if (payloads[l]) {
+      block.fibers[first + l].state = State::kReady;
+      --waiting;
+    }
+  run(payloads, mask);
+}
+
+void warp_barrier(uint32_t mask, Site site) {
+  meet(
+      mask, &block.fibers[block.running],
+      [](void* const* fibers, uint32_t) {
+        uint32_t epoch = 0;
+        for (int l = 0; l < 32; ++l)
+          if (fibers[l]) epoch = std::max(epoch, static_cast<Fiber*>(fibers[l])->warp_epoch);
+        for (int l = 0; l < 32; ++l)
+          if (fibers[l]) static_cast<Fiber*>(fibers[l])->warp_epoch = epoch + 1;
+      },
+      "__syncwarp", site);
+}
+
+int shuffle_source(int own, int argument, int width, char kind) {
+  const int base = own / width * width, inside = own - base;
+  int source = inside;
+  if (kind == 'i') source = argument & (width - 1);
+  if (kind == 'x') source = inside ^ argument;
+  if (kind == 'd') source = inside + argument;
+  if (kind == 'u') source = inside - argument;
+  return source < 0 || source >= width ? own : base + source;
+}
+
+uint32_t vote(uint32_t mask, bool predicate, Site site) {
+  struct Vote {
+    bool predicate;
+    uint32_t result;
+  } own{predicate, 0};
+  meet(
+      mask, &own,
+      [](void* const* votes, uint32_t) {
+        uint32_t bits = 0;
+        for (int l = 0; l < 32; ++l)
+          if (votes[l] && static_cast<Vote*>(votes[l])->predicate) bits |= 1u << l;
+        for (int l = 0; l < 32; ++l)
+          if (votes[l]) static_cast<Vote*>(votes[l])->result = bits;
+      },
+      "vote", site);
+  return own.result;
+}
+
+// ---- memory
+// ----------------------------------------------------------------------------------------------------------
+
+void clear_ranges() { ranges.clear(); }
+
+void add_range(const void* begin, size_t bytes) {
+  const auto b = reinterpret_cast<uintptr_t>(begin);
+  ranges.push_back({b, b + bytes});
+}
+
+void check_global(const void* p, size_t bytes, const char* action) {
+  const auto a = reinterpret_cast<uintptr_t>(p);
+  if (a % bytes) fail(std::string("misaligned ") + action + " of " + std::to_string(bytes) + " bytes of global memory");
+  for (auto& range : ranges)
+    if (a >= range.first && a + bytes <= range.second) {
+      std::swap(range, ranges.front());  // the next access is probably near
+      return;
+    }
+  fail(std::string(action) + " of " + std::to_string(bytes) + " bytes of global memory outside of every tensor");
+}
+
+SharedSpan find_shared(const SharedKey& key, size_t bytes) {
+  for (const auto& [k, span] : block.arrays)
+    if (k == &key) return span;
+  const size_t begin = (block.arena_used + 127) / 128 * 128;
+  if (begin + bytes > kArenaBytes) fail("more shared memory than a block can have");
+  const size_t first = block.arena_used / kCellBytes, last = (begin + bytes + kCellBytes - 1) / kCellBytes;
+  std::fill(block.cells.begin() + first, block.cells.begin() + last, Cell{});
+  block.arena_used = begin + bytes;
+  block.arrays.push_back({&key, {key.name, block.arena.data(), begin, begin + bytes}});
+  return block.arrays.back().second;
+}
+
+SharedSpan find_dynamic_shared() { return {"dynamic", block.arena.data(), 0, block.dynamic_bytes}; }
+
+void check_shared(const SharedSpan& span, ptrdiff_t offset, size_t bytes, size_t alignment, bool write) {
+  const auto begin = static_cast<ptrdiff_t>(span.begin), end = static_cast<ptrdiff_t>(span.end);
+  const char* action = write ? "write" : "read";
+  if (offset < begin || offset + static_cast<ptrdiff_t>(bytes) > end)
+    fail(std::string(action) + " of shared `" + span.name + "` out of bounds: byte " + std::to_string(offset - begin) +
+         " of " + std::to_string(end - begin));
+  if (offset % static_cast<ptrdiff_t>(alignment)) fail(std::string("misaligned ") + action + " of shared memory");
+  const int thread = static_cast<int>(block.running);
+  const Fiber& f = block.fibers[block.running];
+  const Access access{block.epoch, f.warp_epoch, thread};
+  for (size_t c = offset / kCellBytes; c <= (offset + bytes - 1) / kCellBytes; ++c) {
+    Cell& cell = block.cells[c];
+    if (write) {
+      if (!ordered(cell.write, f, thread)) race(span, offset, cell.write.thread, "written also by");
+      if (!ordered(cell.read, f, thread)) race(span, offset, cell.read.thread, "written while read by");
+      if (!ordered(cell.other_read, f, thread)) race(span, offset, cell.other_read.thread, "written while read by");
+      cell.write = access;
+    } else {
+      if (cell.write.epoch == 0) fail(std::string("read of shared `") + span.name + "` before it was written");
+      if (!ordered(cell.write, f, thread)) race(span, offset, cell.write.thread, "read after it was written by");
+      const bool other_warp = cell.read.epoch == block.epoch && cell.read.thread / 32 != thread / 32;
+      if (cell.read.thread != thread && (other_warp || cell.other_read.epoch != block.epoch))
+        cell.other_read = cell.read;
+      cell.read = access;
+    }
+  }
+}
+
+float widen_half(uint16_t bits) { return qif::host::widen(qif::Half{bits}); }
+uint16_t narrow_half(float value) {
+  qif::Half h;
+  qif::host::narrow(&h, value);
+  return h.bits;
+}
+uint16_t narrow_bfloat16(float value) {
+  qif::BFloat16 b;
+  qif::host::narrow(&b, value);
+  return b.bits;
+}
+
+}  // namespace emulator
