@@ -49,14 +49,26 @@ def device(request):
         yield name
 
 
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request):
+    """Every set of CPU kernels that this machine can run."""
+    with in_instruction_set(request.param) as name:
+        yield name
+
+
 @pytest.fixture(params=[*INSTRUCTION_SETS, *DEVICES[1:]])
 def kernels(request):
     """Every set of CPU kernels that this machine can run, and the CUDA kernels."""
-    if request.param not in INSTRUCTION_SETS:
-        with on_device(request.param, request) as name:
-            yield name
-        return
+    chosen = (
+        in_instruction_set(request.param) if request.param in INSTRUCTION_SETS else on_device(request.param, request)
+    )
+    with chosen as name:
+        yield name
+
+
+@contextmanager
+def in_instruction_set(name: str) -> Iterator[str]:
     best = _C.build_info()["cpu_in_use"]
-    _C.set_isa(request.param)
-    yield request.param
+    _C.set_isa(name)
+    yield name
     _C.set_isa(best)
