@@ -13,15 +13,24 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import bench_block, bench_loading, bench_ops, bench_pipeline, bench_training, bench_transformer
+from benchmarks import (
+    bench_block,
+    bench_loading,
+    bench_ops,
+    bench_pipeline,
+    bench_training,
+    bench_transformer,
+    bench_vae,
+)
 from benchmarks.harness import Case, Report, Settings, describe_machine, measure_roofs, slug
 from benchmarks.report import plot, print_report
 
 SUITES = {
-    m.SUITE: m for m in (bench_ops, bench_block, bench_transformer, bench_training, bench_pipeline, bench_loading)
+    m.SUITE: m
+    for m in (bench_ops, bench_block, bench_transformer, bench_training, bench_pipeline, bench_loading, bench_vae)
 }
 # A block takes seconds on a CPU; few rounds are enough where a sample is long.
-ROUNDS = {"ops": 15, "block": 7, "transformer": 25, "training": 9, "pipeline": 7, "loading": 3}
+ROUNDS = {"ops": 15, "block": 7, "transformer": 25, "training": 9, "pipeline": 7, "loading": 3, "vae": 5}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
