@@ -188,6 +188,22 @@ def test_compiles_as_a_whole():
     torch.testing.assert_close(compiled(x), block(x), rtol=0, atol=1e-4)
 
 
+def test_autocast():
+    ours, theirs = build(torch.float32, **WIDE)
+    z = latents(1, 4, 1, 4, 3, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = ours.decode(z).sample, theirs.decode(z).sample
+    exact = ours.decode(z).sample
+    error = (expected - exact).abs().max()
+    assert 0 < (actual - exact).abs().max() < 3 * error
+
+
+def test_shapes_without_memory():
+    with torch.device("meta"):
+        ours = AutoencoderKLQwenImage()
+        assert ours(torch.empty(2, 3, 1, 64, 40)).sample.shape == (2, 3, 1, 64, 40)
+
+
 # --- strips -------------------------------------------------------------------------------------------------------
 
 

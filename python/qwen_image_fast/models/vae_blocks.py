@@ -100,12 +100,16 @@ class ChannelRMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * axes))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim == 4 and x.is_cpu:
+        if self.fuses(x):
             return norm_silu(x, self.gamma, silu=self.silu)
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         gamma = self.gamma.reshape(-1, *[1] * (x.ndim - 2))
         x = F.normalize(wide, dim=1).to(x.dtype) * self.scale * gamma
         return F.silu(x) if self.silu else x
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether the op takes `x`: an image, where there are kernels, in the type of the parameters."""
+        return x.ndim == 4 and x.is_cpu and x.dtype == self.gamma.dtype
 
 
 class ChannelRMSNormSiLU(ChannelRMSNorm):
@@ -116,7 +120,7 @@ class ChannelRMSNormSiLU(ChannelRMSNorm):
 
 def norm_and_convolve(norm: ChannelRMSNormSiLU, conv: CausalConv3d, x: Tensor, stream: Stream) -> Tensor:
     """conv(norm(x)), in one op for an image where nothing of the user's hangs on the two."""
-    if x.ndim == 4 and type(conv) is CausalConv3d and is_bare(norm, conv):
+    if norm.fuses(x) and type(conv) is CausalConv3d and is_bare(norm, conv):
         return convolve_rows(conv, x, stream, norm.gamma)
     return conv(norm(x), stream)
 
@@ -204,12 +208,8 @@ class ResidualBlock(nn.Module):
         h = norm_and_convolve(self.norm1, self.conv1, x, stream)
         residual = self.conv_shortcut(x)
         drops = self.training and self.dropout.p > 0
-        if (
-            h.ndim == 4
-            and type(self.conv2) is CausalConv3d
-            and is_bare(self.norm2, self.dropout, self.conv2)
-            and not drops
-        ):
+        bare = type(self.conv2) is CausalConv3d and is_bare(self.norm2, self.dropout, self.conv2)
+        if self.norm2.fuses(h) and bare and not drops:
             return convolve_rows(self.conv2, h, stream, self.norm2.gamma, residual)
         h = self.conv2(self.dropout(self.norm2(h)), stream)
         if isinstance(stream, RowStream):

@@ -116,7 +116,8 @@ def pack_conv3x3(weight: Tensor, upsample: bool = False) -> Tensor:
     taps = weight.detach().permute(2, 3, 1, 0).to(dtype)
     taps = F.pad(taps, (0, panels * _PANEL - out_channels)).unflatten(3, (panels, _PANEL)).transpose(2, 3)
     matrices = _pack_matrices(upsample).to(dtype=dtype, device=weight.device)
-    packed = matrices.flatten(0, 1) @ taps.reshape(9, -1)
+    with torch.autocast(weight.device.type, enabled=False):
+        packed = matrices.flatten(0, 1) @ taps.reshape(9, -1)
     packed = packed.view(len(matrices), 36, panels, in_channels, _PANEL)
     return packed.transpose(0, 1).contiguous()
 
