@@ -152,9 +152,11 @@ def picture(width=48, height=64):
     return Image.fromarray(pixels)
 
 
-def controlnet(plain):
+def controlnet(plain, extra=0):
     torch.manual_seed(0)
-    net = diffusers.QwenImageControlNetModel.from_config(plain.transformer.config, num_layers=2)
+    net = diffusers.QwenImageControlNetModel.from_config(
+        plain.transformer.config, num_layers=2, extra_condition_channels=extra
+    )
     for block in net.controlnet_blocks:
         torch.nn.init.normal_(block.weight, std=0.05)
     return {"controlnet": net.eval()}
@@ -165,6 +167,10 @@ OTHERS = {
     "Img2Img": lambda p: ({}, {"image": picture(), "strength": 0.6, **SIZE}),
     "Inpaint": lambda p: ({}, {"image": picture(), "mask_image": picture().convert("L"), "strength": 0.6, **SIZE}),
     "ControlNet": lambda p: (controlnet(p), {"control_image": picture(), **SIZE}),
+    "ControlNetInpaint": lambda p: (
+        controlnet(p, 4),
+        {"control_image": picture(), "control_mask": picture().convert("L"), **SIZE},
+    ),
 }
 
 
@@ -174,11 +180,15 @@ def test_other_pipelines(plain, name, computed):
     extra, kwargs = OTHERS[name](plain)
     theirs, ours = copy_of(plain, cls, **extra), copy_of(plain, cls, **extra)
     report = accelerate(ours)
-    assert [what for what, _ in report.left_alone] == ["controlnet"] * (name == "ControlNet")
+    assert [what for what, _ in report.left_alone] == ["controlnet"] * name.startswith("ControlNet")
     assert len(report.replaced) == 4
     for _ in range(2):
-        assert_same(draw(ours, output_type="pt", **kwargs, **CFG), draw(theirs, output_type="pt", **kwargs, **CFG))
-    assert len(computed) == (3 if name == "ControlNet" else 2)
+        images = []
+        for pipe in (ours, theirs):
+            torch.manual_seed(1)  # ControlNet inpainting draws from the global generator
+            images.append(draw(pipe, output_type="pt", **kwargs, **CFG))
+        assert_same(*images)
+    assert len(computed) == (3 if name.startswith("ControlNet") else 2)
 
 
 @pytest.mark.parametrize("name", ["Edit", "EditPlus", "EditInpaint", "Layered"])
@@ -206,10 +216,14 @@ def test_edit_pipelines(plain, name, monkeypatch, computed):
     kwargs |= {"prompt_embeds": torch.randn(1, 5, 128), "negative_prompt_embeds": torch.randn(1, 3, 128)}
     theirs, ours = copy_of(plain, cls, **extra), copy_of(plain, cls, **extra)
     accelerate(ours)
+    rows = []  # the last block and the output head compute what the pipeline reads, and not the reference
+    for module in (ours.transformer.transformer_blocks[-1].img_mlp.net[2], ours.transformer.proj_out):
+        module.register_forward_hook(lambda module, args, output: rows.append(output.shape[0]))
     if layered:  # without a prompt it would generate a caption
         kwargs = {k: v for k, v in kwargs.items() if "embeds" not in k} | CFG | {"prompt": SHORT, "output_type": "pt"}
     for _ in range(2):
         assert_same(draw(ours, **{"prompt": None, **kwargs}), draw(theirs, **{"prompt": None, **kwargs}))
+    assert set(rows) == {{"EditInpaint": 2 * 16, "Layered": 3 * 16}.get(name, 2 * 12)}
     steps = {"EditInpaint": 2, "Layered": 6}.get(name, 3)
     assert len(computed) == steps and all(len(levels) == (1 if layered else 2) for levels in computed)
 

@@ -177,6 +177,17 @@ def test_the_last_block_computes_the_target_only(edit_folder):
     assert rows == {"q": 9, "mlp": 9, "out": 9}
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_drop_in_equals_diffusers(edit_folder, small, name):
+    """With prompts and pictures through both encoders."""
+    call = {"image": picture(64, 48), "prompt": PROMPT, "negative_prompt": " "}
+    plain, fast = reference(name, edit_folder), reference(name, edit_folder)
+    assert len(qwen_image_fast.accelerate(fast).replaced) == 4
+    torch.testing.assert_close(
+        theirs(fast, **call, generator=seeded(7)), theirs(plain, **call, generator=seeded(7)), rtol=0, atol=5e-5
+    )
+
+
 def test_save_and_load(edit_folder, tmp_path):
     pipe = QwenImageEditPlusPipeline.from_pretrained(edit_folder)
     call = {"image": picture(48, 48), "prompt": PROMPT, "seed": 0}

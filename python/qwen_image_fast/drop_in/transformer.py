@@ -99,6 +99,16 @@ class FastTransformer(Swapped, TransformerForward):
             modulation = Modulation(repeated[:-1], modulation.txt, repeated[-1])
         return modulation
 
+    def target_images(self, img_shapes) -> int | None:
+        """The editing pipelines cut the given pictures off the result: they need not be computed."""
+        step = None if torch.compiler.is_compiling() else current_step.get()
+        if step is None or step.transformer is not self:
+            return None
+        name = type(step.loop.pipe).__name__
+        if name == "QwenImageLayeredPipeline":  # the layers, then the picture
+            return len(img_shapes[0]) - 1
+        return 1 if name.startswith("QwenImageEdit") else None
+
     def modulation_bytes(self) -> int:
         """What one time step takes in the table."""
         rows = 2 if self.config.zero_cond_t else 1

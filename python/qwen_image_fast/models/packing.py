@@ -147,12 +147,13 @@ def pack_padded(
     axes_dim: Sequence[int],
     layer3d: bool = False,
     zero_cond_t: bool = False,
+    targets: int | None = None,
     device: torch.device | str = "cpu",
 ) -> PackedLayout:
     """The layout of a padded batch [samples, img_rows, ...], [samples, txt_rows, ...] with any text mask.
 
     Masked text tokens are dropped; the kept ones keep the position they had. A sample whose images have fewer tokens
-    than `img_rows` is padded at the end.
+    than `img_rows` is padded at the end. `targets`: as in `pack`, one number for all samples.
     """
     shapes = normalize_shapes(img_shapes, samples)
     img_lens = [sum(f * h * w for f, h, w in sample) for sample in shapes]
@@ -178,5 +179,6 @@ def pack_padded(
             txt_lens = [len(p) for p in positions]
     return pack(
         shapes, txt_lens, axes_dim=axes_dim, layer3d=layer3d, zero_cond_t=zero_cond_t, txt_positions=positions,
-        img_index=img_index, txt_index=txt_index, device=device,
+        img_index=img_index, txt_index=txt_index, targets=None if targets is None else [targets] * samples,
+        device=device,
     )  # fmt: skip

@@ -189,6 +189,8 @@ class TransformerForward:
                 controlnet_block_samples = [c[layout.img_index] for c in controlnet_block_samples]
         modulation = self.modulation_of(timestep.expand(samples), additional_t_cond)
         out = self.forward_packed(img, self.embed_text(txt), layout, modulation, controlnet_block_samples)
+        if layout.targets is not None:
+            out = out.new_zeros(len(img), out.shape[-1]).index_copy(0, layout.targets, out)
         if layout.img_index is not None:
             padded = out.new_zeros(samples * rows, out.shape[-1])
             out = padded.index_copy(0, layout.img_index, out)
@@ -199,6 +201,10 @@ class TransformerForward:
         """Where `forward` gets its modulation vectors; the drop-in answers from its tables."""
         return self.sample_modulation(timestep, additional_t_cond)
 
+    def target_images(self, img_shapes) -> int | None:
+        """How many images of each sample the caller reads of the result; None: all. The drop-in knows its pipelines."""
+        return None
+
     def layout_of(self, img_shapes, img_rows: int, mask: Tensor | None, txt: Tensor) -> PackedLayout:
         """The layout of a padded batch, kept for the next step of the same loop.
 
@@ -206,15 +212,16 @@ class TransformerForward:
         its own.
         """
         samples, txt_rows = txt.shape[:2]
-        shapes = str(img_shapes)
+        shapes, targets = str(img_shapes), self.target_images(img_shapes)
         version = None if mask is None or mask.is_inference() else mask._version
-        key = (shapes, samples, img_rows, txt_rows, txt.device, None if mask is None else id(mask), version)
+        key = (shapes, targets, samples, img_rows, txt_rows, txt.device, None if mask is None else id(mask), version)
         cache = self.__dict__.setdefault("_layouts", {})
         if key not in cache or torch.compiler.is_compiling():
             config = self.config
             layout = pack_padded(
                 img_shapes, img_rows, mask, txt_rows, samples, axes_dim=config.axes_dims_rope,
-                layer3d=config.use_layer3d_rope, zero_cond_t=config.zero_cond_t, device=txt.device,
+                layer3d=config.use_layer3d_rope, zero_cond_t=config.zero_cond_t, targets=targets,
+                device=txt.device,
             )  # fmt: skip
             if torch.compiler.is_compiling():
                 return layout
