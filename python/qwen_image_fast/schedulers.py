@@ -49,6 +49,14 @@ def lightning_config() -> dict[str, Any]:
     return {"use_dynamic_shifting": True, "shift_terminal": None, **size_independent}
 
 
+def named_schedule(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scheduler fields and call arguments of "lightning-4" and "lightning-8", which run without guidance."""
+    known = {f"lightning-{steps}": steps for steps in (4, 8)}
+    if name not in known:
+        raise ValueError(f"named_schedule: name must be one of {', '.join(known)}, got {name!r}")
+    return lightning_config(), {"num_inference_steps": known[name], "true_cfg_scale": 1.0}
+
+
 class SchedulerOutput(NamedTuple):
     """The sample after one step."""
 

@@ -19,6 +19,7 @@ from qwen_image_fast.models.text_encoder import load_captioner, load_text_encode
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.models.vision import VisionProcessor
+from qwen_image_fast.pipelines.lora import LoraMixin
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler
 
 # The library names of model_index.json, as diffusers writes them.
@@ -41,7 +42,7 @@ class QwenImagePipelineOutput:
     seeds: list[int | None] = field(default_factory=list)
 
 
-class Pipeline:
+class Pipeline(LoraMixin):
     """Components, `from_pretrained`, `save_pretrained`, `to`, and the seconds of each stage of the last call."""
 
     # The components, with library and class as in model_index.json.

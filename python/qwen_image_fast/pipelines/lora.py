@@ -1,0 +1,101 @@
+"""LoRA and distilled schedules on a pipeline, with diffusers' names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qwen_image_fast.checkpoint import resolve_folder
+from qwen_image_fast.models.lora import adapters_of, parse_lora, read_lora
+from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler, named_schedule
+
+
+class LoraMixin:
+    """Adapters of the transformer."""
+
+    transformer: Any
+    scheduler: Any
+
+    def load_lora_weights(
+        self,
+        source: str | os.PathLike | Mapping[str, Tensor],
+        *,
+        weight_name: str | None = None,
+        adapter_name: str | None = None,
+        **hub,
+    ) -> str:
+        """Load an adapter and activate it beside the active ones; returns its name, by default default_0 and so on.
+
+        Args:
+            source: a safetensors file, a folder or hub repository that holds one, or the tensors themselves; keys of
+                PEFT, diffusers, ComfyUI, kohya or Lightning. weight_name: the file in the folder.
+            hub: revision, cache_dir, token, local_files_only.
+
+        Raises:
+            FileNotFoundError, ValueError: no file, or one that does not fit the transformer; what is wrong is named.
+        """
+        adapters = adapters_of(self.transformer)
+        if adapter_name is None:
+            adapter_name = next(
+                n for k in range(len(adapters.loaded) + 1) if (n := f"default_{k}") not in adapters.loaded
+            )
+        if isinstance(source, Mapping):
+            layers = parse_lora(source, self.transformer)
+        else:
+            path = Path(source).expanduser()
+            path = path if path.is_file() else resolve_folder(source, **hub)
+            layers = read_lora(path, self.transformer, weight_name)
+        adapters.add(adapter_name, layers)
+        return adapter_name
+
+    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0) -> None:
+        """Make exactly these adapters active, with one weight for all or one for each."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        weights = [adapter_weights] * len(names) if isinstance(adapter_weights, (int, float)) else list(adapter_weights)
+        if len(weights) != len(names):
+            raise ValueError(f"adapter_weights must be one for all or one for each of {len(names)}, got {len(weights)}")
+        adapters_of(self.transformer).activate({n: float(w) for n, w in zip(names, weights)})
+
+    def get_active_adapters(self) -> list[str]:
+        return list(adapters_of(self.transformer).weights)
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        return {"transformer": list(adapters_of(self.transformer).loaded)}
+
+    def disable_lora(self) -> None:
+        """No adapter is active; `set_adapters` brings them back."""
+        self.set_adapters([])
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        """Forget adapters."""
+        adapters_of(self.transformer).remove([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+
+    def unload_lora_weights(self) -> None:
+        """Forget all adapters; what is fused stays fused."""
+        adapters = adapters_of(self.transformer)
+        adapters.remove(list(adapters.loaded))
+
+    def fuse_lora(self, lora_scale: float = 1.0, adapter_names: Sequence[str] | None = None) -> None:
+        """Add active adapters to the weights, which costs nothing while sampling."""
+        adapters_of(self.transformer).fuse(lora_scale, adapter_names)
+
+    def unfuse_lora(self) -> None:
+        """Take fused adapters out of the weights again, up to rounding; load the model again for the same bits."""
+        adapters_of(self.transformer).unfuse()
+
+    def use_schedule(self, name: str) -> dict[str, Any]:
+        """Sample as distilled weights were trained to: `pipe(prompt, **pipe.use_schedule("lightning-4"))`.
+
+        Args:
+            name: "lightning-4" or "lightning-8" (https://github.com/ModelTC/Qwen-Image-Lightning).
+
+        Returns:
+            The call's arguments that go with it: num_inference_steps and true_cfg_scale.
+        """
+        config, arguments = named_schedule(name)
+        self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config, **config)
+        return arguments
