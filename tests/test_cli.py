@@ -17,8 +17,9 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 import qwen_image_fast
-from qwen_image_fast import cli, png_metadata
-from qwen_image_fast.cli import app, parse_size
+from qwen_image_fast import png_metadata
+from qwen_image_fast.cli import app, common
+from qwen_image_fast.cli.generate import RATIOS, parse_size
 from qwen_image_fast.png_metadata import read_parameters
 
 pipelines = pytest.importorskip("qwen_image_fast.pipelines.text_to_image")
@@ -166,8 +167,8 @@ def test_lightning_has_its_own_schedule(generate):
 
 def test_sizes():
     assert parse_size("1664x928") == parse_size("1664X928") == parse_size("16:9") == (1664, 928)
-    assert all(w % 16 == h % 16 == 0 for w, h in cli.RATIOS.values())
-    for ratio, (w, h) in cli.RATIOS.items():
+    assert all(w % 16 == h % 16 == 0 for w, h in RATIOS.values())
+    for ratio, (w, h) in RATIOS.items():
         a, b = map(int, ratio.split(":"))
         assert abs(w / h / (a / b) - 1) < 0.01
 
@@ -209,7 +210,7 @@ def test_sizes():
     ],
 )
 def test_bad_input(generate, args, text, monkeypatch):
-    monkeypatch.setattr(cli.doctor, "has_cuda_kernels", lambda: False)
+    monkeypatch.setattr(common.doctor, "has_cuda_kernels", lambda: False)
     Path("prompts.txt").write_text("# nothing\n\n")
     Path("latin1.txt").write_bytes("é".encode("latin-1"))
     refused(generate(*args, steps=None), 2, text)
@@ -242,7 +243,9 @@ def test_a_damaged_model(generate, tiny_folder):
 def test_no_space_before_the_work(generate, monkeypatch):
     usage = shutil.disk_usage(".")._replace(free=6000)
     monkeypatch.setattr(png_metadata.shutil, "disk_usage", lambda folder: usage)
-    monkeypatch.setattr(cli, "_load", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        sys.modules["qwen_image_fast.cli.generate"], "_load", lambda *args: pytest.fail("the model was loaded")
+    )
     refused(generate("x"), 1, "no disk space for the output in .: 0.0 MB free")
 
 

@@ -1,0 +1,3 @@
+from qwen_image_fast.cli import app
+
+app()

@@ -1,0 +1,82 @@
+"""`qwen-image-fast inspect`, `doctor` and `bench`: models and this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+
+from qwen_image_fast import doctor, inspect_model
+from qwen_image_fast.cli.common import (
+    BAD_INPUT,
+    DTYPE_HELP,
+    FAILED,
+    JSON,
+    CommandError,
+    failing,
+    out,
+    print_error,
+    print_json,
+    torch_dtype,
+)
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder or hub name; of the hub only json files and headers are read.")],
+    margin: Annotated[
+        float, typer.Option(min=0, help="GB allowed for activations in the table of what fits.")
+    ] = inspect_model.MARGIN_GB,
+    as_json: JSON = False,
+) -> None:
+    """Say what a model folder holds: configurations, parameters, memory by part and dtype, and what fits where."""
+    with (
+        failing(FAILED, ConnectionError, PermissionError),
+        failing(BAD_INPUT, FileNotFoundError, NotADirectoryError, ValueError),
+    ):
+        found = inspect_model.inspect_model(model)
+    if as_json:
+        print_json(inspect_model.as_json(found, margin))
+    else:
+        out.print(inspect_model.render(found, margin))
+    for problem in found.problems:
+        print_error(problem)
+    if found.problems:
+        raise typer.Exit(FAILED)
+
+
+def doctor_command(as_json: JSON = False) -> None:
+    """Show the environment and test every op, forward and backward, against its reference."""
+    environment, verdicts = doctor.environment(), doctor.self_test()
+    bad = [v for v in verdicts if v.problem]
+    if as_json:
+        print_json({"environment": environment, "self_test": [vars(v) for v in verdicts], "agree": not bad})
+    else:
+        out.print(doctor.environment_table(environment))
+        out.print(doctor.verdict_table(verdicts))
+    for v in bad:
+        print_error(f"{v.op}, {v.kernels} kernels, {v.dtype}: {v.problem}")
+    if bad:
+        raise typer.Exit(FAILED)
+    if not as_json:
+        out.print("[bold green]all kernels agree with their references[/bold green]")
+
+
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the tokens, fewer repetitions.")] = False,
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "float32",
+    width: Annotated[int, typer.Option(min=128, help="Of the small transformer, a multiple of 128.")] = 768,
+    as_json: JSON = False,
+) -> None:
+    """Time the ops and a small transformer on this CPU against the reference path, in turn; medians."""
+    if width % 128:
+        raise CommandError(f"--width must be a multiple of 128, got {width}")
+    tokens, repeats = (256, 3) if quick else (1024, 11)
+    timings = doctor.time_ops(tokens, 3072, torch_dtype(dtype), repeats)
+    timings.append(doctor.time_transformer(tokens, width, torch_dtype(dtype), repeats))
+    if as_json:
+        print_json({"dtype": dtype, "tokens": tokens, "timings": [vars(t) for t in timings]})
+        return
+    title = f"{tokens} tokens, ops of width 3072, {dtype}, {torch.get_num_threads()} threads"
+    out.print(doctor.timing_table(timings, title))
+    out.print("GB/s: inputs and results counted once. The reference is plain PyTorch, not torch.compile.", style="dim")

@@ -1,0 +1,163 @@
+"""The commands that take pictures: what they write, and what they refuse."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import qwen_image_fast
+from qwen_image_fast.cli import app
+from qwen_image_fast.cli.edit import side_by_side
+from qwen_image_fast.png_metadata import read_parameters
+from qwen_image_fast.tiny import tiny_configs, write_untrained
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """An editing model, the Layered model and a ControlNet, all tiny and untrained."""
+    root = tmp_path_factory.mktemp("models")
+    write_untrained(root / "edit", edit=True)
+    write_untrained(root / "layered", edit=True)
+    flags = {"use_additional_t_cond": True, "use_layer3d_rope": True, "num_layers": 2}
+    torch.manual_seed(0)
+    config = tiny_configs()
+    small = {**config["transformer"], "num_layers": 2}
+    qwen_image_fast.QwenImageTransformer2DModel(**{**small, **flags}).save_pretrained(root / "layered" / "transformer")
+    vae = qwen_image_fast.AutoencoderKLQwenImage(**{**config["vae"], "input_channels": 4})
+    vae.save_pretrained(root / "layered" / "vae")
+    net = {k: v for k, v in small.items() if k != "guidance_embeds"}
+    for name, extra in (("union", 0), ("inpaint", 4)):
+        model = qwen_image_fast.QwenImageControlNetModel(**net, extra_condition_channels=extra)
+        model.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    for name, size in (("a.png", (61, 37)), ("b.jpg", (48, 64))):
+        Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(name)
+    mask = Image.new("L", (61, 37))
+    mask.paste(255, (10, 5, 40, 30))
+    mask.save("mask.png")
+    yield
+    torch.set_num_threads(before)
+
+
+def run(command, *args, model=None):
+    where = () if model is None else ("--model", model)
+    return CliRunner().invoke(app, [command, *map(str, (*args, *where, "--steps", 2))])
+
+
+def size(name):
+    with Image.open(name) as image:
+        return image.size
+
+
+def test_edit_keeps_the_size_and_repeats_itself(models):
+    args = ("make it red", "--image", "a.png", "--seed", 3)
+    result = run("edit", *args, "--output", "out.png", "--compare", model=models / "edit")
+    assert result.exit_code == 0, result.output
+    assert "out.png  seed 3" in result.stdout and "vision" in result.stdout
+    assert size("out.png") == (61, 37) and size("out-compare.png") == (61 + 8 + 61, 37)
+    found = read_parameters("out.png")
+    expected = {"command": "edit", "prompt": "make it red", "images": ["a.png"], "mask": None, "width": 61}
+    assert expected.items() <= found.items()
+    pipe = qwen_image_fast.QwenImageEditPlusPipeline.from_pretrained(models / "edit", torch_dtype=torch.float32)
+    call = {"negative_prompt": " ", "num_inference_steps": 2, "seed": 3, "progress": False}
+    image = pipe(Image.open("a.png"), "make it red", **call).images[0]
+    with Image.open("out.png") as written:
+        assert written.tobytes() == image.tobytes()
+    again = run("generate", "--from-image", "out.png")
+    assert again.exit_code == 2 and "was made by `edit`, from pictures that it does not hold" in again.stderr
+
+
+def test_several_references_size_and_json(models):
+    args = ("--image", "a.png", "--image", "b.jpg", "--images", 2, "--json", "--seed", 1)
+    result = run("edit", "swap them", *args, model=models / "edit")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["seeds"] == [1, 2] and [size(f) for f in report["files"]] == [(48, 64)] * 2
+    result = run("edit", "x", *args[:4], "--size", "50x21", "--quiet", "--output", "s.png", model=models / "edit")
+    assert result.stdout == "s.png\n" and size("s.png") == (50, 21)
+
+
+def test_a_mask(models):
+    args = ("--image", "a.png", "--mask", "mask.png", "--output", "out.png")
+    result = run("edit", "a hole", *args, "--strength", 0.5, model=models / "edit")
+    assert result.exit_code == 0, result.output
+    assert size("out.png") == (61, 37) and read_parameters("out.png")["mask"] == "mask.png"
+
+
+def test_layers(models):
+    args = ("--prompt", "a cat", "--count", 2, "--exact-size", "--compare", "--quiet", "--seed", 4)
+    result = run("layers", "a.png", *args, model=models / "layered")
+    assert result.exit_code == 0, result.output
+    names = ["image-0001.png", "image-0002.png", "image-0002-compare.png"]
+    assert result.stdout.split() == names and [size(n) for n in names[:2]] == [(61, 37)] * 2
+    with Image.open(names[0]) as layer:
+        assert layer.mode == "RGBA"
+    assert read_parameters(names[1])["layer"] == 2
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_controlnet(models, mask):
+    args = ("--control", "a.png", "--net", models / ("inpaint" if mask else "union"), "--output", "out.png")
+    result = run("controlnet", "a cat", *args, *(("--mask", "mask.png") if mask else ()), model=models / "edit")
+    assert result.exit_code == 0, result.output
+    assert size("out.png") == (48, 32)
+
+
+def test_lora_and_lightning(models):
+    from safetensors.torch import save_file
+
+    key = "transformer.transformer_blocks.0.attn.to_q.lora_{}.weight"
+    save_file({key.format("A"): torch.ones(2, 192), key.format("B"): torch.ones(192, 2)}, "x.safetensors")
+    common = ("--image", "a.png", "--seed", 1, "--model", models / "edit")
+    for name, more in (("plain", ()), ("none", ("--lora", "x.safetensors=0")), ("some", ("--lora", "x.safetensors"))):
+        result = CliRunner().invoke(
+            app, [str(a) for a in ("edit", "x", *common, "--output", f"{name}.png", "--lightning", 4, *more)]
+        )
+        assert result.exit_code == 0, result.output
+    pixels = [np.asarray(Image.open(f"{n}.png")) for n in ("plain", "none", "some")]
+    assert np.array_equal(pixels[0], pixels[1]) and not np.array_equal(pixels[0], pixels[2])
+    assert read_parameters("some.png")["steps"] == 4 and read_parameters("some.png")["cfg"] == 1.0
+
+
+BAD = {
+    "there is no picture none.png": ("edit", "x", "--image", "none.png"),
+    "could not be read as a picture": ("edit", "x", "--image", "text.png"),
+    "--size must be WIDTHxHEIGHT, got 3": ("edit", "x", "--image", "a.png", "--size", "3"),
+    "--image must be given once for this model or with --mask, got 2": (
+        "edit", "x", "--image", "a.png", "--image", "b.jpg", "--mask", "mask.png",
+    ),
+    "--control must be given once with --mask, got 2": (
+        "controlnet", "x", "--control", "a.png", "--control", "b.jpg", "--mask", "mask.png",
+    ),
+    "there is no folder": ("controlnet", "x", "--control", "a.png", "--net", "no/such/folder"),
+    "must be a .png file in an existing folder": ("layers", "a.png", "--output", "missing/x.png"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "args"), BAD.items(), ids=BAD.keys())
+def test_bad_input(models, text, args):
+    Path("text.png").write_text("not a picture")
+    before = sorted(os.listdir())
+    result = run(*args, model=models / "edit")
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and text in result.stderr
+    assert sorted(os.listdir()) == before
+
+
+def test_side_by_side_shows_transparency():
+    row = side_by_side([Image.new("RGB", (10, 20), "red"), Image.new("RGBA", (32, 40), (0, 0, 0, 0))])
+    assert row.size == (20 + 8 + 32, 40) and row.getpixel((5, 5)) == (255, 0, 0)
+    assert {row.getpixel((30 + 8 * k, 4)) for k in range(2)} == {(255, 255, 255), (208, 208, 208)}
