@@ -15,6 +15,7 @@ from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
 from qwen_image_fast.pipelines.image_to_image import QwenImageImg2ImgPipeline
 from qwen_image_fast.pipelines.inpaint import QwenImageInpaintPipeline
 from qwen_image_fast.pipelines.layered import QwenImageLayeredPipeline
+from qwen_image_fast.pipelines.prompt_enhancer import LocalEnhancer, OpenAIEnhancer
 from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler
 
@@ -23,6 +24,8 @@ __version__ = build_info()["version"]
 __all__ = [
     "AutoencoderKLQwenImage",
     "FlowMatchEulerDiscreteScheduler",
+    "LocalEnhancer",
+    "OpenAIEnhancer",
     "QwenImageControlNetInpaintPipeline",
     "QwenImageControlNetModel",
     "QwenImageControlNetPipeline",

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# Positions of the released models' tables on every axis.
+POSITIONS = 4096
 # (frames, height, width) of one image in tokens; a sample is a list of them, the generated image first.
 ImageShape = tuple[int, int, int]
 
@@ -58,9 +60,17 @@ def sample_rope(
 
     Returns:
         float32 [image tokens, sum(axes_dim) / 2, 2] and [text tokens, sum(axes_dim) / 2, 2]: cos, sin.
+
+    Raises:
+        ValueError: more images or text than the models have positions for.
     """
     last = len(shapes) - 1
-    img = [image_rope(s, -1 if layer3d and k == last else k, axes_dim) for k, s in enumerate(shapes)]
     positions = torch.as_tensor(text_positions, dtype=torch.int64) + text_start(shapes, layer3d)
+    furthest = max(last, int(positions.max()) if len(positions) else 0)
+    if furthest >= POSITIONS:
+        raise ValueError(
+            f"images and text must stay within the {POSITIONS} positions of the RoPE tables, got position {furthest}"
+        )
+    img = [image_rope(s, -1 if layer3d and k == last else k, axes_dim) for k, s in enumerate(shapes)]
     txt = torch.cat([rotation(positions, d) for d in axes_dim], dim=1)
     return torch.cat(img), txt

@@ -20,6 +20,7 @@ from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.models.vision import VisionProcessor
 from qwen_image_fast.pipelines.lora import LoraMixin
+from qwen_image_fast.pipelines.prompt_enhancer import PromptEnhancer
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler
 
 # The library names of model_index.json, as diffusers writes them.
@@ -36,10 +37,11 @@ PROCESSOR: dict[str, list[str]] = {"processor": ["transformers", "Qwen2VLProcess
 
 @dataclass
 class QwenImagePipelineOutput:
-    """images: a list, prompt-major (tensor or array of a whole batch where all sizes agree). seeds: of every image."""
+    """images: a list, prompt-major (latents of equal sizes: one tensor). seeds: of every image. prompts: as encoded."""
 
     images: Any
     seeds: list[int | None] = field(default_factory=list)
+    prompts: list[str] | None = None
 
 
 class Pipeline(LoraMixin):
@@ -59,6 +61,8 @@ class Pipeline(LoraMixin):
         self.tokenizer = tokenizer
         self.transformer = transformer
         self.free_modulation_weights = free_modulation_weights
+        # Rewrites prompts before they are encoded; see pipelines/prompt_enhancer.py.
+        self.prompt_enhancer: PromptEnhancer | None = None
         self.times: dict[str, float] = {}
         self._interrupt = False
         self._source: Path | None = None

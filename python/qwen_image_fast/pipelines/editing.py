@@ -65,7 +65,7 @@ class EditingPipeline(GenerationPipeline):
         def encode(prompts: Sequence[str]):
             return encode_seen(self.text_encoder, self.tokenizer, prompts, seen, self.plus, grid_positions)
 
-        cond, uncond = self._conditions(request, encode)
+        cond, uncond = self._conditions(request, encode, images)
         with self._stage("encode"):
             encoded = {id(r.vae): encode_reference_latents(self.vae, [r.vae]) for own in references for r in own}
         each = request.num_images_per_prompt

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from qwen_image_fast.models.text_encoder import encode_prompts, pad_prompt_embeds
@@ -99,13 +100,23 @@ class GenerationPipeline(Pipeline):
         return len(_prompts("prompt", prompt) if embeds is None else embeds)
 
     def _conditions(
-        self, request: Request, encode: Callable[[Sequence[str]], list[Tensor]] | None = None
+        self,
+        request: Request,
+        encode: Callable[[Sequence[str]], list[Tensor]] | None = None,
+        pictures: Sequence[Sequence[Image.Image]] = (),
     ) -> tuple[list[Text], list[Text] | None]:
         """The conditions of every image, the images of a prompt side by side: with, and without the prompt.
 
-        `encode` makes the states of texts, as many as there are prompts; default: the text-to-image template.
+        `encode` makes the states of texts, as many as there are prompts; default: the text-to-image template. The
+        prompt enhancer, if there is one, sees each prompt with its `pictures`.
         """
         count = self._count(request)
+        if request.prompt is not None:
+            request.prompt = _prompts("prompt", request.prompt)
+            if self.prompt_enhancer is not None:
+                with self._stage("enhance"):
+                    shown = pictures or [()] * count
+                    request.prompt = [self.prompt_enhancer(p, own) for p, own in zip(request.prompt, shown)]
         with self._stage("text encoder"):
             cond = self._texts(request, "prompt", encode)
             uncond = None
@@ -293,7 +304,7 @@ class GenerationPipeline(Pipeline):
                     pixels = decode_latents(self.vae, t, h, w)
                     pixels = pixels if crop is None else pixels[:, : crop[0], : crop[1]]
                     images.append(to_output(pixels, request.output_type))
-        return QwenImagePipelineOutput(images, seeds) if request.return_dict else (images,)
+        return QwenImagePipelineOutput(images, seeds, request.prompt) if request.return_dict else (images,)
 
 
 def per_prompt(name: str, value: Any, prompts: int) -> list[Any]:

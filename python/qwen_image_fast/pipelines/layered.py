@@ -130,7 +130,7 @@ class QwenImageLayeredPipeline(EditingPipeline):
                 crop = pixels[i // each] if preserve_size else (h * self.vae_scale_factor, w * self.vae_scale_factor)
                 planes = [decode_latents(self.vae, layer, h, w) for layer in t.chunk(layers + 1)[1:]]
                 images.append([to_output(p[:, : crop[0], : crop[1]], request.output_type) for p in planes])
-        return QwenImagePipelineOutput(images, seeds) if request.return_dict else (images,)
+        return QwenImagePipelineOutput(images, seeds, request.prompt) if request.return_dict else (images,)
 
     def get_image_caption(self, picture: Image.Image, use_en_prompt: bool = True) -> str:
         """What Qwen2.5-VL writes about a picture, in English or in Chinese."""

@@ -77,7 +77,7 @@ class StartingPipeline(GenerationPipeline):
                 return [resize_and_fill(image.crop(box), *side) for image, box, side in zip(images, boxes, sides)]
             return [fit(image, p, size, scale, preserve_size) for image, p, size in zip(images, pixels, latent)]
 
-        cond, uncond = self._conditions(request, encode)
+        cond, uncond = self._conditions(request, encode, [[p] for p in pictures])
         sizes = [size for size in latent for _ in range(each)]
         generator, seeds = self._generators(request, len(cond))
         with self._stage("encode"):
