@@ -165,6 +165,35 @@ def test_the_rule_is_twice_the_references_own_error():
     assert error == pytest.approx(3e-3, rel=1e-3) and rms == pytest.approx(2e-3 / 2, rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "capability", "runs"),
+    [
+        ("sm_80", (8, 0), True), ("sm_80", (8, 9), True), ("sm_80", (9, 0), False), ("sm_86", (8, 0), False),
+        ("sm_90a", (9, 0), True), ("sm_100a", (10, 0), True), ("sm_100a", (10, 3), False), ("sm_100f", (10, 3), True),
+        ("sm_120", (12, 0), True), ("native", (9, 0), False),
+    ],
+)  # fmt: skip
+def test_machine_code_runs_on_its_own_generation(architecture, capability, runs):
+    assert doctor.runs_on(architecture, *capability) is runs
+
+
+def test_doctor_says_what_the_build_can_do_on_a_gpu(monkeypatch):
+    class Gpu:
+        name, total_memory, major, minor = "Some GPU", 80e9, 9, 0
+
+    info = {**_C.build_info(), "cuda_architectures": []}
+    monkeypatch.setattr(doctor._C, "build_info", lambda: info)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Gpu)
+    assert "Some GPU, 80 GB, sm_90, built without CUDA: build" in doctor.environment()["CUDA"]
+    info["cuda_architectures"] = ["sm_80"]
+    assert "no kernels for it: build from source with QIF_CUDA_ARCHITECTURES=90" in doctor.environment()["CUDA"]
+    info["cuda_architectures"] = ["sm_80", "sm_90a"]
+    assert "this build has kernels for it" in doctor.environment()["CUDA"]
+
+
 def test_environment_names_what_is_missing(monkeypatch):
     def version(package):
         raise doctor.metadata.PackageNotFoundError(package)

@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 #endif
 #define QIF_DEVICE __host__ __device__ __forceinline__
+#define QIF_ROW_INDEX uint32_t  // Python lets through fewer than 2^31 rows
 
 #include "common/dtype.h"
 #include "common/segments.h"

@@ -17,7 +17,7 @@ inline int64_t most_chunks(int64_t rows, int64_t segments, bool equal, int chunk
 }
 
 QIF_INLINE int64_t chunks_of(const Segments& s, int64_t segment, int chunk_rows) {
-  return (s.end(segment) - s.begin(segment) + chunk_rows - 1) / chunk_rows;
+  return Segments::divide(s.end(segment) - s.begin(segment) + chunk_rows - 1, chunk_rows);
 }
 
 QIF_INLINE ChunkPlace find_chunk(const Segments& s, int64_t chunk, int chunk_rows) {

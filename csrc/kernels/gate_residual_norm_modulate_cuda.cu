@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(32 * kRowWarps) gate_residual_norm_modulate_ro
 }
 
 template <class T, int N, bool Held>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 1)
     gate_residual_norm_modulate_chunk(GateResidualNormModulateBackward p, float* partials) {
   QIF_SHARED(float, shared, kRowGradientShared);
   const Segments segments{p.offsets, p.rows, p.segments};

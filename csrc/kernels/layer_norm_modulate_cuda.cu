@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(32 * kRowWarps) layer_norm_modulate_rows(Layer
 }
 
 template <class T, int N, bool Held>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, 1)
     layer_norm_modulate_chunk(LayerNormModulateBackward p, float* partials) {
   QIF_SHARED(float, shared, kRowGradientShared);
   const Segments segments{p.offsets, p.rows, p.segments};

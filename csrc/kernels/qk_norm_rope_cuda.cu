@@ -143,7 +143,7 @@ QIF_INLINE void norm_rope_token(const QkNormRope& p, const Tokens& t, int64_t ro
 }
 
 template <class T>
-__global__ void __launch_bounds__(kTokenThreads) qk_norm_rope_tokens(QkNormRope p, Tokens txt, Tokens img) {
+__global__ void __launch_bounds__(kTokenThreads, 4) qk_norm_rope_tokens(QkNormRope p, Tokens txt, Tokens img) {
   // Two calls, not a choice of arguments: that would copy the parameters to local memory.
   if (int64_t{blockIdx.x} < txt.stream.rows)
     norm_rope_token<T>(p, txt, blockIdx.x);

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import math
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -53,7 +54,28 @@ def _cuda() -> str:
     if not torch.cuda.is_available():
         return f"torch has CUDA {torch.version.cuda} but sees no device"
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return "; ".join(f"{d.name}, {d.total_memory / 1e9:.0f} GB, sm_{d.major}{d.minor}" for d in devices)
+    return "; ".join(
+        f"{d.name}, {d.total_memory / 1e9:.0f} GB, sm_{d.major}{d.minor}, {_kernels_for(d.major, d.minor)}"
+        for d in devices
+    )
+
+
+def _kernels_for(major: int, minor: int) -> str:
+    """What this build can do on a GPU of that compute capability."""
+    built = _C.build_info()["cuda_architectures"]
+    if any(runs_on(a, major, minor) for a in built):
+        return "this build has kernels for it"
+    if not built:
+        return "built without CUDA: build from source with QIF_CUDA=ON for kernels on it"
+    return f"no kernels for it: build from source with QIF_CUDA_ARCHITECTURES={major}{minor}"
+
+
+def runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Whether machine code for sm_XY runs on that compute capability: the same X and no newer Y; with `a`, the same."""
+    name = re.fullmatch(r"sm_(\d+)(\d)([af]?)", architecture)
+    if name is None or int(name[1]) != major:
+        return False
+    return int(name[2]) == minor if name[3] == "a" else int(name[2]) <= minor
 
 
 def _installed(package: str) -> str:
@@ -65,7 +87,10 @@ def _installed(package: str) -> str:
 
 def has_cuda_kernels() -> bool:
     """Whether this build can run its ops on the GPU that torch sees."""
-    return bool(_C.build_info()["cuda_architectures"]) and torch.cuda.is_available()
+    if not torch.cuda.is_available():
+        return False
+    capability = torch.cuda.get_device_capability()
+    return any(runs_on(a, *capability) for a in _C.build_info()["cuda_architectures"])
 
 
 # ---- inputs of every op -----------------------------------------------------------------------------------------

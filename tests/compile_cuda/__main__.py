@@ -1,0 +1,142 @@
+"""Compile every CUDA kernel for every GPU generation and hold what ptxas says against budget.json.
+
+    python -m tests.compile_cuda            # check: fails on a spill, or more registers or shared memory than before
+    python -m tests.compile_cuda --update   # write budget.json anew, for a change that is meant
+
+Needs nvcc, no GPU and no torch; without nvcc it says so and succeeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BUDGET = Path(__file__).with_name("budget.json")
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
+FLAGS = ("-std=c++17", "-O3", "-Xptxas=-v", "-Xcompiler=-Wall", "-Icsrc", "-c")
+
+# kernel -> {"registers": n, "shared": bytes, "stack": bytes, "spills": bytes}
+Usage = dict[str, dict[str, int]]
+
+
+def sources() -> list[Path]:
+    return sorted((ROOT / "csrc").rglob("*.cu"))
+
+
+def compile_one(nvcc: str, source: Path, cache: Path) -> dict[str, Usage]:
+    """What ptxas says of each kernel of a file, per architecture; from `cache` where no source changed."""
+    digest = hashlib.sha256(" ".join((nvcc, *FLAGS, *ARCHITECTURES)).encode())
+    for path in (source, *sorted((ROOT / "csrc").rglob("*.cuh")), *sorted((ROOT / "csrc").rglob("*.h"))):
+        digest.update(path.read_bytes())
+    kept = cache / f"{source.stem}-{digest.hexdigest()[:16]}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    targets = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHITECTURES]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc, *FLAGS, *targets, str(source.relative_to(ROOT)), "-o", f"{folder}/out.o"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{source.name} does not compile:\n{done.stdout}{done.stderr}")
+    usage = parse(done.stdout + done.stderr)
+    cache.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(usage))
+    return usage
+
+
+def parse(log: str) -> dict[str, Usage]:
+    """The usage of each kernel per architecture, from the words of `ptxas -v`."""
+    found: dict[str, Usage] = {}
+    kernel: dict[str, int] = {}
+    for line in log.splitlines():
+        if entry := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+            name, architecture = entry.groups()
+            kernel = {"registers": 0, "shared": 0, "stack": 0, "spills": 0}
+            found.setdefault(architecture, {})[name] = kernel
+        elif frame := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            kernel["stack"], kernel["spills"] = int(frame[1]), int(frame[2]) + int(frame[3])
+        elif used := re.search(r"Used (\d+) registers", line):
+            kernel["registers"] = int(used[1])
+            shared = re.search(r"(\d+) bytes smem", line)
+            kernel["shared"] = int(shared[1]) if shared else 0
+    names = demangle({name for usage in found.values() for name in usage})
+    return {a: {names[n]: u for n, u in sorted(usage.items())} for a, usage in found.items()}
+
+
+def demangle(names: Iterable[str]) -> dict[str, str]:
+    """Readable kernel names without namespaces and arguments: layer_norm_modulate_rows<BFloat16, 8, 12>."""
+    names, tool = sorted(names), shutil.which("cu++filt") or shutil.which("c++filt")
+    if tool is None or not names:
+        return {n: n for n in names}
+    lines = subprocess.run([tool, *names], capture_output=True, text=True, check=True).stdout.splitlines()
+    return {n: shorten(line) for n, line in zip(names, lines)}
+
+
+def shorten(name: str) -> str:
+    name = re.sub(r"\((?:int|bool)\)", "", name.removeprefix("void ")).replace("qif::", "").replace("gpu::", "")
+    depth = 0
+    for i, c in enumerate(name):
+        depth += (c == "<") - (c == ">")
+        if c == "(" and depth == 0:
+            return name[:i]
+    return name
+
+
+def complaints(measured: dict[str, Usage], budget: dict[str, dict[str, list[int]]]) -> list[str]:
+    found = []
+    for architecture, usage in measured.items():
+        allowed = budget.get(architecture, {})
+        for kernel, u in usage.items():
+            what = f"{kernel} for {architecture}"
+            if u["spills"] or u["stack"]:
+                found.append(f"{what}: spills {u['spills']} bytes, stack {u['stack']} bytes; both must be 0")
+            if kernel not in allowed:
+                found.append(f"{what}: not in the budget; add it with --update")
+                continue
+            for name, limit in zip(("registers", "shared"), allowed[kernel]):
+                if u[name] > limit:
+                    found.append(f"{what}: {u[name]} {name}, budget {limit}")
+        found += [f"{k} for {architecture}: in the budget, but not compiled" for k in allowed.keys() - usage.keys()]
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="compile_cuda", description=__doc__.splitlines()[0])
+    parser.add_argument("--update", action="store_true", help="write budget.json from what was measured")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--cache", type=Path, default=ROOT / "build" / "compile_cuda")
+    options = parser.parse_args(arguments)
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        print("compile_cuda: skipped, nvcc is not on the PATH")
+        return 0
+    measured: dict[str, Usage] = {a: {} for a in ARCHITECTURES}
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for usage in pool.map(lambda s: compile_one(nvcc, s, options.cache), sources()):
+            for architecture, kernels in usage.items():
+                measured[architecture].update(kernels)
+    if options.update:
+        budget = {a: {k: [u["registers"], u["shared"]] for k, u in sorted(m.items())} for a, m in measured.items()}
+        text = re.sub(r"\[\n\s+(\d+),\n\s+(\d+)\n\s+\]", r"[\1, \2]", json.dumps(budget, indent=1))
+        BUDGET.write_text(text + "\n")
+    budget = json.loads(BUDGET.read_text())
+    problems = complaints(measured, budget)
+    for problem in problems:
+        print(f"compile_cuda: {problem}", file=sys.stderr)
+    count, most = (f(len(m) for m in measured.values()) for f in (min, max))
+    if not problems:
+        print(f"compile_cuda: {count if count == most else (count, most)} kernels for each of {', '.join(measured)}")
+    return bool(problems)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The checker of the compile budget: what it reads from ptxas, and what it complains of."""
+
+from compile_cuda.__main__ import BUDGET, complaints, parse, shorten
+
+LOG = """\
+ptxas info    : Compiling entry function '_Z3addPf' for 'sm_80'
+ptxas info    : Function properties for _Z3addPf
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, used 1 barriers, 256 bytes smem, 400 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z3addPf' for 'sm_90a'
+ptxas info    : Function properties for _Z3addPf
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 40 registers, used 0 barriers
+"""
+
+
+def only_name(usage):
+    ((name, values),) = usage.items()
+    assert name.endswith("add") or name == "_Z3addPf"
+    return name, values
+
+
+def test_parse():
+    usage = parse(LOG)
+    assert only_name(usage["sm_80"])[1] == {"registers": 32, "shared": 256, "stack": 0, "spills": 0}
+    assert only_name(usage["sm_90a"])[1] == {"registers": 40, "shared": 0, "stack": 16, "spills": 12}
+
+
+def test_names():
+    long = "void qif::gpu::rows<qif::BFloat16, (int)8, (bool)1>(qif::Params, float *)"
+    assert shorten(long) == "rows<BFloat16, 8, 1>"
+
+
+def test_complaints():
+    usage = parse(LOG)
+    name, _ = only_name(usage["sm_80"])
+    fine = {"sm_80": usage["sm_80"]}
+    assert complaints(fine, {"sm_80": {name: [32, 256]}}) == []
+    assert complaints(fine, {"sm_80": {name: [40, 512]}}) == []
+    assert complaints(fine, {"sm_80": {name: [31, 256]}}) == [f"{name} for sm_80: 32 registers, budget 31"]
+    assert complaints(fine, {"sm_80": {name: [32, 0]}}) == [f"{name} for sm_80: 256 shared, budget 0"]
+    assert "not in the budget" in complaints(fine, {})[0]
+    assert "not compiled" in complaints(fine, {"sm_80": {name: [32, 256], "gone": [1, 0]}})[0]
+    (spill,) = complaints({"sm_90a": usage["sm_90a"]}, {"sm_90a": {name: [40, 0]}})
+    assert "spills 12 bytes, stack 16 bytes" in spill
+
+
+def test_every_op_has_a_budget():
+    text = BUDGET.read_text()
+    for op in ("layer_norm_modulate", "gate_residual_norm_modulate", "qk_norm_rope", "guided_step", "gelu_tanh"):
+        assert f'"{op}_' in text
