@@ -1,0 +1,90 @@
+"""docs/gpu-status.md from the results files of `gpu_check`: what has run on a GPU, and what has not.
+
+python -m benchmarks.gpu_status [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_check import RESULTS, ROOT, STAGES
+
+TARGET = ROOT / "docs" / "gpu-status.md"
+HEAD = """# What has run on a GPU
+
+Written by `make gpu-status` from the files that `make gpu-check` leaves under `benchmarks/results/`.
+"""
+NOTHING = """
+Nothing yet: no results file of a GPU exists. Until one does, what is known of the CUDA kernels is that nvcc compiles
+them for sm_80, sm_90a and sm_100a without spills (`make cuda-compile`), and that they pass the op tests on an emulator
+on the CPU (`tests/emulator`), with accesses to memory and barriers checked. No timing, occupancy or bandwidth on a GPU
+is known.
+"""
+FOOT = """
+To fill this page in: on a machine with a GPU, nvcc and a CUDA build of torch run `make gpu-check`, then
+`make gpu-status`. Without a network there, run `make gpu-wheels` elsewhere first and take the folder along.
+
+The AVX-512 kernels for the CPU are compiled; they have been run by no committed result. `qwen-image-fast doctor`
+compares the kernels of the machine it runs on with their references.
+"""
+
+
+def results(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The results of GPUs, newest first; other files there are of CPUs."""
+    found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))]
+    return sorted((r for r in found if "stages" in r), key=lambda r: r["date"], reverse=True)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def describe(r: dict[str, Any]) -> str:
+    text = f"\n## {r['gpu']}, {r['date']}\n\ntorch {r['torch']}, CUDA {r['nvcc']}, driver {r['driver']}.\n"
+    rows = []
+    for stage in STAGES[1:]:
+        record = r["stages"].get(stage.name)
+        rows.append(
+            [stage.name, record["status"], record.get("summary", "")] if record else [stage.name, "not run", ""]
+        )
+    text += table(["stage", "result", ""], rows)
+    if r.get("ops"):
+        rows = [
+            [c["op"], c["dtype"], c["label"], f"{c['forward GB/s']:.0f}", f"{c['forward of copy']:.0%}",
+             f"{c['backward of copy']:.0%}"]
+            for c in r["ops"] if "forward GB/s" in c
+        ]  # fmt: skip
+        text += table(["op", "dtype", "size", "forward GB/s", "of a copy", "backward, of a copy"], rows)
+    if r.get("transformer"):
+        names = list(dict.fromkeys(n for c in r["transformer"] for n in c["pair ms"]))
+        rows = [
+            [str(c["pixels"]), *(f"{c['pair ms'][n]:.1f}" if n in c["pair ms"] else "" for n in names)]
+            for c in r["transformer"]
+        ]
+        count = r["transformer"][0]["layers"]
+        text += f"\nThe transformer, {count} layers, both branches of guidance, ms:\n"
+        text += table(["pixels", *names], rows)
+    for c in r.get("training", []):
+        shares = ", ".join(f"{n} {v:.0%}" for n, v in c.get("MFU", {}).items()) or "unknown for this GPU"
+        text += f"\nTraining step of {c['layers']} layers at {c['pixels']} pixels: model FLOP utilisation {shares}.\n"
+    return text
+
+
+def page(found: list[dict[str, Any]]) -> str:
+    return HEAD + ("".join(map(describe, found)) if found else NOTHING) + FOOT
+
+
+def main() -> int:
+    text = page(results())
+    if "--check" in sys.argv[1:]:
+        return 0 if TARGET.read_text(encoding="utf-8") == text else 1
+    TARGET.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

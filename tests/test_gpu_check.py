@@ -1,0 +1,120 @@
+"""The GPU check where there is no GPU: its stages, its results file, the page made of it, and the measuring code."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+pytest.importorskip("diffusers")
+
+from benchmarks import gpu_bench, gpu_check, gpu_status
+
+
+def test_the_stages_fit_into_nine_minutes():
+    assert sum(s.seconds for s in gpu_check.STAGES) <= 540
+
+
+def fake(name, run, seconds=5):
+    return gpu_check.Stage(name, seconds, run)
+
+
+def test_results_are_written_as_they_come(tmp_path, monkeypatch, capsys):
+    def machine(check):
+        check.results |= {"gpu": "Some GPU 1", "torch": "2", "nvcc": "13.0", "driver": "580"}
+        return {}
+
+    def broken(check):
+        check.python("-c", "print('the reason'); raise SystemExit(3)")
+
+    def slow(check):
+        check.python("-c", "import time; print('so far', flush=True); time.sleep(60)")
+
+    seen = []
+
+    def last(check):
+        seen.extend(json.loads(check.file.read_text())["stages"])
+        return {"summary": "ok"}
+
+    stages = [fake("machine", machine), fake("broken", broken), fake("slow", slow, seconds=2), fake("last", last)]
+    monkeypatch.setattr(gpu_check, "STAGES", stages)
+    assert gpu_check.main(["--output", str(tmp_path)]) == 1
+    (file,) = tmp_path.glob("*-some-gpu-1.json")
+    result = json.loads(file.read_text())["stages"]
+    assert [r["status"] for r in result.values()] == ["passed", "failed", "failed", "passed"]
+    assert "exit status 3" in result["broken"]["output"] and "the reason" in result["broken"]["output"]
+    assert "out of time" in result["slow"]["output"] and "so far" in result["slow"]["output"]
+    assert set(seen) == {"machine", "broken", "slow"}
+
+
+def test_nothing_runs_without_a_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    assert gpu_check.main(["--output", str(tmp_path)]) == 1 and not list(tmp_path.iterdir())
+
+
+def test_no_test_is_no_pass(monkeypatch):
+    check = gpu_check.Check(Path())
+    monkeypatch.setattr(check, "python", lambda *a: "36 deselected in 0.1s")
+    with pytest.raises(gpu_check.Failed, match="no test ran"):
+        gpu_check.pytest("tests/ops")(check)
+
+
+TINY = {"attention_head_dim": 64, "num_attention_heads": 2, "joint_attention_dim": 32, "axes_dims_rope": (8, 28, 28)}
+
+
+def measured(suite, tmp_path, **arguments):
+    target = tmp_path / f"{suite}.json"
+    gpu_bench.main(suite, target, rounds=1, **arguments)
+    return json.loads(target.read_text())
+
+
+def test_measuring_ops(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_bench, "device", lambda: "cpu")
+    records = measured("ops", tmp_path, heads=2, side=4, compile=False)
+    assert {r["op"] for r in records} >= gpu_bench.BACKWARD_BYTES.keys()
+    for r in records:
+        assert r["difference"] < 0.1 and r["forward ms"]["ours"] > 0 and r["backward ms"]["torch"] > 0
+        assert (r["op"] == "joint_attention") == ("forward TFLOP/s" in r) != ("forward of copy" in r)
+
+
+def test_measuring_the_transformer(tmp_path):
+    (record,) = measured("transformer", tmp_path, sides=(4,), layers=2, compile=False, **TINY)
+    assert record["difference"] < 0.1 and record["pixels"] == 64 and record["layers"] == 2
+    assert {"ours", "diffusers"} <= record["pair ms"].keys()
+
+
+def test_measuring_training(tmp_path):
+    (record,) = measured("training", tmp_path, side=4, layers=1, **TINY)
+    assert record["step ms"].keys() == {"ours", "diffusers"} and record["TFLOP/s"]["ours"] > 0
+
+
+def test_flops_of_the_released_model():
+    """226.5 MFLOP per token and block, and 4 tokens^2 width of attention."""
+    assert gpu_bench.flops(1, 3072, 1) == 2 * 12 * 3072**2 + 4 * 3072
+    assert gpu_bench.flops(4096 + 50, 3072, 60) == pytest.approx(69.0e12, rel=0.002)
+
+
+def test_page_of_no_results():
+    assert "Nothing yet" in gpu_status.page([])
+
+
+def test_page_is_up_to_date():
+    assert gpu_status.TARGET.read_text() == gpu_status.page(gpu_status.results())
+
+
+def test_page_of_results():
+    op = {"op": "gelu_tanh", "dtype": "bfloat16", "label": "4096 x 12288", "forward GB/s": 2900.4,
+          "forward of copy": 0.951, "backward of copy": 0.9}  # fmt: skip
+    step = {"pixels": 1024, "layers": 60, "pair ms": {"ours": 231.25, "diffusers": 370.0}}
+    result = {
+        "date": "2000-01-01", "gpu": "Some GPU", "torch": "2.11", "nvcc": "13.0", "driver": "580",
+        "stages": {"build": {"status": "passed", "summary": "for sm_90a", "seconds": 1}}, "ops": [op],
+        "transformer": [step], "training": [{"layers": 8, "pixels": 1024, "MFU": {"ours": 0.5}}],
+    }  # fmt: skip
+    text = gpu_status.page([result])
+    for part in ("## Some GPU, 2000-01-01", "| build | passed | for sm_90a |", "| memcheck | not run |",
+                 "| 2900 | 95% | 90% |", "| 1024 | 231.2 | 370.0 |", "utilisation ours 50%"):  # fmt: skip
+        assert part in text
