@@ -103,7 +103,9 @@ def main(
     editor = QwenImageEditPlusPipeline.from_pretrained(SHIPPED, torch_dtype=torch.float32)
     drawer = QwenImagePipeline(**{name: getattr(editor, name) for name in QwenImagePipeline.parts})
     start = time.perf_counter()
-    pictures = [drawer(prompt, height=128, width=128, num_inference_steps=STEPS, true_cfg_scale=1.0, seed=seed).images[0]]
+    pictures = [
+        drawer(prompt, height=128, width=128, num_inference_steps=STEPS, true_cfg_scale=1.0, seed=seed).images[0]
+    ]
     for instruction in captions[1:]:
         made = editor(pictures[-1], instruction, num_inference_steps=STEPS, true_cfg_scale=1.0, seed=seed)
         pictures.append(made.images[0])

@@ -8,10 +8,10 @@ import torch
 from trainer_helpers import small_recipe, small_transformer, start, weights
 
 from qwen_image_fast.models.text_encoder import T2I_DROP, T2I_TEMPLATE, encode_prompts
-from qwen_image_fast.training.cli import cache_latents
 from qwen_image_fast.training.lora import add_lora, load_lora, lora_state, save_lora
 from qwen_image_fast.training.randomness import normal
 from qwen_image_fast.training.recipe import LoraRecipe, RecipeError
+from qwen_image_fast.training.run import cache_latents
 from qwen_image_fast.training.tiny.flow_task import FlowTask, encode_captions
 from qwen_image_fast.training.tiny.latents import LatentCache, encode_images
 

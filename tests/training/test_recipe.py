@@ -2,8 +2,8 @@
 
 import pytest
 
-from qwen_image_fast.training.cli import RECIPES, find_recipe
 from qwen_image_fast.training.recipe import FlowRecipe, RecipeError, VaeRecipe, build, differences, read_recipe, to_dict
+from qwen_image_fast.training.run import RECIPES, find_recipe
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: p.stem)

@@ -11,6 +11,8 @@ from qwen_image_fast.cli.common import BAD_INPUT, Commands, out
 from qwen_image_fast.cli.edit import controlnet, edit, layers
 from qwen_image_fast.cli.generate import generate
 from qwen_image_fast.cli.machine import bench, doctor_command, inspect
+from qwen_image_fast.cli.training import cache_latents, data, train
+from qwen_image_fast.training.evaluation.cli import app as evaluate
 
 app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False)
 
@@ -26,13 +28,15 @@ Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_
 
 @app.callback(invoke_without_command=True)
 def main(context: typer.Context, version: Version = False) -> None:
-    """Qwen-Image from fused kernels: make pictures, look into models, check and time this machine."""
+    """Qwen-Image from fused kernels: make and edit pictures, train, evaluate, look into models and this machine."""
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(BAD_INPUT)
 
 
-for command in (generate, edit, layers, controlnet, inspect, bench):
+for command in (generate, edit, layers, controlnet, train, inspect, bench):
     app.command()(command)
 app.command("doctor")(doctor_command)
-# Further commands and groups are mounted here: app.command()(...), app.add_typer(...).
+app.command("cache-latents")(cache_latents)
+app.add_typer(data, name="data")
+app.add_typer(evaluate, name="evaluate")

@@ -1,11 +1,10 @@
-"""The commands `train` and `cache-latents`, which the main command mounts."""
+"""Runs by the name or file of a recipe: what the commands `train` and `cache-latents` do."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from tqdm import tqdm
 
 from qwen_image_fast.training.memory import check_recipe
@@ -17,34 +16,7 @@ from qwen_image_fast.training.tiny.sources import Source, make_source
 from qwen_image_fast.training.trainer import Task, Trainer
 from qwen_image_fast.training.vae import VaeTask
 
-app = typer.Typer(help="Train the models.", no_args_is_help=True)
 RECIPES = Path(__file__).parent / "recipes"
-
-RecipeArgument = Annotated[str, typer.Argument(help="YAML file, or a shipped recipe such as tiny/vae")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="changes such as optimizer.lr=1e-3")]
-
-
-@app.command("train")
-def train_command(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="folder of the run")] = Path("outputs/run"),
-    resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint in the folder")] = False,
-    allow_changes: Annotated[bool, typer.Option(help="resume with a recipe that differs")] = False,
-) -> None:
-    """Train by a recipe; the result is in <out>/model, logs and checkpoints beside it."""
-    train(recipe, overrides or (), out, resume=resume, allow_changes=allow_changes)
-
-
-@app.command("cache-latents")
-def cache_command(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="folder of the cache")] = Path("outputs/latents"),
-    count: Annotated[int, typer.Option(help="samples", min=1)] = 10000,
-) -> None:
-    """Encode a recipe's samples once, for its field data.cache."""
-    cache_latents(recipe, overrides or (), out, count)
 
 
 def find_recipe(name: str | Path) -> Path:

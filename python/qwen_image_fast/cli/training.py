@@ -1,0 +1,66 @@
+"""`train`, `cache-latents` and `data preview`; what they need is imported when they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwen_image_fast.cli.common import BAD_INPUT, FAILED, CommandError, failing
+from qwen_image_fast.training.recipe import RecipeError
+from qwen_image_fast.training.synthesis.preview import preview
+
+Recipe = Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe such as tiny/vae.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes such as optimizer.lr=1e-3.")]
+
+data = typer.Typer(help="Look at training data.", no_args_is_help=True)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Bad recipes and missing extras end with exit code 2, a run that had to stop with 1."""
+    try:
+        # A stopped run is a RuntimeError; a resumed one that does not fit is a ValueError.
+        with (
+            failing(BAD_INPUT, RecipeError, FileExistsError, FileNotFoundError, ValueError),
+            failing(FAILED, RuntimeError),
+        ):
+            yield
+    except ImportError as error:
+        hint = "training needs more packages: pip install 'qwen-image-fast[train,evaluate]'"
+        raise CommandError(f"{hint} ({error})") from error
+
+
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("outputs/run"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
+    allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Resume with a recipe that differs.")] = False,
+) -> None:
+    """Train by a recipe; the result is in OUT/model, logs and checkpoints beside it."""
+    with _explained():
+        from qwen_image_fast.training.run import train as run
+
+        run(recipe, overrides or (), out, resume=resume, allow_changes=allow_changes)
+    print(out / "model")
+
+
+def cache_latents(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Folder of the cache.")] = Path("outputs/latents"),
+    count: Annotated[int, typer.Option(help="Samples.", min=1)] = 10000,
+) -> None:
+    """Encode a recipe's samples once, for its field data.cache."""
+    with _explained():
+        from qwen_image_fast.training.run import cache_latents as run
+
+        run(recipe, overrides or (), out, count)
+    print(out)
+
+
+data.command("preview")(preview)
