@@ -1,4 +1,4 @@
-"""One step of the tiny transformer at 128 x 128 pixels, alone and as a pair for classifier-free guidance.
+"""One step of the tiny transformer at 128 x 128 pixels, alone, as a pair for guidance, and with two references.
 
 Here calls cost more than arithmetic: this is what one step of a small model, or of a large one on a fast device, has
 besides its matrix products.
@@ -13,7 +13,7 @@ import torch
 from benchmarks.harness import BASELINE, COMPILED, OURS, Bar, Case, Settings, compare, compiled, find, speedup
 
 SUITE = "transformer"
-GOAL_EAGER, GOAL_COMPILED = 1.6, 1.2
+GOAL_EAGER, GOAL_COMPILED, GOAL_EDIT = 1.6, 1.2, 1.3
 FORWARD = "ours, diffusers' call"
 GRID = (1, 8, 8)
 # A prompt, and the negative prompt " " with the template's six closing tokens.
@@ -23,7 +23,7 @@ TEXT = (24, 6)
 class StepPair:
     """Tiny transformers with the same weights, and the tokens of one step."""
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, references: int = 0):
         from diffusers import QwenImageTransformer2DModel as Diffusers
 
         from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
@@ -33,16 +33,18 @@ class StepPair:
         self.ours = QwenImageTransformer2DModel(**config).to(device).eval()
         self.theirs = Diffusers(**config).to(device).eval()
         self.theirs.load_state_dict(self.ours.state_dict())
-        self.img = torch.randn(1, GRID[1] * GRID[2], config["in_channels"], device=device)
+        self.target = GRID[1] * GRID[2]
+        self.shapes = (GRID,) * (1 + references)
+        self.img = torch.randn(1, self.target * len(self.shapes), config["in_channels"], device=device)
         self.texts = [torch.randn(1, n, config["joint_attention_dim"], device=device) for n in TEXT]
         self.timestep = torch.tensor([0.7], device=device)
         self.modulation = self.ours.modulation(self.timestep)
 
     def call(self, model, text: torch.Tensor) -> torch.Tensor:
         return model(
-            hidden_states=self.img, encoder_hidden_states=text, timestep=self.timestep, img_shapes=[[GRID]],
+            hidden_states=self.img, encoder_hidden_states=text, timestep=self.timestep, img_shapes=[[*self.shapes]],
             return_dict=False,
-        )[0]  # fmt: skip
+        )[0][:, : self.target]  # fmt: skip
 
     def by_diffusers(self, model, texts) -> list[torch.Tensor]:
         """One call after another, as diffusers' loop does."""
@@ -54,8 +56,8 @@ class StepPair:
 
         count = len(texts)
         layout = pack(
-            ((GRID,),) * count, [t.shape[1] for t in texts], axes_dim=self.ours.config.axes_dims_rope,
-            device=self.img.device,
+            (self.shapes,) * count, [t.shape[1] for t in texts], axes_dim=self.ours.config.axes_dims_rope,
+            targets=[1] * count, device=self.img.device,
         )  # fmt: skip
         img = self.img[0].repeat(count, 1)
         txt = self.ours.embed_text(torch.cat([t[0] for t in texts]))
@@ -65,27 +67,31 @@ class StepPair:
 def cases(settings: Settings) -> Iterator[Case]:
     torch.manual_seed(0)
     with torch.inference_mode():
-        pair = StepPair(settings.device)
-        for texts, branches, name in ((pair.texts[:1], 1, "one prompt"), (pair.texts, 2, "CFG pair")):
+        plain, edit = StepPair(settings.device), StepPair(settings.device, references=2)
+        for pair, branches, name in ((plain, 1, "one prompt"), (plain, 2, "CFG pair"), (edit, 2, "edit, CFG pair")):
+            texts, references = pair.texts[:branches], len(pair.shapes) - 1
             variants = {
-                BASELINE: lambda texts=texts: pair.by_diffusers(pair.theirs, texts),
+                BASELINE: lambda pair=pair, texts=texts: pair.by_diffusers(pair.theirs, texts),
                 OURS: pair.by_ours(texts),
-                FORWARD: lambda texts=texts: pair.by_diffusers(pair.ours, texts),
+                FORWARD: lambda pair=pair, texts=texts: pair.by_diffusers(pair.ours, texts),
             }
             if settings.compile:
                 model = compiled(pair.theirs)
-                variants[COMPILED] = lambda texts=texts, model=model: pair.by_diffusers(model, texts)
+                variants[COMPILED] = lambda pair=pair, texts=texts, model=model: pair.by_diffusers(model, texts)
             lengths = " and ".join(str(t.shape[1]) for t in texts)
             yield compare(
-                SUITE, f"tiny step, {name}, 64 image + {lengths} text tokens", variants, settings, tolerance=1e-4,
-                goals={OURS: GOAL_EAGER} if branches == 2 else {}, tags={"branches": branches},
+                SUITE, f"tiny step, {name}, {pair.img.shape[1]} image + {lengths} text tokens", variants, settings,
+                tolerance=1e-4, tags={"branches": branches, "references": references},
+                goals={} if branches == 1 else {OURS: GOAL_EDIT if references else GOAL_EAGER},
                 note="ours: packed branches, modulation vectors and embedded text computed before",
             )  # fmt: skip
 
 
 def bars(measured: list[Case]) -> list[Bar]:
-    case = find(measured, SUITE, branches=2)
+    case = find(measured, SUITE, branches=2, references=0)
+    edit = find(measured, SUITE, references=2)
     return [
         Bar("tiny step, CFG pair, over diffusers eager", GOAL_EAGER, speedup(case, OURS)),
         Bar("tiny step, CFG pair, over diffusers compiled", GOAL_COMPILED, speedup(case, OURS, COMPILED)),
+        Bar("tiny edit step, two references, over diffusers eager", GOAL_EDIT, speedup(edit, OURS)),
     ]
