@@ -176,7 +176,7 @@ def test_run_writes_results(tmp_path, capsys):
     from benchmarks import run
 
     report = run.main(["transformer", "--quick", "--device", "cpu", "--output", str(tmp_path)])
-    assert len(report.cases) == 2 and all(c.agrees for c in report.cases)
+    assert len(report.cases) == 3 and all(c.agrees for c in report.cases)
     (result,) = tmp_path.glob("*-transformer-quick.json")
     assert harness.Report.load(result) == report and result.with_suffix(".png").exists()
     assert "bars" in capsys.readouterr().out

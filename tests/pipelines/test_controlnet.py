@@ -173,7 +173,23 @@ def test_save_load_and_start_from_a_transformer(edit_folder, tmp_path, union):
     assert torch.equal(own, given)
 
 
+def test_a_pipeline_is_saved_moved_and_loaded_with_its_net(edit_folder, tmp_path):
+    mine = QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=nets()[0]).to(torch.bfloat16)
+    assert mine.controlnet.dtype == torch.bfloat16
+    mine.save_pretrained(tmp_path / "saved")
+    again = QwenImageControlNetPipeline.from_pretrained(tmp_path / "saved", torch_dtype=torch.bfloat16)
+    call = {"prompt": "x", "control_image": picture(32, 32), "seed": 0, "num_inference_steps": 2}
+    assert torch.equal(ours(again, **call), ours(mine, **call))
+    mine.controlnet = [mine.controlnet, mine.controlnet]
+    with pytest.raises(ValueError, match="controlnet must be a single one, got 2"):
+        mine.save_pretrained(tmp_path / "two")
+
+
 def test_errors(edit_folder, pair):
+    with pytest.raises(
+        TypeError, match="controlnet must be a QwenImageControlNetModel of this package, or several, got"
+    ):
+        QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=nets()[1])
     other = QwenImageControlNetModel(**{**config(), "num_attention_heads": 2})
     with pytest.raises(ValueError, match="controlnet must be of the transformer's family: width 192 and 64 channels"):
         QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=other)

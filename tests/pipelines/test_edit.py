@@ -58,6 +58,18 @@ def test_images_equal_diffusers(pair):
     assert got[0].shape == expected[0].shape and np.abs(got[0] - expected[0]).max() < 1 / 255
 
 
+def test_embeddings_in(edit_folder, small):
+    """Of both prompts, or of one: then the other is encoded with the picture."""
+    theirs_pipe = reference("QwenImageEditPipeline", edit_folder)
+    pipe = QwenImageEditPipeline.from_pretrained(edit_folder)
+    torch.manual_seed(0)
+    given = {"prompt_embeds": torch.randn(1, 6, 128)}
+    for negative in ({"negative_prompt_embeds": torch.randn(1, 3, 128)}, {"negative_prompt": "bad"}):
+        call = {"image": picture(64, 48), **given, **negative}
+        expected = theirs(theirs_pipe, **call, generator=seeded(7))
+        torch.testing.assert_close(like_diffusers(pipe, **call, seed=7), expected, rtol=0, atol=5e-5)
+
+
 @pytest.mark.parametrize("references", [2, 3])
 def test_several_references_equal_diffusers(edit_folder, small, references):
     images = [picture(*SIZES[k], seed=k) for k in range(references)]
@@ -112,9 +124,11 @@ def test_bfloat16_errs_at_most_twice_as_much(edit_folder, small, name):
     assert a.pow(2).mean().sqrt() <= 2 * b.pow(2).mean().sqrt() and a.abs().max() <= 2 * b.abs().max()
 
 
-def test_a_mixed_batch_equals_single_runs(edit_folder):
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+def test_a_mixed_batch_equals_single_runs(edit_folder, zero_cond_t):
     """Sizes, prompts and numbers of references differ; a neighbour's content changes nothing at all."""
     pipe = QwenImageEditPlusPipeline.from_pretrained(edit_folder)
+    pipe.transformer.config["zero_cond_t"] = zero_cond_t
     images = [[picture(64, 48)], [], [picture(40, 80, 1), picture(33, 47, 2)]]
     prompts = [PROMPT, "a cat", "a much longer instruction about the second picture"]
     call = {"negative_prompt": "bad", "height": [None, 32, None], "width": [None, 48, None]}

@@ -167,9 +167,14 @@ class Pipeline(LoraMixin):
 
     def to(self, *args, **kwargs):
         """Move or cast all models, as `torch.nn.Module.to`; returns the pipeline."""
-        for name in ("transformer", "vae", "text_encoder"):
-            getattr(self, name).to(*args, **kwargs)
+        for part in self._modules:
+            part.to(*args, **kwargs)
         return self
+
+    @property
+    def _modules(self) -> list[Any]:
+        """The models, some of which a pipeline may have several of."""
+        return [self.transformer, self.vae, self.text_encoder]
 
     @property
     def vae_scale_factor(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -40,6 +41,11 @@ class ControlPipeline(GenerationPipeline):
         )
         self.controlnet = controlnet
         for net in self.controlnets:
+            if not isinstance(net, QwenImageControlNetModel):
+                kind = f"{type(net).__module__}.{type(net).__name__}"
+                raise TypeError(
+                    f"controlnet must be a QwenImageControlNetModel of this package, or several, got {kind}"
+                )
             if net.inner_dim != transformer.inner_dim or net.config.in_channels != transformer.config.in_channels:
                 raise ValueError(
                     f"controlnet must be of the transformer's family: width {transformer.inner_dim} and "
@@ -49,6 +55,17 @@ class ControlPipeline(GenerationPipeline):
     @property
     def controlnets(self) -> list[QwenImageControlNetModel]:
         return list(self.controlnet) if isinstance(self.controlnet, (list, tuple)) else [self.controlnet]
+
+    @property
+    def _modules(self):
+        return [*super()._modules, *self.controlnets]
+
+    def save_pretrained(self, folder, *, max_shard_size: int | str = "10GB") -> None:
+        """As every pipeline's; several ControlNets have no place in the layout."""
+        if len(self.controlnets) != 1:
+            raise ValueError(f"save_pretrained: controlnet must be a single one, got {len(self.controlnets)}")
+        super().save_pretrained(folder, max_shard_size=max_shard_size)
+        self.controlnets[0].save_pretrained(Path(folder) / "controlnet")
 
     def _run(
         self, request: Request, height, width, control_image, control_mask, scale, start, end
