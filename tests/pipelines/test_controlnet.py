@@ -174,10 +174,11 @@ def test_save_load_and_start_from_a_transformer(edit_folder, tmp_path, union):
 
 
 def test_a_pipeline_is_saved_moved_and_loaded_with_its_net(edit_folder, tmp_path):
-    mine = QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=nets()[0]).to(torch.bfloat16)
-    assert mine.controlnet.dtype == torch.bfloat16
+    mine = QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=nets()[0])
+    assert mine.to(torch.float64).controlnet.dtype == torch.float64
+    mine = QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=nets()[0])
     mine.save_pretrained(tmp_path / "saved")
-    again = QwenImageControlNetPipeline.from_pretrained(tmp_path / "saved", torch_dtype=torch.bfloat16)
+    again = QwenImageControlNetPipeline.from_pretrained(tmp_path / "saved")
     call = {"prompt": "x", "control_image": picture(32, 32), "seed": 0, "num_inference_steps": 2}
     assert torch.equal(ours(again, **call), ours(mine, **call))
     mine.controlnet = [mine.controlnet, mine.controlnet]
