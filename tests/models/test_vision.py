@@ -112,5 +112,9 @@ def test_the_tower_runs_once_for_a_picture_that_is_shared(encoder):
 def test_errors(encoder):
     with pytest.raises(ValueError, match="prompt must hold one <|image_pad|> for each of its 0 pictures, got 1"):
         encode_pictures(encoder, tiny.tiny_tokenizer(), ["<|image_pad|>"], [[]], drop=0)
+    bare = type("Encoder", (), {"visual": None})()
+    assert look(bare, [], VisionProcessor()) == []
+    with pytest.raises(ValueError, match="text_encoder must have its vision tower, got one loaded without it"):
+        look(bare, [picture(56, 56)], VisionProcessor())
     with pytest.raises(ValueError, match="image must have an aspect ratio of at most 200, got 3x900 pixels"):
         VisionProcessor()(picture(3, 900))

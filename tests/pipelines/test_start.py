@@ -164,6 +164,14 @@ def test_padding_mask_crop_equals_diffusers(edit_folder):
     assert np.array_equal(np.asarray(got)[outside], np.asarray(call["image"])[outside])
 
 
+def test_edit_inpaint_with_embeddings_of_one_prompt(edit_folder, small):
+    name = "QwenImageEditInpaintPipeline"
+    torch.manual_seed(0)
+    call = {**call_of(name, (64, 48)), "prompt": None, "prompt_embeds": torch.randn(1, 6, 128), "negative_prompt": "x"}
+    expected = reference(name, edit_folder)(**call, generator=seeded(7)).images
+    torch.testing.assert_close(ours(load(name, edit_folder), **call, seed=7), expected, rtol=0, atol=5e-5)
+
+
 ERRORS = {
     "image must be given, got None": {"image": None},
     "mask_image must be given, got None": {"mask_image": None},

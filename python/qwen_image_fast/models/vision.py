@@ -118,11 +118,11 @@ def look(text_encoder: nn.Module, pictures: Sequence[Image.Image], processor: Vi
         ValueError: the encoder was loaded without its vision tower.
     """
     model: Any = text_encoder.model if hasattr(text_encoder, "lm_head") else text_encoder
+    if not pictures:
+        return []
     if model.visual is None:
         raise ValueError("look: text_encoder must have its vision tower, got one loaded without it")
     distinct = {id(picture): processor(picture) for picture in pictures}
-    if not distinct:
-        return []
     grids = [grid for _, grid in distinct.values()]
     weight = next(model.visual.parameters())
     patches = torch.cat([patches for patches, _ in distinct.values()]).to(weight.device, weight.dtype)

@@ -77,7 +77,9 @@ class QwenImageEditInpaintPipeline(EditingPipeline, StartingPipeline):
             pixels = [area_size(VAE_AREA, *p.size)[::-1] for p in pictures]
         prepared = [prepare_reference(p, preserve_size=preserve_size, condition_area=condition_area) for p in pictures]
         with self._stage("vision"):
-            seen = look(self.text_encoder, [p.condition for p in prepared], self.processor) if request.prompt else []
+            needed = request.prompt is not None or request.negative_prompt is not None
+            flat = [p.condition for p in prepared] if needed else []
+            seen = look(self.text_encoder, flat, self.processor)
 
         def encode(prompts: Sequence[str]):
             each = [[s] for s in seen]
