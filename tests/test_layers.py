@@ -13,7 +13,7 @@ LAYERS = [
     {"_C", "ops"},
     {"checkpoint", "models"},
     {"schedulers"},
-    {"sampling"},
+    {"graphs", "sampling"},
     {"pipelines"},
     {"tiny", "drop_in", "accelerate", "inspect_model", "png_metadata", "doctor"},
     {"training"},

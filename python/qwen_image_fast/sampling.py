@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from qwen_image_fast.graphs import StepGraphs
 from qwen_image_fast.models.modulation import Modulation, free_modulation_weights
 from qwen_image_fast.models.packing import cumulative, pack
 from qwen_image_fast.models.rope import ImageShape
@@ -98,6 +99,7 @@ def denoise(
     rescale: bool = True,
     free_weights: bool = False,
     control: Callable[[Tensor], Residuals] | None = None,
+    graphs: StepGraphs | None = None,
     on_step: StepCallback | None = None,
     progress: bool = True,
     interrupted: Callable[[], bool] = lambda: False,
@@ -107,7 +109,8 @@ def denoise(
     All samples, and both branches of classifier-free guidance, run as one packed batch without padding; each keeps the
     schedule of its own size. Modulation vectors of all steps are computed first; `free_weights` then releases the
     weights that made them. `begin`: the first step that is taken. `control`: given the noise
-    levels of the samples, float32 [steps, samples], the residuals of ControlNets.
+    levels of the samples, float32 [steps, samples], the residuals of ControlNets. With `graphs`, the transformer's
+    passes are captured and replayed, where no ControlNet adds to them.
     """
     device, config = samples[0].latents.device, transformer.config
     guided = samples[0].uncond is not None
@@ -141,13 +144,18 @@ def denoise(
     x = torch.cat([s.latents if s.image is None else s.noised(sigma) for s, sigma in zip(samples, starts)])
     txt = transformer.embed_text(torch.cat([t.embeds for t in texts]))
     rows = len(x)
+    state = None if graphs is None or residuals is not None else graphs.start(transformer)
     with tqdm(total=len(dt) - begin, disable=not progress, desc="denoise", unit="step") as bar:
         for i in range(begin, len(dt)):
             if interrupted():
                 break
             img = torch.cat([part for own, s in zip(x.split(lengths), samples) for part in (own, *s.references)])
-            added = None if residuals is None else [torch.cat([r] * branches) for r in residuals(i, x)]
-            out = transformer.forward_packed(torch.cat([img] * branches), txt, layout, modulations.at(i), added)
+            inputs = torch.cat([img] * branches), txt, layout, modulations.at(i)
+            if graphs is not None and state is not None:
+                out = graphs.forward(state, transformer, *inputs)
+            else:
+                added = None if residuals is None else [torch.cat([r] * branches) for r in residuals(i, x)]
+                out = transformer.forward_packed(*inputs, added)
             x = guided_step(x, out[:rows], out[rows:] if guided else None, dt[i], guidance, rescale, offsets)
             if any(s.mask is not None for s in samples):
                 x = keep_masked(x.split(lengths), samples, sample_levels[i + 1])

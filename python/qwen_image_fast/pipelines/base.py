@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from qwen_image_fast.checkpoint import atomic_write, json_bytes, read_json, resolve_folder
+from qwen_image_fast.graphs import StepGraphs
 from qwen_image_fast.models.controlnet import QwenImageControlNetModel
 from qwen_image_fast.models.text_encoder import load_captioner, load_text_encoder
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
@@ -63,6 +64,7 @@ class Pipeline(LoraMixin):
         self.free_modulation_weights = free_modulation_weights
         # Rewrites prompts before they are encoded; see pipelines/prompt_enhancer.py.
         self.prompt_enhancer: PromptEnhancer | None = None
+        self.cuda_graphs: StepGraphs | None = None
         self.times: dict[str, float] = {}
         self._interrupt = False
         self._source: Path | None = None
@@ -170,6 +172,24 @@ class Pipeline(LoraMixin):
         for part in self._modules:
             part.to(*args, **kwargs)
         return self
+
+    def enable_cuda_graphs(self, limit: int = 4) -> None:
+        """Capture the transformer's pass once for a shape (image sizes and text lengths) and replay it from then on.
+
+        The first step of a new shape takes the time of a few. The graphs of `limit` shapes are kept; each holds on to
+        its shape's working memory. Weights, LoRAs and schedules may change: graphs are captured anew where they must.
+
+        Raises:
+            ValueError: the transformer is not on a CUDA device.
+        """
+        device = self.transformer.proj_out.weight.device
+        if device.type != "cuda":
+            raise ValueError(f"enable_cuda_graphs: the transformer must be on cuda, got {device}")
+        self.cuda_graphs = StepGraphs(limit)
+
+    def disable_cuda_graphs(self) -> None:
+        """Run passes one kernel after another again, and free the graphs' memory."""
+        self.cuda_graphs = None
 
     @property
     def _modules(self) -> list[Any]:

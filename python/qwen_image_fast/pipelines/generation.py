@@ -256,8 +256,9 @@ class GenerationPipeline(Pipeline):
         with self._stage("denoise"):
             tokens = denoise(
                 self.transformer, self.scheduler, samples, steps=request.num_inference_steps, sigmas=request.sigmas,
-                guidance=request.true_cfg_scale, free_weights=self.free_modulation_weights, on_step=on_step,
-                progress=request.progress, interrupted=lambda: self.interrupt, **options,
+                guidance=request.true_cfg_scale, free_weights=self.free_modulation_weights,
+                graphs=self.cuda_graphs, on_step=on_step, progress=request.progress,
+                interrupted=lambda: self.interrupt, **options,
             )  # fmt: skip
             self._check_finite(tokens)
         return tokens

@@ -1,0 +1,191 @@
+"""Graphs of the sampling loop with a fake capture on the CPU: what is captured, replayed, and captured anew."""
+
+import pytest
+import torch
+
+from qwen_image_fast import QwenImagePipeline
+from qwen_image_fast.graphs import CudaCapture, StepGraphs
+
+CALL = {"prompt": "a cat", "negative_prompt": " ", "height": 32, "width": 32, "num_inference_steps": 3, "seed": 1,
+        "output_type": "latent", "progress": False}  # fmt: skip
+
+
+class FakeCapture:
+    """Replays by running the function again into the first result, as a graph writes into its own memory."""
+
+    def __init__(self):
+        self.captures = self.replays = 0
+
+    def __call__(self, fn):
+        self.captures += 1
+        out = fn()
+
+        def replay():
+            self.replays += 1
+            out.copy_(fn())
+
+        return replay, out
+
+
+@pytest.fixture
+def pipe(tiny_folder):
+    return QwenImagePipeline.from_pretrained(tiny_folder)
+
+
+@pytest.fixture
+def capture(pipe):
+    capture = FakeCapture()
+    pipe.cuda_graphs = StepGraphs(2, capture)
+    return capture
+
+
+def latents(pipe, **changes):
+    return pipe(**{**CALL, **changes}).images.clone()
+
+
+def without_graphs(pipe, **changes):
+    graphs, pipe.cuda_graphs = pipe.cuda_graphs, None
+    try:
+        return latents(pipe, **changes)
+    finally:
+        pipe.cuda_graphs = graphs
+
+
+def test_one_capture_for_all_steps_and_later_calls(pipe, capture):
+    expected = without_graphs(pipe)
+    assert torch.equal(latents(pipe), expected) and (capture.captures, capture.replays) == (1, 2)
+    assert torch.equal(latents(pipe), expected) and (capture.captures, capture.replays) == (1, 5)
+    other = latents(pipe, seed=2)
+    assert torch.equal(other, without_graphs(pipe, seed=2)) and not torch.equal(other, expected)
+    assert capture.captures == 1
+
+
+def test_a_new_schedule_replays_the_same_graph(pipe, capture):
+    latents(pipe)
+    for changes in ({"num_inference_steps": 5}, {"sigmas": [1.0, 0.5, 0.2]}, {"true_cfg_scale": 2.0}):
+        assert torch.equal(latents(pipe, **changes), without_graphs(pipe, **changes))
+    assert capture.captures == 1
+
+
+def test_a_text_of_the_same_length_replays_the_same_graph(pipe, capture):
+    latents(pipe, prompt="a cat")
+    assert torch.equal(latents(pipe, prompt="a dog"), without_graphs(pipe, prompt="a dog"))
+    assert capture.captures == 1
+
+
+def test_inside_and_outside_of_inference_mode(pipe, capture):
+    """The tensors of a graph made in inference mode are written later outside of it."""
+    latents(pipe)
+    captured = next(iter(pipe.cuda_graphs._graphs.values()))
+    assert not any(t.is_inference() for t in captured.inputs)
+
+
+def test_other_shapes_have_their_own_graphs_and_the_oldest_leaves(pipe, capture):
+    for width in (32, 48, 64):
+        assert torch.equal(latents(pipe, width=width), without_graphs(pipe, width=width))
+    assert capture.captures == 3 and len(pipe.cuda_graphs) == 2
+    latents(pipe, width=48)
+    assert capture.captures == 3
+    latents(pipe, width=32)
+    assert capture.captures == 4
+
+
+def test_clear(pipe, capture):
+    latents(pipe)
+    pipe.cuda_graphs.clear()
+    assert len(pipe.cuda_graphs) == 0
+    latents(pipe)
+    assert capture.captures == 2
+
+
+def scale_weight(pipe):
+    """In place: the graph reads the same memory, nothing is captured anew."""
+    with torch.no_grad():
+        pipe.transformer.img_in.weight.mul_(1.5)
+    return False
+
+
+def replace_weight(pipe):
+    layer = pipe.transformer.img_in
+    layer.weight = torch.nn.Parameter(layer.weight.detach() * 1.5)
+    return True
+
+
+def add_hook(pipe):
+    pipe.transformer.transformer_blocks[0].attn.to_q.register_forward_hook(lambda m, a, out: out * 1.5)
+    return True
+
+
+@pytest.mark.parametrize("change", [scale_weight, replace_weight, add_hook])
+def test_changes_of_the_transformer(pipe, capture, change):
+    before = latents(pipe)
+    anew = change(pipe)
+    after = latents(pipe)
+    assert not torch.equal(after, before) and torch.equal(after, without_graphs(pipe))
+    assert capture.captures == 1 + anew and len(pipe.cuda_graphs) == 1
+
+
+def test_lora(pipe, capture):
+    """Added, scaled, switched off, merged: each time the images are those without graphs."""
+    peft = pytest.importorskip("peft")
+    seen = [latents(pipe)]
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "add_q_proj"], init_lora_weights=False)
+    model = peft.inject_adapter_in_model(config, pipe.transformer)
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+
+    def scaled():
+        for layer in layers:
+            layer.scaling["default"] *= 3
+
+    def off():
+        for layer in layers:
+            layer.enable_adapters(False)
+
+    def merged():
+        for layer in layers:
+            layer.enable_adapters(True)
+            layer.merge()
+
+    for number, change in enumerate((lambda: None, scaled, off, merged)):
+        change()
+        seen.append(latents(pipe))
+        assert capture.captures == number + 2
+        torch.testing.assert_close(seen[-1], without_graphs(pipe), rtol=0, atol=0)
+    assert not torch.equal(seen[1], seen[0]) and not torch.equal(seen[2], seen[1])
+    assert torch.equal(seen[3], seen[0]) and not torch.equal(seen[4], seen[3])
+
+
+def test_released_modulation_weights(tiny_folder):
+    pipe = QwenImagePipeline.from_pretrained(tiny_folder, free_modulation_weights=True)
+    capture = FakeCapture()
+    pipe.cuda_graphs = StepGraphs(2, capture)
+    first = latents(pipe)
+    assert torch.equal(latents(pipe), first) and capture.captures == 1
+
+
+def test_switch(pipe):
+    with pytest.raises(ValueError, match="^enable_cuda_graphs: the transformer must be on cuda, got cpu"):
+        pipe.enable_cuda_graphs()
+    pipe.transformer.to("meta")
+    with pytest.raises(ValueError, match="got meta"):
+        pipe.enable_cuda_graphs()
+    pipe.cuda_graphs = StepGraphs(1, FakeCapture())
+    pipe.disable_cuda_graphs()
+    assert pipe.cuda_graphs is None
+    with pytest.raises(ValueError, match="limit must be at least 1, got 0"):
+        StepGraphs(0)
+
+
+def test_errors_of_the_capture(monkeypatch):
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="^CUDA graphs: the transformer must be on a CUDA device"):
+            CudaCapture()(lambda: torch.zeros(1))
+
+    def out_of_memory():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", out_of_memory)
+    with pytest.raises(RuntimeError, match="memory pool must fit beside the model, and does not; keep fewer shapes"):
+        CudaCapture()(lambda: torch.zeros(1))
