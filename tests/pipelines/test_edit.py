@@ -202,6 +202,14 @@ def test_the_drop_in_equals_diffusers(edit_folder, small, name):
     )
 
 
+def test_a_shared_picture_is_encoded_once(edit_folder, monkeypatch):
+    pipe, runs = QwenImageEditPlusPipeline.from_pretrained(edit_folder), {"vae": 0, "vision": 0}
+    for name, module in (("vae", pipe.vae.encoder), ("vision", pipe.text_encoder.visual.patch_embed)):
+        module.register_forward_hook(lambda m, a, y, name=name: runs.update({name: runs[name] + 1}))
+    ours(pipe, picture(48, 48), ["a", "b"], negative_prompt=["c", "d"], num_images_per_prompt=2, seed=0)
+    assert runs == {"vae": 1, "vision": 1}
+
+
 def test_save_and_load(edit_folder, tmp_path):
     pipe = QwenImageEditPlusPipeline.from_pretrained(edit_folder)
     call = {"image": picture(48, 48), "prompt": PROMPT, "seed": 0}

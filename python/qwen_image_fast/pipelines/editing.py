@@ -49,12 +49,15 @@ class EditingPipeline(GenerationPipeline):
         options: dict[str, Any] = {"preserve_size": preserve_size, "condition_area": condition_area}
         options["multiple"] = self.size_multiple
         # A picture that several prompts share stays one object: it is encoded once.
-        prepared = {id(p): prepare_reference(p, **options) for own in images for p in own}
+        distinct = {id(p): p for own in images for p in own}
+        prepared = {key: prepare_reference(p, **options) for key, p in distinct.items()}
         references = [[prepared[id(p)] for p in own] for own in images]
         defaults = [own[-1].size[::-1] if own else (1024, 1024) for own in images]
         if not preserve_size:
             defaults = [area_size(VAE_AREA, w, h)[::-1] for h, w in defaults]
         crops = self._pixels(height, width, defaults)
+        each = request.num_images_per_prompt
+        sizes = [self._latent_size(crop, preserve_size) for crop in crops for _ in range(each)]
 
         with self._stage("vision"):
             needed = request.prompt is not None or request.negative_prompt is not None
@@ -67,13 +70,11 @@ class EditingPipeline(GenerationPipeline):
 
         cond, uncond = self._conditions(request, encode, images)
         with self._stage("encode"):
-            encoded = {id(r.vae): encode_reference_latents(self.vae, [r.vae]) for own in references for r in own}
-        each = request.num_images_per_prompt
-        sizes = [self._latent_size(crop, preserve_size) for crop in crops for _ in range(each)]
+            encoded = {key: encode_reference_latents(self.vae, [r.vae]) for key, r in prepared.items()}
         generator, seeds = self._generators(request, len(cond))
         samples = []
         for i, (x, (h, w)) in enumerate(zip(self._noise(request, sizes, generator), sizes)):
-            own = [encoded[id(r.vae)] for r in references[i // each]]
+            own = [encoded[id(p)] for p in images[i // each]]
             latents = [t.to(self.device, self.dtype) for e in own for t in e.latents]
             shapes = [shape for e in own for shape in e.shapes]
             samples.append(
