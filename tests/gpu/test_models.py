@@ -44,13 +44,26 @@ def test_pipeline(tiny_folder):
 
     def image(device):
         noise = torch.Generator("cpu").manual_seed(0)
-        return torch.as_tensor(
-            pipe.to(device)(
-                "a cat", height=64, width=64, num_inference_steps=3, generator=noise, output_type="pt"
-            ).images
-        ).cpu()
+        run = pipe.to(device)
+        images = run("a cat", height=64, width=64, num_inference_steps=3, generator=noise, output_type="pt").images
+        return images[0].cpu()
 
     assert (image("cpu") - image("cuda")).abs().max() < 2 / 255
+
+
+def test_pipeline_with_cuda_graphs(tiny_folder):
+    """The same bits with and without, for other noise, another schedule and another size as well."""
+    pipe = QwenImagePipeline.from_pretrained(tiny_folder, device="cuda")
+    calls = [{"seed": 1}, {"seed": 2}, {"seed": 1, "num_inference_steps": 5}, {"seed": 1, "width": 96}, {"seed": 3}]
+
+    def latents(call):
+        call = {"prompt": "a cat", "negative_prompt": " ", "height": 64, "width": 64, "num_inference_steps": 3} | call
+        return pipe(**call, output_type="latent", progress=False).images.clone()
+
+    expected = [latents(c) for c in calls]
+    pipe.enable_cuda_graphs(limit=1)
+    for call, image in zip(calls, expected):
+        assert torch.equal(latents(call), image)
 
 
 def test_ops_in_a_cuda_graph():

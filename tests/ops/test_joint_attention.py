@@ -1,8 +1,10 @@
+import sys
+
 import pytest
 import torch
 from harness import DTYPES, assert_twice_the_reference
 
-from qwen_image_fast.ops.joint_attention import joint_attention, joint_attention_reference
+from qwen_image_fast.ops.joint_attention import joint_attention, joint_attention_reference, preferred_backends
 
 LENGTHS = [((7,), None), ((5, 5), None), ((12, 3, 40), None), ((4, 6), (9, 20)), ((0, 6), (9, 20)), ((3, 3), (9, 9))]
 
@@ -80,3 +82,36 @@ Q = torch.randn(6, 2, 8)
 def test_errors(args, error, text):
     with pytest.raises(error, match=f"^joint_attention: {text}"):
         joint_attention(*args)
+
+
+class OnGpu:
+    """As much of a CUDA tensor as the choice of kernels looks at."""
+
+    is_cuda, device, requires_grad = True, "cuda:0", False
+
+    def __init__(self, dtype=torch.bfloat16, requires_grad=False):
+        self.dtype, self.requires_grad = dtype, requires_grad
+
+
+def test_cudnn_first_on_hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    backends = preferred_backends(OnGpu())
+    assert backends[0].name == "CUDNN_ATTENTION" and backends[-1].name == "MATH"
+    assert preferred_backends(OnGpu(torch.float32)) == [] and preferred_backends(OnGpu(requires_grad=True)) == []
+    with torch.no_grad():
+        assert preferred_backends(OnGpu(requires_grad=True)) == backends
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert preferred_backends(OnGpu()) == []
+    assert preferred_backends(torch.randn(1)) == []
+
+
+def test_an_order_of_backends_gives_the_same_result(monkeypatch):
+    q, k, v = make((7, 5), None, torch.bfloat16)
+    expected = joint_attention(q, k, v, (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    order = preferred_backends(OnGpu())
+    module = sys.modules["qwen_image_fast.ops.joint_attention"]
+    monkeypatch.setattr(module, "preferred_backends", lambda q: order)
+    assert torch.equal(joint_attention(q, k, v, (7, 5)), expected)
+    compiled = torch.compile(joint_attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v, (7, 5)), expected)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen_image_fast.ops import _library as lib
 
 _OP = "joint_attention"
+# torch 2.5 can choose among backends, but not order them.
+_can_order_backends = "set_priority" in inspect.signature(sdpa_kernel).parameters
 
 
 def joint_attention(q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], k_lens: Sequence[int] | None = None):
@@ -18,7 +22,8 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], k_le
 
     Samples of equal length run as one dense batch, others one after another, so that no padding is computed and no
     sample sees another. The arithmetic is torch's scaled_dot_product_attention; autograd, fake tensors and
-    torch.compile come with it (the lengths are Python numbers: a new set of lengths is a new graph).
+    torch.compile come with it (the lengths are Python numbers: a new set of lengths is a new graph). On GPUs from
+    Hopper on, passes without gradients prefer cuDNN's kernels to those of FlashAttention-2 (`preferred_backends`).
 
     Args:
         q: [sum of q_lens, heads, head_dim]; k, v: [sum of k_lens, heads, head_dim]; one dtype.
@@ -43,6 +48,29 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], k_le
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B, L, H, E] -> [B, L, H, E]."""
+    backends = preferred_backends(q)
+    if backends:
+        with sdpa_kernel(backends, set_priority=True):
+            return _sdpa(q, k, v)
+    return _sdpa(q, k, v)
+
+
+def preferred_backends(q: Tensor) -> list[SDPBackend]:
+    """The kernels that torch is asked to try first, in order; empty: torch's own order.
+
+    FlashAttention-2 does not use the instructions of Hopper (sm_90) and later GPUs, cuDNN does. Gradients stay with
+    torch's order.
+    """
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or not _can_order_backends:
+        return []
+    if (torch.is_grad_enabled() and q.requires_grad) or torch.cuda.get_device_capability(q.device)[0] < 9:
+        return []
+    return [
+        SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+    ]  # fmt: skip
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
