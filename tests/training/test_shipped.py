@@ -1,0 +1,75 @@
+"""The tiny model that comes with the package: its size, who can read it, and that it writes and edits."""
+
+import numpy as np
+import pytest
+import torch
+
+from qwen_image_fast import QwenImageEditPlusPipeline, QwenImagePipeline
+from qwen_image_fast.tiny import SHIPPED
+from qwen_image_fast.training.evaluation.cases import TextCase, held_out_edits, psnr_outside
+from qwen_image_fast.training.evaluation.evaluate_edit import edited_by
+from qwen_image_fast.training.synthesis.recipe import tiny
+from qwen_image_fast.training.synthesis.words import is_held_out
+from qwen_image_fast.training.tiny.ship import LARGEST, ship
+
+CALL = {"num_inference_steps": 20, "true_cfg_scale": 1.0}
+# In no training picture: all are on the evaluation side of the split.
+WORDS = [("fox", "red", "white"), ("Beach", "blue", "yellow"), ("IDEA", "black", "light blue"), ("door", "green", "white"),
+         ("Magic", "white", "black"), ("SKY", "purple", "pink"), ("nine", "yellow", "dark blue"), ("Gift", "red", "white")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def editor():
+    return QwenImageEditPlusPipeline.from_pretrained(SHIPPED, torch_dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def drawer(editor):
+    return QwenImagePipeline(**{name: getattr(editor, name) for name in QwenImagePipeline.parts})
+
+
+def test_it_is_small_and_holds_no_code():
+    files = [p for p in SHIPPED.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= LARGEST
+    assert {p.suffix for p in files} <= {".safetensors", ".json", ".txt", ".md"}
+
+
+def test_diffusers_draws_the_same_picture(drawer):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.QwenImagePipeline.from_pretrained(SHIPPED, torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    call = {"height": 128, "width": 128, "output_type": "np", "num_inference_steps": 6, "true_cfg_scale": 1.0}
+    expected = theirs('"SUN" in red on a white ground', generator=torch.Generator().manual_seed(3), **call).images[0]
+    made = drawer('"SUN" in red on a white ground', seed=3, progress=False, **call).images[0]
+    assert np.abs(made - expected).max() < 2 / 255
+
+
+def test_it_writes_words_that_it_never_saw(drawer):
+    pytest.importorskip("rapidocr")
+    from qwen_image_fast.training.evaluation.evaluate_text import drawn_by, evaluate
+    from qwen_image_fast.training.evaluation.ocr import Reader
+
+    chosen = [(word, colour, ground) for word, colour, ground in WORDS if is_held_out(word)]
+    assert len(chosen) == len(WORDS)
+    cases = [
+        TextCase(f'"{w}" in {c} on a {g} ground', (w,), colours={"text": c, "ground": g}) for w, c, g in chosen
+    ]
+    draw = drawn_by(drawer, seed=0, height=128, width=128, **CALL)
+    results = list(evaluate(draw, cases, tiny(128), Reader(), batch=8))
+    assert sum(r.score.words_right for r in results) >= LEAST_WORDS, [r.read for r in results]
+    assert sum(bool(r.colours_right) for r in results) >= 7
+
+
+def test_an_edit_leaves_the_rest_alone(editor):
+    pairs = held_out_edits(tiny(128, max_letters=6), 4, "colour", seed=1)
+    made = edited_by(editor, seed=0, **CALL)(pairs, 0)
+    outside = [psnr_outside(image, pair.target, pair.mask) for image, pair in zip(made, pairs)]
+    assert np.median(outside) > 26, outside
+
+
+def test_ship_rounds_the_weights_and_refuses_what_is_there(tmp_path, folder):
+    size = ship(folder, tmp_path / "out")
+    assert 0 < size <= LARGEST and not list(tmp_path.glob(".*"))
+    assert QwenImagePipeline.from_pretrained(tmp_path / "out").transformer.proj_out.weight.dtype == torch.bfloat16
+    with pytest.raises(FileExistsError, match="already there"):
+        ship(folder, tmp_path / "out")

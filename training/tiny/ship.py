@@ -1,0 +1,43 @@
+"""A trained folder in 16 bits, as the package has it: `python -m qwen_image_fast.training.tiny.ship RUN/model OUT`."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+LARGEST = 20_000_000
+
+
+def ship(trained: Path, folder: Path) -> int:
+    """Copy a diffusers-layout folder with all floating-point weights rounded to bfloat16; returns its bytes.
+
+    Raises:
+        FileExistsError: `folder` is there. ValueError: the result is larger than a package should carry, 20 MB.
+    """
+    if folder.exists():
+        raise FileExistsError(f"ship: the folder {folder} is already there")
+    building = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        shutil.copytree(trained, building, ignore=shutil.ignore_patterns("*.safetensors"))
+        for path in sorted(trained.rglob("*.safetensors")):
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+            rounded = {n: t.to(torch.bfloat16) if t.is_floating_point() else t for n, t in tensors.items()}
+            save_file(rounded, building / path.relative_to(trained), metadata={"format": "pt"})
+        size = sum(path.stat().st_size for path in building.rglob("*") if path.is_file())
+        if size > LARGEST:
+            raise ValueError(f"ship: the folder must be at most {LARGEST / 1e6:.0f} MB, got {size / 1e6:.1f} MB")
+        building.replace(folder)
+        return size
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    print(f"{ship(Path(sys.argv[1]), Path(sys.argv[2])) / 1e6:.1f} MB")
