@@ -20,6 +20,7 @@ import torch
 
 from benchmarks import bench_ops
 from benchmarks.harness import Settings, compiled, difference, dtype_name
+from qwen_image_fast.ops.joint_attention import preferred_backends
 
 # Dense bf16 peak in FLOP/s, by what the device's name contains.
 PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "4090": 165e12}
@@ -105,6 +106,8 @@ def measured_op(s: bench_ops.Subject, dtype: torch.dtype, clock: Clock, compile:
             record[f"{direction} of copy"] = table["copy"] / table["ours"]
     if s.flops:
         record["forward TFLOP/s"] = s.flops / times["ours"] / 1e9
+        with torch.no_grad():
+            record["asked for"] = [b.name for b in preferred_backends(s.inputs[0])]
     record["backward ms"] = backward
     return record
 

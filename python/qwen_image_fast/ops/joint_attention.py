@@ -48,7 +48,7 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], k_le
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B, L, H, E] -> [B, L, H, E]."""
-    backends = preferred_backends(q)
+    backends = preferred_backends(q) if q.numel() else []
     if backends:
         with sdpa_kernel(backends, set_priority=True):
             return _sdpa(q, k, v)
