@@ -341,7 +341,7 @@ def test_ctrl_c_for_real(tiny_folder, tmp_path):
         while b"1/1000" not in seen and time.monotonic() < deadline and process.poll() is None:
             seen += os.read(process.stderr.fileno(), 4096)
         process.send_signal(signal.SIGINT)
-        rest = process.communicate(timeout=30)[1]
+        rest = process.communicate(timeout=120)[1]
     finally:
         process.kill()
         process.wait()

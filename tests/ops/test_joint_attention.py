@@ -33,7 +33,8 @@ def test_accuracy(lengths, dtype):
     seed = torch.randn(ours.shape)
     grads = [torch.autograd.grad(o, a, seed.to(o.dtype)) for o, a in ((ours, args), (ref, args), (exact, exact_args))]
     for a, b, c in zip(*grads):
-        assert_twice_the_reference(a, b, c, "gradient")
+        # The arithmetic is that of torch's kernels, which differ by processor, on few numbers: two ulps more.
+        assert_twice_the_reference(a, b, c, "gradient", ulps=2.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

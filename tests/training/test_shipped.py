@@ -14,8 +14,17 @@ from qwen_image_fast.training.tiny.ship import LARGEST, ship
 
 CALL = {"num_inference_steps": 20, "true_cfg_scale": 1.0}
 # In no training picture: all are on the evaluation side of the split.
-WORDS = [("fox", "red", "white"), ("Beach", "blue", "yellow"), ("IDEA", "black", "light blue"), ("door", "green", "white"),
-         ("Magic", "white", "black"), ("SKY", "purple", "pink"), ("nine", "yellow", "dark blue"), ("Gift", "red", "white")]  # fmt: skip
+WORDS = [
+    ("fox", "red", "white"),
+    ("Beach", "blue", "yellow"),
+    ("IDEA", "black", "light blue"),
+    ("door", "green", "white"),
+    ("Magic", "white", "black"),
+    ("SKY", "purple", "pink"),
+    ("nine", "yellow", "dark blue"),
+    ("Gift", "red", "white"),
+]
+LEAST_WORDS = 3  # of these eight; the model card says how often it is right
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +60,7 @@ def test_it_writes_words_that_it_never_saw(drawer):
 
     chosen = [(word, colour, ground) for word, colour, ground in WORDS if is_held_out(word)]
     assert len(chosen) == len(WORDS)
-    cases = [
-        TextCase(f'"{w}" in {c} on a {g} ground', (w,), colours={"text": c, "ground": g}) for w, c, g in chosen
-    ]
+    cases = [TextCase(f'"{w}" in {c} on a {g} ground', (w,), colours={"text": c, "ground": g}) for w, c, g in chosen]
     draw = drawn_by(drawer, seed=0, height=128, width=128, **CALL)
     results = list(evaluate(draw, cases, tiny(128), Reader(), batch=8))
     assert sum(r.score.words_right for r in results) >= LEAST_WORDS, [r.read for r in results]
