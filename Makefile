@@ -27,7 +27,7 @@ $(VENV)/installed: $(VENV)/wheel/built
 	touch $@
 
 $(VENV)/dev: $(VENV)/installed
-	$(PIP) '$(WHEEL)[diffusers,train,evaluate,dev]'
+	$(PIP) '$(WHEEL)[diffusers,train,evaluate,data,dev]'
 	touch $@
 
 install: $(VENV)/installed
