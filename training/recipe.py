@@ -179,6 +179,11 @@ TASKS = ("t2i", "ti2i", "recon")
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunRecipe:
     """The recipe in a YAML file, changed by overrides of the form "optimizer.lr=1e-3", values in YAML."""
+    return build(read_tree(path, overrides))
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """What a YAML file and its overrides say, not yet checked."""
     import yaml
 
     try:
@@ -190,7 +195,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunRecipe:
             set_dotted(tree, name, yaml.safe_load(value))
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe: {path} and the overrides must be valid YAML: {error}") from error
-    return build(tree)
+    return tree
 
 
 def set_dotted(tree: Any, name: str, value: Any) -> None:
@@ -209,7 +214,7 @@ def build(tree: Any) -> RunRecipe:
     kind = tree.get("kind", "flow")
     if kind not in KINDS:
         raise RecipeError(f"recipe: kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    recipe = _convert(tree, KINDS[kind], "")
+    recipe = convert(tree, KINDS[kind], "")
     validate(recipe)
     return recipe
 
@@ -230,8 +235,8 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-def _convert(value: Any, kind: Any, path: str) -> Any:
-    """`value` as `kind`, a dataclass or a type of its fields."""
+def convert(value: Any, kind: Any, path: str) -> Any:
+    """`value` as `kind`, a dataclass or a type of its fields; RecipeError names the field that does not fit."""
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         if not isinstance(value, dict):
@@ -240,14 +245,14 @@ def _convert(value: Any, kind: Any, path: str) -> Any:
         for name in value:
             if name not in hints:
                 raise RecipeError(f"recipe: there is no field {dot}{name}{_nearest(str(name), hints, dot)}")
-        return kind(**{name: _convert(v, hints[name], dot + name) for name, v in value.items()})
+        return kind(**{name: convert(v, hints[name], dot + name) for name, v in value.items()})
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
     if origin is list and isinstance(value, list):
-        return [_convert(v, args[0], f"{path}[{i}]") for i, v in enumerate(value)]
+        return [convert(v, args[0], f"{path}[{i}]") for i, v in enumerate(value)]
     if origin is dict and isinstance(value, dict):
-        return {str(k): _convert(v, args[1], f"{path}.{k}") for k, v in value.items()}
+        return {str(k): convert(v, args[1], f"{path}.{k}") for k, v in value.items()}
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 1e-3 as a string

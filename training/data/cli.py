@@ -1,0 +1,35 @@
+"""The command `data filter`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def filter_command(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file with the fields of training/data/recipe.py.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes such as quality.min_luma=0.1.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("outputs/filtered"),
+) -> None:
+    """Filter a data set in the report's seven stages.
+
+    OUT gets shards/, audit.parquet with every record's scores and reason, and rejected.png with examples.
+    """
+    from tqdm import tqdm
+
+    from .contact_sheet import RejectedSheet
+    from .pipeline import FILTER_NAMES, run_filters
+    from .recipe import read_filter_recipe
+
+    chosen = read_filter_recipe(recipe, overrides or ())
+    sheet = RejectedSheet(chosen.sheet, len(FILTER_NAMES), chosen.curation.max_pixels)
+    with tqdm(unit="record", smoothing=0.1) as bar:
+        result = run_filters(chosen, out, progress=bar.update, rejected=sheet.add)
+    for name, count in result.rejected.items():
+        print(f"{count:8} rejected by {name}")
+    print(f"{result.kept:8} of {result.seen} kept")
+    print(
+        f"shards and audit.parquet are in {out}" + ("; see rejected.png" if sheet.write(out / "rejected.png") else "")
+    )

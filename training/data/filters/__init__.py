@@ -1,0 +1,1 @@
+"""The filters of the seven stages; `..pipeline` runs them in order."""

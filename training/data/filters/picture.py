@@ -1,0 +1,108 @@
+"""A record under examination: decoded once, with what several filters share."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ...evaluation.ocr import Line
+from ..record import Record
+
+WORK_SIDE = 512
+_ORIENTATION = 0x0112
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+class BrokenImage(ValueError):
+    """A sentence about why a picture cannot be used."""
+
+
+class Picture:
+    """A record and its pixels.
+
+    Args:
+        record: what to examine.
+        max_pixels: larger pictures are not decoded.
+
+    Attributes:
+        tags: what filters found out, for the record's metadata: `text_language`, for one.
+        lines: of text, as `text.LanguageSplit` read them.
+    """
+
+    def __init__(self, record: Record, max_pixels: int = 100_000_000):
+        self.record = record
+        self.tags: dict[str, Any] = {}
+        self.lines: list[Line] = []
+        self._max_pixels = max_pixels
+
+    @cached_property
+    def rgb(self) -> np.ndarray:
+        """uint8 [height, width, 3]; transparency on white, 16 bits by their high ones, CMYK converted.
+
+        Raises:
+            BrokenImage: the file is empty, damaged, truncated, of no known type, animated or too large.
+        """
+        return self._decoded[0]
+
+    @property
+    def orientation(self) -> int:
+        """The EXIF orientation, 1 (upright) to 8; 1 where there is none."""
+        return self._decoded[1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels, as stored."""
+        return self.rgb.shape[:2]
+
+    @cached_property
+    def work(self) -> np.ndarray:
+        """`rgb` with its longer side reduced to 512 pixels, if it is longer: scores then mean the same at any size."""
+        height, width = self.size
+        if max(height, width) <= WORK_SIDE:
+            return self.rgb
+        scale = WORK_SIDE / max(height, width)
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        return np.asarray(Image.fromarray(self.rgb).resize(size, Image.Resampling.BOX))
+
+    @cached_property
+    def luma(self) -> np.ndarray:
+        """float32 [height, width] of `work`, 0 to 255: 0.299 R + 0.587 G + 0.114 B (BT.601)."""
+        return self.work.astype(np.float32) @ _LUMA
+
+    @cached_property
+    def _decoded(self) -> tuple[np.ndarray, int]:
+        if self.record.fault:
+            raise BrokenImage(self.record.fault)
+        if not self.record.image:
+            raise BrokenImage("the file is empty")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of its own, lower, limit
+                with Image.open(io.BytesIO(self.record.image)) as image:
+                    if image.width * image.height > self._max_pixels:
+                        raise BrokenImage(f"it has {image.width} x {image.height} pixels, more than {self._max_pixels}")
+                    if getattr(image, "n_frames", 1) > 1:
+                        raise BrokenImage(f"it is animated or has pages: {image.n_frames} of them")
+                    orientation = int(image.getexif().get(_ORIENTATION, 1))
+                    return np.asarray(_to_rgb(image)), orientation
+        except BrokenImage:
+            raise
+        except Exception as error:  # Pillow's decoders raise a dozen types on damaged files
+            raise BrokenImage(f"it cannot be decoded: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "I":  # 16-bit greys of some files
+        return Image.fromarray(np.clip(np.asarray(image) // 256, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image)
+    return image.convert("RGB")

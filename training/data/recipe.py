@@ -1,0 +1,166 @@
+"""The recipe of `qwen-image-fast data filter`: sources, stages, thresholds. Unknown keys are refused by name.
+
+The report names its filters and prints no thresholds. Those here are ours: set so that scikit-image's photographs pass
+and plainly degraded copies of them do not (tests/training/test_data_filters.py). Set your own from the audit's scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..recipe import RecipeError, convert, read_tree
+from .filters.duplicates import LARGEST_DISTANCE
+from .record import CATEGORIES
+
+
+@dataclass
+class SourceRecipe:
+    """Arguments of `collect.collect`. source, licence, category: of records that do not say their own."""
+
+    path: str = ""
+    source: str = ""
+    licence: str = ""
+    category: str = ""
+    image_column: str = "image"
+
+
+@dataclass
+class CurationRecipe:
+    """Stage 1. Bytes of the file, pixels of the shorter side and in all, longer over shorter side, bits of the
+    perceptual hash (0 to 7), probability of open_nsfw."""
+
+    min_bytes: int = 2_000
+    max_bytes: int = 100_000_000
+    min_side: int = 256
+    max_pixels: int = 100_000_000
+    max_aspect: float = 3.0
+    duplicate_bits: int = 4
+    max_nsfw: float = 0.8
+
+
+@dataclass
+class QualityRecipe:
+    """Stage 2. Energy of the Laplacian over the gradient's, mean luma and saturation of 1, bits, deviation of noise."""
+
+    min_clarity: float = 0.4
+    min_luma: float = 0.06
+    max_luma: float = 0.93
+    max_saturation: float = 0.8
+    min_entropy: float = 2.5
+    max_texture: float = 16.0
+
+
+@dataclass
+class CaptionRecipe:
+    """Stage 3. Tokens (words, where there is no tokenizer), share of new words, cosine; folders of the models.
+
+    Without chinese_clip and siglip, alignment is not measured.
+    """
+
+    min_tokens: int = 3
+    max_tokens: int = 1024
+    tokenizer: str = ""
+    min_new_words: float = 0.3
+    min_alignment: float = 0.1
+    chinese_clip: str = ""
+    siglip: str = ""
+
+
+@dataclass
+class TextRecipe:
+    """Stage 4. Share of the area under text, height of a line over the shorter side."""
+
+    max_area: float = 0.5
+    min_height: float = 0.02
+
+
+@dataclass
+class RefinementRecipe:
+    """Stage 5. Pixels of the shorter side, blockiness, share of the shorter side in a border."""
+
+    min_side: int = 640
+    max_blockiness: float = 1.8
+    max_border: float = 0.04
+
+
+@dataclass
+class BalanceRecipe:
+    """Stages 6 and 7. max_mosaic: score of `FaceMosaic`. categories: shares to reach by dropping; empty: as they come.
+
+    tail, power: a node of n records keeps n up to `tail`, else tail (n / tail)^power, the best by the score `best_by`;
+    power 1 keeps all. A record's node is its metadata's `node`, else its category.
+    """
+
+    max_mosaic: float = 0.55
+    categories: dict[str, float] = field(default_factory=dict)
+    tail: int = 1000
+    power: float = 1.0
+    best_by: str = "clarity"
+
+
+@dataclass
+class FilterRecipe:
+    """stages: those to run, always in order. without: names of filters to leave out.
+
+    Records of the category Synthetic enter at stage 4, as in the report; of the stages before, only stage 1 is theirs.
+    shard_records: of a shard of the result. sheet: rejected pictures on the contact sheet; 0: none.
+    """
+
+    sources: list[SourceRecipe] = field(default_factory=list)
+    stages: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5, 6, 7])
+    without: list[str] = field(default_factory=list)
+    seed: int = 0
+    shard_records: int = 1000
+    sheet: int = 48
+    curation: CurationRecipe = field(default_factory=CurationRecipe)
+    quality: QualityRecipe = field(default_factory=QualityRecipe)
+    captions: CaptionRecipe = field(default_factory=CaptionRecipe)
+    text: TextRecipe = field(default_factory=TextRecipe)
+    refinement: RefinementRecipe = field(default_factory=RefinementRecipe)
+    balance: BalanceRecipe = field(default_factory=BalanceRecipe)
+
+
+def read_filter_recipe(path: str | Path, overrides: Sequence[str] = ()) -> FilterRecipe:
+    """The checked recipe in a YAML file, changed by overrides such as "quality.min_luma=0.1".
+
+    Paths of sources are relative to the working directory.
+
+    Raises:
+        RecipeError: a sentence about the field that is unknown, of a wrong type or out of its limits.
+    """
+    recipe = convert(read_tree(path, overrides), FilterRecipe, "")
+    validate(recipe)
+    return recipe
+
+
+def validate(recipe: FilterRecipe) -> None:
+    """RecipeError for what can be known before anything is read."""
+    from .pipeline import FILTER_NAMES
+
+    balance = recipe.balance
+    _must(bool(recipe.sources), "sources", "name at least one path", recipe.sources)
+    for source in recipe.sources:
+        _must(bool(source.path), "sources", "have a path each", source)
+        _must(source.category in ("", *CATEGORIES), "category", f"be of {', '.join(CATEGORIES)}", source.category)
+    _must(bool(recipe.stages) and set(recipe.stages) <= set(range(1, 8)), "stages", "be of 1 to 7", recipe.stages)
+    for name in recipe.without:
+        _must(name in FILTER_NAMES, "without", f"be of {', '.join(FILTER_NAMES)}", name)
+    _must("broken_file" not in recipe.without, "without", "leave broken_file in", recipe.without)
+    _must(1 in recipe.stages, "stages", "have 1, which finds what cannot be decoded", recipe.stages)
+    _must(0 <= recipe.curation.duplicate_bits <= LARGEST_DISTANCE, "curation.duplicate_bits",
+          f"be 0 to {LARGEST_DISTANCE}", recipe.curation.duplicate_bits)  # fmt: skip
+    for category, share in balance.categories.items():
+        _must(category in CATEGORIES, "balance.categories", f"be of {', '.join(CATEGORIES)}", category)
+        _must(share > 0, "balance.categories", "have shares above 0", share)
+    _must(0 <= balance.power <= 1, "balance.power", "be in [0, 1]", balance.power)
+    _must(balance.best_by in FILTER_NAMES, "balance.best_by", f"be of {', '.join(FILTER_NAMES)}", balance.best_by)
+    for name, value in (("balance.tail", balance.tail), ("shard_records", recipe.shard_records)):
+        _must(value >= 1, name, "be at least 1", value)
+    _must(recipe.sheet >= 0, "sheet", "be at least 0", recipe.sheet)
+
+
+def _must(condition: bool, name: str, rule: str, value: object) -> None:
+    if not condition:
+        raise RecipeError(f"recipe: {name} must {rule}, got {value!r}")
