@@ -39,11 +39,11 @@ class Reader:
             raise ImportError(
                 "reading text needs rapidocr and onnxruntime: pip install 'qwen-image-fast[evaluate]'"
             ) from error
-        logging.getLogger("RapidOCR").setLevel(logging.WARNING)
+        logging.getLogger("RapidOCR").setLevel(logging.ERROR)  # it warns of every picture without text
         engine = "EngineConfig.onnxruntime"
         self._engine = RapidOCR(
             params={
-                "Global.log_level": "warning",
+                "Global.log_level": "error",
                 f"{engine}.intra_op_num_threads": threads,
                 f"{engine}.inter_op_num_threads": 1,
             }

@@ -70,6 +70,16 @@ class Picture:
         return np.asarray(Image.fromarray(self.rgb).resize(size, Image.Resampling.BOX))
 
     @cached_property
+    def planes(self) -> np.ndarray:
+        """`work` as contiguous uint8 [3, height, width]."""
+        return np.ascontiguousarray(self.work.transpose(2, 0, 1))
+
+    @cached_property
+    def grey(self) -> np.ndarray:
+        """float32 [height, width] of `rgb` at its full size, 0 to 255, as `luma`."""
+        return self.rgb.astype(np.float32) @ _LUMA
+
+    @cached_property
     def luma(self) -> np.ndarray:
         """float32 [height, width] of `work`, 0 to 255: 0.299 R + 0.587 G + 0.114 B (BT.601)."""
         return self.work.astype(np.float32) @ _LUMA

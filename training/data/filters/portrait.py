@@ -27,7 +27,7 @@ class FaceMosaic(Measure):
     def score(self, picture: Picture) -> float | None:
         if picture.record.category != "People":
             return None
-        grey = picture.rgb.astype(np.float32).mean(2)
+        grey = picture.grey
         best = 0.0
         for top in range(0, grey.shape[0] - _WINDOW, _WINDOW // 2):
             for left in range(0, grey.shape[1] - _WINDOW, _WINDOW // 2):

@@ -64,9 +64,10 @@ class Saturation(Measure):
     too_high = "the colours are unnaturally strong"
 
     def score(self, picture: Picture) -> float:
-        high = picture.work.max(2)
-        spread = (high - picture.work.min(2)).astype(np.float32)
-        return float((spread / np.maximum(high, 1)).mean())
+        red, green, blue = picture.planes  # numpy is ten times slower over the last axis
+        high = np.maximum(np.maximum(red, green), blue)
+        spread = high - np.minimum(np.minimum(red, green), blue)
+        return float(np.divide(spread, np.maximum(high, 1), dtype=np.float32).mean())
 
 
 class RgbEntropy(Measure):
@@ -77,8 +78,8 @@ class RgbEntropy(Measure):
 
     def score(self, picture: Picture) -> float:
         total = 0.0
-        for channel in range(3):
-            shares = np.bincount(picture.work[:, :, channel].ravel(), minlength=256) / picture.luma.size
+        for plane in picture.planes:
+            shares = np.bincount(plane.ravel(), minlength=256) / plane.size
             shares = shares[shares > 0]
             total -= float((shares * np.log2(shares)).sum())
         return total / 3
