@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import transformers
 from data_pictures import encoded, photo_record, photos
 from PIL import Image, ImageDraw, ImageFilter
 
@@ -232,6 +233,24 @@ def test_alignment_asks_the_model_of_the_language():
         captions.ClipScorer("./nowhere")
     with pytest.raises(FileNotFoundError, match="there is no tokenizer"):
         captions.TokenLength(1, 2, "./nowhere")
+
+
+def test_chinese_clip_of_a_folder(tmp_path):
+    """The adapter on a model with random weights: a cosine, the same each time, different for different texts."""
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"一只猫"]))
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.ChineseCLIPConfig(
+        text_config={"vocab_size": 8, **small}, vision_config={"image_size": 32, "patch_size": 16, **small}
+    )
+    transformers.ChineseCLIPModel(config).save_pretrained(tmp_path)
+    size = {"height": 32, "width": 32}
+    transformers.ChineseCLIPProcessor(
+        image_processor=transformers.ChineseCLIPImageProcessor(size=size, crop_size=size),
+        tokenizer=transformers.BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")),
+    ).save_pretrained(tmp_path)
+    scorer = captions.clip_scorer(str(tmp_path))
+    first, second = (scorer(photos()["chelsea.png"], text) for text in ("一只猫", "猫猫"))
+    assert -1 <= first <= 1 and first == scorer(photos()["chelsea.png"], "一只猫") != second
 
 
 @pytest.mark.parametrize(
