@@ -1,18 +1,12 @@
-"""The command `data filter`."""
+"""What the command `data filter` does."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 
-def filter_command(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file with the fields of training/data/recipe.py.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes such as quality.min_luma=0.1.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("outputs/filtered"),
-) -> None:
+def filter_command(recipe: Path, overrides: Sequence[str] | None, out: Path) -> None:
     """Filter a data set in the report's seven stages.
 
     OUT gets shards/, audit.parquet with every record's scores and reason, and rejected.png with examples.

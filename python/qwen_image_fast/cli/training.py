@@ -1,4 +1,4 @@
-"""`train`, `cache-latents` and `data preview`; what they need is imported when they run."""
+"""`train`, `cache-latents`, `data preview` and `data filter`; what they need is imported when they run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _explained() -> Iterator[None]:
         ):
             yield
     except ImportError as error:
-        hint = "training needs more packages: pip install 'qwen-image-fast[train,evaluate]'"
+        hint = "training needs more packages: pip install 'qwen-image-fast[train,evaluate,data]'"
         raise CommandError(f"{hint} ({error})") from error
 
 
@@ -63,4 +63,17 @@ def cache_latents(
     print(out)
 
 
+def filter_records(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file with the fields of training/data/recipe.py.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes such as quality.min_luma=0.1.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("outputs/filtered"),
+) -> None:
+    """Filter a data set in the report's seven stages: shards, an audit of every score, examples of what was rejected."""
+    with _explained():
+        from qwen_image_fast.training.data.cli import filter_command
+
+        filter_command(recipe, overrides, out)
+
+
 data.command("preview")(preview)
+data.command("filter")(filter_records)
