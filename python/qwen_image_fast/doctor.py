@@ -266,7 +266,8 @@ def _compare(op: Callable, reference: Callable, args: list, times: float) -> tup
     named += [(f"gradient {i}", t) for i, t in enumerate(zip(*grads))]
     worst, problem = 0.0, None
     for what, tensors in named:
-        for measure, error, allowed in _errors(*(t.detach() for t in tensors), times=times):
+        ours, own, exact = (t.detach() for t in tensors)
+        for measure, error, allowed in _errors(ours, own, exact, times):
             ratio = 0.0 if error == 0 else error / allowed if allowed else math.inf
             if not ratio <= worst:  # also where it is NaN
                 worst = math.inf if math.isnan(ratio) else ratio

@@ -68,7 +68,7 @@ def filter_records(
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes such as quality.min_luma=0.1.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("outputs/filtered"),
 ) -> None:
-    """Filter a data set in the report's seven stages: shards, an audit of every score, examples of what was rejected."""
+    """Filter a data set in the report's seven stages; shards, an audit of every score and examples go to OUT."""
     with _explained():
         from qwen_image_fast.training.data.cli import filter_command
 
