@@ -1,5 +1,6 @@
 """The command: what it writes, what it refuses, and with which exit code."""
 
+import functools
 import json
 import os
 import shutil
@@ -334,14 +335,16 @@ def test_ctrl_c_for_real(tiny_folder, tmp_path):
     # As installed or from the source tree, and on one thread, as the other tests here.
     paths = [str(Path(qwen_image_fast.__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, env=env)
+    # A shell starts what runs in the background with Ctrl-C ignored, and children inherit that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, env=env, preexec_fn=heed)
     try:
         seen = b""
         deadline = time.monotonic() + 60
         while b"1/1000" not in seen and time.monotonic() < deadline and process.poll() is None:
             seen += os.read(process.stderr.fileno(), 4096)
         process.send_signal(signal.SIGINT)
-        rest = process.communicate(timeout=120)[1]
+        rest = process.communicate(timeout=30)[1]
     finally:
         process.kill()
         process.wait()
