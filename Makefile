@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 GPU_WHEELS := diffusers transformers huggingface_hub safetensors tokenizers tqdm typer rich markdown-it-py mdurl \
-  pygments shellingham click pyyaml regex requests httpx importlib_metadata zipp pybind11 ninja pytest pluggy iniconfig
+  pygments shellingham click pyyaml regex requests httpx importlib_metadata zipp pybind11 ninja pytest pluggy iniconfig \
+  nvidia-cutlass==$(shell sed -n 's/^nvidia-cutlass==//p' constraints.txt)
 
 .PHONY: demo test lint bench install dev clean cuda-compile gpu-check gpu-wheels gpu-status
 

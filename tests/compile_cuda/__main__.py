@@ -3,7 +3,8 @@
     python -m tests.compile_cuda            # check: fails on a spill, or more registers or shared memory than before
     python -m tests.compile_cuda --update   # write budget.json anew, for a change that is meant
 
-Needs nvcc, no GPU and no torch; without nvcc it says so and succeeds.
+Needs nvcc, no GPU and no torch; without nvcc it says so and succeeds. CUTLASS's headers are found or downloaded as by
+the build (csrc/cutlass_kernels/find_headers.py).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BUDGET = Path(__file__).with_name("budget.json")
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
-FLAGS = ("-std=c++17", "-O3", "-Xptxas=-v", "-Xcompiler=-Wall", "-Icsrc", "-c")
+CUTLASS = ROOT / "csrc" / "cutlass_kernels"
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-Xptxas=-v", "-Xcompiler=-Wall", "-Icsrc", "-c")
 
 # kernel -> {"registers": n, "shared": bytes, "stack": bytes, "spills": bytes}
 Usage = dict[str, dict[str, int]]
@@ -33,17 +35,46 @@ def sources() -> list[Path]:
     return sorted((ROOT / "csrc").rglob("*.cu"))
 
 
-def compile_one(nvcc: str, source: Path, cache: Path) -> dict[str, Usage]:
+def architectures(source: Path) -> tuple[str, ...]:
+    """What the build compiles a file for (CMakeLists.txt)."""
+    if source.stem.endswith("_sm90"):
+        return tuple(a for a in ARCHITECTURES if a == "sm_90a")
+    if source.stem.endswith("_sm80"):
+        return tuple(a for a in ARCHITECTURES if a != "sm_90a")
+    return ARCHITECTURES
+
+
+def headers(source: Path) -> list[Path]:
+    """Ours that a file includes, itself or through others."""
+    found, left = [], [source]
+    while left:
+        for name in re.findall(r'^#include "([\w./]+)"', left.pop().read_text(), re.M):
+            path = ROOT / "csrc" / name
+            if path.exists() and path not in found:
+                found.append(path)
+                left.append(path)
+    return sorted(found)
+
+
+def cutlass_flags(cache: Path) -> list[str]:
+    found = subprocess.run(
+        [sys.executable, str(CUTLASS / "find_headers.py"), str(cache)], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return [f"-isystem={found.stdout.strip()}", "--expt-relaxed-constexpr"]
+
+
+def compile_one(nvcc: str, source: Path, cache: Path, more: list[str]) -> dict[str, Usage]:
     """What ptxas says of each kernel of a file, per architecture; from `cache` where no source changed."""
-    digest = hashlib.sha256(" ".join((nvcc, *FLAGS, *ARCHITECTURES)).encode())
-    for path in (source, *sorted((ROOT / "csrc").rglob("*.cuh")), *sorted((ROOT / "csrc").rglob("*.h"))):
+    flags = [*FLAGS, *(more if source.parent == CUTLASS else [])]
+    digest = hashlib.sha256(" ".join((nvcc, *flags, *architectures(source))).encode())
+    for path in (source, *headers(source)):
         digest.update(path.read_bytes())
     kept = cache / f"{source.stem}-{digest.hexdigest()[:16]}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    targets = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHITECTURES]
+    targets = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in architectures(source)]
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, *FLAGS, *targets, str(source.relative_to(ROOT)), "-o", f"{folder}/out.o"]
+        command = [nvcc, *flags, *targets, str(source.relative_to(ROOT)), "-o", f"{folder}/out.o"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{source.name} does not compile:\n{done.stdout}{done.stderr}")
@@ -120,8 +151,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("compile_cuda: skipped, nvcc is not on the PATH")
         return 0
     measured: dict[str, Usage] = {a: {} for a in ARCHITECTURES}
+    more = cutlass_flags(options.cache) if any(CUTLASS.glob("*.cu")) else []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for usage in pool.map(lambda s: compile_one(nvcc, s, options.cache), sources()):
+        for usage in pool.map(lambda s: compile_one(nvcc, s, options.cache, more), sources()):
             for architecture, kernels in usage.items():
                 measured[architecture].update(kernels)
     if options.update:

@@ -1,6 +1,20 @@
 """The checker of the compile budget: what it reads from ptxas, and what it complains of."""
 
-from compile_cuda.__main__ import BUDGET, complaints, parse, shorten
+import os
+import subprocess
+import sys
+
+from compile_cuda.__main__ import (
+    ARCHITECTURES,
+    BUDGET,
+    CUTLASS,
+    ROOT,
+    architectures,
+    complaints,
+    headers,
+    parse,
+    shorten,
+)
 
 LOG = """\
 ptxas info    : Compiling entry function '_Z3addPf' for 'sm_80'
@@ -49,3 +63,28 @@ def test_every_op_has_a_budget():
     text = BUDGET.read_text()
     for op in ("layer_norm_modulate", "gate_residual_norm_modulate", "qk_norm_rope", "guided_step", "gelu_tanh"):
         assert f'"{op}_' in text
+
+
+def test_what_a_source_is_compiled_for():
+    folder = ROOT / "csrc" / "cutlass_kernels"
+    assert architectures(folder / "x_sm90.cu") == ("sm_90a",)
+    assert architectures(folder / "x_sm80.cu") == ("sm_80", "sm_100a")
+    assert architectures(folder / "x.cu") == ARCHITECTURES
+
+
+def test_headers_through_others():
+    names = {p.name for p in headers(ROOT / "csrc" / "kernels" / "gelu_tanh_cuda.cu")}
+    assert {"gelu_tanh.h", "cuda.cuh", "dtype.h", "segments.h"} <= names and "norm_row.cuh" not in names
+
+
+def test_cutlass_headers_of_an_installed_package(tmp_path):
+    """Found without importing the package, whose own dependencies are not installed."""
+    include = tmp_path / "cutlass_library" / "source" / "include"
+    (include / "cutlass").mkdir(parents=True)
+    (include / "cutlass" / "cutlass.h").touch()
+    (tmp_path / "cutlass_library" / "__init__.py").write_text("raise ImportError")
+    found = subprocess.run(
+        [sys.executable, CUTLASS / "find_headers.py", tmp_path / "cache"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout.strip() == str(include) and not (tmp_path / "cache").exists()
