@@ -48,6 +48,9 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], k_le
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B, L, H, E] -> [B, L, H, E]."""
+    if q.device.type == "cpu" and q.dtype.itemsize == 2 and torch.is_grad_enabled() and q.requires_grad:
+        # torch's backward of 16-bit attention on the CPU takes six times as long as its float32 one.
+        return _sdpa(q.float(), k.float(), v.float()).to(q.dtype)
     backends = preferred_backends(q) if q.numel() else []
     if backends:
         with sdpa_kernel(backends, set_priority=True):
