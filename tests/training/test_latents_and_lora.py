@@ -52,6 +52,18 @@ def test_training_from_a_cache(folder, tmp_path):
     run.train_step([batch])
 
 
+def test_workers_write_the_same_cache(folder, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps({
+        "device": "cpu", "model": {"folder": str(folder)},
+        "data": {"options": {"size": 32}, "buckets": [[32, 32]], "tasks": {"t2i": 1.0, "ti2i": 1.0}},
+    }))  # fmt: skip
+    for name, changes in (("alone", ()), ("workers", ("data.workers=2",))):
+        cache_latents(path, changes, tmp_path / name, 70)
+    for file in ("tokens.raw", "pixels.raw", "index.jsonl"):
+        assert (tmp_path / "alone" / file).read_bytes() == (tmp_path / "workers" / file).read_bytes()
+
+
 def test_a_cache_without_pixels_serves_no_reconstruction(folder, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(json.dumps({

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +49,25 @@ def to_pixels(images: Sequence[np.ndarray], like: Tensor) -> Tensor:
     return stacked.permute(0, 3, 1, 2).unsqueeze(2).to(like.dtype) / 127.5 - 1
 
 
+Made = tuple[str, list[np.ndarray], list[ImageShape]]
+
+
 def write_cache(
     folder: Path,
     vae: Any,
-    samples: Callable[[int], tuple[str, list[np.ndarray], list[ImageShape]]],
+    samples: Callable[[int], Made],
     count: int,
     batch: int = 64,
     pixels: bool = False,
+    workers: int = 0,
     progress: Callable[[int], Any] = lambda done: None,
 ) -> None:
     """Encode samples 0 ... count - 1 (text, [target, references...], shapes) into `folder`.
 
     All tokens lie one after another in one float16 file, with `pixels` all images in a uint8 file beside it, for a
     condition encoder that looks at them; `index.jsonl` has a line for each sample with its text and the rows and shape
-    of each image. `cache.json` is written last: a folder without it is not a cache.
+    of each image. `cache.json` is written last: a folder without it is not a cache. `workers`: processes that draw and
+    encode, one thread each, on a copy of the VAE; 0: this one. The file is the same.
     """
     folder.mkdir(parents=True, exist_ok=True)
     channels = 4 * vae.config.z_dim
@@ -70,13 +77,13 @@ def write_cache(
         open(folder / PIXELS, "wb") as stored,
         open(folder / INDEX, "w", encoding="utf-8") as index,
     ):
-        for start in range(0, count, batch):
-            group = [samples(i) for i in range(start, min(start + batch, count))]
-            encoded = iter(encode_images(vae, [image for _, images, _ in group for image in images]))
+        spans = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
+        for span, (group, latents) in zip(spans, _encoded(vae, samples, spans, workers)):
+            encoded = iter(latents)
             for caption, images, shapes in group:
                 record: dict[str, Any] = {"caption": caption, "images": [], "pixels": []}
                 for image, shape in zip(images, shapes):
-                    value = next(encoded).to("cpu", torch.float16).numpy()
+                    value = next(encoded)
                     tokens.write(value.tobytes())
                     record["images"].append([rows, *shape])
                     rows += len(value)
@@ -85,9 +92,39 @@ def write_cache(
                         record["pixels"].append([offset, *image.shape[:2]])
                         offset += image.size
                 index.write(json.dumps(record, ensure_ascii=False) + "\n")
-            progress(min(start + batch, count))
+            progress(span.stop)
     meta = {"samples": count, "rows": rows, "channels": channels, "pixels": offset}
     atomic_write(folder / META, lambda file: file.write(json_bytes(meta)))
+
+
+def _encoded(
+    vae: Any, samples: Callable[[int], Made], spans: list[range], workers: int
+) -> Iterator[tuple[list[Made], list[np.ndarray]]]:
+    """For each span in order: its samples, and the latents of all their images, float16."""
+    if not workers:
+        yield from (_encode_span(vae, samples, span) for span in spans)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (vae, samples)) as pool:
+        yield from pool.map(_encode_in_worker, spans)
+
+
+def _encode_span(vae: Any, samples: Callable[[int], Made], span: range) -> tuple[list[Made], list[np.ndarray]]:
+    group = [samples(i) for i in span]
+    latents = encode_images(vae, [image for _, images, _ in group for image in images])
+    return group, [value.to("cpu", torch.float16).numpy() for value in latents]
+
+
+_worker: tuple[Any, Callable[[int], Made]]
+
+
+def _start_worker(vae: Any, samples: Callable[[int], Made]) -> None:
+    global _worker
+    torch.set_num_threads(1)
+    _worker = vae, samples
+
+
+def _encode_in_worker(span: range) -> tuple[list[Made], list[np.ndarray]]:
+    return _encode_span(*_worker, span)
 
 
 @dataclass
