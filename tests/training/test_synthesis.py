@@ -346,6 +346,16 @@ def test_kinds_of_edits_are_chosen_by_the_recipe():
         only("shapes", edits=("text",))
 
 
+@pytest.mark.skipif(not _has_chinese(), reason="no Chinese font: install Debian's fonts-wqy-microhei")
+def test_edits_have_languages_of_their_own():
+    recipe = tiny(64, ("en", "en", "zh"), edit_languages=("en",))
+    made = [make(recipe, 0, index).language for index in range(60)]
+    assert 0 < made.count("zh") < made.count("en")
+    assert {make_edit(recipe, 0, index).language for index in range(20)} == {"en"}
+    with pytest.raises(ValueError, match="edit_languages must be en, zh, both or empty"):
+        tiny(64, edit_languages=("fr",))
+
+
 @pytest.mark.parametrize("size", [32, 64])
 def test_tiny_pairs(size):
     pairs = [make_edit(tiny(size), 0, index) for index in range(40)]

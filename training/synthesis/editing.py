@@ -47,7 +47,7 @@ def make_edit(recipe: SynthesisRecipe, seed: int, index: int) -> EditSample:
     same picture; of `compositional` the text, its colour, the medium's colour or nothing; of `complex` a text, the
     title's colour or nothing. Raises as `generator.make`.
     """
-    return retried(recipe, seed, index, _draw)
+    return retried(replace(recipe, languages=recipe.edit_languages or recipe.languages), seed, index, _draw)
 
 
 def _draw(

@@ -28,7 +28,8 @@ class SynthesisRecipe:
     Attributes:
         shapes, pure, compositional, complex: weights of the strategies.
         sizes: canvases as (width, height) in pixels; drawn with equal chance, as are languages.
-        languages: of `en`, `zh`.
+        languages: of `en`, `zh`; one named twice is drawn twice as often.
+        edit_languages: of editing pairs; empty: the same.
         fonts: font files and folders; `system_fonts`: also those of matplotlib and the system.
         fonts_per_language: use only the first so many fonts of each language; 0: all.
         text_colours, ground_colours: colour names. Pairs that cannot be read are never drawn.
@@ -54,6 +55,7 @@ class SynthesisRecipe:
     complex: float = 0.0
     sizes: tuple[tuple[int, int], ...] = ((256, 256),)
     languages: tuple[str, ...] = ("en",)
+    edit_languages: tuple[str, ...] = ()
     fonts: tuple[str, ...] = ()
     system_fonts: bool = True
     fonts_per_language: int = 0
@@ -78,7 +80,17 @@ class SynthesisRecipe:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", tuple(tuple(size) for size in self.sizes))
-        for name in ("languages", "fonts", "text_colours", "ground_colours", "textures", "paragraphs", "edits"):
+        lists = (
+            "languages",
+            "edit_languages",
+            "fonts",
+            "text_colours",
+            "ground_colours",
+            "textures",
+            "paragraphs",
+            "edits",
+        )
+        for name in lists:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         _check(self)
 
@@ -171,6 +183,7 @@ def _check(recipe: SynthesisRecipe) -> None:
         what = " and ".join(name for name, weight in weights.items() if weight)
         must(len(size) == 2 and min(size) >= least, "sizes", f"be (width, height) of {least} pixels or more for {what}")
     must(bool(recipe.languages) and set(recipe.languages) <= {"en", "zh"}, "languages", "be en, zh or both")
+    must(set(recipe.edit_languages) <= {"en", "zh"}, "edit_languages", "be en, zh, both or empty")
     for name in ("text_colours", "ground_colours"):
         must(bool(getattr(recipe, name)) and set(getattr(recipe, name)) <= set(COLOURS), name, f"be of {list(COLOURS)}")
     must(bool(recipe.textures) and set(recipe.textures) <= set(TEXTURES), "textures", f"be of {list(TEXTURES)}")
