@@ -70,7 +70,9 @@ class FlowTask:
         self.pipe, self.edit_pipe = QwenImagePipeline(**shared), pipe if self.edits else None
         self.dtype = pick_dtype(recipe.model.dtype, self.device)
         self.transformer: Any = self.pipe.transformer.to(self.dtype).train()
-        self.text_encoder: Any = self.pipe.text_encoder.to(self.dtype)
+        # torch's backward of 16-bit attention is slow on the CPU, and a text encoder that learns is a small one.
+        on_cpu = recipe.model.train_text_encoder and self.device.type == "cpu"
+        self.text_encoder: Any = self.pipe.text_encoder.to(torch.float32 if on_cpu else self.dtype)
         for frozen in (self.pipe.vae, self.text_encoder, self.transformer):
             frozen.requires_grad_(False)
         self.modules: dict[str, nn.Module] = {"transformer": self.transformer}
