@@ -22,18 +22,18 @@ class EmulatedDevice:
         self.tensors: list[Tensor] = []
 
     def __enter__(self) -> EmulatedDevice:
-        self.launch, self.data_ptr = _library.launch, Tensor.data_ptr
+        self.launch, self.on_cuda, self.data_ptr = _library.launch, _library.on_cuda, Tensor.data_ptr
 
         def data_ptr(tensor: Tensor) -> int:
             self.tensors.append(tensor)
             return self.data_ptr(tensor)
 
         Tensor.data_ptr = data_ptr
-        _library.launch = self._launch
+        _library.launch, _library.on_cuda = self._launch, lambda x: True
         return self
 
     def __exit__(self, *_) -> None:
-        _library.launch, Tensor.data_ptr = self.launch, self.data_ptr
+        _library.launch, _library.on_cuda, Tensor.data_ptr = self.launch, self.on_cuda, self.data_ptr
         self.tensors.clear()
 
     def _launch(self, name: str, on: Tensor, *args, scratch: tuple | None = None) -> None:

@@ -25,7 +25,6 @@ ThreadIndices now;
 namespace {
 
 // ---- fibers: a stack each, switched by hand
-// --------------------------------------------------------------------------
 
 constexpr size_t kStackBytes = 256 << 10;  // address space; pages are touched as they are used
 
@@ -71,6 +70,14 @@ void prepare(Context& context, unsigned char* stack, void (*entry)()) {
 }
 #endif
 
+// A copy to shared memory that its thread has not waited for.
+struct Copy {
+  SharedSpan span;
+  ptrdiff_t offset;
+  Bytes16 data;
+  uint32_t group;
+};
+
 enum class State { kReady, kBarrier, kMeeting, kDone };
 
 struct Fiber {
@@ -84,10 +91,11 @@ struct Fiber {
   void* payload;
   WarpOperation run;
   const char* operation;
+  std::vector<Copy> copies;
+  uint32_t group;  // of the next copy
 };
 
 // ---- the running block
-// -----------------------------------------------------------------------------------------------
 
 struct Access {
   uint32_t epoch = 0, warp_epoch = 0;  // epoch 0: none in this block
@@ -96,6 +104,7 @@ struct Access {
 constexpr size_t kCellBytes = 2;
 struct Cell {
   Access write, read, other_read;  // the last reads by two different threads, of different warps where there are such
+  bool in_flight = false;          // an asynchronous copy to it has not been waited for
 };
 
 struct Block {
@@ -106,7 +115,7 @@ struct Block {
   uint32_t epoch = 1;
   std::vector<unsigned char> arena;
   std::vector<Cell> cells;
-  size_t arena_used = 0, dynamic_begin = 0, dynamic_bytes = 0;
+  size_t arena_used = 0, dynamic_bytes = 0;
   std::vector<std::pair<const SharedKey*, SharedSpan>> arrays;
   std::string error;
 };
@@ -153,6 +162,7 @@ void fiber_main() {
   QIF_ARRIVE(nullptr, &scheduler_stack, &scheduler_stack_bytes);
   try {
     (*block.kernel)();
+    if (!block.fibers[block.running].copies.empty()) fail("returns while copies to shared memory are in flight");
   } catch (const std::exception& e) {
     block.error = e.what();
   }
@@ -217,11 +227,11 @@ void run_block(dim3 dims, size_t shared_bytes) {
 #endif
     prepare(f.context, stacks[i], fiber_main);
   }
-  std::fill(block.cells.begin(), block.cells.begin() + (block.arena_used + kCellBytes - 1) / kCellBytes, Cell{});
+  const size_t touched = std::max(block.arena_used, shared_bytes);
+  std::fill_n(block.cells.begin(), (touched + kCellBytes - 1) / kCellBytes, Cell{});
   block.epoch = 1;
   block.arrays.clear();
   block.arena_used = block.dynamic_bytes = shared_bytes;
-  std::fill(block.cells.begin(), block.cells.begin() + (shared_bytes + kCellBytes - 1) / kCellBytes, Cell{});
   block.error.clear();
 
   for (;;) {
@@ -351,7 +361,6 @@ uint32_t vote(uint32_t mask, bool predicate, Site site) {
 }
 
 // ---- memory
-// ----------------------------------------------------------------------------------------------------------
 
 void clear_ranges() { ranges.clear(); }
 
@@ -397,6 +406,9 @@ void check_shared(const SharedSpan& span, ptrdiff_t offset, size_t bytes, size_t
   const Access access{block.epoch, f.warp_epoch, thread};
   for (size_t c = offset / kCellBytes; c <= (offset + bytes - 1) / kCellBytes; ++c) {
     Cell& cell = block.cells[c];
+    if (cell.in_flight)
+      fail(std::string(action) + " of shared `" + span.name + "`, byte " +
+           std::to_string(offset - static_cast<ptrdiff_t>(span.begin)) + ", while a copy to it is in flight");
     if (write) {
       if (!ordered(cell.write, f, thread)) race(span, offset, cell.write.thread, "written also by");
       if (!ordered(cell.read, f, thread)) race(span, offset, cell.read.thread, "written while read by");
@@ -411,6 +423,79 @@ void check_shared(const SharedSpan& span, ptrdiff_t offset, size_t bytes, size_t
       cell.read = access;
     }
   }
+}
+
+// ---- asynchronous copies
+
+void copy_async(const Shared<Bytes16>& to, const void* from, bool valid) {
+  Fiber& f = block.fibers[block.running];
+  Copy copy{to.span, to.offset, {}, f.group};
+  if (valid) copy.data = load_global(static_cast<const Bytes16*>(from));
+  check_shared(to.span, to.offset, sizeof(Bytes16), alignof(Bytes16), true);
+  for (int c = 0; c < 8; ++c) block.cells[to.offset / kCellBytes + c].in_flight = true;
+  f.copies.push_back(copy);
+}
+
+void commit_copies() { ++block.fibers[block.running].group; }
+
+void wait_copies(int left) {
+  Fiber& f = block.fibers[block.running];
+  auto arrived = [&](const Copy& copy) {
+    if (copy.group + left >= f.group) return false;
+    for (int c = 0; c < 8; ++c) block.cells[copy.offset / kCellBytes + c].in_flight = false;
+    check_shared(copy.span, copy.offset, sizeof(Bytes16), alignof(Bytes16), true);
+    std::memcpy(copy.span.base + copy.offset, copy.data.bytes, sizeof(Bytes16));
+    return true;
+  };
+  f.copies.erase(std::remove_if(f.copies.begin(), f.copies.end(), arrived), f.copies.end());
+}
+
+// ---- matrices
+
+void load_matrices(const Shared<Bytes16>& row, bool transposed, uint32_t (&words)[4]) {
+  struct Load {
+    Bytes16 row;
+    bool transposed;
+    uint32_t* words;
+  } own{row[0], transposed, words};
+  auto run = [](void* const* loads, uint32_t) {
+    if (!loads[31]) fail("ldmatrix needs a whole warp");
+    for (int l = 0; l < 32; ++l)
+      for (int m = 0; m < 4; ++m) {
+        const Load& own = *static_cast<Load*>(loads[l]);
+        unsigned char* word = reinterpret_cast<unsigned char*>(&own.words[m]);
+        for (int i = 0; i < 2; ++i) {
+          const int r = own.transposed ? l % 4 * 2 + i : l / 4, c = own.transposed ? l / 4 : l % 4 * 2 + i;
+          std::memcpy(word + 2 * i, &static_cast<Load*>(loads[8 * m + r])->row.bytes[2 * c], 2);
+        }
+      }
+  };
+  meet(0xffffffffu, &own, run, "ldmatrix", {__FILE__, __LINE__});
+}
+
+void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&c)[4], Widen2 widen) {
+  struct Product {
+    const uint32_t *a, *b;
+    float* c;
+    Widen2 widen;
+  } own{a, b, c, widen};
+  auto run = [](void* const* products, uint32_t) {
+    if (!products[31]) fail("mma needs a whole warp");
+    float left[16][16], right[8][16];
+    for (int l = 0; l < 32; ++l) {
+      const Product& p = *static_cast<Product*>(products[l]);
+      auto place = [&](uint32_t word, float* pair) { p.widen(word, pair[0], pair[1]); };
+      for (int w = 0; w < 4; ++w) place(p.a[w], &left[l / 4 + w % 2 * 8][l % 4 * 2 + w / 2 * 8]);
+      for (int w = 0; w < 2; ++w) place(p.b[w], &right[l / 4][l % 4 * 2 + w * 8]);
+    }
+    for (int i = 0; i < 128; ++i) {
+      const int l = i / 4, row = l / 4 + i % 4 / 2 * 8, column = l % 4 * 2 + i % 2;
+      float sum = 0.0f;
+      for (int k = 0; k < 16; ++k) sum += left[row][k] * right[column][k];
+      static_cast<Product*>(products[l])->c[i % 4] += sum;
+    }
+  };
+  meet(0xffffffffu, &own, run, "mma", {__FILE__, __LINE__});
 }
 
 float widen_half(uint16_t bits) { return qif::host::widen(qif::Half{bits}); }

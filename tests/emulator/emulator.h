@@ -3,8 +3,9 @@
 // Blocks run one after another, the threads of a block as fibers that switch where they wait for each other. Found and
 // thrown as std::runtime_error, with block and thread: barriers and warp operations that not all threads reach, masks
 // without the calling lane, reads from lanes outside the mask, shared memory out of bounds or read before it was
-// written, two threads on the same shared bytes without a barrier between them, global memory outside the ranges
-// registered for the launch, and misaligned accesses.
+// written, two threads on the same shared bytes without a barrier between them, shared memory touched while an
+// asynchronous copy to it is in flight, global memory outside the ranges registered for the launch, and misaligned
+// accesses.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -22,6 +23,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct dim3 {
   unsigned x, y, z;
@@ -38,7 +40,6 @@ struct Site {
 [[noreturn]] void fail(const std::string& what);
 
 // ---- threads and barriers (emulator.cpp)
-// -----------------------------------------------------------------------------
 
 struct ThreadIndices {
   dim3 thread, block, block_dim, grid_dim;
@@ -62,7 +63,6 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, voi
 }
 
 // ---- global memory
-// ---------------------------------------------------------------------------------------------------
 
 void clear_ranges();
 void add_range(const void* begin, size_t bytes);
@@ -80,7 +80,6 @@ inline void store_global(V* p, V v) {
 }
 
 // ---- shared memory
-// ---------------------------------------------------------------------------------------------------
 
 struct SharedKey {
   const char* name;
@@ -136,8 +135,16 @@ Shared<U> shared_cast(const Shared<T>& p) {
   return {p.span, p.offset};
 }
 
+// ---- asynchronous copies: data arrive when their thread waits for their group, not before
+
+struct alignas(16) Bytes16 {
+  unsigned char bytes[16];
+};
+void copy_async(const Shared<Bytes16>& to, const void* from, bool valid);
+void commit_copies();
+void wait_copies(int left);
+
 // ---- warp operations
-// -------------------------------------------------------------------------------------------------
 
 int shuffle_source(int own, int argument, int width, char kind);
 
@@ -169,7 +176,6 @@ T shuffle(uint32_t mask, T value, int argument, int width, char kind, Site site)
 uint32_t vote(uint32_t mask, bool predicate, Site site);  // bit l: the predicate of lane l
 
 // ---- bits and rounding
-// -----------------------------------------------------------------------------------------------
 
 template <class To, class From>
 To bit_cast(const From& from) {
@@ -182,6 +188,12 @@ To bit_cast(const From& from) {
 float widen_half(uint16_t bits);
 uint16_t narrow_half(float value);
 uint16_t narrow_bfloat16(float value);
+
+// ---- matrices, by the fragment layouts of the PTX ISA (common/mma.cuh)
+
+void load_matrices(const Shared<Bytes16>& row, bool transposed, uint32_t (&words)[4]);
+using Widen2 = void (*)(uint32_t word, float& low, float& high);
+void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&c)[4], Widen2 widen);
 
 inline void widen2(qif::Half, uint32_t word, float& low, float& high) {
   low = widen_half(static_cast<uint16_t>(word));

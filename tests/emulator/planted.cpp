@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "common/cuda.cuh"
+#include "common/mma.cuh"
 
 using namespace qif::gpu;
 
@@ -31,6 +31,63 @@ static void opposite(const float* x, float* y, Barrier barrier) {
   tile[t] = load_global(x + t);
   barrier();
   store_global(y + t, static_cast<float>(tile[blockDim.x - 1 - t]));
+}
+
+// Two groups of asynchronous copies into two stages of 32 x 4 values; every thread then reads what the thread opposite
+// copied into the first. `wait` stands before the read, `between` between two rounds.
+template <class Wait, class Between>
+static void staged(const float* x, float* y, Wait wait, Between between) {
+  QIF_SHARED(float, stages, 256);
+  const int t = threadIdx.x;
+  for (int i = t; i < 256; i += 32) stages[i] = -1.0f;
+  __syncthreads();
+  for (int round = 0; round < 2; ++round) {
+    copy_async(stages + 4 * t, x + 4 * t, true);
+    commit_copies();
+    copy_async(stages + 128 + 4 * t, x + 4 * t, t % 2 == 0);
+    commit_copies();
+    wait();
+    for (int i = 0; i < 4; ++i) store_global(y + 4 * t + i, static_cast<float>(stages[4 * (31 - t) + i]));
+    if (round == 0) between();
+  }
+  wait_copies<0>();
+  for (int i = 0; i < 4; ++i) store_global(y + 128 + 4 * t + i, static_cast<float>(stages[128 + 4 * t + i]));
+}
+static void barrier_behind_all() {
+  wait_copies<0>();
+  __syncthreads();
+}
+
+// y[16][8] = A[16][16] B[16][8] on tensor cores, of values that no transposition leaves as they are; `Bug` says which
+// fragment is wrong.
+enum class Bug { kNone, kLeftTransposed, kRightTransposed, kResultTransposed, kRightOrder };
+template <Bug bug, bool RowsOfColumns = false>
+static void product(const float*, float* y) {
+  QIF_SHARED(uint16_t, a, 256);
+  QIF_SHARED(uint16_t, b, 128);  // [16][8], or its transpose [8][16]
+  const int l = threadIdx.x;
+  auto write = [](Shared<uint16_t> at, int value) {
+    at[0] = static_cast<uint16_t>(narrow2(qif::BFloat16{}, static_cast<float>(value), 0.0f));
+  };
+  for (int i = l; i < 256; i += blockDim.x) write(a + i, (3 * (i / 16) + 5 * (i % 16)) % 11 - 4);
+  for (int i = l; i < 128; i += 32) {
+    const int k = RowsOfColumns ? i % 16 : i / 8, n = RowsOfColumns ? i / 16 : i % 8;
+    write(b + i, (7 * k + 2 * n) % 13 - 5);
+  }
+  __syncwarp();
+  uint32_t fa[4], fb[4];
+  load_matrices<bug == Bug::kLeftTransposed>(a + l % 16 * 16 + l / 16 * 8, fa);
+  if (RowsOfColumns)
+    load_matrices<false>(b + l % 8 * 16 + l / 8 % 2 * 8, fb);
+  else
+    load_matrices<bug != Bug::kRightTransposed>(b + l % 16 * 8, fb);
+  if (bug == Bug::kRightOrder) std::swap(fb[0], fb[1]);
+  float c[4] = {};
+  multiply_add<qif::BFloat16>(fa, fb[0], fb[1], c);
+  for (int i = 0; i < 4; ++i) {
+    const int row = l / 4 + 8 * (i / 2), column = 2 * (l % 4) + i % 2;
+    store_global(y + (bug == Bug::kResultTransposed ? column * 16 + row : row * 8 + column), c[i]);
+  }
 }
 
 static const std::map<std::string, void (*)()> kernels = {
@@ -91,7 +148,80 @@ static const std::map<std::string, void (*)()> kernels = {
            },
            1, 96);
      }},
+    {"async",
+     [] { run([](const float* x, float* y) { staged(x, y, barrier_behind_all, barrier_behind_all); }, 1, 32); }},
+    {"async_first_group",
+     [] {
+       run(
+           [](const float* x, float* y) {
+             staged(
+                 x, y,
+                 [] {
+                   wait_copies<1>();
+                   __syncthreads();
+                 },
+                 barrier_behind_all);
+           },
+           1, 32);
+     }},
+    {"product", [] { run(product<Bug::kNone>, 1, 32); }},
+    {"product_of_rows", [] { run(product<Bug::kNone, true>, 1, 32); }},
     // ---- planted bugs ----
+    {"async_missing_wait",
+     [] { run([](const float* x, float* y) { staged(x, y, [] { __syncthreads(); }, barrier_behind_all); }, 1, 32); }},
+    {"async_wait_for_the_wrong_group",
+     [] {
+       run(
+           [](const float* x, float* y) {
+             staged(
+                 x, y,
+                 [] {
+                   wait_copies<2>();
+                   __syncthreads();
+                 },
+                 barrier_behind_all);
+           },
+           1, 32);
+     }},
+    {"async_missing_commit",
+     [] {
+       run(
+           [](const float* x, float* y) {
+             QIF_SHARED(float, tile, 4);
+             copy_async(tile, x, true);
+             wait_copies<0>();
+             store_global(y, static_cast<float>(tile[0]));
+           },
+           1, 1);
+     }},
+    {"async_missing_barrier",
+     [] { run([](const float* x, float* y) { staged(x, y, [] { wait_copies<0>(); }, barrier_behind_all); }, 1, 32); }},
+    {"async_stage_reused_too_early",
+     [] { run([](const float* x, float* y) { staged(x, y, barrier_behind_all, [] {}); }, 1, 32); }},
+    {"async_never_waited",
+     [] {
+       run(
+           [](const float* x, float*) {
+             QIF_SHARED(float, tile, 4);
+             copy_async(tile, x, true);
+             commit_copies();
+           },
+           1, 1);
+     }},
+    {"async_misaligned",
+     [] {
+       run(
+           [](const float* x, float*) {
+             QIF_SHARED(float, tile, 8);
+             copy_async(tile + 1, x, true);
+           },
+           1, 1);
+     }},
+    {"product_left_transposed", [] { run(product<Bug::kLeftTransposed>, 1, 32); }},
+    {"product_right_transposed", [] { run(product<Bug::kRightTransposed>, 1, 32); }},
+    {"product_result_transposed", [] { run(product<Bug::kResultTransposed>, 1, 32); }},
+    {"product_right_order", [] { run(product<Bug::kRightOrder>, 1, 32); }},
+    {"product_of_half_a_warp", [] { run(product<Bug::kNone>, 1, 16); }},
     {"missing_barrier", [] { run([](const float* x, float* y) { opposite(x, y, [] {}); }, 1, 64); }},
     {"warp_barrier_is_not_enough",
      [] { run([](const float* x, float* y) { opposite(x, y, [] { __syncwarp(); }); }, 1, 64); }},

@@ -52,9 +52,40 @@ def test_block_sum(run):
     assert values(run("block_sum"), 96) == [sum(range(96)) + 96 * 100 + 192 * 1000] * 96
 
 
+@pytest.mark.parametrize("kernel", ["async", "async_first_group"])
+def test_asynchronous_copies(run, kernel):
+    """What the thread opposite copied; zeros where a copy was not valid."""
+    first = [float(4 * (31 - t) + i) for t in range(32) for i in range(4)]
+    second = [float(4 * t + i) * (t % 2 == 0) for t in range(32) for i in range(4)]
+    assert values(run(kernel), 256) == first + second
+
+
+A = [[(3 * i + 5 * k) % 11 - 4 for k in range(16)] for i in range(16)]
+B = [[(7 * k + 2 * n) % 13 - 5 for n in range(8)] for k in range(16)]
+PRODUCT = [float(sum(A[i][k] * B[k][n] for k in range(16))) for i in range(16) for n in range(8)]
+
+
+@pytest.mark.parametrize("kernel", ["product", "product_of_rows"])
+def test_tensor_core_product(run, kernel):
+    assert values(run(kernel), 128) == PRODUCT
+
+
+@pytest.mark.parametrize("bug", ["left_transposed", "right_transposed", "result_transposed", "right_order"])
+def test_a_wrong_fragment_gives_another_product(run, bug):
+    assert values(run(f"product_{bug}"), 128) != PRODUCT
+
+
 @pytest.mark.parametrize(
     ("kernel", "text"),
     [
+        ("async_missing_wait", "read of shared `stages`, byte 496, while a copy to it is in flight"),
+        ("async_wait_for_the_wrong_group", "read of shared `stages`, byte 496, while a copy to it is in flight"),
+        ("async_missing_commit", "read of shared `tile`, byte 0, while a copy to it is in flight"),
+        ("async_missing_barrier", "race on shared `stages`"),
+        ("async_stage_reused_too_early", "race on shared `stages`, byte 240: read after it was written by thread 15"),
+        ("async_never_waited", "returns while copies to shared memory are in flight"),
+        ("async_misaligned", "misaligned write of shared memory"),
+        ("product_of_half_a_warp", "ldmatrix needs a whole warp"),
         ("missing_barrier", "race on shared `tile`, byte 128: written while read by thread 31 without a barrier"),
         ("warp_barrier_is_not_enough", "race on shared `tile`"),
         ("write_after_read", "thread (1, 0, 0): race on shared `tile`, byte 4: written while read by thread 0 without"),
@@ -86,7 +117,7 @@ def test_address_sanitizer(pytestconfig):
     )
     process = subprocess.run([program, "raw_out_of_bounds"], capture_output=True, text=True)
     assert process.returncode != 0 and "heap-buffer-overflow" in process.stderr, process.stderr
-    for kernel in ("barrier", "shuffles", "block_sum", "dynamic", "missing_barrier"):
+    for kernel in ("barrier", "shuffles", "block_sum", "dynamic", "async", "product", "missing_barrier"):
         process = subprocess.run([program, kernel], capture_output=True, text=True)
         assert "AddressSanitizer" not in process.stderr and process.returncode == (kernel == "missing_barrier"), (
             process.stderr
