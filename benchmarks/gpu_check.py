@@ -34,7 +34,7 @@ TAIL = 6000  # characters of a failed stage's output that the results keep
 OP_TESTS = ("tests/ops", "-k", "cuda and not emulated and not test_library")
 SANITIZED = (
     "tests/ops", "-k",
-    "cuda and not emulated and (test_accuracy or other_widths or misaligned) and bfloat16 and not joint_attention",
+    "cuda and not emulated and (test_accuracy or other_widths or misaligned) and bfloat16",
 )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 #include "bindings_cuda.h"
 
+#include <pybind11/stl.h>
+
 #include <stdexcept>
 
 #include "params.h"
@@ -35,9 +37,12 @@ void define_cuda(py::module_& m) {
   define(m, "guided_step_backward", guided_step_backward, guided_step_backward_cuda);
   define(m, "gelu_tanh_forward", gelu_tanh, gelu_tanh_forward_cuda);
   define(m, "gelu_tanh_backward", gelu_tanh_backward, gelu_tanh_backward_cuda);
+  define(m, "joint_attention_forward", joint_attention, joint_attention_forward_cuda);
+  define(m, "joint_attention_backward", joint_attention_backward, joint_attention_backward_cuda);
   m.def("layer_norm_modulate_backward_scratch", &layer_norm_modulate_backward_scratch);
   m.def("gate_residual_norm_modulate_backward_scratch", &gate_residual_norm_modulate_backward_scratch);
   m.def("qk_norm_rope_backward_scratch", &qk_norm_rope_backward_scratch);
+  m.def("joint_attention_backward_scratch", &joint_attention_backward_scratch);
 }
 
 }  // namespace qif

@@ -3,12 +3,14 @@
 #pragma once
 #include <cstdint>
 #include <tuple>
+#include <vector>
 
 #include "kernels/channel_norm_silu.h"
 #include "kernels/conv3x3.h"
 #include "kernels/gate_residual_norm_modulate.h"
 #include "kernels/gelu_tanh.h"
 #include "kernels/guided_step.h"
+#include "kernels/joint_attention.h"
 #include "kernels/layer_norm_modulate.h"
 #include "kernels/qk_norm_rope.h"
 
@@ -140,6 +142,21 @@ inline GuidedStepBackward guided_step_backward(Address cond, Address uncond, Add
                                                int dtype) {
   return {guided_step(0, cond, uncond, dt, offsets, grad_out, rows, channels, segments, guidance, rescale, dtype),
           pointer(grad_cond), pointer(grad_uncond)};
+}
+
+inline JointAttention joint_attention(Address q, Address k, Address v, Address out, Address lse,
+                                      std::vector<int64_t> q_lens, std::vector<int64_t> k_lens, int64_t heads,
+                                      int64_t head_dim, int dtype) {
+  return {pointer(q), pointer(k), pointer(v), pointer(out), pointer<float>(lse),
+          q_lens,     k_lens,     heads,      head_dim,     dtype};
+}
+
+inline JointAttentionBackward joint_attention_backward(Address q, Address k, Address v, Address out, Address lse,
+                                                       std::vector<int64_t> q_lens, std::vector<int64_t> k_lens,
+                                                       int64_t heads, int64_t head_dim, int dtype, Address grad_out,
+                                                       Address grad_q, Address grad_k, Address grad_v) {
+  return {joint_attention(q, k, v, out, lse, q_lens, k_lens, heads, head_dim, dtype), pointer(grad_out),
+          pointer(grad_q), pointer(grad_k), pointer(grad_v)};
 }
 
 inline GeluTanh gelu_tanh(Address x, Address out, int64_t elements, int dtype) {

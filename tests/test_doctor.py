@@ -39,7 +39,7 @@ def test_right_kernels():
     assert result.exit_code == 0, result.output
     assert "all kernels agree with their references" in result.stdout
     cuda = _C.build_info()["cuda_architectures"] or ["none in this build"]
-    for text in ("baseline", torch.__version__, *cuda, "diffusers", *doctor.CASES):
+    for text in ("baseline", torch.__version__, *cuda, "diffusers", "mixed lengths", *doctor.CASES):
         assert text in result.stdout
     assert _C.build_info()["cpu_in_use"] == before[0] and torch.get_deterministic_debug_mode() == before[1]
     assert torch.equal(torch.random.get_rng_state(), before[2])
@@ -188,11 +188,13 @@ def test_doctor_says_what_the_build_can_do_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Gpu)
+    monkeypatch.setattr(doctor, "describe_attention", lambda device: ("cudnn", device))
     assert "Some GPU, 80 GB, sm_90, built without CUDA: build" in doctor.environment()["CUDA"]
     info["cuda_architectures"] = ["sm_80"]
     assert "no kernels for it: build from source with QIF_CUDA_ARCHITECTURES=90" in doctor.environment()["CUDA"]
     info["cuda_architectures"] = ["sm_80", "sm_90a"]
     assert "this build has kernels for it" in doctor.environment()["CUDA"]
+    assert doctor.environment()["attention, mixed lengths"] == "cuda"
 
 
 def test_environment_names_what_is_missing(monkeypatch):

@@ -1,10 +1,15 @@
 """Graphs of the sampling loop with a fake capture on the CPU: what is captured, replayed, and captured anew."""
 
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from qwen_image_fast import QwenImagePipeline
 from qwen_image_fast.graphs import CudaCapture, StepGraphs
+from qwen_image_fast.models.modulation import Modulation
+from qwen_image_fast.models.packing import pack
 
 CALL = {"prompt": "a cat", "negative_prompt": " ", "height": 32, "width": 32, "num_inference_steps": 3, "seed": 1,
         "output_type": "latent", "progress": False}  # fmt: skip
@@ -105,6 +110,20 @@ def test_clear(pipe, capture):
     assert len(pipe.cuda_graphs) == 0
     latents(pipe)
     assert capture.captures == 2
+
+
+def test_a_graph_keeps_what_it_reads():
+    """Rows and offsets of a layout are the same at every call and no inputs: the first call's must not be freed."""
+    layout = pack((((1, 2, 2), (1, 2, 2)),), [3], axes_dim=(4, 6, 6), targets=[1])
+    kept = [weakref.ref(t) for t in (layout.targets, layout.cu_targets, layout.cu_joint)]
+    graphs = StepGraphs(1, lambda fn: (lambda: None, fn()))
+    transformer = SimpleNamespace(forward_packed=lambda img, txt, layout, modulation: img.clone())
+    modulation = Modulation([torch.zeros(1)], [torch.zeros(1)], torch.zeros(1))
+    graphs.forward("state", transformer, torch.zeros(8, 4), torch.zeros(3, 4), layout, modulation)
+    del layout
+    assert all(reference() is not None for reference in kept)
+    graphs.clear()
+    assert all(reference() is None for reference in kept)
 
 
 def scale_weight(pipe):

@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from qwen_image_fast import _C, ops
+from qwen_image_fast.ops.joint_attention import describe_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPTIONAL_PACKAGES = ("transformers", "diffusers", "peft", "accelerate")
@@ -45,6 +46,8 @@ def environment() -> dict[str, str]:
         "CUDA kernels": architectures,
         "CUDA": _cuda(),
     }
+    attention = describe_attention("cuda" if torch.cuda.is_available() else "cpu")
+    found |= {"attention, equal lengths": attention[0], "attention, mixed lengths": attention[1]}
     return found | {name: _installed(name) for name in OPTIONAL_PACKAGES}
 
 

@@ -23,9 +23,10 @@ Capture = Callable[[Callable[[], Tensor]], "tuple[Callable[[], None], Tensor]"]
 
 @dataclass
 class Captured:
-    """A graph, and the tensors that it reads and writes."""
+    """A graph, and the tensors that it reads and writes; `layout` holds those that are the same for a shape."""
 
     inputs: list[Tensor]
+    layout: PackedLayout
     replay: Callable[[], None]
     out: Tensor
 
@@ -68,7 +69,8 @@ class StepGraphs:
         """`transformer.forward_packed` by its graph; `state` as `start` returned it."""
         tensors = [img, txt, *_layout_tensors(layout), *modulation.img, *modulation.txt, modulation.final]
         key = (
-            state, layout.shapes, layout.txt_lens, tuple((t.shape, t.dtype, t.device) for t in tensors),
+            state, layout.shapes, layout.txt_lens, layout.target_lens,
+            tuple((t.shape, t.dtype, t.device) for t in tensors),
         )  # fmt: skip
         captured = self._graphs.get(key)
         if captured is None:
@@ -89,7 +91,7 @@ class StepGraphs:
         own = replace(layout, img_rope=img_rope, txt_rope=txt_rope, cu_img=cu_img, cu_txt=cu_txt, segments=segments)
         vectors = Modulation(mods[:blocks], mods[blocks:-1], mods[-1])
         replay, out = self._capture(lambda: transformer.forward_packed(img, txt, own, vectors))
-        return Captured(inputs, replay, out)
+        return Captured(inputs, own, replay, out)
 
 
 def _layout_tensors(layout: PackedLayout) -> list[Tensor]:

@@ -2,11 +2,32 @@ import sys
 
 import pytest
 import torch
-from harness import DTYPES, assert_twice_the_reference
+from conftest import on_device
+from harness import DTYPES, assert_twice_the_reference, check_opcheck
 
-from qwen_image_fast.ops.joint_attention import joint_attention, joint_attention_reference, preferred_backends
+from qwen_image_fast.ops.joint_attention import (
+    attention_kernel,
+    dense_backend,
+    describe_attention,
+    joint_attention,
+    joint_attention_reference,
+    preferred_backends,
+)
 
-LENGTHS = [((7,), None), ((5, 5), None), ((12, 3, 40), None), ((4, 6), (9, 20)), ((0, 6), (9, 20)), ((3, 3), (9, 9))]
+MODULE = sys.modules["qwen_image_fast.ops.joint_attention"]
+LENGTHS = [
+    ((7,), None), ((5, 5), None), ((12, 3, 40), None), ((4, 6), (9, 20)), ((0, 6), (9, 20)), ((3, 3), (9, 9)),
+    ((6, 130, 0), (0, 33, 9)),
+]  # fmt: skip
+
+
+@pytest.fixture(params=["cpu", "cuda-emulated", "cuda", "cuda-packed"])
+def attention(request, monkeypatch):
+    """`cuda-packed`: on CUDA with the kernel of this package, also where torch has one for mixed lengths."""
+    if request.param.endswith("packed"):
+        monkeypatch.setattr(MODULE, "varlen_attn", None)
+    with on_device(request.param.removesuffix("-packed"), request):
+        yield joint_attention
 
 
 def make(q_lens, k_lens, dtype, heads=3, head_dim=32, grad=False):
@@ -16,25 +37,122 @@ def make(q_lens, k_lens, dtype, heads=3, head_dim=32, grad=False):
     return [torch.randn(n, heads, head_dim).to(dtype).requires_grad_(grad) for n in rows]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_accuracy(lengths, dtype):
-    args = make(*lengths, dtype, grad=True)
+def check(attention, args, lengths, **keywords):
     exact_args = [a.detach().double().requires_grad_() for a in args]
     ours, ref, exact = (
         f(*a, *lengths)
         for f, a in (
-            (joint_attention, args),
+            (attention, args),
             (joint_attention_reference, args),
             (joint_attention_reference, exact_args),
         )
     )
-    assert_twice_the_reference(ours.detach(), ref.detach(), exact.detach(), "output")
+    assert_twice_the_reference(ours.detach(), ref.detach(), exact.detach(), "output", **keywords)
     seed = torch.randn(ours.shape)
     grads = [torch.autograd.grad(o, a, seed.to(o.dtype)) for o, a in ((ours, args), (ref, args), (exact, exact_args))]
     for a, b, c in zip(*grads):
         # The arithmetic is that of torch's kernels, which differ by processor, on few numbers: two ulps more.
         assert_twice_the_reference(a, b, c, "gradient", ulps=2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_accuracy(attention, lengths, dtype):
+    check(attention, make(*lengths, dtype, grad=True), lengths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_accuracy_of_other_widths(attention, head_dim, dtype):
+    lengths = ((100, 70), (33, 161))
+    check(attention, make(*lengths, dtype, heads=2, head_dim=head_dim, grad=True), lengths)
+
+
+def test_scores_that_grow(attention):
+    """Every tile of keys has larger scores than all before it, up to 600: sums so far are scaled down to nothing."""
+    lens = (200, 9)
+    q, k, v = make(lens, None, torch.bfloat16, heads=1)
+    k = k.abs() * torch.arange(1, 210)[:, None, None] / 3
+    args = [t.detach().to(torch.bfloat16).requires_grad_() for t in (q.abs(), k, v)]
+    check(attention, args, (lens, lens))
+
+
+def test_more_samples_than_a_launch_takes(attention):
+    lens = [1 + i % 3 for i in range(300)]
+    args = make(lens, None, torch.float16, heads=1)
+    out = attention(*args, lens)
+    parts = zip(*(t.double().split(lens) for t in args))
+    exact = torch.cat([joint_attention_reference(*part, [len(part[0])]) for part in parts])
+    torch.testing.assert_close(out.double(), exact, rtol=2e-3, atol=2e-3)
+
+
+def test_strided_inputs(attention):
+    """Slices of one projection, and rows that start off 16 bytes, are copied for the kernels that need them so."""
+    lens = (12, 3)
+    args = [t.detach() for t in make(lens, None, torch.bfloat16)]
+    expected = attention(*args, lens)
+    assert torch.equal(attention(*torch.stack(args, 2).unbind(2), lens), expected)
+    shifted = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in args]
+    assert torch.equal(attention(*shifted, lens), expected)
+
+
+@pytest.mark.parametrize("device", ["cuda-emulated", "cuda-packed"])
+def test_packed_kernel_as_an_op(request, monkeypatch, device):
+    """opcheck, torch.compile, and the same bits in every run, directly and by the registered op."""
+    monkeypatch.setattr(MODULE, "varlen_attn", None)
+    with on_device(device.removesuffix("-packed"), request):
+        lens = [12, 3]
+        args = make(lens, None, torch.bfloat16, heads=2, grad=True)
+        assert attention_kernel(args[0], lens, lens) == "packed"
+        check_opcheck(MODULE._op, [*args, lens, lens])
+        compiled = torch.compile(joint_attention, fullgraph=True, backend="aot_eager")
+        results = []
+        for fn in (joint_attention, joint_attention, compiled):
+            out = fn(*args, lens)
+            results.append([out.detach(), *torch.autograd.grad(out, args, torch.ones_like(out))])
+        with torch.no_grad():
+            results.append([joint_attention(*args, lens)])
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_torch_varlen_attention_is_called_with_offsets(monkeypatch):
+    seen = []
+
+    def varlen(q, k, v, cu_q, cu_k, max_q, max_k):
+        seen.append((cu_q.tolist(), cu_k.tolist(), max_q, max_k))
+        return q
+
+    monkeypatch.setattr(MODULE, "varlen_attn", varlen)
+    monkeypatch.setattr(MODULE, "attention_kernel", lambda *a: "varlen")
+    q, k, v = make((4, 6), (9, 20), torch.bfloat16)
+    joint_attention(q, k, v, (4, 6), (9, 20))
+    joint_attention(q, k, v, (4, 6), (9, 20), torch.tensor([0, 4, 10]), torch.tensor([0, 9, 29]))
+    assert seen == [([0, 4, 10], [0, 9, 29], 6, 20)] * 2
+
+
+def test_choice_of_kernels(monkeypatch):
+    """Dense, else torch's kernel for mixed lengths, else that of this package, else sample by sample."""
+
+    def choice(lens=(3, 4), cuda=True, **keywords):
+        monkeypatch.setattr(MODULE.lib, "on_cuda", lambda x: cuda)
+        return attention_kernel(OnGpu(**keywords), lens, lens)
+
+    monkeypatch.setattr(MODULE, "varlen_attn", object())
+    assert choice(lens=(3, 3)) == choice(lens=(3, 3), cuda=False) == "dense"
+    assert choice() == choice(head_dim=72) == "varlen"
+    assert choice(head_dim=36) == choice(dtype=torch.float32) == choice(cuda=False) == "loop"
+    monkeypatch.setattr(MODULE, "varlen_attn", None)
+    assert choice() == choice(head_dim=64) == choice(head_dim=32, dtype=torch.float16) == "packed"
+    assert choice(head_dim=72) == choice(dtype=torch.float32) == choice(cuda=False) == "loop"
+
+
+def test_what_runs_in_words(monkeypatch):
+    assert dense_backend(torch.randn(1, 9, 2, 16)).name in ("FLASH_ATTENTION", "MATH")
+    assert describe_attention("cpu")[1] == "one sample after another"
+    monkeypatch.setattr(MODULE.lib, "on_cuda", lambda x: True)
+    monkeypatch.setattr(MODULE, "varlen_attn", None)
+    assert describe_attention("cpu")[1] == "kernel of this package"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -88,10 +206,10 @@ def test_errors(args, error, text):
 class OnGpu:
     """As much of a CUDA tensor as the choice of kernels looks at."""
 
-    is_cuda, device, requires_grad = True, "cuda:0", False
+    is_cuda, device = True, "cuda:0"
 
-    def __init__(self, dtype=torch.bfloat16, requires_grad=False):
-        self.dtype, self.requires_grad = dtype, requires_grad
+    def __init__(self, dtype=torch.bfloat16, requires_grad=False, head_dim=128):
+        self.dtype, self.requires_grad, self.shape = dtype, requires_grad, (7, 3, head_dim)
 
 
 def test_cudnn_first_on_hopper(monkeypatch):
@@ -111,8 +229,7 @@ def test_an_order_of_backends_gives_the_same_result(monkeypatch):
     expected = joint_attention(q, k, v, (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     order = preferred_backends(OnGpu())
-    module = sys.modules["qwen_image_fast.ops.joint_attention"]
-    monkeypatch.setattr(module, "preferred_backends", lambda q: order)
+    monkeypatch.setattr(MODULE, "preferred_backends", lambda q: order)
     assert torch.equal(joint_attention(q, k, v, (7, 5)), expected)
     compiled = torch.compile(joint_attention, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, k, v, (7, 5)), expected)

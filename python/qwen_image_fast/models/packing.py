@@ -21,7 +21,7 @@ class PackedLayout:
     Attributes:
         shapes: per sample, the token shapes of its images, the generated one first.
         txt_lens: text tokens of each sample.
-        cu_img, cu_txt: int32 [samples + 1], first row of each sample in its stream.
+        cu_img, cu_txt, cu_joint: int32 [samples + 1], first row of each sample in its stream, and among both.
         img_rope, txt_rope: float32 [rows, head_dim / 2, 2] (models/rope.py).
         segments: int32, first image row of each modulation segment: one per sample, or with `zero_cond_t` two (the
             generated image, its references).
@@ -35,6 +35,7 @@ class PackedLayout:
     txt_lens: tuple[int, ...]
     cu_img: Tensor
     cu_txt: Tensor
+    cu_joint: Tensor
     img_rope: Tensor
     txt_rope: Tensor
     segments: Tensor
@@ -126,6 +127,7 @@ def pack(
         txt_lens=tuple(int(n) for n in txt_lens),
         cu_img=cumulative(img_lens, device),
         cu_txt=cumulative([int(n) for n in txt_lens], device),
+        cu_joint=cumulative([i + int(t) for i, t in zip(img_lens, txt_lens)], device),
         img_rope=torch.cat([t[0] for t in tables]).to(device),
         txt_rope=torch.cat([t[1] for t in tables]).to(device),
         segments=segments,

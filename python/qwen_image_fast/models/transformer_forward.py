@@ -292,12 +292,15 @@ def run_block(
         layout.img_rope, layout.txt_rope, layout.cu_img, layout.cu_txt, attn.norm_q.eps,
     )  # fmt: skip
     if targets is not None:
-        img_y = joint_attention(q[targets], k, v, layout.target_lens, layout.joint_lens).flatten(1)
+        img_y = joint_attention(
+            q[targets], k, v, layout.target_lens, layout.joint_lens, layout.cu_targets, layout.cu_joint
+        ).flatten(1)
         img = Stream(img.x[targets], img.normed)
     elif next_txt is None:
-        img_y = joint_attention(q, k, v, layout.img_lens, layout.joint_lens).flatten(1)
+        img_y = joint_attention(q, k, v, layout.img_lens, layout.joint_lens, layout.cu_img, layout.cu_joint).flatten(1)
     else:
-        img_y, txt_y = layout.split_joint(joint_attention(q, k, v, layout.joint_lens).flatten(1))
+        joint = joint_attention(q, k, v, layout.joint_lens, None, layout.cu_joint, layout.cu_joint)
+        img_y, txt_y = layout.split_joint(joint.flatten(1))
         txt = finish_block(txt, attn.to_add_out(txt_y), block.txt_mlp, txt_mod, next_txt, txt_offsets)
     return finish_block(img, attn.to_out[0](img_y), block.img_mlp, img_mod, next_img, img_offsets), txt
 

@@ -112,6 +112,11 @@ def check_dtype(op: str, x: Tensor) -> None:
 _has_cuda = bool(_C.build_info()["cuda_architectures"])
 
 
+def on_cuda(x: Tensor) -> bool:
+    """Whether CUDA kernels of this build run for the tensor."""
+    return x.is_cuda and _has_cuda
+
+
 def check_device(op: str, x: Tensor) -> None:
     """A device with kernels, and what they take there; `meta` and fake tensors pass, they are never computed."""
     if x.is_cpu or x.is_meta:

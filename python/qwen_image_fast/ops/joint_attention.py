@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -11,23 +12,41 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwen_image_fast.ops import _library as lib
+from qwen_image_fast.ops._library import DTYPE_CODES
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None  # type: ignore[assignment]
 
 _OP = "joint_attention"
 # torch 2.5 can choose among backends, but not order them.
 _can_order_backends = "set_priority" in inspect.signature(sdpa_kernel).parameters
+HEAD_DIMS = (32, 64, 128)  # of the kernels of this package
 
 
-def joint_attention(q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], k_lens: Sequence[int] | None = None):
+def joint_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_lens: Sequence[int],
+    k_lens: Sequence[int] | None = None,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v for each sample of a packed batch and each head.
 
-    Samples of equal length run as one dense batch, others one after another, so that no padding is computed and no
-    sample sees another. The arithmetic is torch's scaled_dot_product_attention; autograd, fake tensors and
-    torch.compile come with it (the lengths are Python numbers: a new set of lengths is a new graph). On GPUs from
-    Hopper on, passes without gradients prefer cuDNN's kernels to those of FlashAttention-2 (`preferred_backends`).
+    No padding is computed and no sample sees another. Which kernels run, `attention_kernel` tells: samples of equal
+    length are one dense batch for torch's scaled_dot_product_attention; mixed lengths on CUDA in 16 bit are one launch.
+    Autograd, fake tensors and torch.compile come with all of them (the lengths are Python numbers: a new set of lengths
+    is a new graph). On GPUs from Hopper on, dense passes without gradients prefer cuDNN's kernels to those of
+    FlashAttention-2 (`preferred_backends`).
 
     Args:
         q: [sum of q_lens, heads, head_dim]; k, v: [sum of k_lens, heads, head_dim]; one dtype.
         q_lens: rows of each sample in q. k_lens: in k and v; None: q_lens.
+        cu_q, cu_k: the same as int32 [samples + 1] on the device, first row of each sample; for mixed lengths on CUDA,
+            where torch's kernel reads them there. None: copied there at each call, which a CUDA graph cannot capture.
 
     Returns:
         [sum of q_lens, heads, head_dim], dtype of q. A sample without queries gives no rows.
@@ -39,11 +58,58 @@ def joint_attention(q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], k_le
     _check(q, k, v, q_lens, k_lens)
     if lib.use_reference():
         return joint_attention_reference(q, k, v, q_lens, k_lens)
-    if len(set(q_lens)) == 1 and len(set(k_lens)) == 1:
+    kernel = attention_kernel(q, q_lens, k_lens)
+    if kernel == "dense":
         out = _attend(*(t.unflatten(0, (len(q_lens), -1)) for t in (q, k, v)))
         return out.flatten(0, 1)
+    if kernel == "varlen":
+        cu_q = _cumulative(q_lens, q) if cu_q is None else cu_q
+        cu_k = _cumulative(k_lens, q) if cu_k is None else cu_k
+        return varlen_attn(q, k, v, cu_q, cu_k, max(q_lens), max(k_lens))  # type: ignore[return-value]
+    if kernel == "packed":
+        if lib.call_directly(q, k, v):
+            return _forward(q, k, v, list(q_lens), list(k_lens))[0]
+        return _op(q, k, v, list(q_lens), list(k_lens))[0]
     parts = zip(q.split(list(q_lens)), k.split(list(k_lens)), v.split(list(k_lens)))
     return torch.cat([_attend(qi[None], ki[None], vi[None])[0] for qi, ki, vi in parts])
+
+
+def attention_kernel(q: Tensor, q_lens: Sequence[int], k_lens: Sequence[int]) -> str:
+    """What computes a batch.
+
+    "dense": torch's scaled_dot_product_attention, for samples of equal length. "varlen": torch's kernel for mixed
+    lengths, on CUDA in 16 bit. "packed": the kernel of this package, where torch has none. "loop": one sample after
+    another, by scaled_dot_product_attention.
+    """
+    if len(set(q_lens)) == 1 and len(set(k_lens)) == 1:
+        return "dense"
+    if not lib.on_cuda(q) or q.dtype not in (torch.float16, torch.bfloat16):
+        return "loop"
+    if varlen_attn is not None and q.is_cuda and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
+        return "varlen"
+    return "packed" if q.shape[-1] in HEAD_DIMS else "loop"
+
+
+def dense_backend(q: Tensor) -> SDPBackend:
+    """Which of its kernels torch takes for a dense batch [B, L, H, E] of queries, keys and values like `q`."""
+    backends, t = preferred_backends(q), q.transpose(1, 2)
+    if backends:
+        with sdpa_kernel(backends, set_priority=True):
+            return SDPBackend(torch._fused_sdp_choice(t, t, t))
+    return SDPBackend(torch._fused_sdp_choice(t, t, t))
+
+
+def describe_attention(device: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128) -> tuple[str, str]:
+    """Which kernels run there without gradients, in words: for samples of equal lengths, and of mixed lengths."""
+    q = torch.empty(1, 8, 1, head_dim, dtype=dtype, device=device)
+    with torch.no_grad():
+        dense = dense_backend(q).name.lower()
+    mixed = {"varlen": "varlen_attn of torch", "packed": "kernel of this package", "loop": "one sample after another"}
+    return f"{dense} of torch", mixed[attention_kernel(q[0], (3, 5), (3, 5))]
+
+
+def _cumulative(lens: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=like.device)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -85,6 +151,70 @@ def joint_attention_reference(q, k, v, q_lens, k_lens=None):
         scores = torch.einsum("qhe,khe->hqk", qi, ki) / q.shape[-1] ** 0.5
         out.append(torch.einsum("hqk,khe->qhe", scores.softmax(-1), vi))
     return torch.cat(out)
+
+
+# ---- the kernel of this package: csrc/kernels/joint_attention.h --------------------------------------------------
+
+
+def _as_the_kernel_reads(t: Tensor) -> Tensor:
+    if t.is_contiguous() and t.data_ptr() % 16 == 0:
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, q_lens: list[int], k_lens: list[int]) -> tuple[Tensor, Tensor]:
+    out, lse = _fake(q, k, v, q_lens, k_lens)
+    q, k, v = map(_as_the_kernel_reads, (q, k, v))
+    lib.launch(
+        "joint_attention_forward", q,
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), q_lens, k_lens, *q.shape[1:],
+        DTYPE_CODES[q.dtype],
+    )  # fmt: skip
+    return out, lse
+
+
+def _fake(q, k, v, q_lens, k_lens):
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+def _backward(grad_out: Tensor, q, k, v, out, lse, q_lens: list[int], k_lens: list[int]):
+    grads = _backward_fake(grad_out, q, k, v, out, lse, q_lens, k_lens)
+    grad_out, q, k, v, out = map(_as_the_kernel_reads, (grad_out, q, k, v, out))
+    lib.launch(
+        "joint_attention_backward", q,
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), q_lens, k_lens, *q.shape[1:],
+        DTYPE_CODES[q.dtype], grad_out.data_ptr(), *(g.data_ptr() for g in grads), scratch=q.shape[:2],
+    )  # fmt: skip
+    return grads
+
+
+def _backward_fake(grad_out, q, k, v, out, lse, q_lens, k_lens):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_op = lib.register(
+    _OP, "(Tensor q, Tensor k, Tensor v, int[] q_lens, int[] k_lens) -> (Tensor, Tensor)", _forward, _fake
+)
+_backward_op = lib.register(
+    f"{_OP}_backward",
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int[] q_lens, int[] k_lens)"
+    " -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, ctx.q_lens, ctx.k_lens = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _autograd(ctx, grad_out, _):
+    return *_backward_op(grad_out, *ctx.saved_tensors, ctx.q_lens, ctx.k_lens), None, None
+
+
+lib.register_autograd(_OP, _autograd, _setup_context)
 
 
 def _check(q, k, v, q_lens, k_lens) -> None:
