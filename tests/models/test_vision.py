@@ -79,6 +79,8 @@ def test_states_equal_transformers_and_batches_equal_single_runs(encoder):
         seen = look(encoder, [image for own in images for image in own], processor)
         split = [seen[:1], [], seen[1:3], seen[3:]]
         rows = encode_pictures(encoder, tokenizer, prompts, split, drop=1)
+        for a, b in zip(rows, encode_pictures(encoder, tokenizer, prompts, split, drop=1, one_batch=True), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
         for prompt, own, row in zip(prompts, images, rows):
             (alone,) = encode_pictures(encoder, tokenizer, [prompt], [look(encoder, own, processor)], drop=1)
             torch.testing.assert_close(row, alone, rtol=0, atol=1e-5)

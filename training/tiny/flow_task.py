@@ -129,7 +129,7 @@ class FlowTask:
                 assert self.edit_pipe is not None
                 states = encode_edit_prompts(
                     self.text_encoder, self.pipe.tokenizer, self.edit_pipe.processor,
-                    [batch[i].caption for i in edits], [batch[i].pictures for i in edits],
+                    [batch[i].caption for i in edits], [batch[i].pictures for i in edits], one_batch=True,
                 )  # fmt: skip
                 out.update(zip(edits, states))
         return [out[i] for i in range(len(batch))]

@@ -79,6 +79,7 @@ def encode_edit_prompts(
     preserve_size: bool = True,
     condition_area: int = CONDITION_AREA,
     grid_positions: bool = True,
+    one_batch: bool = False,
 ) -> list[Tensor]:
     """The conditions of edits, exactly as the editing pipelines make them; for training and for caching.
 
@@ -87,7 +88,7 @@ def encode_edit_prompts(
         processor: of the pipeline (`pipe.processor`), or `VisionProcessor()`.
         prompts: an instruction for each sample. images: its 0..N pictures: arrays or what else `to_rgb` takes.
         plus: Edit-Plus' template; False: Edit's, with one picture each.
-        preserve_size, condition_area, grid_positions: as in the pipelines' call.
+        preserve_size, condition_area, grid_positions: as in the pipelines' call. one_batch: as in `encode_pictures`.
 
     Returns:
         Per sample the states [tokens, hidden], in the encoder's dtype.
@@ -103,8 +104,9 @@ def encode_edit_prompts(
     ]
     seen = iter(look(text_encoder, [picture for own in pictures for picture in own], processor))
     return encode_seen(
-        text_encoder, tokenizer, prompts, [[next(seen) for _ in own] for own in pictures], plus, grid_positions
-    )
+        text_encoder, tokenizer, prompts, [[next(seen) for _ in own] for own in pictures], plus, grid_positions,
+        one_batch,
+    )  # fmt: skip
 
 
 def encode_seen(
@@ -114,11 +116,14 @@ def encode_seen(
     seen: Sequence[Sequence[Seen]],
     plus: bool,
     grid_positions: bool,
+    one_batch: bool = False,
 ) -> list[Tensor]:
     """As `encode_edit_prompts`, of pictures that the vision tower has seen."""
     texts = [edit_prompt(prompt, len(own), plus) for prompt, own in zip(prompts, seen, strict=True)]
     drop = EDIT_PLUS_DROP if plus else EDIT_DROP
-    return encode_pictures(text_encoder, tokenizer, texts, seen, drop=drop, grid_positions=grid_positions)
+    return encode_pictures(
+        text_encoder, tokenizer, texts, seen, drop=drop, grid_positions=grid_positions, one_batch=one_batch
+    )
 
 
 def encode_distribution(vae: Any, pixels: Tensor):
