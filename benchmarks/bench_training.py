@@ -1,7 +1,8 @@
 """A training step of the tiny transformer: forward, backward and AdamW on one batch of unequal captions.
 
 diffusers needs one shape in a batch: captions are padded and masked, and samples with other numbers of references are
-other batches, whose gradients add up. The learning rate is 0, so that every round computes the same.
+other batches, whose gradients add up. The learning rate is 0, so that every round computes the same. In bfloat16 both
+sides have float32 master weights.
 """
 
 from __future__ import annotations
@@ -24,26 +25,28 @@ class TrainingPair:
 
     Args:
         side: of the images in tokens. references: number of reference images of each sample.
+        dtype: of weights and activations.
     """
 
-    def __init__(self, device: str, side: int, references: list[int]):
+    def __init__(self, device: str, side: int, references: list[int], dtype: torch.dtype = torch.float32):
         from diffusers import QwenImageTransformer2DModel as Diffusers
 
         from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
         from qwen_image_fast.tiny import tiny_configs
         from qwen_image_fast.training.objectives.flow import FlowSample
-        from qwen_image_fast.training.optimizer import freeze_dead
+        from qwen_image_fast.training.optimizer import Optimizer, freeze_dead
+        from qwen_image_fast.training.recipe import OptimizerRecipe
 
         torch.manual_seed(SEED)
         config = tiny_configs()["transformer"]
-        self.ours = QwenImageTransformer2DModel(**config).to(device).train()
-        self.theirs = Diffusers(**config).to(device).train()
+        self.ours = QwenImageTransformer2DModel(**config).to(device, dtype).train()
+        self.theirs = Diffusers(**config).to(device, dtype).train()
         self.theirs.load_state_dict(self.ours.state_dict())
         self.optimizers = {}
         for model in (self.ours, self.theirs):
             freeze_dead(model)
-            learning = [p for p in model.parameters() if p.requires_grad]
-            self.optimizers[model] = torch.optim.AdamW(learning, lr=0.0, fused=True)
+            learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            self.optimizers[model] = Optimizer(learning, OptimizerRecipe(clip=1.0))
         shape = (1, side, side)
         tokens, channels = side * side, config["in_channels"]
         self.samples = [
@@ -55,7 +58,7 @@ class TrainingPair:
             for count in references
         ]  # fmt: skip
         lengths = torch.randint(FEWEST_TEXT, MOST_TEXT + 1, (len(references),)).tolist()
-        self.texts = [torch.randn(n, config["joint_attention_dim"], device=device) for n in lengths]
+        self.texts = [torch.randn(n, config["joint_attention_dim"], device=device, dtype=dtype) for n in lengths]
         self.groups = [[i for i, n in enumerate(references) if n == count] for count in sorted(set(references))]
 
     def by_ours(self) -> Tensor:
@@ -84,18 +87,20 @@ class TrainingPair:
         mask = torch.tensor([[1] * len(t) + [0] * (longest - len(t)) for t in texts], device=padded.device)
         shapes = [[s.shape, *s.reference_shapes] for s in samples]
         out = self.theirs(
-            hidden_states=noisy, encoder_hidden_states=padded, encoder_hidden_states_mask=mask, timestep=sigma,
+            hidden_states=noisy.to(padded.dtype), encoder_hidden_states=padded,
+            encoder_hidden_states_mask=mask, timestep=sigma,
             img_shapes=shapes, return_dict=False,
         )[0]  # fmt: skip
-        return (out[:, : x0.shape[1]] - (eps - x0)).square().mean((1, 2))
+        return (out[:, : x0.shape[1]].float() - (eps - x0)).square().mean((1, 2))
 
     def update(self, model, loss: Tensor | None, value: Tensor | None = None) -> Tensor:
         if loss is not None:
             loss.backward()
             value = loss.detach()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        self.optimizers[model].step()
-        self.optimizers[model].zero_grad()
+        optimizer = self.optimizers[model]
+        optimizer.accumulate()
+        optimizer.clip()
+        optimizer.step(0.0)
         assert value is not None
         return value
 
@@ -103,21 +108,27 @@ class TrainingPair:
 def cases(settings: Settings) -> Iterator[Case]:
     batch = 4 if settings.quick else 32
     mixed = [0, 0, 1, 2] * (batch // 4)
-    for side, references, name in (
-        (4, [0] * batch, "64 px"),
-        (8, [0] * batch, "128 px"),
-        (8, mixed, "128 px, 0 to 2 references"),
-    ):
-        pair = TrainingPair(settings.device, side, references)
-        yield compare(
-            SUITE, f"tiny training step, batch {batch}, {name}", {BASELINE: pair.by_diffusers, OURS: pair.by_ours},
-            settings, tolerance=1e-4, goals={OURS: GOAL}, tags={"name": name},
-            note="captions of 16 to 32 tokens; forward, backward, clipping and AdamW",
-        )  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        for side, references, name in (
+            (4, [0] * batch, "64 px"),
+            (8, [0] * batch, "128 px"),
+            (8, mixed, "128 px, 0 to 2 references"),
+        ):
+            kind = str(dtype).removeprefix("torch.")
+            pair = TrainingPair(settings.device, side, references, dtype)
+            yield compare(
+                SUITE, f"tiny training step, batch {batch}, {name}, {kind}",
+                {BASELINE: pair.by_diffusers, OURS: pair.by_ours}, settings,
+                tolerance=1e-4 if dtype == torch.float32 else 1e-2, goals={OURS: GOAL},
+                tags={"name": name, "dtype": kind},
+                note="captions of 16 to 32 tokens; forward, backward, clipping, AdamW",
+            )  # fmt: skip
 
 
 def bars(measured: list[Case]) -> list[Bar]:
     return [
-        Bar(f"training step, {name}, over diffusers eager", GOAL, speedup(find(measured, SUITE, name=name), OURS))
+        Bar(f"training step, {name}, {dtype}, over diffusers eager", GOAL,
+            speedup(find(measured, SUITE, name=name, dtype=dtype), OURS))
+        for dtype in ("float32", "bfloat16")
         for name in ("64 px", "128 px", "128 px, 0 to 2 references")
-    ]
+    ]  # fmt: skip
