@@ -26,9 +26,12 @@ static void define(py::module_& m, const std::string& op, Params (*params)(A...)
 
 void define_cuda(py::module_& m) {
   define(m, "layer_norm_modulate_forward", layer_norm_modulate, layer_norm_modulate_forward_cuda);
+  define(m, "layer_norm_modulate_fp8_forward", layer_norm_modulate_fp8, layer_norm_modulate_fp8_forward_cuda);
   define(m, "layer_norm_modulate_backward", layer_norm_modulate_backward, layer_norm_modulate_backward_cuda);
   define(m, "gate_residual_norm_modulate_forward", gate_residual_norm_modulate,
          gate_residual_norm_modulate_forward_cuda);
+  define(m, "gate_residual_norm_modulate_fp8_forward", gate_residual_norm_modulate_fp8,
+         gate_residual_norm_modulate_fp8_forward_cuda);
   define(m, "gate_residual_norm_modulate_backward", gate_residual_norm_modulate_backward,
          gate_residual_norm_modulate_backward_cuda);
   define(m, "qk_norm_rope_forward", qk_norm_rope, qk_norm_rope_forward_cuda);

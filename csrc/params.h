@@ -30,6 +30,15 @@ inline LayerNormModulate layer_norm_modulate(Address x, Address shift, Address s
           pointer(out), rows,           width,          segments,     eps,          dtype};
 }
 
+inline LayerNormModulateFp8 layer_norm_modulate_fp8(Address x, Address shift, Address scale, int64_t shift_stride,
+                                                    int64_t scale_stride, Address offsets, Address out, int64_t rows,
+                                                    int64_t width, int64_t segments, double eps, int dtype,
+                                                    Address values, Address scales) {
+  return {
+      layer_norm_modulate(x, shift, scale, shift_stride, scale_stride, offsets, out, rows, width, segments, eps, dtype),
+      pointer(values), pointer<float>(scales)};
+}
+
 inline LayerNormModulateBackward layer_norm_modulate_backward(Address x, Address scale, int64_t scale_stride,
                                                               Address offsets, Address grad_out, Address grad_x,
                                                               Address grad_shift, Address grad_scale, int64_t rows,
@@ -70,6 +79,15 @@ inline GateResidualNormModulate gate_residual_norm_modulate(Address x, Address y
           segments,
           eps,
           dtype};
+}
+
+inline GateResidualNormModulateFp8 gate_residual_norm_modulate_fp8(
+    Address x, Address y, Address gate, Address shift, Address scale, int64_t gate_stride, int64_t shift_stride,
+    int64_t scale_stride, Address offsets, Address residual, Address out, int64_t rows, int64_t width, int64_t segments,
+    double eps, int dtype, Address values, Address scales) {
+  return {gate_residual_norm_modulate(x, y, gate, shift, scale, gate_stride, shift_stride, scale_stride, offsets,
+                                      residual, out, rows, width, segments, eps, dtype),
+          pointer(values), pointer<float>(scales)};
 }
 
 inline GateResidualNormModulateBackward gate_residual_norm_modulate_backward(

@@ -22,6 +22,13 @@ struct GateResidualNormModulate {
   int dtype;
 };
 
+// The same with `out` once more in float8 e4m3, one scale to a row: value = e4m3 * scale, scale = max |out| / 448.
+struct GateResidualNormModulateFp8 {
+  GateResidualNormModulate forward;
+  void* values;   // [rows, width]
+  float* scales;  // [rows]
+};
+
 struct GateResidualNormModulateBackward {
   const void *residual, *y;
   const void *gate, *scale;
@@ -38,6 +45,7 @@ struct GateResidualNormModulateBackward {
 QIF_DECLARE_CPU(gate_residual_norm_modulate_forward, GateResidualNormModulate)
 QIF_DECLARE_CPU(gate_residual_norm_modulate_backward, GateResidualNormModulateBackward)
 QIF_DECLARE_CUDA(gate_residual_norm_modulate_forward, GateResidualNormModulate)
+QIF_DECLARE_CUDA(gate_residual_norm_modulate_fp8_forward, GateResidualNormModulateFp8)
 int64_t gate_residual_norm_modulate_backward_scratch(int64_t rows, int64_t width, int64_t segments,
                                                      bool equal);  // bytes
 QIF_DECLARE_CUDA(gate_residual_norm_modulate_backward, GateResidualNormModulateBackward)

@@ -21,6 +21,13 @@ struct LayerNormModulate {
   int dtype;
 };
 
+// The same with `out` once more in float8 e4m3, one scale to a row: value = e4m3 * scale, scale = max |out| / 448.
+struct LayerNormModulateFp8 {
+  LayerNormModulate forward;
+  void* values;   // [rows, width]
+  float* scales;  // [rows]
+};
+
 struct LayerNormModulateBackward {
   const void *x, *scale;
   int64_t scale_stride;
@@ -36,6 +43,7 @@ struct LayerNormModulateBackward {
 QIF_DECLARE_CPU(layer_norm_modulate_forward, LayerNormModulate)
 QIF_DECLARE_CPU(layer_norm_modulate_backward, LayerNormModulateBackward)
 QIF_DECLARE_CUDA(layer_norm_modulate_forward, LayerNormModulate)
+QIF_DECLARE_CUDA(layer_norm_modulate_fp8_forward, LayerNormModulateFp8)
 int64_t layer_norm_modulate_backward_scratch(int64_t rows, int64_t width, int64_t segments, bool equal);  // bytes
 QIF_DECLARE_CUDA(layer_norm_modulate_backward, LayerNormModulateBackward)
 

@@ -1,22 +1,23 @@
 // layer_norm_modulate on the GPU. Bound by memory: forward reads and writes a row once, 2 * width * sizeof(T) bytes per
-// row; backward reads two rows and writes one, and 2 * width * 4 bytes of partial sums per 16 rows twice.
+// row, with FP8 rows width + 4 bytes more; backward reads two rows and writes one, and 2 * width * 4 bytes of partial
+// sums per 16 rows twice.
 #include "kernels/layer_norm_modulate.h"
 #include "kernels/norm_row.cuh"
 
 namespace qif {
 namespace gpu {
 
-template <class T, int N, int Keep>
-__global__ void __launch_bounds__(32 * kRowWarps) layer_norm_modulate_rows(LayerNormModulate p) {
+template <class T, int N, int Keep, bool Fp8>
+__global__ void __launch_bounds__(32 * kRowWarps) layer_norm_modulate_rows(LayerNormModulate p, Fp8Rows fp8) {
   const int64_t r = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / 32;
   if (r >= p.rows) return;
   const int64_t s = Segments{p.offsets, p.rows, p.segments}.find(r);
   const int width = static_cast<int>(p.width);
   Row<T, N, Keep> row;
   row.read(static_cast<const T*>(p.x) + r * p.width, width);
-  norm_modulate_row(row, static_cast<const T*>(p.shift) + s * p.shift_stride,
-                    static_cast<const T*>(p.scale) + s * p.scale_stride, static_cast<T*>(p.out) + r * p.width, width,
-                    static_cast<float>(p.eps));
+  norm_modulate_row<Fp8>(row, static_cast<const T*>(p.shift) + s * p.shift_stride,
+                         static_cast<const T*>(p.scale) + s * p.scale_stride, static_cast<T*>(p.out) + r * p.width,
+                         width, static_cast<float>(p.eps), fp8, r);
 }
 
 template <class T, int N, bool Held>
@@ -55,13 +56,14 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   sums.finish();
 }
 
-template <class T>
-static int forward(const LayerNormModulate& p, void* stream) {
+template <class T, bool Fp8>
+static int forward(const LayerNormModulate& p, const Fp8Rows& fp8, void* stream) {
   const bool vector = p.width % 8 == 0 && p.shift_stride % 8 == 0 && p.scale_stride % 8 == 0 &&
-                      aligned16({p.x, p.shift, p.scale, p.out});
+                      aligned16({p.x, p.shift, p.scale, p.out, fp8.values});
   const dim3 grid(static_cast<unsigned>(ceil_div(p.rows, kRowWarps)));
-  QIF_ROW_VARIANT(p.width, vector, N, Keep,
-                  return launch(layer_norm_modulate_rows<T, N, Keep>, grid, dim3(32 * kRowWarps), 0, stream, p))
+  QIF_ROW_VARIANT(
+      p.width, vector, N, Keep,
+      return launch(layer_norm_modulate_rows<T, N, Keep, Fp8>, grid, dim3(32 * kRowWarps), 0, stream, p, fp8))
 }
 
 template <class T>
@@ -84,7 +86,14 @@ static int backward(const LayerNormModulateBackward& p, float* partials, void* s
 
 int layer_norm_modulate_forward_cuda(const LayerNormModulate& p, void*, void* stream) {
   if (!p.rows || !p.width) return gpu::kSuccess;
-  QIF_DISPATCH_CUDA(p.dtype, T, return gpu::forward<T>(p, stream))
+  QIF_DISPATCH_CUDA(p.dtype, T, return (gpu::forward<T, false>(p, {}, stream)))
+}
+
+int layer_norm_modulate_fp8_forward_cuda(const LayerNormModulateFp8& p, void*, void* stream) {
+  const LayerNormModulate& f = p.forward;
+  if (!f.rows || !f.width) return gpu::kSuccess;
+  const gpu::Fp8Rows fp8{static_cast<uint8_t*>(p.values), p.scales};
+  QIF_DISPATCH_CUDA(f.dtype, T, return (gpu::forward<T, true>(f, fp8, stream)))
 }
 
 int64_t layer_norm_modulate_backward_scratch(int64_t rows, int64_t width, int64_t segments, bool equal) {

@@ -1,6 +1,7 @@
 // One row of LayerNorm and modulation on the GPU, forward by a warp and backward by a block: shared by the two ops that
 // end in it.
 #pragma once
+#include "common/fp8.cuh"
 #include "kernels/chunks.cuh"
 
 namespace qif {
@@ -70,20 +71,45 @@ QIF_INLINE RowStats row_stats(const Row<T, N, Keep>& row, int width, float eps) 
   return {mean, 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(width) + eps)};
 }
 
-// out = (x - mean) * rstd * (1 + scale) + shift
-template <class T, int N, int Keep>
+// out = (x - mean) * rstd * (1 + scale) + shift; with Fp8 also the rounded `out` of row `r` in `fp8`, from a second
+// pass that computes it again.
+template <bool Fp8, class T, int N, int Keep>
 QIF_INLINE void norm_modulate_row(const Row<T, N, Keep>& row, const T* shift, const T* scale, T* out, int width,
-                                  float eps) {
+                                  float eps, const Fp8Rows& fp8, int64_t r) {
   const RowStats s = row_stats(row, width, eps);
-  each_pack<N, Keep>(width, [&](int k, int i) {
-    float v[N], sh[N], sc[N];
+  auto modulated = [&](int k, int i, float (&v)[N]) {
+    float sh[N], sc[N];
     row.get(k, i, v);
     load(shift + i, sh);
     load(scale + i, sc);
 #pragma unroll
     for (int j = 0; j < N; ++j) v[j] = (v[j] - s.mean) * s.rstd * (1.0f + sc[j]) + sh[j];
-    store(out + i, v);
+    return narrow<T>(v);
+  };
+  float largest = 0x1p-100f;  // rows of zeros are not divided by zero
+  each_pack<N, Keep>(width, [&](int k, int i) {
+    float v[N];
+    const Pack<T, N> pack = modulated(k, i, v);
+    store_pack(out + i, pack);
+    if constexpr (Fp8) {
+      widen(pack, v);
+#pragma unroll
+      for (int j = 0; j < N; ++j) largest = fmaxf(largest, fabsf(v[j]));
+    }
   });
+  if constexpr (Fp8) {
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, d));
+    if (threadIdx.x % 32 == 0) store_global(fp8.scales + r, largest / kLargestE4m3);
+    const float inverse = kLargestE4m3 / largest;
+    each_pack<N, Keep>(width, [&](int k, int i) {
+      float v[N];
+      widen(modulated(k, i, v), v);
+#pragma unroll
+      for (int j = 0; j < N; ++j) v[j] *= inverse;
+      store_e4m3(fp8.values + r * width + i, v);
+    });
+  }
 }
 
 // Runs BODY with N (values in a pack) and KEEP for a width: 16-byte packs in registers up to 3072, streamed beyond;

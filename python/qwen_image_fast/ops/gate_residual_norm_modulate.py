@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_image_fast.ops import _library as lib
 from qwen_image_fast.ops._library import DTYPE_CODES, pointer
+from qwen_image_fast.ops.fp8_rows import check_fp8, empty_fp8_rows, fp8_rows
 
 _OP = "gate_residual_norm_modulate"
 
@@ -20,7 +23,9 @@ def gate_residual_norm_modulate(
     scale: Tensor,
     offsets: Tensor | None = None,
     eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
+    *,
+    fp8: bool = False,
+) -> Any:
     """residual = x + gate * y; out = LayerNorm(residual) * (1 + scale) + shift.
 
     Args:
@@ -28,6 +33,7 @@ def gate_residual_norm_modulate(
         gate, shift, scale: [segments, width], dtype of x; rows may be strided or expanded.
         offsets: int32 [segments + 1], first row of each segment; None: segments of equal length.
         eps: added to the variance.
+        fp8: return (residual, out, values, scales), with `fp8_rows(out)` from the same pass; without gradients only.
 
     Returns:
         (residual, out), both [..., width]. Arithmetic in float32 (float64 for float64); each result is rounded once,
@@ -36,8 +42,14 @@ def gate_residual_norm_modulate(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit together.
     """
+    if fp8:
+        check_fp8(_OP, x, y, gate, shift, scale)
     if lib.use_reference():
-        return gate_residual_norm_modulate_reference(x, y, gate, shift, scale, offsets, eps)
+        residual, out = gate_residual_norm_modulate_reference(x, y, gate, shift, scale, offsets, eps)
+        return (residual, out, *fp8_rows(out)) if fp8 else (residual, out)
+    if fp8:
+        call = _forward_fp8 if lib.call_directly(x, y, gate, shift, scale) else _fp8_op
+        return call(x, y, gate, shift, scale, offsets, eps)
     if lib.call_directly(x, y, gate, shift, scale):
         return _forward(x, y, gate, shift, scale, offsets, eps)
     return _op(x, y, gate, shift, scale, offsets, eps)
@@ -81,6 +93,26 @@ def _forward(x, y, gate, shift, scale, offsets, eps: float) -> tuple[Tensor, Ten
     return residual, out
 
 
+def _forward_fp8(x, y, gate, shift, scale, offsets, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not lib.on_cuda(x):
+        residual, out = _forward(x, y, gate, shift, scale, offsets, eps)
+        return residual, out, *fp8_rows(out)
+    residual, out, values, scales = _fake_fp8(x, y, gate, shift, scale, offsets, eps)
+    if x.numel():
+        width = x.shape[-1]
+        lib.launch(
+            "gate_residual_norm_modulate_fp8_forward", x,
+            x.data_ptr(), y.data_ptr(), gate.data_ptr(), shift.data_ptr(), scale.data_ptr(), gate.stride(0),
+            shift.stride(0), scale.stride(0), pointer(offsets), residual.data_ptr(), out.data_ptr(),
+            x.numel() // width, width, gate.shape[0], eps, DTYPE_CODES[x.dtype], values.data_ptr(), scales.data_ptr(),
+        )  # fmt: skip
+    return residual, out, values, scales
+
+
+def _fake_fp8(x, y, gate, shift, scale, offsets, eps):
+    return *_fake(x, y, gate, shift, scale, offsets, eps), *empty_fp8_rows(x)
+
+
 def _fake(x, y, gate, shift, scale, offsets, eps):
     _check(x, y, gate, shift, scale, offsets)
     return torch.empty_like(x), torch.empty_like(x)
@@ -110,6 +142,13 @@ _op = lib.register(
     "(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, Tensor? offsets, float eps) -> (Tensor, Tensor)",
     _forward,
     _fake,
+)
+_fp8_op = lib.register(
+    f"{_OP}_fp8",
+    "(Tensor x, Tensor y, Tensor gate, Tensor shift, Tensor scale, Tensor? offsets, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward_fp8,
+    _fake_fp8,
 )
 _backward_op = lib.register(
     f"{_OP}_backward",
