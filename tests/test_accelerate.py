@@ -341,17 +341,6 @@ def test_adapters_on_the_modulation(plain, fast):
     assert not torch.allclose(expected, before, atol=1e-3)  # the merged weights stay
 
 
-@pytest.mark.parametrize("name", ["", "Edit", "EditPlus", "Layered"])
-def test_modular_pipeline(plain, name):
-    pipe = getattr(diffusers, f"QwenImage{name}ModularPipeline")()
-    pipe.update_components(transformer=copy.deepcopy(plain.transformer), vae=copy.deepcopy(plain.vae))
-    report = accelerate(pipe)
-    assert len(report.replaced) == 2 and [what for what, _ in report.left_alone] == ["pipeline"]
-    assert isinstance(pipe.transformer, FastTransformer)
-    restore(pipe)
-    assert type(pipe.transformer) is type(plain.transformer)
-
-
 def test_shared_transformer(plain, fast):
     """Another pipeline class over the same models, with a scheduler and loop of its own."""
     other = diffusers.QwenImageImg2ImgPipeline.from_pipe(fast)
