@@ -12,8 +12,8 @@ diffusers = pytest.importorskip("diffusers")
 from accelerate_harness import CONFIG, assert_same, count_fast_forwards, inputs, run, small_transformer  # noqa: E402
 
 from qwen_image_fast.accelerate import accelerate, restore  # noqa: E402
-from qwen_image_fast.drop_in.loop import checksum  # noqa: E402
 from qwen_image_fast.drop_in.transformer import FastTransformer  # noqa: E402
+from qwen_image_fast.models.modulation import checksum  # noqa: E402
 
 
 @pytest.fixture

@@ -172,6 +172,16 @@ def test_modulation_is_computed_once_per_schedule(tiny_folder):
     assert len(calls) == 3 and not torch.equal(first, changed)
 
 
+def test_modulation_weights_written_through_data_are_seen(tiny_folder):
+    """A merge of adapters or an average of weights writes so, and leaves no version behind."""
+    pipe, other = (QwenImagePipeline.from_pretrained(tiny_folder) for _ in range(2))
+    before = ours(pipe, PROMPTS[0], seed=0)
+    for p in (pipe, other):
+        p.transformer.transformer_blocks[1].img_mod[1].weight.data.mul_(-1)
+    after = ours(pipe, PROMPTS[0], seed=0)
+    assert torch.equal(after, ours(other, PROMPTS[0], seed=0)) and not torch.equal(after, before)
+
+
 def test_freed_modulation_weights(tiny_folder):
     pipe = QwenImagePipeline.from_pretrained(tiny_folder, free_modulation_weights=True)
     plain = QwenImagePipeline.from_pretrained(tiny_folder)

@@ -12,12 +12,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from qwen_image_fast.models.modulation import Modulation
-
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from qwen_image_fast.models.modulation import Modulation, checksum
 
 
 class Loop:
@@ -108,15 +105,3 @@ def modulation_weights(transformer: Any) -> list[Tensor] | None:
     if any(type(w) is not nn.Parameter or w.is_meta or w.device != weights[0].device for w in weights):
         return None
     return weights
-
-
-def checksum(weights: list[Tensor]) -> tuple[int, ...]:
-    """The sum of the bits of each tensor, as integers; one pass over them, and one read from their device."""
-    return tuple(torch.stack([_words(w).sum(dtype=torch.int64) for w in weights]).tolist())
-
-
-def _words(weight: Tensor) -> Tensor:
-    flat = weight.detach().reshape(-1)
-    size = flat.element_size()
-    whole = flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0
-    return flat.view(torch.int64 if whole else _WORDS[size])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qwen_image_fast.checkpoint import load_state_into
 
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Schedules whose tables are kept, the least recently used one leaving first.
 KEPT_TABLES = 4
 
@@ -89,13 +90,29 @@ def modulation_layers(model) -> dict[str, Any]:
 
 
 def versions(model) -> tuple:
-    """Identity and version of every tensor a table depends on; empty if a layer is not a plain one (a LoRA on it)."""
+    """The state of every tensor a table depends on; empty if a layer is not a plain one (a LoRA on it).
+
+    Identity and version of each, and a checksum of their values: a write through `.data` leaves no other trace.
+    """
     layers = modulation_layers(model)
     if any(type(layer) is not nn.Linear for layer in layers.values()):
         return ()
     tensors = [p for layer in layers.values() for p in layer.parameters()]
     tensors += list(model.time_text_embed.parameters())
-    return tuple((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in tensors)
+    written = tuple((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in tensors)
+    return (written, checksum(tensors))
+
+
+def checksum(weights: Sequence[Tensor]) -> tuple[int, ...]:
+    """The sum of the bits of each tensor, as integers; one pass over them, and one read from their device."""
+    return tuple(torch.stack([_words(w).sum(dtype=torch.int64) for w in weights]).tolist())
+
+
+def _words(weight: Tensor) -> Tensor:
+    flat = weight.detach().reshape(-1)
+    size = flat.element_size()
+    whole = flat.numel() * size % 8 == 0 and flat.storage_offset() * size % 8 == 0
+    return flat.view(torch.int64 if whole else _WORDS[size])
 
 
 def free_modulation_weights(model, table: Modulation) -> int:
