@@ -20,16 +20,22 @@ WITH_MODULATION = "ours with modulation"
 
 
 class BlockPair:
-    """A block of diffusers and ours with the same weight tensors, and the inputs of both."""
+    """A block of diffusers and ours with the same weight tensors, and the inputs of both.
 
-    def __init__(self, device: str, heads: int, grid: tuple[int, int], txt: int, weights: dict | None = None):
+    With `references`, the image rows are those of the generated image and of so many references of its size.
+    """
+
+    def __init__(
+        self, device: str, heads: int, grid: tuple[int, int], txt: int, weights: dict | None = None, references: int = 0
+    ):
         from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
         from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock as Diffusers
 
         from qwen_image_fast.models.packing import pack
         from qwen_image_fast.models.transformer import QwenImageTransformerBlock
 
-        self.width, self.rows, self.txt = heads * 128, grid[0] * grid[1], txt
+        shapes = ((1, *grid),) * (1 + references)
+        self.width, self.rows, self.txt = heads * 128, len(shapes) * grid[0] * grid[1], txt
         with torch.device("meta"):
             theirs = Diffusers(self.width, heads, 128)
             ours = QwenImageTransformerBlock(self.width, 128)
@@ -39,9 +45,9 @@ class BlockPair:
         self.theirs, self.ours = theirs.eval(), ours.eval()
 
         axes = (16, 56, 56)
-        self.layout = pack((((1, *grid),),), [txt], axes_dim=axes, device=device)
+        self.layout = pack((shapes,), [txt], axes_dim=axes, device=device)
         rope = QwenEmbedRope(10000, list(axes), scale_rope=True)
-        self.freqs = rope([[(1, *grid)]], max_txt_seq_len=txt, device=torch.device(device))
+        self.freqs = rope([list(shapes)], max_txt_seq_len=txt, device=torch.device(device))
         self.img = torch.randn(1, self.rows, self.width, device=device)
         self.text = torch.randn(1, txt, self.width, device=device)
         self.temb = torch.randn(1, self.width, device=device)
@@ -117,10 +123,10 @@ def cases(settings: Settings, grids=((16, 16), (16, 32), (32, 32)), heads: int =
         pair = BlockPair(settings.device, heads, grid, txt, weights)
         weights = pair.weights
         with torch.no_grad():
-            yield one_case(settings, pair, run_block)
+            yield one_case(settings, pair, run_block, goals={OURS: GOAL} if pair.rows == 1024 else {})
 
 
-def one_case(settings: Settings, pair: BlockPair, run_block) -> Case:
+def one_case(settings: Settings, pair: BlockPair, run_block, suite: str = SUITE, **fields) -> Case:
     pair.normalise()
     variants = {
         BASELINE: lambda: pair.run_diffusers(pair.theirs),
@@ -131,10 +137,10 @@ def one_case(settings: Settings, pair: BlockPair, run_block) -> Case:
         block = compiled(pair.theirs)
         variants[COMPILED] = lambda: pair.run_diffusers(block)
     return compare(
-        SUITE, f"block of width {pair.width}, {pair.rows} image + {pair.txt} text tokens", variants, settings,
+        suite, f"block of width {pair.width}, {pair.rows} image + {pair.txt} text tokens", variants, settings,
         tolerance=1e-4, roof=pair.products, flops=pair.flops, memory=True,
-        goals={OURS: GOAL} if pair.rows == 1024 else {}, tags={"tokens": pair.rows, "width": pair.width},
-        note="one middle block; roof: its matrix products and attention alone",
+        tags={"tokens": pair.rows, "width": pair.width},
+        note="one middle block; roof: its matrix products and attention alone", **fields,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from benchmarks import (
     bench_block,
+    bench_editing,
     bench_loading,
     bench_ops,
     bench_pipeline,
@@ -27,10 +28,21 @@ from benchmarks.report import plot, print_report
 
 SUITES = {
     m.SUITE: m
-    for m in (bench_ops, bench_block, bench_transformer, bench_training, bench_pipeline, bench_loading, bench_vae)
+    for m in (
+        bench_ops,
+        bench_block,
+        bench_transformer,
+        bench_editing,
+        bench_training,
+        bench_pipeline,
+        bench_loading,
+        bench_vae,
+    )
 }
 # A block takes seconds on a CPU; few rounds are enough where a sample is long.
-ROUNDS = {"ops": 15, "block": 7, "transformer": 25, "training": 9, "pipeline": 7, "loading": 3, "vae": 5}
+ROUNDS = {
+    "ops": 15, "block": 7, "transformer": 25, "editing": 9, "training": 9, "pipeline": 7, "loading": 3, "vae": 5,
+}  # fmt: skip
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
