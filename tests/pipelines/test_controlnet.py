@@ -3,13 +3,15 @@
 import diffusers
 import pytest
 import torch
-from reference import picture, reference, seeded
+from reference import assert_errs_at_most_twice_as_much, picture, reference, seeded, take_mode
+from test_start import white_box
 
 import qwen_image_fast
 from qwen_image_fast import QwenImageControlNetInpaintPipeline, QwenImageControlNetModel, QwenImageControlNetPipeline
 from qwen_image_fast.tiny import tiny_configs
 
 PROMPTS = ["a red house", "two cats by the sea, in the evening"]
+SIZES = [(64, 64), (96, 32), (32, 80), (80, 48)]
 SIZE = {"width": 64, "height": 48, "num_inference_steps": 3, "output_type": "latent"}
 
 
@@ -70,7 +72,9 @@ CALLS = {
     "guidance": {"negative_prompt": "bad"},
     "scale": {"controlnet_conditioning_scale": 0.4, "negative_prompt": "bad"},
     "part of the steps": {"control_guidance_start": 0.3, "control_guidance_end": 0.7},
+    "square": {"width": 64, "height": 64},
     "tall": {"width": 32, "height": 80},
+    "odd": {"width": 80, "height": 48, "control_image": picture(61, 37)},
 }
 
 
@@ -101,25 +105,19 @@ def test_several_nets_add_up(edit_folder, union):
     torch.testing.assert_close(ours(two, **call), ours(one, **call), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("call", [{}, {"negative_prompt": "bad"}], ids=["one", "guidance"])
-def test_inpainting_equals_diffusers(edit_folder, call, monkeypatch):
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_inpainting_equals_diffusers(edit_folder, size):
     """diffusers draws the picture's latents from the global generator: both take the mode here."""
     mine, theirs = nets(extra=4)
     mine = QwenImageControlNetInpaintPipeline.from_pretrained(edit_folder, controlnet=mine)
     theirs = reference("QwenImageControlNetInpaintPipeline", edit_folder, controlnet=theirs)
     for pipe in (mine, theirs):
-        encode = pipe.vae.encode
-
-        def encode_mode(*args, encode=encode, **kwargs):
-            out = encode(*args, **kwargs)
-            monkeypatch.setattr(type(out.latent_dist), "sample", lambda self, generator=None: self.mode())
-            return out
-
-        monkeypatch.setattr(pipe.vae, "encode", encode_mode)
-    mask = picture(80, 60, 3).convert("L").point(lambda v: 255 * (v > 128))
-    call = {**SIZE, "prompt": PROMPTS[0], "control_image": picture(80, 60), "control_mask": mask, **call}
-    expected = theirs(**call, generator=seeded(7)).images
-    torch.testing.assert_close(ours(mine, **call, seed=7), expected, rtol=0, atol=5e-5)
+        take_mode(pipe)
+    call = {"control_image": picture(80, 60), "control_mask": white_box(80, 60), "width": size[0], "height": size[1]}
+    for negative in (None, "bad"):
+        call = {**SIZE, "prompt": PROMPTS[0], "negative_prompt": negative, **call}
+        expected = theirs(**call, generator=seeded(7)).images
+        torch.testing.assert_close(ours(mine, **call, seed=7), expected, rtol=0, atol=5e-5)
 
 
 def test_a_mixed_batch_equals_single_runs(pair):
@@ -132,33 +130,29 @@ def test_a_mixed_batch_equals_single_runs(pair):
             pair[0], prompt=PROMPTS[k], control_image=images[k], width=width, height=height, seed=5 + k, **call
         )
         torch.testing.assert_close(batch[k], alone[0], rtol=0, atol=2e-5)
+    images[1], prompts = picture(20, 50, 9), [PROMPTS[0], PROMPTS[1].replace("cats", "dogs")]
+    again = ours(pair[0], prompt=prompts, control_image=images, width=widths, height=heights, seed=[5, 8], **call)
+    assert torch.equal(again[0], batch[0]) and not torch.equal(again[1], batch[1])
 
 
-def test_bfloat16_errs_at_most_twice_as_much(edit_folder):
-    name = "QwenImageControlNetPipeline"
-    half_ours, half_theirs = nets(dtype=torch.bfloat16)
-    exact = nets(dtype=torch.bfloat16)[1].double()
-    mine = QwenImageControlNetPipeline.from_pretrained(edit_folder, torch_dtype=torch.bfloat16, controlnet=half_ours)
+@pytest.mark.parametrize("extra", [0, 4], ids=["union", "inpainting"])
+def test_bfloat16_errs_at_most_twice_as_much(edit_folder, extra):
+    name = "QwenImageControlNetInpaintPipeline" if extra else "QwenImageControlNetPipeline"
+    half_ours, half_theirs = nets(extra, dtype=torch.bfloat16)
+    exact = nets(extra, dtype=torch.bfloat16)[1].double()
+    cls = getattr(qwen_image_fast, name)
+    mine = cls.from_pretrained(edit_folder, torch_dtype=torch.bfloat16, controlnet=half_ours)
     pipes = [mine, reference(name, edit_folder, torch.bfloat16, controlnet=half_theirs),
              reference(name, edit_folder, torch.float64, controlnet=exact)]  # fmt: skip
     for pipe in pipes:
-        encode = pipe.vae.encode
-
-        def encode_mode(*args, encode=encode, **kwargs):
-            out = encode(*args, **kwargs)
-            out.latent_dist.sample = lambda generator=None: out.latent_dist.mode()
-            return out
-
-        pipe.vae.encode = encode_mode
-    errors = [[], []]
-    for seed in range(2):
-        noise = torch.randn(1, 12, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
-        call = {**SIZE, "prompt": PROMPTS[0], "control_image": picture(64, 48, seed), "negative_prompt": "bad"}
-        got, half, truth = (pipe(**call, latents=noise).images for pipe in pipes)
-        errors[0].append(got.double() - truth)
-        errors[1].append(half.double() - truth)
-    a, b = (torch.cat(e) for e in errors)
-    assert a.pow(2).mean().sqrt() <= 2 * b.pow(2).mean().sqrt() and a.abs().max() <= 2 * b.abs().max()
+        take_mode(pipe)
+    for seed, (width, height) in enumerate(SIZES):
+        tokens = (height // 16) * (width // 16)
+        noise = torch.randn(1, tokens, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        call = {"control_image": picture(61, 37, seed), "width": width, "height": height}
+        call |= {"control_mask": white_box(width, height)} if extra else {}
+        call = {**SIZE, "prompt": PROMPTS[0], "negative_prompt": "bad", **call, "latents": noise}
+        assert_errs_at_most_twice_as_much(*(pipe(**call).images for pipe in pipes))
 
 
 def test_save_load_and_start_from_a_transformer(edit_folder, tmp_path, union):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from reference import AREA, picture, reference, seeded
+from reference import AREA, assert_errs_at_most_twice_as_much, picture, reference, seeded
 
 import qwen_image_fast
 from qwen_image_fast import QwenImageEditPipeline, QwenImageEditPlusPipeline
@@ -112,16 +112,13 @@ def test_reference_rows_of_zero_cond_t(edit_folder, small, name):
 def test_bfloat16_errs_at_most_twice_as_much(edit_folder, small, name):
     ours_half = getattr(qwen_image_fast, name).from_pretrained(edit_folder, torch_dtype=torch.bfloat16)
     exact, half = reference(name, edit_folder, torch.float64), reference(name, edit_folder, torch.bfloat16)
-    errors = [[], []]
-    for seed in range(2):
-        call = {"image": picture(64, 48, seed), "prompt": PROMPT, "negative_prompt": "bad", "height": 96, "width": 128}
-        noise = torch.randn(1, 48, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
-        truth = theirs(exact, **call, latents=noise)
+    for seed, (width, height) in enumerate(SIZES):
+        call = {"image": picture(width, height, seed), "prompt": PROMPT, "negative_prompt": "bad"}
+        call |= {"height": 2 * height, "width": 2 * width}
+        tokens = (2 * height // 16) * (2 * width // 16)
+        noise = torch.randn(1, tokens, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
         found = like_diffusers(ours_half, **call, latents=noise), theirs(half, **call, latents=noise)
-        for e, out in zip(errors, found):
-            e.append(out.double() - truth)
-    a, b = (torch.cat(e) for e in errors)
-    assert a.pow(2).mean().sqrt() <= 2 * b.pow(2).mean().sqrt() and a.abs().max() <= 2 * b.abs().max()
+        assert_errs_at_most_twice_as_much(*found, theirs(exact, **call, latents=noise))
 
 
 @pytest.mark.parametrize("zero_cond_t", [False, True])

@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import picture, reference, seeded
+from reference import assert_errs_at_most_twice_as_much, picture, reference, seeded
 
 import qwen_image_fast
 from qwen_image_fast import QwenImageLayeredPipeline
 from qwen_image_fast.models import text_encoder
+from qwen_image_fast.pipelines.images import area_size
 from qwen_image_fast.tiny import tiny_configs
 
 PROMPT = "a cat on a table"
@@ -91,20 +92,20 @@ def test_bfloat16_errs_at_most_twice_as_much(edit_folder, small):
     for module in exact.components.values():
         if isinstance(module, torch.nn.Module):
             module.double()
-    errors = [[], []]
-    for seed in range(2):
-        noise = torch.randn(1, 3 * 16, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
-        call = {"image": rgba(64, 64, seed), "prompt": PROMPT, "layers": 2, "latents": noise, "negative_prompt": "bad"}
-        truth = theirs(exact, **call)
-        errors[0].append(ours(mine, **call).double() - truth)
-        errors[1].append(theirs(half, **call).double() - truth)
-    a, b = (torch.cat(e) for e in errors)
-    assert a.pow(2).mean().sqrt() <= 2 * b.pow(2).mean().sqrt() and a.abs().max() <= 2 * b.abs().max()
+    for seed, size in enumerate(((64, 64), (120, 50), (37, 61))):
+        width, height = area_size(640 * 640 / 64, *size)
+        tokens = 3 * (width // 16) * (height // 16)
+        noise = torch.randn(1, tokens, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        call = {"image": rgba(*size, seed), "prompt": PROMPT, "layers": 2, "latents": noise, "negative_prompt": "bad"}
+        assert_errs_at_most_twice_as_much(ours(mine, **call), theirs(half, **call), theirs(exact, **call))
 
 
 def test_a_batch_equals_single_runs_and_keeps_sizes(pair):
     images, call = [rgba(64, 48), rgba(33, 50, 1)], {"layers": 2, "negative_prompt": "bad", "preserve_size": True}
     batch = ours(pair[0], image=images, prompt=[PROMPT, "a dog"], seed=[5, 6], output_type="np", **call)
+    others = [images[0], rgba(33, 50, 2)]
+    again = ours(pair[0], image=others, prompt=[PROMPT, "a cow"], seed=[5, 7], output_type="np", **call)
+    assert np.array_equal(again[0], batch[0]) and not np.array_equal(again[1], batch[1])
     for k, image in enumerate(images):
         (alone,) = ours(pair[0], image=image, prompt=[PROMPT, "a dog"][k], seed=5 + k, output_type="np", **call)
         assert len(batch[k]) == 2 and batch[k][0].shape == (*image.size[::-1], 4)

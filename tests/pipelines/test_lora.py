@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+import torch._dynamo.testing
 from reference import reference, seeded
 from safetensors.torch import save_file
 
@@ -190,6 +191,24 @@ def test_swapping_is_fast_and_leaves_nothing(pipe):
     pipe.unload_lora_weights()
     assert torch.equal(draw(pipe), before)
     assert not any(type(m) is LoraLinear for m in pipe.transformer.modules())
+
+
+def test_swapping_recompiles_nothing(pipe):
+    """Adapters of one rank on one set of layers are inputs of the compiled code."""
+    for seed, name in enumerate("ab"):
+        pipe.load_lora_weights(state(pairs(pipe, seed=seed)), adapter_name=name)
+    expected = []
+    for name in "ab":
+        pipe.set_adapters(name)
+        expected.append(draw(pipe))
+    counter = torch._dynamo.testing.CompileCounter()
+    pipe.transformer.forward_packed = torch.compile(pipe.transformer.forward_packed, backend=counter)
+    compiled = []
+    for k in (0, 1, 0):
+        pipe.set_adapters("ab"[k])
+        torch.testing.assert_close(draw(pipe), expected[k], rtol=0, atol=1e-5)
+        compiled.append(counter.frame_count)
+    assert compiled[0] > 0 and len(set(compiled)) == 1
 
 
 def test_moving_and_casting_take_the_adapter_along(pipe):
