@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from typer.testing import CliRunner
 
 import qwen_image_fast
@@ -88,6 +88,21 @@ def test_several_references_size_and_json(models):
     assert report["seeds"] == [1, 2] and [size(f) for f in report["files"]] == [(48, 64)] * 2
     result = run("edit", "x", *args[:4], "--size", "50x21", "--quiet", "--output", "s.png", model=models / "edit")
     assert result.stdout == "s.png\n" and size("s.png") == (50, 21)
+
+
+def test_a_photograph_and_the_model_of_the_package():
+    """A JPEG as cameras write it, turned by its EXIF entry: sizes and comparison are those of the upright picture."""
+    rng, exif = np.random.default_rng(1), Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    photo = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8)).resize((90, 50), Image.Resampling.BICUBIC)
+    photo.save("photo.jpg", exif=exif)
+    result = run("edit", "make it red", "--image", "photo.jpg", "--output", "out.png", "--compare", model="tiny")
+    assert result.exit_code == 0, result.output
+    assert size("out.png") == (50, 90) and size("out-compare.png") == (50 + 8 + 50, 90)
+    with Image.open("out.png") as out, Image.open("out-compare.png") as both, Image.open("photo.jpg") as given:
+        assert np.asarray(out).std() > 1
+        assert both.crop((0, 0, 50, 90)).tobytes() == ImageOps.exif_transpose(given).tobytes()
+    assert read_parameters("out.png")["model"] == "tiny"
 
 
 def test_a_mask(models):

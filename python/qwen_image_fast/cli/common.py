@@ -30,6 +30,7 @@ from qwen_image_fast.checkpoint import read_json, resolve_folder
 out = Console()
 err = Console(stderr=True)
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+MODEL_HELP = "Folder or hub name; tiny: the model that comes with the package."
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -133,10 +134,17 @@ def device_name(name: str) -> str:
     return name
 
 
+def named(model: str) -> str:
+    """A folder or hub name; "tiny", where no folder is called so, is the model that comes with the package."""
+    from qwen_image_fast.tiny import SHIPPED
+
+    return str(SHIPPED) if model == "tiny" and not Path(model).exists() else model
+
+
 def model_class(name: str) -> tuple[Path, str]:
     """The folder of a pipeline with only its index for certain, and the class that the index names."""
     with failing(FAILED, ConnectionError, PermissionError), failing(BAD_INPUT, FileNotFoundError, NotADirectoryError):
-        folder = resolve_folder(name, allow_patterns=["model_index.json"])
+        folder = resolve_folder(named(name), allow_patterns=["model_index.json"])
     if not (folder / "model_index.json").is_file():
         raise CommandError(f"{name} is not a pipeline's folder: it has no model_index.json")
     return folder, str(read_json(folder / "model_index.json").get("_class_name"))
@@ -145,7 +153,7 @@ def model_class(name: str) -> tuple[Path, str]:
 def load_pipeline(cls: Any, chosen: dict[str, Any], free_modulation: bool, lora: list[str] | None = None, **parts):
     """A pipeline of the model in `chosen`, on its device and in its dtype, with LoRAs and the Lightning schedule."""
     models = {"torch_dtype": torch_dtype(chosen["dtype"]), "device": chosen["device"]}
-    pipe = cls.from_pretrained(chosen["model"], **models, free_modulation_weights=free_modulation, **parts)
+    pipe = cls.from_pretrained(named(chosen["model"]), **models, free_modulation_weights=free_modulation, **parts)
     weights = {}
     for text in lora or []:
         source, _, weight = text.partition("=")

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from qwen_image_fast import __version__, png_metadata
 from qwen_image_fast.cli import common
 from qwen_image_fast.cli.common import BAD_INPUT, CommandError, failing
+from qwen_image_fast.pipelines.images import to_rgba
 
 DEFAULTS: dict[str, Any] = {
     "negative_prompt": " ",
@@ -31,7 +32,7 @@ def edit(
     image: Annotated[list[Path], typer.Option(help="A picture; several times for several references.")],
     mask: Annotated[Path | None, typer.Option(help="Change only what is white in this picture.")] = None,
     strength: Annotated[float, typer.Option(min=0, max=1, help="With a mask: share of the steps taken.")] = 1.0,
-    model: Annotated[str, typer.Option(help="Folder or hub name.")] = "Qwen/Qwen-Image-Edit-2511",
+    model: Annotated[str, typer.Option(help=common.MODEL_HELP)] = "Qwen/Qwen-Image-Edit-2511",
     negative_prompt: common.Negative = None,
     cfg: common.Cfg = None,
     size: Size = None,
@@ -188,7 +189,7 @@ def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            return image
+            return ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
         raise CommandError(f"there is no picture {path}") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
@@ -245,7 +246,7 @@ def _write(files, image: Image.Image, seed: int, chosen: dict[str, Any], say: bo
 def side_by_side(pictures: list[Image.Image]) -> Image.Image:
     """Pictures in a row, in the height of the last one, transparency over a checkerboard of light greys."""
     height = pictures[-1].height
-    scaled = [p.convert("RGBA").resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
+    scaled = [to_rgba("picture", p).resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
     row = Image.new("RGBA", (sum(p.width for p in scaled) + 8 * (len(scaled) - 1), height), "white")
     left = 0
     for picture in scaled:

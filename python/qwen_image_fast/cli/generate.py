@@ -40,7 +40,7 @@ def generate(
     prompt: Annotated[str | None, typer.Argument(help="What the picture shows.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="One prompt per line; # starts a comment line.")] = None,
     from_image: Annotated[Path | None, typer.Option(help="Repeat this picture; options given here win.")] = None,
-    model: Annotated[str | None, typer.Option(help="Folder or hub name.", show_default="Qwen/Qwen-Image")] = None,
+    model: Annotated[str | None, typer.Option(help=common.MODEL_HELP, show_default="Qwen/Qwen-Image")] = None,
     negative_prompt: common.Negative = None,
     cfg: common.Cfg = None,
     size: Annotated[str | None, typer.Option(help=f"WxH, or {', '.join(RATIOS)}.", show_default="1024x1024")] = None,

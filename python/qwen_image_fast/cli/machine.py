@@ -15,6 +15,7 @@ from qwen_image_fast.cli.common import (
     JSON,
     CommandError,
     failing,
+    named,
     out,
     print_error,
     print_json,
@@ -34,7 +35,7 @@ def inspect(
         failing(FAILED, ConnectionError, PermissionError),
         failing(BAD_INPUT, FileNotFoundError, NotADirectoryError, ValueError),
     ):
-        found = inspect_model.inspect_model(model)
+        found = inspect_model.inspect_model(named(model))
     if as_json:
         print_json(inspect_model.as_json(found, margin))
     else:
