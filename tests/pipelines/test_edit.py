@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from reference import AREA, assert_errs_at_most_twice_as_much, picture, reference, seeded
 
 import qwen_image_fast
@@ -222,6 +223,17 @@ def test_components_of_a_diffusers_pipeline(edit_folder):
     shared = QwenImageEditPipeline(**{**parts, "transformer": pipe.transformer, "vae": pipe.vae})
     call = {"image": picture(48, 48), "prompt": PROMPT, "seed": 0}
     torch.testing.assert_close(ours(shared, **call), ours(pipe, **call), rtol=0, atol=1e-5)
+
+
+def test_an_edit_needs_a_picture(edit_folder):
+    """Edit-Plus draws without one, as text to image."""
+    call = {"prompt": PROMPT, "height": 32, "width": 32, "seed": 0}
+    pipe = QwenImageEditPipeline.from_pretrained(edit_folder)
+    with pytest.raises(ValueError, match="image must be given, got None"):
+        ours(pipe, None, **call)
+    with pytest.raises(ValueError, match="image must have pixels, got 0x8"):
+        ours(pipe, Image.new("RGB", (0, 8)), **call)
+    assert ours(QwenImageEditPlusPipeline.from_pretrained(edit_folder), None, **call).shape == (1, 4, 64)
 
 
 def test_a_text_to_image_folder_is_named(tiny_folder):

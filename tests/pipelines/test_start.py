@@ -127,6 +127,14 @@ def test_what_is_not_masked_keeps_its_latents(edit_folder, name):
     assert torch.equal(changed, expected)
 
 
+def test_a_mask_of_another_size_is_resized(edit_folder):
+    call = call_of("QwenImageInpaintPipeline", (64, 48))
+    pipe, large = load("QwenImageInpaintPipeline", edit_folder), white_box(256, 192)
+    got = ours(pipe, **{**call, "mask_image": large}, seed=0)
+    small = large.resize((64, 48), Image.Resampling.LANCZOS)
+    assert torch.equal(got, ours(pipe, **{**call, "mask_image": small}, seed=0))
+
+
 @pytest.mark.parametrize("size", [(200, 120), (120, 200), (64, 64)], ids=str)
 @pytest.mark.parametrize("box", [(0.1, 0.2, 0.4, 0.25), (0, 0, 0.2, 0.9), (0.8, 0.3, 0.95, 0.4)], ids=str)
 def test_crop_geometry_equals_diffusers(size, box):
@@ -167,6 +175,7 @@ def test_edit_inpaint_with_embeddings_of_one_prompt(edit_folder, small):
 
 ERRORS = {
     "image must be given, got None": {"image": None},
+    "image must have pixels, got 0x3": {"image": Image.new("RGB", (0, 3))},
     "mask_image must be given, got None": {"mask_image": None},
     "mask_image must have the size of its image, 64x64, or its aspect ratio, got 64x20": {
         "mask_image": white_box(64, 20)
