@@ -44,6 +44,11 @@ def test_bare_transformer(theirs, ours, packed):
     assert torch.equal(ours(**inputs(return_dict=False))[0], output.sample)
 
 
+def test_one_graph(theirs, ours):
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    assert_same(run(compiled, encoder_hidden_states_mask=None), run(theirs, encoder_hidden_states_mask=None))
+
+
 def test_identity(theirs, ours, tmp_path):
     """Class checks, keys, memory and files are those of diffusers."""
     model = copy.deepcopy(theirs)

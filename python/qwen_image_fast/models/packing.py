@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -20,7 +19,7 @@ class PackedLayout:
 
     Attributes:
         shapes: per sample, the token shapes of its images, the generated one first.
-        txt_lens: text tokens of each sample.
+        img_lens, txt_lens, joint_lens: tokens of each sample, of its images, of its text, of both.
         cu_img, cu_txt, cu_joint: int32 [samples + 1], first row of each sample in its stream, and among both.
         img_rope, txt_rope: float32 [rows, head_dim / 2, 2] (models/rope.py).
         segments: int32, first image row of each modulation segment: one per sample, or with `zero_cond_t` two (the
@@ -32,7 +31,9 @@ class PackedLayout:
     """
 
     shapes: tuple[tuple[ImageShape, ...], ...]
+    img_lens: tuple[int, ...]
     txt_lens: tuple[int, ...]
+    joint_lens: tuple[int, ...]
     cu_img: Tensor
     cu_txt: Tensor
     cu_joint: Tensor
@@ -48,14 +49,6 @@ class PackedLayout:
     @property
     def samples(self) -> int:
         return len(self.shapes)
-
-    @cached_property
-    def img_lens(self) -> tuple[int, ...]:
-        return tuple(sum(f * h * w for f, h, w in sample) for sample in self.shapes)
-
-    @cached_property
-    def joint_lens(self) -> tuple[int, ...]:
-        return tuple(i + t for i, t in zip(self.img_lens, self.txt_lens))
 
     def split_joint(self, joint: Tensor) -> tuple[Tensor, Tensor]:
         """[text, image] rows of each sample -> image rows, text rows."""
@@ -112,6 +105,7 @@ def pack(
         for b, (s, n) in enumerate(zip(shapes, txt_lens))
     ]
     img_lens = [sum(f * h * w for f, h, w in sample) for sample in shapes]
+    joint_lens = [i + t for i, t in zip(img_lens, txt_lens)]
     counts = [1] * len(shapes) if targets is None else targets
     target_lens = [sum(f * h * w for f, h, w in sample[:count]) for sample, count in zip(shapes, counts)]
     rows = None
@@ -124,10 +118,12 @@ def pack(
         segments = cumulative(img_lens, device)
     return PackedLayout(
         shapes=shapes,
-        txt_lens=tuple(int(n) for n in txt_lens),
+        img_lens=tuple(img_lens),
+        txt_lens=tuple(txt_lens),
+        joint_lens=tuple(joint_lens),
         cu_img=cumulative(img_lens, device),
-        cu_txt=cumulative([int(n) for n in txt_lens], device),
-        cu_joint=cumulative([i + int(t) for i, t in zip(img_lens, txt_lens)], device),
+        cu_txt=cumulative(txt_lens, device),
+        cu_joint=cumulative(joint_lens, device),
         img_rope=torch.cat([t[0] for t in tables]).to(device),
         txt_rope=torch.cat([t[1] for t in tables]).to(device),
         segments=segments,

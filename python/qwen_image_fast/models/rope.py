@@ -65,8 +65,12 @@ def sample_rope(
         ValueError: more images or text than the models have positions for.
     """
     last = len(shapes) - 1
-    positions = torch.as_tensor(text_positions, dtype=torch.int64) + text_start(shapes, layer3d)
-    furthest = max(last, int(positions.max()) if len(positions) else 0)
+    start = text_start(shapes, layer3d)
+    positions = torch.as_tensor(text_positions, dtype=torch.int64) + start
+    furthest = last
+    if len(positions):  # the end of a range needs no reading of a tensor, which torch.compile could not trace
+        end = start + text_positions[-1] if isinstance(text_positions, range) else int(positions.max())
+        furthest = max(last, end)
     if furthest >= POSITIONS:
         raise ValueError(
             f"images and text must stay within the {POSITIONS} positions of the RoPE tables, got position {furthest}"
