@@ -52,7 +52,9 @@ class Subject:
 
 def subjects(settings: Settings, dtype: torch.dtype, heads: int = 24, side: int = 32, txt: int = 128):
     """The cases: `side`^2 image tokens and `txt` text tokens of `heads` heads of 128."""
-    for function in (layer_norm_modulate, gate_residual_norm_modulate, qk_norm_rope, gelu_tanh, guided_step):
+    for function in (
+        layer_norm_modulate, gate_residual_norm_modulate, qk_norm_rope, gelu_tanh, guided_step, channel_norm_silu
+    ):  # fmt: skip
         yield function(settings.device, dtype, heads, side, txt)
     yield joint_attention(settings.device, dtype, heads, side, (txt,))
     yield joint_attention(settings.device, dtype, heads, side, (txt, txt // 4))
@@ -153,6 +155,19 @@ def guided_step(device, dtype, heads, side, txt) -> Subject:
         return ops.guided_step(sample, cond, uncond, dt, guidance)
 
     return Subject("guided_step", f"{rows} x 64", [sample, cond, uncond], ours, theirs, 4 * sample.nbytes)
+
+
+def channel_norm_silu(device, dtype, heads, side, txt) -> Subject:
+    """At full size, where the VAE has 96 channels; channels last for both."""
+    pixels, channels = 16 * side, 4 * heads
+    x, gamma = random(device, dtype, 1, pixels, pixels, channels), random(device, dtype, channels)
+
+    def theirs(x, gamma):
+        y = F.normalize(x.permute(0, 3, 1, 2).float(), dim=1).to(dtype) * channels**0.5 * gamma[:, None, None]
+        return F.silu(y).permute(0, 2, 3, 1)
+
+    label = f"{pixels} x {pixels} x {channels}"
+    return Subject("channel_norm_silu", label, [x, gamma], ops.channel_norm_silu, theirs, 2 * x.nbytes)
 
 
 def joint_attention(device, dtype, heads, side, txt: tuple[int, ...]) -> Subject:

@@ -27,7 +27,7 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "4090"
 # Rows moved by an op backward, as a multiple of those moved forward.
 BACKWARD_BYTES = {
     "layer_norm_modulate": 3 / 2, "gate_residual_norm_modulate": 6 / 4, "qk_norm_rope": 8 / 6, "gelu_tanh": 3 / 2,
-    "guided_step": 5 / 4,
+    "guided_step": 5 / 4, "channel_norm_silu": 3 / 2,
 }  # fmt: skip
 TEXT = (64, 16)  # tokens of the prompt and of the negative prompt
 Record = dict[str, Any]

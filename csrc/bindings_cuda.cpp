@@ -42,9 +42,12 @@ void define_cuda(py::module_& m) {
   define(m, "gelu_tanh_backward", gelu_tanh_backward, gelu_tanh_backward_cuda);
   define(m, "joint_attention_forward", joint_attention, joint_attention_forward_cuda);
   define(m, "joint_attention_backward", joint_attention_backward, joint_attention_backward_cuda);
+  define(m, "channel_norm_silu_forward", channel_norm_silu, channel_norm_silu_forward_cuda);
+  define(m, "channel_norm_silu_backward", channel_norm_silu_backward, channel_norm_silu_backward_cuda);
   m.def("layer_norm_modulate_backward_scratch", &layer_norm_modulate_backward_scratch);
   m.def("gate_residual_norm_modulate_backward_scratch", &gate_residual_norm_modulate_backward_scratch);
   m.def("qk_norm_rope_backward_scratch", &qk_norm_rope_backward_scratch);
+  m.def("channel_norm_silu_backward_scratch", &channel_norm_silu_backward_scratch);
   m.def("joint_attention_backward_scratch", &joint_attention_backward_scratch);
 }
 

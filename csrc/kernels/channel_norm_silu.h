@@ -5,9 +5,10 @@
 // Backward, with r = sqrt(C) / max(|x|_2, 1e-12), s = sigmoid(u), d = grad_out * (s + u s (1 - s)): grad_bias and
 // grad_gamma are the sums of d and d * x * r over all rows; grad_x = r * (d gamma - x * sum(d gamma x) / |x|_2^2), the
 // second term only where |x|_2 is above 1e-12.
-// Traffic: one read and one write of x; 2 more reads backward.
+// Traffic: one read and one write of x; 2 more reads backward. CUDA: no float64.
 #pragma once
 #include "common/cpu_dispatch.h"
+#include "common/cuda_dispatch.h"
 
 namespace qif {
 
@@ -30,5 +31,8 @@ struct ChannelNormSiluBackward {
 
 QIF_DECLARE_CPU(channel_norm_silu_forward, ChannelNormSilu)
 QIF_DECLARE_CPU(channel_norm_silu_backward, ChannelNormSiluBackward)
+QIF_DECLARE_CUDA(channel_norm_silu_forward, ChannelNormSilu)
+QIF_DECLARE_CUDA(channel_norm_silu_backward, ChannelNormSiluBackward)
+int64_t channel_norm_silu_backward_scratch(int64_t rows, int64_t channels);  // bytes
 
 }  // namespace qif

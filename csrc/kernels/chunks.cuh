@@ -32,7 +32,7 @@ QIF_INLINE ChunkPlace find_chunk(const Segments& s, int64_t chunk, int chunk_row
   return {-1, 0, 0};
 }
 
-// partials[chunk][output][column] -> outputs[output][segment][column]
+// partials[chunk][output][column] -> outputs[output][segment][column]; an output may be null, for not wanted
 template <int Outputs>
 struct ChunkSums {
   const float* partials;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kSumColumns* kSumGroups) sum_chunks(ChunkSums<
     const float v[1] = {static_cast<float>(sum)};
 #pragma unroll
     for (int o = 0; o < Outputs; ++o)  // an index known at compile time: the parameters stay out of local memory
-      if (o == output) store(static_cast<T*>(p.outputs[o]) + segment * p.width + column, v);
+      if (o == output && p.outputs[o]) store(static_cast<T*>(p.outputs[o]) + segment * p.width + column, v);
   }
 }
 

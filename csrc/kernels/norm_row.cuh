@@ -12,31 +12,32 @@ namespace gpu {
 
 constexpr int kRowWarps = 4;
 
-// f(k, i) for every pack of a row: `i` is its first column. Kept packs (Keep > 0) have a fixed number k.
-template <int N, int Keep, class F>
+// f(k, i) for every pack of a row: `i` is its first column. Kept packs (Keep > 0) have a fixed number k. Lanes: how
+// many neighbouring lanes share a row.
+template <int N, int Keep, int Lanes = 32, class F>
 QIF_INLINE void each_pack(int width, F&& f) {
-  const int lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % Lanes;
   if constexpr (Keep > 0) {
 #pragma unroll
     for (int k = 0; k < Keep; ++k) {
-      const int i = (k * 32 + lane) * N;
+      const int i = (k * Lanes + lane) * N;
       if (i < width) f(k, i);
     }
   } else {
-    for (int i = lane * N; i < width; i += 32 * N) f(0, i);
+    for (int i = lane * N; i < width; i += Lanes * N) f(0, i);
   }
 }
 
 // Keep > 0: the row is read once and held, at most Keep packs in each lane. Keep 0: rows of any width, read from
 // memory (in effect from cache) at every pass.
-template <class T, int N, int Keep>
+template <class T, int N, int Keep, int Lanes = 32>
 struct Row {
   const T* source;
   Pack<T, N> kept[Keep > 0 ? Keep : 1];
 
   QIF_INLINE void read(const T* row, int width) {
     source = row;
-    if constexpr (Keep > 0) each_pack<N, Keep>(width, [&](int k, int i) { kept[k] = load_pack<N>(row + i); });
+    if constexpr (Keep > 0) each_pack<N, Keep, Lanes>(width, [&](int k, int i) { kept[k] = load_pack<N>(row + i); });
   }
   QIF_INLINE void get(int k, int i, float (&v)[N]) const {
     if constexpr (Keep > 0)

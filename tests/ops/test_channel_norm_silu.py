@@ -17,13 +17,15 @@ OP = Op(channel_norm_silu, channel_norm_silu_reference, make)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 2), (3, 7, False), (64, 96, False), (70, 384, True, False), (130, 101)], ids=str)
-def test_accuracy(shape, dtype, instruction_set):
+def test_accuracy(shape, dtype, kernels):
     harness.check_accuracy(OP, dtype, *shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
-def test_norms_from_overflow_of_squares_to_zero(dtype, instruction_set):
+def test_norms_from_overflow_of_squares_to_zero(dtype, kernels):
     """As F.normalize: squares beyond float16, rows below the smallest norm, rows of zeros and their gradients."""
+    if dtype == torch.float64 and kernels.startswith("cuda"):
+        pytest.skip("no float64 on CUDA")
     size = torch.tensor([3e3, 1.0, 1e-5, 1e-13, 0.0], dtype=torch.float64)
     x = (torch.randn(5, 40, dtype=torch.float64) * size[:, None]).to(dtype).requires_grad_()
     gamma = torch.ones(40, dtype=dtype)
@@ -36,7 +38,7 @@ def test_norms_from_overflow_of_squares_to_zero(dtype, instruction_set):
         torch.testing.assert_close(grad / scale, wanted / scale, rtol=0, atol=1e2 * torch.finfo(dtype).eps)
 
 
-def test_extremes_of_the_activation(instruction_set):
+def test_extremes_of_the_activation(kernels):
     gamma = torch.tensor([-1e30, -200.0, -30.0, 0.0, 30.0, 200.0, 1e30])
     out = channel_norm_silu(torch.ones(1, 7), gamma)[0]
     exact = torch.nn.functional.silu(gamma.double())
@@ -44,7 +46,7 @@ def test_extremes_of_the_activation(instruction_set):
     torch.testing.assert_close(out[3:].double(), exact[3:], rtol=1e-6, atol=0)
 
 
-def test_inplace_and_leading_dimensions():
+def test_inplace_and_leading_dimensions(device):
     x, gamma = torch.randn(2, 3, 4, 24), torch.randn(24)
     expected = channel_norm_silu(x, gamma)
     assert torch.equal(expected.flatten(0, 2), channel_norm_silu(x.flatten(0, 2), gamma))
@@ -55,10 +57,29 @@ def test_inplace_and_leading_dimensions():
     assert torch.equal(before.detach(), kept)
 
 
-def test_a_row_does_not_depend_on_its_neighbours(instruction_set):
+def test_a_row_does_not_depend_on_its_neighbours(kernels):
     x, gamma, bias, silu = make(90, 41)
     whole = channel_norm_silu(x, gamma, bias, silu)
     assert all(torch.equal(channel_norm_silu(x[i:j], gamma, bias), whole[i:j]) for i, j in ((0, 1), (3, 70), (89, 90)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(70, 192), (9, 640), (5, 800), (140, 40), (3, 1)], ids=str)
+def test_rows_of_other_widths(shape, dtype, device):
+    """Of every number of lanes, wider than registers hold, more than one chunk; a single channel."""
+    harness.check_accuracy(OP, dtype, *shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_misaligned_tensors(dtype, device):
+    harness.check_misaligned(OP, dtype, 6, 64)
+
+
+def test_nan_in_nan_out(device):
+    x = torch.randn(4, 40)
+    x[1, 3] = float("nan")
+    out = channel_norm_silu(x, torch.ones(40))
+    assert out[1].isnan().any() and out[[0, 2, 3]].isfinite().all()
 
 
 @pytest.mark.parametrize("options", [(True, True), (False, False)])
@@ -91,7 +112,7 @@ def test_reference_mode():
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
-def test_empty(shape):
+def test_empty(shape, device):
     x = torch.empty(shape, requires_grad=True)
     gamma = torch.ones(shape[1], requires_grad=True)
     out = channel_norm_silu(x, gamma)

@@ -12,6 +12,7 @@ from torch import nn
 
 from qwen_image_fast.drop_in.swap import Swapped
 from qwen_image_fast.models.vae_conv import convolve, is_bare, norm_silu
+from qwen_image_fast.ops import has_kernels
 
 
 class FastVAE(Swapped):
@@ -76,7 +77,7 @@ class FastRMSNorm(Swapped):
 
     def takes(self, x):
         bare = self.channel_first and not isinstance(self.bias, torch.Tensor) and self.gamma.dtype == x.dtype
-        return bare and x.is_cpu and x.element_size() > 1 and (x.ndim == 4 or (x.ndim == 5 and x.shape[2] == 1))
+        return bare and has_kernels(x) and x.element_size() > 1 and (x.ndim == 4 or (x.ndim == 5 and x.shape[2] == 1))
 
 
 class FastResidualBlock(Swapped):

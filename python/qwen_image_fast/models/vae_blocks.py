@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from qwen_image_fast.models.vae_conv import Conv, Convolution, convolve, is_bare, norm_silu
 from qwen_image_fast.models.vae_streams import FrameStream, RowStream, run_in_strips
+from qwen_image_fast.ops import has_kernels
 
 Stream = FrameStream | RowStream | None
 
@@ -109,7 +110,7 @@ class ChannelRMSNorm(nn.Module):
 
     def fuses(self, x: Tensor) -> bool:
         """Whether the op takes `x`: an image, where there are kernels, in the type of the parameters."""
-        return x.ndim == 4 and x.is_cpu and x.dtype == self.gamma.dtype
+        return x.ndim == 4 and has_kernels(x) and x.dtype == self.gamma.dtype
 
 
 class ChannelRMSNormSiLU(ChannelRMSNorm):

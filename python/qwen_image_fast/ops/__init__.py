@@ -1,6 +1,6 @@
 """The fused operations of Qwen-Image, forward and backward. One file each, named after the op."""
 
-from qwen_image_fast.ops._library import reference
+from qwen_image_fast.ops._library import has_kernels, reference
 from qwen_image_fast.ops.channel_norm_silu import channel_norm_silu
 from qwen_image_fast.ops.conv3x3 import conv3x3, pack_conv3x3
 from qwen_image_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
@@ -16,6 +16,7 @@ __all__ = [
     "gate_residual_norm_modulate",
     "gelu_tanh",
     "guided_step",
+    "has_kernels",
     "joint_attention",
     "layer_norm_modulate",
     "pack_conv3x3",

@@ -117,6 +117,11 @@ def on_cuda(x: Tensor) -> bool:
     return x.is_cuda and _has_cuda
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Whether this build has kernels for the tensor: on the CPU, or on CUDA in 32 or 16 bit."""
+    return x.is_cpu or (on_cuda(x) and x.dtype != torch.float64)
+
+
 def check_device(op: str, x: Tensor) -> None:
     """A device with kernels, and what they take there; `meta` and fake tensors pass, they are never computed."""
     if x.is_cpu or x.is_meta:

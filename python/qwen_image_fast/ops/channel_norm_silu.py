@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_image_fast.ops import _library as lib
-from qwen_image_fast.ops._library import _C, DTYPE_CODES, pointer
+from qwen_image_fast.ops._library import DTYPE_CODES, pointer
 
 _OP = "channel_norm_silu"
 
@@ -62,9 +62,9 @@ def _forward(x: Tensor, gamma: Tensor, bias: Tensor | None, silu: bool, out: Ten
         out = torch.empty_like(x)
     if x.numel():
         channels = x.shape[-1]
-        _C.channel_norm_silu_forward(
-            x.data_ptr(), gamma.data_ptr(), pointer(bias), out.data_ptr(), x.numel() // channels, channels, silu,
-            DTYPE_CODES[x.dtype],
+        lib.launch(
+            f"{_OP}_forward", x, x.data_ptr(), gamma.data_ptr(), pointer(bias), out.data_ptr(), x.numel() // channels,
+            channels, silu, DTYPE_CODES[x.dtype],
         )  # fmt: skip
     return out
 
@@ -80,10 +80,11 @@ def _backward(
     grad_out = grad_out.contiguous()
     grad_x, grad_gamma, grad_bias = _backward_fake(grad_out, x, gamma, bias, silu)
     channels = x.shape[-1]
-    _C.channel_norm_silu_backward(
-        x.data_ptr(), gamma.data_ptr(), pointer(bias), grad_out.data_ptr(), grad_x.data_ptr(), grad_gamma.data_ptr(),
-        pointer(grad_bias) if bias is not None else 0, x.numel() // max(channels, 1), channels, silu,
-        DTYPE_CODES[x.dtype],
+    rows = x.numel() // max(channels, 1)
+    lib.launch(
+        f"{_OP}_backward", x, x.data_ptr(), gamma.data_ptr(), pointer(bias), grad_out.data_ptr(), grad_x.data_ptr(),
+        grad_gamma.data_ptr(), pointer(grad_bias) if bias is not None else 0, rows, channels, silu,
+        DTYPE_CODES[x.dtype], scratch=(rows, channels),
     )  # fmt: skip
     return grad_x, grad_gamma, grad_bias
 
