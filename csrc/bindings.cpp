@@ -100,6 +100,7 @@ PYBIND11_MODULE(_C, m) {
   define(m, "conv3x3_forward", conv3x3, conv3x3_forward_cpu);
 #if defined(QIF_CUDA_ARCHITECTURES)
   define_cuda(m);
+  define_cutlass(m);
 #endif
   m.def("build_info", &build_info);
   m.def("set_isa", &set_isa);

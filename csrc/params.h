@@ -12,6 +12,7 @@
 #include "kernels/guided_step.h"
 #include "kernels/joint_attention.h"
 #include "kernels/layer_norm_modulate.h"
+#include "kernels/linear_group.h"
 #include "kernels/qk_norm_rope.h"
 
 namespace qif {
@@ -211,6 +212,22 @@ inline Conv3x3 conv3x3(Address x, Address packed, Address bias, Address residual
                        bool upsample, bool pad_rows, int dtype) {
   return {pointer(x), pointer(packed), pointer(bias), pointer(residual), pointer(gamma), pointer(out), batch,
           height,     width,           in_channels,   out_channels,      upsample,       pad_rows,     dtype};
+}
+
+// One product as Python passes it: (x, weight, bias, out, rows, residual, gate, gate_stride, offsets, segments).
+using LinearArguments =
+    std::tuple<Address, Address, Address, Address, int64_t, Address, Address, int64_t, Address, int64_t>;
+
+inline LinearGroup linear_group(const std::vector<LinearArguments>& linears, int64_t columns, int64_t depth, int tile,
+                                int dtype) {
+  LinearGroup group = {{}, static_cast<int>(linears.size()), columns, depth, tile, dtype};
+  for (size_t i = 0; i < linears.size(); ++i) {
+    const auto& [x, weight, bias, out, rows, residual, gate, gate_stride, offsets, segments] = linears[i];
+    group.linear[i] = {
+        pointer(x),  pointer(weight),           pointer(bias), pointer(out), rows, pointer(residual), pointer(gate),
+        gate_stride, pointer<int32_t>(offsets), segments};
+  }
+  return group;
 }
 
 }  // namespace qif

@@ -113,7 +113,8 @@ def demangle(names: Iterable[str]) -> dict[str, str]:
 
 
 def shorten(name: str) -> str:
-    name = re.sub(r"\((?:int|bool)\)", "", name.removeprefix("void ")).replace("qif::", "").replace("gpu::", "")
+    name = re.sub(r"\((?:int|bool|qif::LinearEpilogue)\)", "", name.removeprefix("void "))
+    name = re.sub(r"\b(?:qif|gpu|gemm|cutlass)::", "", name)
     depth = 0
     for i, c in enumerate(name):
         depth += (c == "<") - (c == ">")

@@ -44,6 +44,9 @@ def test_parse():
 def test_names():
     long = "void qif::gpu::rows<qif::BFloat16, (int)8, (bool)1>(qif::Params, float *)"
     assert shorten(long) == "rows<BFloat16, 8, 1>"
+    long = "void cutlass::device_kernel<qif::gemm::LinearSm90<(qif::LinearEpilogue)1, cutlass::half_t, (int)2, "
+    long += "qif::gemm::LargeTile>>(T1::Params)"
+    assert shorten(long) == "device_kernel<LinearSm90<1, half_t, 2, LargeTile>>"
 
 
 def test_complaints():
@@ -65,6 +68,8 @@ def test_every_op_has_a_budget():
     for kernel in sorted((ROOT / "csrc" / "kernels").glob("*_cuda.cu")):
         op = re.sub("(_forward|_backward|_delta)?_cuda$", "", kernel.stem)
         assert f'"{op}_' in text
+    for kernels in ("LinearSm80<", "LinearSm90<"):
+        assert all(f"{kernels}{epilogue}, " in text for epilogue in range(3))
 
 
 def test_what_a_source_is_compiled_for():

@@ -1,0 +1,9 @@
+#include "cutlass_kernels/linear_sm90.cuh"
+
+namespace qif {
+
+int linear_gelu_sm90(const LinearGroup& group, void* stream) {
+  return gemm::run_sm90<LinearEpilogue::kGelu, 2>(group, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace qif

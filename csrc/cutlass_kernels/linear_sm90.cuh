@@ -1,0 +1,470 @@
+// A group of products on Hopper: CUTLASS's warp-specialised TMA kernels as they are, with three adaptors that make the
+// batch index L choose among problems of their own pointers and numbers of rows:
+//   GroupedMainloop   the TMA descriptors of x and W of problem L
+//   GroupedEpilogue   those of its output and residual, and the parameters of LinearVisitor
+//   GroupedScheduler  the tiles of all problems as one persistent list, in the order of LinearTiles
+// The descriptors are kernel parameters: nothing is written to device memory before the launch.
+#pragma once
+#include <cutlass/cutlass.h>
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+
+#include <cutlass/epilogue/collective/collective_builder.hpp>
+#include <cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp>
+#include <cutlass/gemm/collective/collective_builder.hpp>
+#include <cutlass/gemm/kernel/gemm_universal.hpp>
+
+#include "cutlass_kernels/linear_epilogue.cuh"
+#include "kernels/linear_tiles.h"
+
+namespace qif {
+namespace gemm {
+
+using namespace cute;
+namespace fusion = cutlass::epilogue::fusion;
+
+// ---- tiles of several problems --------------------------------------------------------------------------------------
+
+template <int Groups>
+struct GroupedSchedulerTag {};
+
+template <int Groups, class TileShape, class ClusterShape>
+class GroupedScheduler : public cutlass::gemm::kernel::detail::PersistentTileSchedulerSm90 {
+  using Base = cutlass::gemm::kernel::detail::PersistentTileSchedulerSm90;
+  static constexpr uint32_t kClusterM = size<0>(ClusterShape{}), kClusterN = size<1>(ClusterShape{});
+
+ public:
+  using WorkTileInfo = typename Base::WorkTileInfo;
+
+  struct Arguments : Base::Arguments {
+    LinearTiles clusters = {};
+  };
+
+  struct Params : Base::Params {
+    LinearTiles clusters = {};
+  };
+
+  template <class ProblemShape>
+  static Params to_underlying_arguments(ProblemShape, TileShape, ClusterShape, const cutlass::KernelHardwareInfo&,
+                                        const Arguments& arguments, void* = nullptr, uint32_t = 1, uint32_t = 1) {
+    Params p;
+    p.clusters = arguments.clusters;
+    return p;
+  }
+
+  static bool can_implement(const Arguments&) { return true; }
+
+  template <class ProblemShape>
+  static dim3 get_grid_shape(const Params& p, ProblemShape, TileShape, ClusterShape,
+                             const cutlass::KernelHardwareInfo& hardware, const Arguments&) {
+    const uint64_t resident = hardware.sm_count / (kClusterM * kClusterN), all = p.clusters.count();
+    return dim3(kClusterM, kClusterN * static_cast<unsigned>(all < resident ? all : resident), 1);
+  }
+
+  CUTLASS_HOST_DEVICE GroupedScheduler() {}
+  CUTLASS_DEVICE explicit GroupedScheduler(const Params& p) : params(&p), cluster(blockIdx.y / kClusterN) {}
+
+  template <class Shape>
+  CUTLASS_DEVICE WorkTileInfo initial_work_tile_info(Shape) {
+    return get_current_work();
+  }
+
+  CUTLASS_DEVICE WorkTileInfo get_current_work() const {
+    const LinearTiles& clusters = params->clusters;
+    if (cluster >= clusters.large_tiles + clusters.small_tiles) return WorkTileInfo::invalid_work_tile();
+    const LinearTiles::Place place = clusters.find(cluster);
+    const dim3 block = cute::block_id_in_cluster();
+    return {static_cast<int32_t>(place.row * kClusterM + block.x),
+            static_cast<int32_t>(place.column * kClusterN + block.y), static_cast<int32_t>(place.problem), true};
+  }
+
+  CUTLASS_DEVICE void advance_to_next_work(uint32_t count = 1) { cluster += uint64_t{gridDim.y / kClusterN} * count; }
+
+  CUTLASS_DEVICE auto fetch_next_work(WorkTileInfo) {
+    advance_to_next_work();
+    return cute::make_tuple(get_current_work(), true);
+  }
+
+  template <class Pipeline, class State>
+  CUTLASS_DEVICE auto fetch_next_work(WorkTileInfo tile, Pipeline&, State) {
+    return fetch_next_work(tile);
+  }
+
+ private:
+  const Params* params = nullptr;  // a kernel parameter, which outlives the scheduler
+  uint64_t cluster = 0;
+};
+
+// ---- operands -------------------------------------------------------------------------------------------------------
+
+template <class Base, int Groups>
+struct GroupedMainloop : Base {
+  struct Arguments {
+    typename Base::Arguments group[Groups];
+    int rows[Groups] = {};
+    int count = 0;
+  };
+
+  struct Params {
+    typename Base::Params group[Groups];
+    uint32_t tma_transaction_bytes = Base::TmaTransactionBytes;
+  };
+
+  template <class ProblemShape>
+  static Params to_underlying_arguments(const ProblemShape& shape, const Arguments& arguments, void* workspace) {
+    Params p;
+    for (int g = 0; g < arguments.count; ++g)
+      p.group[g] = Base::to_underlying_arguments(make_shape(arguments.rows[g], get<1>(shape), get<2>(shape), 1),
+                                                 arguments.group[g], workspace);
+    return p;
+  }
+
+  template <class ProblemShape>
+  static bool can_implement(const ProblemShape& shape, const Arguments& arguments) {
+    return Base::can_implement(shape, arguments.group[0]);
+  }
+
+  CUTLASS_DEVICE static void prefetch_tma_descriptors(const Params& p) {
+    Base::prefetch_tma_descriptors(p.group[0]);  // those of the other problems come with their first tile
+  }
+
+  template <class ProblemShape>
+  CUTLASS_DEVICE auto load_init(const ProblemShape& shape, const Params& p) const {
+    return Base::load_init(shape, p.group[0]);  // coordinates, the same for every problem
+  }
+
+  template <class Pipeline, class State, class Inputs, class Coord, class... Rest>
+  CUTLASS_DEVICE void load(const Params& p, Pipeline pipeline, State state, const Inputs& inputs, const Coord& coord,
+                           Rest&&... rest) {
+    Base::load(p.group[get<3>(coord)], pipeline, state, inputs, make_coord(get<0>(coord), get<1>(coord), _, 0),
+               static_cast<Rest&&>(rest)...);
+  }
+
+  template <class Pipeline, class State, class Accumulators, class Tensors>
+  CUTLASS_DEVICE void mma(Pipeline pipeline, State state, Accumulators& accumulators, int k_tiles, int thread,
+                          Tensors& tensors, const Params& p) {
+    Base::mma(pipeline, state, accumulators, k_tiles, thread, tensors, p.group[0]);
+  }
+};
+
+// ---- outputs --------------------------------------------------------------------------------------------------------
+
+template <class Base, int Groups>
+class GroupedEpilogue : public Base {
+ public:
+  struct Arguments {
+    typename Base::Arguments group[Groups];
+    int rows[Groups] = {};
+    int count = 0;
+  };
+
+  struct Params {
+    typename Base::Params group[Groups];
+    int rows[Groups] = {};
+    uint32_t tma_transaction_bytes = Base::TmaTransactionBytes;
+  };
+
+  template <class ProblemShape>
+  static auto shape_of(const ProblemShape& shape, int rows) {
+    return make_shape(rows, get<1>(shape), get<2>(shape), 1);
+  }
+
+  template <class ProblemShape>
+  static Params to_underlying_arguments(const ProblemShape& shape, const Arguments& arguments, void* workspace) {
+    Params p;
+    for (int g = 0; g < arguments.count; ++g) {
+      p.rows[g] = arguments.rows[g];
+      p.group[g] = Base::to_underlying_arguments(shape_of(shape, arguments.rows[g]), arguments.group[g], workspace);
+    }
+    return p;
+  }
+
+  template <class ProblemShape>
+  static bool can_implement(const ProblemShape& shape, const Arguments& arguments) {
+    return Base::can_implement(shape, arguments.group[0]);
+  }
+
+  template <class ProblemShape>
+  static size_t get_workspace_size(const ProblemShape&, const Arguments&) {
+    return 0;
+  }
+
+  template <class ProblemShape>
+  static cutlass::Status initialize_workspace(const ProblemShape&, const Arguments&, void*, cudaStream_t,
+                                              cutlass::CudaHostAdapter* = nullptr) {
+    return cutlass::Status::kSuccess;
+  }
+
+  CUTLASS_DEVICE static void prefetch_tma_descriptors(const Params& p) { Base::prefetch_tma_descriptors(p.group[0]); }
+
+  CUTLASS_DEVICE GroupedEpilogue(const Params& p, typename Base::TensorStorage& t)
+      : Base(p.group[0], t), params(p), tensors(t) {}
+
+  template <class Pipeline, class State, class Shape, class Tile, class Coord, class... Rest>
+  CUTLASS_DEVICE auto load(Pipeline pipeline, State state, const Shape& shape, Tile tile, const Coord& coord,
+                           Rest&&... rest) {
+    const int g = get<3>(coord);
+    return Base(params.group[g], tensors)
+        .load(pipeline, state, problem(shape, g), tile, make_coord(get<0>(coord), get<1>(coord), _, 0),
+              static_cast<Rest&&>(rest)...);
+  }
+
+  template <class Load, class LoadState, class Store, class StoreState, class Shape, class Tile, class Coord,
+            class... Rest>
+  CUTLASS_DEVICE auto store(Load load, LoadState load_state, Store store, StoreState store_state, const Shape& shape,
+                            Tile tile, const Coord& coord, Rest&&... rest) {
+    const int g = get<3>(coord);
+    return Base(params.group[g], tensors)
+        .store(load, load_state, store, store_state, problem(shape, g), tile,
+               make_coord(get<0>(coord), get<1>(coord), _, 0), static_cast<Rest&&>(rest)...);
+  }
+
+ private:
+  const Params& params;
+  typename Base::TensorStorage& tensors;
+
+  template <class Shape>
+  CUTLASS_DEVICE auto problem(const Shape& shape, int g) const {
+    return make_shape(params.rows[g], get<1>(shape), get<2>(shape), 1);
+  }
+};
+
+// CUTLASS lets a store take the shared memory of the residual and counts the stores in the epilogue object to know when
+// to give it back. GroupedEpilogue has an object for each tile, so the two get memory of their own.
+template <class Epilogue>
+struct WithoutReuse;
+
+template <int StagesC, int StagesD, int Fragment, bool Reuse, bool Delay, class... Rest>
+struct WithoutReuse<cutlass::epilogue::collective::CollectiveEpilogue<
+    cutlass::epilogue::Sm90TmaWarpSpecialized<StagesC, StagesD, Fragment, Reuse, Delay>, Rest...>> {
+  using type = cutlass::epilogue::collective::CollectiveEpilogue<
+      cutlass::epilogue::Sm90TmaWarpSpecialized<StagesC, StagesD, Fragment, false, Delay>, Rest...>;
+};
+
+// ---- bias, GELU, gate and residual ----------------------------------------------------------------------------------
+
+// The root of an epilogue tree; its child gives the residual, or the accumulators where there is none. A thread holds
+// pairs of neighbouring columns of a few rows.
+template <LinearEpilogue E, class T>
+struct LinearVisitor {
+  struct SharedStorage {};
+  using Arguments = EpilogueParams<T>;
+  using Params = Arguments;
+
+  template <class ProblemShape>
+  static constexpr Params to_underlying_arguments(const ProblemShape&, const Arguments& arguments, void*) {
+    return arguments;
+  }
+  template <class ProblemShape>
+  static bool can_implement(const ProblemShape&, const Arguments&) {
+    return true;
+  }
+  template <class ProblemShape>
+  static size_t get_workspace_size(const ProblemShape&, const Arguments&) {
+    return 0;
+  }
+  template <class ProblemShape>
+  static cutlass::Status initialize_workspace(const ProblemShape&, const Arguments&, void*, cudaStream_t,
+                                              cutlass::CudaHostAdapter* = nullptr) {
+    return cutlass::Status::kSuccess;
+  }
+
+  CUTLASS_HOST_DEVICE LinearVisitor() {}
+  CUTLASS_HOST_DEVICE LinearVisitor(const Params& p, const SharedStorage&) : params(&p) {}
+
+  CUTLASS_DEVICE bool is_producer_load_needed() const { return false; }
+  CUTLASS_DEVICE bool is_C_load_needed() const { return false; }
+
+  template <class... A>
+  CUTLASS_DEVICE auto get_producer_load_callbacks(const fusion::detail::ProducerLoadArgs<A...>&) {
+    return fusion::detail::EmptyProducerLoadCallbacks{};
+  }
+
+  template <class Coords>
+  struct Callbacks : fusion::detail::EmptyConsumerStoreCallbacks {
+    static constexpr int kValues = size(take<0, 3>(typename Coords::layout_type{}));
+
+    const Params* params;
+    Coords coords;  // of this thread's values, relative to its first: (values, subtile m, subtile n)
+    int row, column, columns;
+    int first_segment, last_segment;  // of the rows of the tile
+    float bias[kValues], gate[kValues];
+
+    CUTLASS_DEVICE Callbacks(const Params* p, const Coords& c, int row, int column, int columns, int first, int last)
+        : params(p), coords(c), row(row), column(column), columns(columns), first_segment(first), last_segment(last) {}
+
+    // Vectors are read before the residual is waited for.
+    CUTLASS_DEVICE void begin_loop(int epi_m, int epi_n) {
+      Tensor at = coords(_, _, _, epi_m, epi_n);
+      int segment[kValues];
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kValues; i += 2) {
+        const int r = get<0>(at(i)), c = get<1>(at(i));
+        // Values come as two columns of two rows, eight rows apart; known when this is compiled.
+        const bool same_columns = i % 4 == 2 && get<1>(at(i & ~2)) == c;
+        const bool same_row = i >= 4 && get<0>(at(i < 4 ? 0 : i - 4)) == r;
+        if (same_columns) {
+          bias[i] = bias[i & ~2];
+          bias[i + 1] = bias[(i & ~2) + 1];
+        } else {
+          read_pair(params->bias, column + c, bias[i], bias[i + 1]);
+        }
+        if constexpr (E == LinearEpilogue::kGateResidual) {
+          if (first_segment == last_segment)
+            segment[i] = first_segment;
+          else if (same_row)
+            segment[i] = segment[i < 4 ? 0 : i - 4];
+          else
+            segment[i] = params->segment(row + r < params->rows ? row + r : params->rows - 1);
+          if (same_columns && segment[i & ~2] == segment[i]) {
+            gate[i] = gate[i & ~2];
+            gate[i + 1] = gate[(i & ~2) + 1];
+          } else {
+            read_pair(params->gate + segment[i] * params->gate_stride, column + c, gate[i], gate[i + 1]);
+          }
+        } else {
+          gate[i] = gate[i + 1] = 0.0f;
+        }
+      }
+    }
+
+    // Two columns from `c`, which is even, as is the number of columns.
+    CUTLASS_DEVICE void read_pair(const T* vector, int c, float& first, float& second) const {
+      first = second = 0.0f;
+      if (c < columns) {
+        const auto pair = *reinterpret_cast<const cutlass::Array<T, 2>*>(vector + c);
+        first = static_cast<float>(pair[0]);
+        second = static_cast<float>(pair[1]);
+      }
+    }
+
+    template <class A, class C, int N>
+    CUTLASS_DEVICE cutlass::Array<float, N> visit(const cutlass::Array<A, N>& accumulators, int v, int, int,
+                                                  const cutlass::Array<C, N>& child) {
+      cutlass::Array<float, N> out;
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < N; ++i)
+        out[i] = finish<E, T>(accumulators[i], bias[v * N + i], gate[v * N + i], static_cast<float>(child[i]));
+      return out;
+    }
+  };
+
+  template <bool ReferenceSrc, class... A>
+  CUTLASS_DEVICE auto get_consumer_store_callbacks(const fusion::detail::ConsumerStoreArgs<A...>& args) {
+    const int rows = get<0>(args.problem_shape_mnkl), columns = get<1>(args.problem_shape_mnkl);
+    int first = 0, last = 0;
+    if constexpr (E == LinearEpilogue::kGateResidual) {
+      const int begin = get<0>(args.tile_coord_mnkl) * size<0>(args.tile_shape_mnk);
+      const int end = begin + size<0>(args.tile_shape_mnk);
+      if (begin < rows) {  // a tile beyond the rows exists where a cluster is not full, and stores nothing
+        first = params->segment(begin);
+        last = params->segment((end < rows ? end : rows) - 1);
+      }
+    }
+    return Callbacks<decltype(args.tCcD)>(params, args.tCcD, rows - get<0>(args.residue_tCcD),
+                                          columns - get<1>(args.residue_tCcD), columns, first, last);
+  }
+
+  const Params* params = nullptr;
+};
+
+// ---- the kernel -----------------------------------------------------------------------------------------------------
+
+struct LargeTile {  // two warp groups share a tile; two tiles of one column share its weights
+  using Tile = Shape<_128, _256, _64>;
+  using Cluster = Shape<_2, _1, _1>;
+  using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+  using Epilogue = cutlass::epilogue::TmaWarpSpecializedCooperative;
+};
+
+struct SmallTile {  // two warp groups take turns with a tile each; two tiles of one row share its inputs
+  using Tile = Shape<_128, _128, _64>;
+  using Cluster = Shape<_1, _2, _1>;
+  using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
+  using Epilogue = cutlass::epilogue::TmaWarpSpecialized;
+};
+
+template <LinearEpilogue E, class T, int Groups, class Tiling>
+struct LinearTypes {
+  static constexpr bool kResidual = E == LinearEpilogue::kGateResidual;
+  using Row = cutlass::layout::RowMajor;
+  using Column = cutlass::layout::ColumnMajor;
+  using Child = std::conditional_t<kResidual, fusion::Sm90SrcFetch<T>, fusion::Sm90AccFetch>;
+  using Tree = fusion::Sm90EVT<LinearVisitor<E, T>, Child>;
+  using BuiltEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Tiling::Tile, typename Tiling::Cluster,
+      cutlass::epilogue::collective::EpilogueTileAuto, float, float, std::conditional_t<kResidual, T, void>, Row, 8, T,
+      Row, 8, typename Tiling::Epilogue, Tree>::CollectiveOp;
+  using Epilogue = typename WithoutReuse<BuiltEpilogue>::type;
+  using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, T, Row, 8, T, Column, 8, float, typename Tiling::Tile,
+      typename Tiling::Cluster,
+      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
+      typename Tiling::Mainloop>::CollectiveOp;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, GroupedMainloop<Mainloop, Groups>,
+                                                      GroupedEpilogue<Epilogue, Groups>, GroupedSchedulerTag<Groups>>;
+};
+
+// A class of its own, so that the kernel has a readable name.
+template <LinearEpilogue E, class T, int Groups, class Tiling>
+struct LinearSm90 : LinearTypes<E, T, Groups, Tiling>::Kernel {
+  using Kernel = typename LinearTypes<E, T, Groups, Tiling>::Kernel;
+  static_assert(Kernel::SharedStorageSize <= 227 * 1024);
+
+  static int run(const LinearGroup& group, cudaStream_t stream) {
+    typename Kernel::Arguments arguments;
+    arguments.mode = cutlass::gemm::GemmUniversalMode::kBatched;
+    int order[kMaxLinears], large = 0, device = 0, most = 0;
+    const int count = order_linears(group, order, large);
+    if (count == 0) return cudaSuccess;
+    for (int i = 0; i < count; ++i) {
+      const Linear& l = group.linear[order[i]];
+      arguments.mainloop.group[i] = {
+          static_cast<const T*>(l.x), {group.depth, _1{}, 0}, static_cast<const T*>(l.weight), {group.depth, _1{}, 0}};
+      auto& epilogue = arguments.epilogue.group[i];
+      epilogue.thread.op_1 = epilogue_params<T>(l);
+      if constexpr (E == LinearEpilogue::kGateResidual) epilogue.ptr_C = static_cast<const T*>(l.residual);
+      epilogue.dC = epilogue.dD = {group.columns, _1{}, 0};
+      epilogue.ptr_D = static_cast<T*>(l.out);
+      arguments.mainloop.rows[i] = arguments.epilogue.rows[i] = static_cast<int>(l.rows);
+      most = l.rows > most ? static_cast<int>(l.rows) : most;
+    }
+    arguments.mainloop.count = arguments.epilogue.count = count;
+    arguments.scheduler.clusters =
+        linear_tiles(group, size<0>(typename Tiling::Tile{}) * size<0>(typename Tiling::Cluster{}),
+                     size<1>(typename Tiling::Tile{}) * size<1>(typename Tiling::Cluster{}));
+    arguments.problem_shape = {most, static_cast<int>(group.columns), static_cast<int>(group.depth), count};
+    if (const cudaError_t error = cudaGetDevice(&device)) return error;
+    arguments.hw_info.device_id = device;
+    if (const cudaError_t error =
+            cudaDeviceGetAttribute(&arguments.hw_info.sm_count, cudaDevAttrMultiProcessorCount, device))
+      return error;
+    cutlass::gemm::device::GemmUniversalAdapter<LinearSm90> gemm;
+    const cutlass::Status status = gemm.run(arguments, nullptr, stream);
+    if (status == cutlass::Status::kSuccess) return cudaSuccess;
+    const cudaError_t error = cudaGetLastError();
+    return error != cudaSuccess ? error : cudaErrorInvalidValue;
+  }
+};
+
+template <LinearEpilogue E, int Groups>
+int run_sm90(const LinearGroup& group, cudaStream_t stream) {
+  const bool half = group.dtype == kFloat16;
+  if (group.tile == 0)
+    return half ? LinearSm90<E, cutlass::half_t, Groups, LargeTile>::run(group, stream)
+                : LinearSm90<E, cutlass::bfloat16_t, Groups, LargeTile>::run(group, stream);
+  return half ? LinearSm90<E, cutlass::half_t, Groups, SmallTile>::run(group, stream)
+              : LinearSm90<E, cutlass::bfloat16_t, Groups, SmallTile>::run(group, stream);
+}
+
+}  // namespace gemm
+}  // namespace qif
+
+namespace cutlass::gemm::kernel::detail {
+
+template <int Groups, class TileShape, class ClusterShape, uint32_t Stages>
+struct TileSchedulerSelector<qif::gemm::GroupedSchedulerTag<Groups>, cutlass::arch::Sm90, TileShape, ClusterShape,
+                             Stages> {
+  using Scheduler = qif::gemm::GroupedScheduler<Groups, TileShape, ClusterShape>;
+};
+
+}  // namespace cutlass::gemm::kernel::detail

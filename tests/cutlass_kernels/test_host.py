@@ -1,0 +1,77 @@
+"""The host's side of the kernels in csrc/cutlass_kernels: the order of tiles, and errors of the CUDA runtime."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from emulator.build import compiler
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+
+
+@pytest.fixture(scope="module")
+def order(tmp_path_factory):
+    if compiler() is None:
+        pytest.skip("needs g++ or clang++")
+    program = tmp_path_factory.mktemp("tiles") / "tiles"
+    subprocess.run([compiler(), "-std=c++17", "-O1", f"-I{CSRC}", HERE / "tiles.cpp", "-o", program], check=True)
+
+    def run(tile_rows, tile_columns, columns, *rows):
+        arguments = map(str, (tile_rows, tile_columns, columns, *rows))
+        lines = subprocess.run([program, *arguments], capture_output=True, text=True, check=True).stdout.splitlines()
+        return int(lines[0]), [tuple(map(int, line.split())) for line in lines[1:]]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("tile", "columns", "rows"),
+    [
+        ((128, 256), 3072, (8192, 80)), ((128, 128), 12288, (1024, 50)), ((256, 256), 3072, (13778,) * 3 + (80,) * 3),
+        ((128, 128), 3080, (300, 0)), ((128, 128), 8, (0, 1)), ((128, 128), 3072, (0, 0)),
+        ((128, 128), 640, (200, 200)), ((128, 128), 384, (1500, 1300, 1)),
+    ],
+)  # fmt: skip
+def test_every_tile_once(order, tile, columns, rows):
+    count, places = order(*tile, columns, *rows)
+    assert count == sum(n > 0 for n in rows)
+    expected = {
+        (i, m, n)
+        for i, height in enumerate(rows)
+        for m in range(-(-height // tile[0]))
+        for n in range(-(-columns // tile[1]))
+    }
+    assert len(places) == len(expected) and set(places) == expected
+
+
+def test_small_problems_are_spread(order):
+    """Any stretch of tiles has its share of text tiles, one at most more or less."""
+    _, places = order(128, 256, 12288, 8192, 80)
+    share = sum(p[0] == 1 for p in places) / len(places)
+    for start in range(0, len(places) - 132, 40):
+        count = sum(p[0] == 1 for p in places[start : start + 132])
+        assert abs(count - 132 * share) <= 1
+
+
+def test_neighbours_in_time_share_rows_and_columns(order):
+    _, places = order(128, 256, 12288, 8192)
+    for start in range(0, len(places), 64):
+        chunk = places[start : start + 64]
+        assert len({m for _, m, _ in chunk}) <= 8 and len({n for _, _, n in chunk}) <= 9
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_errors_of_the_runtime(tmp_path):
+    """A GPU without kernels and a driver that is too old are explained."""
+    program = tmp_path / "errors"
+    sources = [HERE / "errors.cpp", CSRC / "cuda_runtime.cu"]
+    subprocess.run(["nvcc", "-std=c++17", "-arch=sm_80", *sources, "-o", program], check=True, cwd=tmp_path)
+
+    def text(code):
+        return subprocess.run([program, str(code)], capture_output=True, text=True, check=True).stdout.strip()
+
+    assert "(cudaErrorNoKernelImageForDevice); the kernels were built for other GPUs: `qwen-image-fast" in text(209)
+    assert "(cudaErrorInsufficientDriver); the driver must be at least as new as the CUDA toolkit" in text(35)
+    assert text(2).endswith("(cudaErrorMemoryAllocation)")
