@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from qwen_image_fast import _C, doctor, ops
 from qwen_image_fast.cli import app
+from qwen_image_fast.ops import _linear
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def instruction_sets():
 
 
 def test_every_op_is_tested():
-    assert set(doctor.CASES) == set(ops.__all__) - {"reference", "has_kernels", "pack_conv3x3"}
+    assert set(doctor.CASES) == set(ops.__all__) - {"reference", "has_kernels", "pack_conv3x3", "linear_kernels"}
 
 
 def test_right_kernels():
@@ -50,8 +51,8 @@ def test_json_covers_every_op_dtype_and_instruction_set():
     assert report["agree"] is True and report["environment"]["torch"].startswith(torch.__version__)
     tested = {(v["op"], v["kernels"], v["dtype"]) for v in report["self_test"]}
     dtypes = ("float32", "bfloat16", "float16")
-    own = {(op, s, d) for op in doctor.CASES if op != "joint_attention" for s in instruction_sets() for d in dtypes}
-    assert tested == own | {("joint_attention", "torch", d) for d in dtypes}
+    own = {(op, s, d) for op, (_, own) in doctor.CASES.items() if own for s in instruction_sets() for d in dtypes}
+    assert tested == own | {(op, "torch", d) for op, (_, own) in doctor.CASES.items() if not own for d in dtypes}
     assert all(0 < v["worst"] <= 1 for v in report["self_test"])
 
 
@@ -189,12 +190,36 @@ def test_doctor_says_what_the_build_can_do_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Gpu)
     monkeypatch.setattr(doctor, "describe_attention", lambda device: ("cudnn", device))
+    monkeypatch.setattr(doctor, "describe_linear", lambda device: device)
     assert "Some GPU, 80 GB, sm_90, built without CUDA: build" in doctor.environment()["CUDA"]
     info["cuda_architectures"] = ["sm_80"]
     assert "no kernels for it: build from source with QIF_CUDA_ARCHITECTURES=90" in doctor.environment()["CUDA"]
     info["cuda_architectures"] = ["sm_80", "sm_90a"]
     assert "this build has kernels for it" in doctor.environment()["CUDA"]
     assert doctor.environment()["attention, mixed lengths"] == "cuda"
+
+
+def test_doctor_says_why_torch_sees_no_gpu(monkeypatch):
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    text = "torch has CUDA 13.0 but sees no device: The NVIDIA driver on your system is too old (found version 11040)."
+    assert doctor.environment()["CUDA"] == text
+
+
+def test_doctor_says_what_computes_linear_layers(monkeypatch):
+    monkeypatch.setattr(_linear, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert _linear.describe_linear("cpu") == "torch's products"
+    monkeypatch.setattr(_linear.lib, "_has_cuda", False)
+    assert "this build has no CUTLASS kernels" in _linear.describe_linear("cuda")
+    monkeypatch.setattr(_linear.lib, "_has_cuda", True)
+    assert 'nothing measured on sm_90: ops.linear_kernels("cutlass") asks' in _linear.describe_linear("cuda")
+    monkeypatch.setattr(_linear, "_faster", {"sm_90": {"linear_gelu 1 -> 4": {"1": "cutlass large"}}})
+    assert "CUTLASS where measured faster on sm_90" in _linear.describe_linear("cuda")
 
 
 def test_environment_names_what_is_missing(monkeypatch):

@@ -7,7 +7,6 @@ last place of the largest value.
 
 from __future__ import annotations
 
-import importlib
 import math
 import platform
 import re
@@ -24,6 +23,8 @@ from rich.table import Table
 from torch import Tensor
 
 from qwen_image_fast import _C, ops
+from qwen_image_fast.doctor_cases import ALLOWED, CASES, CPU_ONLY, as_tuple, functions, inputs
+from qwen_image_fast.ops._linear import describe_linear
 from qwen_image_fast.ops.joint_attention import describe_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,6 +49,7 @@ def environment() -> dict[str, str]:
     }
     attention = describe_attention("cuda" if torch.cuda.is_available() else "cpu")
     found |= {"attention, equal lengths": attention[0], "attention, mixed lengths": attention[1]}
+    found["linear layers"] = describe_linear("cuda" if torch.cuda.is_available() else "cpu")
     return found | {name: _installed(name) for name in OPTIONAL_PACKAGES}
 
 
@@ -55,12 +57,21 @@ def _cuda() -> str:
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     if not torch.cuda.is_available():
-        return f"torch has CUDA {torch.version.cuda} but sees no device"
+        return f"torch has CUDA {torch.version.cuda} but sees no device{_why_no_device()}"
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return "; ".join(
         f"{d.name}, {d.total_memory / 1e9:.0f} GB, sm_{d.major}{d.minor}, {_kernels_for(d.major, d.minor)}"
         for d in devices
     )
+
+
+def _why_no_device() -> str:
+    """torch's own words where it has some: no driver, or one that is too old."""
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        return f": {str(error).strip().splitlines()[0]}"
+    return ""
 
 
 def _kernels_for(major: int, minor: int) -> str:
@@ -96,107 +107,6 @@ def has_cuda_kernels() -> bool:
     return any(runs_on(a, *capability) for a in _C.build_info()["cuda_architectures"])
 
 
-# ---- inputs of every op -----------------------------------------------------------------------------------------
-
-Value = Callable[..., Tensor]
-
-
-def _offsets(rows: int) -> Tensor:
-    """Three segments of different lengths."""
-    return torch.tensor([0, rows // 5, rows // 2, rows], dtype=torch.int32)
-
-
-def _vectors(value: Value, count: int, width: int) -> list[Tensor]:
-    """Modulation vectors of three segments, strided as slices of one projection are."""
-    return [t.detach().requires_grad_() for t in value(3, count, width).unbind(1)]
-
-
-def _layer_norm_modulate(value: Value, rows: int, width: int) -> list:
-    return [value(rows, width), *_vectors(value, 2, width), _offsets(rows)]
-
-
-def _gate_residual_norm_modulate(value: Value, rows: int, width: int) -> list:
-    return [value(rows, width), value(rows, width), *_vectors(value, 3, width), _offsets(rows)]
-
-
-def _qk_norm_rope(value: Value, rows: int, width: int) -> list:
-    """Two samples of image and text tokens."""
-    head_dim = _head_dim(width)
-    streams, ropes, cumulative = [], [], []
-    for n in (rows, rows // 4 + 1):
-        streams += [value(n, width // head_dim, head_dim) for _ in range(3)]
-        angle = torch.rand(n, head_dim // 2) * 2 * math.pi
-        ropes.append(torch.stack([angle.cos(), angle.sin()], -1))
-        cumulative.append(torch.tensor([0, n // 3, n], dtype=torch.int32))
-    return [*streams, *(value(head_dim) for _ in range(4)), *ropes, *cumulative]
-
-
-def _gelu_tanh(value: Value, rows: int, width: int) -> list:
-    return [value(rows, 4 * width)]  # inside the MLP
-
-
-def _guided_step(value: Value, rows: int, width: int) -> list:
-    tokens = [value(rows, 64) for _ in range(3)]
-    return [*tokens, -torch.rand(3) * 0.1 - 0.02, 4.0, True, _offsets(rows)]
-
-
-def _joint_attention(value: Value, rows: int, width: int) -> list:
-    head_dim = _head_dim(width)
-    lengths = [rows // 3, rows - rows // 3]
-    return [*(value(rows, width // head_dim, head_dim) for _ in range(3)), lengths]
-
-
-def _channel_norm_silu(value: Value, rows: int, width: int) -> list:
-    return [value(rows, width // 8), value(width // 8), value(width // 8)]
-
-
-def _conv3x3(value: Value, rows: int, width: int) -> list:
-    """A square image with as many pixels as there are rows, and the weights of a layer that keeps its variance."""
-    side, channels = math.isqrt(rows), width // 8
-    weight = (value(channels, channels, 3, 3).detach() / (9 * channels) ** 0.5).requires_grad_()
-    return [value(1, side, side, channels), weight, value(channels)]
-
-
-def _head_dim(width: int) -> int:
-    return 128 if width % 128 == 0 else 64
-
-
-# Per op: its inputs for a number of rows and a width, and whether it has CPU kernels of this package; those of the
-# transformer have CUDA kernels too.
-CASES: dict[str, tuple[Callable[[Value, int, int], list], bool]] = {
-    "layer_norm_modulate": (_layer_norm_modulate, True),
-    "gate_residual_norm_modulate": (_gate_residual_norm_modulate, True),
-    "qk_norm_rope": (_qk_norm_rope, True),
-    "gelu_tanh": (_gelu_tanh, True),
-    "guided_step": (_guided_step, True),
-    "joint_attention": (_joint_attention, False),
-    "channel_norm_silu": (_channel_norm_silu, True),
-    "conv3x3": (_conv3x3, True),
-}
-CPU_ONLY = ("conv3x3",)
-# An op may err so many times as much as its reference; Winograd's convolution belongs to the looser tier.
-_ALLOWED = {"conv3x3": 10.0}
-
-
-def _inputs(name: str, rows: int, width: int, dtype: torch.dtype, device: str = "cpu") -> list:
-    """Inputs of an op, the same in every run; those that are rounded to `dtype` require gradients."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        args = CASES[name][0](lambda *shape: torch.randn(shape).to(dtype).requires_grad_(), rows, width)
-    on_device = [a.detach().to(device).requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
-    return args if device == "cpu" else on_device
-
-
-def _functions(name: str) -> tuple[Callable, Callable]:
-    """The op and its reference."""
-    module = importlib.import_module(f"qwen_image_fast.ops.{name}")
-    return getattr(ops, name), getattr(module, f"{name}_reference")
-
-
-def _tuple(result: Any) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
-
-
 # ---- self-test --------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +127,7 @@ def self_test() -> list[Verdict]:
     sets = info["cpu_kernels"][: info["cpu_kernels"].index(info["cpu_best"]) + 1]
     variants = [("torch", "cpu"), *((s, "cpu") for s in sets)]
     if has_cuda_kernels():
-        variants.append(("cuda", "cuda"))
+        variants += [("cuda", "cuda"), ("cutlass", "cuda")]
     verdicts = []
     with _unwritten_is_nan():
         try:
@@ -227,7 +137,11 @@ def self_test() -> list[Verdict]:
                 for name, (_, own_kernels) in CASES.items():
                     if own_kernels != (kernels != "torch") if device == "cpu" else name in CPU_ONLY:
                         continue
-                    verdicts += [_judge(name, kernels, device, dtype) for dtype in DTYPES]
+                    if kernels == "cutlass" and not name.startswith("linear_"):
+                        continue
+                    dtypes = DTYPES if kernels != "cutlass" else DTYPES[1:]
+                    with ops.linear_kernels("cutlass" if kernels == "cutlass" else "torch"):
+                        verdicts += [_judge(name, kernels, device, dtype) for dtype in dtypes]
         finally:
             _C.set_isa(info["cpu_in_use"])
     return verdicts
@@ -247,7 +161,7 @@ def _unwritten_is_nan() -> Iterator[None]:
 def _judge(name: str, kernels: str, device: str, dtype: torch.dtype) -> Verdict:
     kind = str(dtype).removeprefix("torch.")
     try:
-        worst, problem = _compare(*_functions(name), _inputs(name, 45, 192, dtype, device), _ALLOWED.get(name, 2.0))
+        worst, problem = _compare(*functions(name), inputs(name, 45, 192, dtype, device), ALLOWED.get(name, 2.0))
     except Exception as error:  # a kernel that raises is a failed test, not a failed program
         worst, problem = math.inf, f"{type(error).__name__}: {error}"
     return Verdict(name, kernels, kind, worst, problem)
@@ -256,9 +170,9 @@ def _judge(name: str, kernels: str, device: str, dtype: torch.dtype) -> Verdict:
 def _compare(op: Callable, reference: Callable, args: list, times: float) -> tuple[float, str | None]:
     exact_args = [_double(a) for a in args]
     runs = [(op, args), (reference, args), (reference, exact_args)]
-    outs = [_tuple(fn(*a)) for fn, a in runs]
+    outs = [as_tuple(fn(*a)) for fn, a in runs]
     with torch.no_grad():
-        direct = _tuple(op(*(a.detach() if isinstance(a, Tensor) else a for a in args)))
+        direct = as_tuple(op(*(a.detach() if isinstance(a, Tensor) else a for a in args)))
     if not all(torch.equal(a, b) for a, b in zip(direct, outs[0])):
         return math.inf, "the result with gradients differs from the one without"
 
@@ -314,10 +228,10 @@ def time_ops(rows: int, width: int, dtype: torch.dtype, repeats: int) -> list[Ti
     timings = []
     bound = {name for name, (_, own_kernels) in CASES.items() if own_kernels} - {"conv3x3"}  # by memory
     for name in CASES:
-        op, reference = _functions(name)
-        args = [a.detach() if isinstance(a, Tensor) else a for a in _inputs(name, rows, width, dtype)]
+        op, reference = functions(name)
+        args = [a.detach() if isinstance(a, Tensor) else a for a in inputs(name, rows, width, dtype)]
         with torch.inference_mode():
-            moved = sum(t.nbytes for t in (*args, *_tuple(op(*args))) if isinstance(t, Tensor))
+            moved = sum(t.nbytes for t in (*args, *as_tuple(op(*args))) if isinstance(t, Tensor))
             ours, theirs = _interleaved(lambda: op(*args), lambda: reference(*args), repeats)  # noqa: B023
         timings.append(Timing(name, ours, theirs, moved / ours / 1e9 if name in bound else None))
     return timings

@@ -1,6 +1,7 @@
 """The fused operations of Qwen-Image, forward and backward. One file each, named after the op."""
 
 from qwen_image_fast.ops._library import has_kernels, reference
+from qwen_image_fast.ops._linear import linear_kernels
 from qwen_image_fast.ops.channel_norm_silu import channel_norm_silu
 from qwen_image_fast.ops.conv3x3 import conv3x3, pack_conv3x3
 from qwen_image_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
@@ -8,6 +9,9 @@ from qwen_image_fast.ops.gelu_tanh import gelu_tanh
 from qwen_image_fast.ops.guided_step import guided_step
 from qwen_image_fast.ops.joint_attention import joint_attention
 from qwen_image_fast.ops.layer_norm_modulate import layer_norm_modulate
+from qwen_image_fast.ops.linear_gate_residual import linear_gate_residual
+from qwen_image_fast.ops.linear_gelu import linear_gelu
+from qwen_image_fast.ops.linear_qkv import linear_qkv
 from qwen_image_fast.ops.qk_norm_rope import qk_norm_rope
 
 __all__ = [
@@ -19,6 +23,10 @@ __all__ = [
     "has_kernels",
     "joint_attention",
     "layer_norm_modulate",
+    "linear_gate_residual",
+    "linear_gelu",
+    "linear_kernels",
+    "linear_qkv",
     "pack_conv3x3",
     "qk_norm_rope",
     "reference",
