@@ -6,6 +6,7 @@ import pytest
 import torch
 from reference_transformer import CONFIG, Case, exact_diffusers, make_pair
 
+from qwen_image_fast.models import stream_linear
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -191,3 +192,66 @@ def test_errors(text, change):
 def test_axes_must_add_up():
     with pytest.raises(ValueError, match="axes_dims_rope must be even and add up to attention_head_dim, 32"):
         QwenImageTransformer2DModel(**{**CONFIG, "axes_dims_rope": (8, 8, 8)})
+
+
+# ---- both streams in one launch -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Every layer that may be launched with others is, through the ops on the CPU; yields what was launched."""
+    seen = []
+
+    def in_one_launch(op, layers, x):
+        if all(map(stream_linear._plain, layers, x)):
+            seen.append((op, len(layers)))
+            return True
+        return False
+
+    monkeypatch.setattr(stream_linear, "in_one_launch", in_one_launch)
+    return seen
+
+
+@pytest.mark.parametrize("case", ["mask", "no text", "zero_cond_t", "controlnet"])
+def test_launching_both_streams_together(case, launched):
+    case = CASES[case]
+    ours, theirs = make_pair(case, torch.float64)
+    inputs = case.inputs(torch.float64)
+    with exact_diffusers(), torch.no_grad():
+        expected = theirs(**inputs, return_dict=False)[0]
+        got = ours(**inputs).sample
+    assert (got - expected).abs().max() < 1e-9
+    gate, layers = "linear_gate_residual", ours.config.num_layers
+    block = [("linear_qkv", 6), (gate, 2), ("linear_gelu", 2), (gate, 2)]
+    assert launched == block * (layers - 1) + [("linear_qkv", 5), (gate, 1), ("linear_gelu", 1), (gate, 1)]
+
+
+def test_gradients_through_joint_launches(launched, monkeypatch):
+    ours, _ = make_pair(CASES["mask"], torch.float64)
+    inputs = CASES["mask"].inputs(torch.float64)
+    weights = list(ours.parameters())
+
+    def gradients():
+        return torch.autograd.grad(ours(**inputs).sample.square().mean(), weights, allow_unused=True)
+
+    fused = gradients()
+    assert launched
+    monkeypatch.undo()
+    for a, b in zip(fused, gradients()):
+        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-9, atol=1e-12))
+
+
+def test_layers_that_are_more_than_a_product_stay_modules(launched):
+    """A hook, another class, another dtype, autocast."""
+    ours, _ = make_pair(CASES["odd"], torch.float32)
+    attn, x = ours.transformer_blocks[0].attn, torch.randn(3, ours.inner_dim)
+    calls = []
+    attn.to_q.register_forward_hook(lambda *_: calls.append("hook"))
+    assert not stream_linear._plain(attn.to_q, x) and stream_linear._plain(attn.to_k, x)
+    with torch.no_grad():
+        ours(**CASES["odd"].inputs(torch.float32))
+    assert calls == ["hook"] and ("linear_qkv", 6) not in launched[:1]
+    assert not stream_linear._plain(torch.nn.Identity(), x)
+    assert not stream_linear._plain(attn.to_k, x.bfloat16())
+    with torch.autocast("cpu"):
+        assert not stream_linear._plain(attn.to_k, x)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from qwen_image_fast.models import stream_linear
 from qwen_image_fast.models.modulation import Modulation
 from qwen_image_fast.models.packing import PackedLayout, pack_padded
 from qwen_image_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
@@ -278,16 +279,18 @@ def run_block(
     head_dim = attn.norm_q.weight.shape[0]
     targets = layout.targets if next_txt is None else None
 
-    def heads(projection: Any, x: Tensor) -> Tensor:
-        return projection(x).unflatten(-1, (-1, head_dim))
-
-    img_q = heads(attn.to_q, img.normed if targets is None else img.normed[targets])
+    img_layers, txt_layers = [attn.to_q, attn.to_k, attn.to_v], [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
+    if next_txt is None:
+        txt_layers = txt_layers[1:]
+    inputs = [img.normed if targets is None else img.normed[targets], img.normed, img.normed]
+    inputs += [txt.normed] * len(txt_layers)
+    img_q, img_k, img_v, *txt_q, txt_k, txt_v = (
+        y.unflatten(-1, (-1, head_dim)) for y in stream_linear.project([*img_layers, *txt_layers], inputs)
+    )
     if targets is not None:  # the op wants all rows; the others are not read again
         img_q = img_q.new_zeros(len(img.x), *img_q.shape[1:]).index_copy(0, targets, img_q)
     q, k, v = qk_norm_rope(
-        img_q, heads(attn.to_k, img.normed), heads(attn.to_v, img.normed),
-        None if next_txt is None else heads(attn.add_q_proj, txt.normed),
-        heads(attn.add_k_proj, txt.normed), heads(attn.add_v_proj, txt.normed),
+        img_q, img_k, img_v, txt_q[0] if txt_q else None, txt_k, txt_v,
         attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight,
         layout.img_rope, layout.txt_rope, layout.cu_img, layout.cu_txt, attn.norm_q.eps,
     )  # fmt: skip
@@ -301,24 +304,51 @@ def run_block(
     else:
         joint = joint_attention(q, k, v, layout.joint_lens, None, layout.cu_joint, layout.cu_joint)
         img_y, txt_y = layout.split_joint(joint.flatten(1))
-        txt = finish_block(txt, attn.to_add_out(txt_y), block.txt_mlp, txt_mod, next_txt, txt_offsets)
-    return finish_block(img, attn.to_out[0](img_y), block.img_mlp, img_mod, next_img, img_offsets), txt
+        img, txt = finish_block(
+            [img, txt], [img_y, txt_y], [attn.to_out[0], attn.to_add_out], [block.img_mlp, block.txt_mlp],
+            [img_mod, txt_mod], [next_img, next_txt], [img_offsets, txt_offsets],
+        )  # fmt: skip
+        return img, txt
+    (img,) = finish_block([img], [img_y], [attn.to_out[0]], [block.img_mlp], [img_mod], [next_img], [img_offsets])
+    return img, txt
 
 
 def finish_block(
-    stream: Stream,
-    attended: Tensor,
-    mlp: Any,
-    mod: BlockVectors,
-    following: tuple[Tensor, Tensor],
-    offsets: Tensor | None,
-) -> Stream:
-    """The two gated residuals of one stream, each with the norm behind it, and the MLP between them."""
-    x, normed = gate_residual_norm_modulate(stream.x, attended, mod.gate1, mod.shift2, mod.scale2, offsets)
-    y = feed_forward(mlp, normed)
-    return Stream(*gate_residual_norm_modulate(x, y, mod.gate2, following[0], following[1], offsets))
+    streams: list[Stream],
+    attended: list[Tensor],
+    projections: list[Any],
+    mlps: list[Any],
+    mods: list[BlockVectors],
+    following: list[tuple[Tensor, Tensor]],
+    offsets: list[Tensor | None],
+) -> list[Stream]:
+    """The two gated residuals of each stream, each with the norm behind it, and the MLP between them."""
+    residual = [s.x for s in streams]
+    x, normed = gated_norm(
+        residual, projections, attended, [m.gate1 for m in mods], [(m.shift2, m.scale2) for m in mods], offsets
+    )
+    expand, reduce = [mlp.net[0].proj for mlp in mlps], [mlp.net[2] for mlp in mlps]
+    if stream_linear.in_one_launch("linear_gelu", expand, normed):
+        hidden = stream_linear.gelu(expand, normed)
+    else:
+        hidden = [gelu_tanh(layer(t), inplace=True) for layer, t in zip(expand, normed)]
+    return list(map(Stream, *gated_norm(x, reduce, hidden, [m.gate2 for m in mods], following, offsets)))
 
 
-def feed_forward(mlp, x: Tensor) -> Tensor:
-    """net.2(gelu_tanh(net.0.proj(x)))."""
-    return mlp.net[2](gelu_tanh(mlp.net[0].proj(x), inplace=True))
+def gated_norm(
+    residual: list[Tensor],
+    layers: list[Any],
+    y: list[Tensor],
+    gate: list[Tensor],
+    following: list[tuple[Tensor, Tensor]],
+    offsets: list[Tensor | None],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """x = residual + gate * layer(y) and LN-modulate(x) of each stream; `following`: its shift and scale."""
+    if stream_linear.in_one_launch("linear_gate_residual", layers, y):
+        x = stream_linear.gate_residual(layers, residual, y, gate, offsets)
+        return x, [layer_norm_modulate(t, f[0], f[1], o) for t, f, o in zip(x, following, offsets)]
+    pairs = [
+        gate_residual_norm_modulate(r, layer(t), g, f[0], f[1], o)
+        for r, layer, t, g, f, o in zip(residual, layers, y, gate, following, offsets)
+    ]
+    return [x for x, _ in pairs], [normed for _, normed in pairs]

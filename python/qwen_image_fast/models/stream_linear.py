@@ -1,0 +1,58 @@
+"""Linear layers of the image and text streams together: one launch where `ops.linear_kernels` chooses so.
+
+Anything that makes a layer more than its weight and bias (an adapter, a hook, a quantised or parametrised weight,
+autocast) keeps it a module that is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qwen_image_fast.ops._linear import fused
+from qwen_image_fast.ops.linear_gate_residual import linear_gate_residual
+from qwen_image_fast.ops.linear_gelu import linear_gelu
+from qwen_image_fast.ops.linear_qkv import linear_qkv
+
+
+def project(layers: Sequence[Any], x: Sequence[Tensor]) -> list[Tensor]:
+    """layer_i(x_i), for layers of one shape."""
+    if in_one_launch("linear_qkv", layers, x):
+        return linear_qkv(x, *_parameters(layers))
+    return [layer(t) for layer, t in zip(layers, x)]
+
+
+def gelu(layers: Sequence[Any], x: Sequence[Tensor]) -> list[Tensor]:
+    """gelu_tanh(layer_i(x_i)), in one launch."""
+    return linear_gelu(x, *_parameters(layers))
+
+
+def gate_residual(layers: Sequence[Any], residual, x, gate, offsets) -> list[Tensor]:
+    """residual_i + gate_i * layer_i(x_i), in one launch."""
+    return linear_gate_residual(residual, x, *_parameters(layers), gate, offsets)
+
+
+def in_one_launch(op: str, layers: Sequence[Any], x: Sequence[Tensor]) -> bool:
+    """Whether these layers may and should be one launch of `op`."""
+    if not x[0].is_cuda:  # first, as it answers for the CPU
+        return False
+    return all(map(_plain, layers, x)) and fused(op, x, [layer.weight for layer in layers])
+
+
+def _plain(layer: Any, x: Tensor) -> bool:
+    return (
+        type(layer) is nn.Linear
+        and layer.bias is not None
+        and layer.weight.dtype == x.dtype
+        and type(layer.weight) is nn.Parameter
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+        and "forward" not in layer.__dict__
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def _parameters(layers: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    return [layer.weight for layer in layers], [layer.bias for layer in layers]
