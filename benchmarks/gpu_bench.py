@@ -286,13 +286,18 @@ def training(side: int = 64, layers: int = 8, rounds: int = 5, **config) -> Iter
 SUITES: dict[str, Callable[..., Iterator[Record]]] = {"ops": ops, "transformer": transformer, "training": training}
 
 
-def main(suite: str, target: Path, **arguments: Any) -> None:
-    records: list[Record] = []
-    for record in SUITES[suite](**arguments):
-        if not any(r is record for r in records):
-            records.append(record)
-        target.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+def write(records: Iterator[Record], target: Path) -> None:
+    """The records as JSON, the file written anew after each; one that comes again has been added to."""
+    seen: list[Record] = []
+    for record in records:
+        if not any(r is record for r in seen):
+            seen.append(record)
+        target.write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(record), flush=True)
+
+
+def main(suite: str, target: Path, **arguments: Any) -> None:
+    write(SUITES[suite](**arguments), target)
 
 
 if __name__ == "__main__":

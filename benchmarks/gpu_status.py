@@ -22,6 +22,10 @@ Nothing yet: no results file of a GPU exists. Until one does, what is known of t
 them for sm_80, sm_90a and sm_100a without spills (`make cuda-compile`), and that they pass the op tests on an emulator
 on the CPU (`tests/emulator`), with accesses to memory and barriers checked. No timing, occupancy or bandwidth on a GPU
 is known.
+
+The kernels made from CUTLASS's templates (`csrc/cutlass_kernels`) have only been compiled: the emulator does not run
+them. What Python hands to them, the order of their tiles and the choice between them and cuBLASLt are tested on the
+CPU; that they compute the right thing is not. They are off unless `ops.linear_kernels("cutlass")` asks for them.
 """
 FOOT = """
 To fill this page in: on a machine with a GPU, nvcc and a CUDA build of torch run `make gpu-check`, then
@@ -59,6 +63,15 @@ def describe(r: dict[str, Any]) -> str:
             for c in r["ops"] if "forward GB/s" in c
         ]  # fmt: skip
         text += table(["op", "dtype", "size", "forward GB/s", "of a copy", "backward, of a copy"], rows)
+    if r.get("gemms"):
+        names = list(dict.fromkeys(n for c in r["gemms"] for n in c["TFLOP/s"]))
+        rows = [
+            [c["label"], " + ".join(map(str, c["rows"])), f"{c['depth']} -> {c['columns']}",
+             *(f"{c['TFLOP/s'][n]:.0f}" if n in c["TFLOP/s"] else "" for n in names)]
+            for c in r["gemms"]
+        ]  # fmt: skip
+        text += "\nLinear layers of both streams with what follows them, TFLOP/s of the products:\n"
+        text += table(["op", "rows", "size", *names], rows)
     if r.get("transformer"):
         names = list(dict.fromkeys(n for c in r["transformer"] for n in c["pair ms"]))
         rows = [

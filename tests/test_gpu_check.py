@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 pytest.importorskip("diffusers")
 
-from benchmarks import gpu_bench, gpu_check, gpu_status
+from benchmarks import gpu_bench, gpu_check, gpu_gemms, gpu_status, linear_table
 
 
 def test_the_stages_fit_into_nine_minutes():
@@ -91,6 +91,43 @@ def test_measuring_training(tmp_path):
     assert record["step ms"].keys() == {"ours", "diffusers"} and record["TFLOP/s"]["ours"] > 0
 
 
+def test_measuring_linear_layers(tmp_path):
+    target = tmp_path / "gemms.json"
+    gpu_bench.write(gpu_gemms.gemms(width=16, img_rows=(9,), rounds=1), target)
+    records = json.loads(target.read_text())
+    assert [(r["op"], r["depth"], r["columns"]) for r in records] == [
+        ("linear_qkv", 16, 16), ("linear_gelu", 16, 64), ("linear_gate_residual", 16, 16),
+        ("linear_gate_residual", 64, 16),
+    ]  # fmt: skip
+    for r in records:
+        assert max(r["difference"].values()) < 0.02 and r["TFLOP/s"]["torch"] > 0
+    assert records[0]["flops"] == 2 * 3 * (9 + 7) * 16 * 16
+
+
+def gemm(op, rows, txt, differs=0.0, **ms):
+    times = {"torch": 1.0, **{f"cutlass {k}": v for k, v in ms.items()}}
+    return {"op": op, "rows": [rows, txt], "depth": 3072, "columns": 12288, "ms": times,
+            "difference": {k: differs for k in times if k != "torch"}}  # fmt: skip
+
+
+def test_table_of_linear_kernels():
+    records = [
+        gemm("linear_gelu", 1024, 50, large=1.2, small=0.9),
+        gemm("linear_gelu", 4096, 50, large=0.8, small=0.9),
+        gemm("linear_gelu", 8192, 80, large=0.99, small=1.0),
+        gemm("linear_qkv", 4096, 50, large=0.5, small=0.5, differs=0.1),
+        gemm("linear_qkv", 8192, 80, large=0.5),
+        gemm("linear_qkv", 8192, 999, large=2.0),
+    ]
+    assert linear_table.faster(records) == {
+        "linear_gelu 3072 -> 12288": {"1024": "cutlass small", "4096": "cutlass large", "8192": "torch"}
+    }
+    machine = {"architecture": "90a", "gpu": "Some GPU", "torch": "2", "gemms": records}
+    found = linear_table.table("text", [{**machine, "date": "2000-01-02"}, {**machine, "date": "2000-01-01"}])
+    assert found["measured_by"] == ["2000-01-02, Some GPU, torch 2"] and set(found["faster"]) == {"sm_90"}
+    assert linear_table.table("text", [{"date": "2000-01-01"}])["faster"] == {}
+
+
 def test_flops_of_the_released_model():
     """226.5 MFLOP per token and block, and 4 tokens^2 width of attention."""
     assert gpu_bench.flops(1, 3072, 1) == 2 * 12 * 3072**2 + 4 * 3072
@@ -112,9 +149,12 @@ def test_page_of_results():
     result = {
         "date": "2000-01-01", "gpu": "Some GPU", "torch": "2.11", "nvcc": "13.0", "driver": "580",
         "stages": {"build": {"status": "passed", "summary": "for sm_90a", "seconds": 1}}, "ops": [op],
+        "gemms": [{"label": "linear_qkv", "rows": [4096, 50], "depth": 3072, "columns": 3072,
+                   "TFLOP/s": {"torch": 600.4, "cutlass large": 650.0}}],
         "transformer": [step], "training": [{"layers": 8, "pixels": 1024, "MFU": {"ours": 0.5}}],
     }  # fmt: skip
     text = gpu_status.page([result])
     for part in ("## Some GPU, 2000-01-01", "| build | passed | for sm_90a |", "| memcheck | not run |",
-                 "| 2900 | 95% | 90% |", "| 1024 | 231.2 | 370.0 |", "utilisation ours 50%"):  # fmt: skip
+                 "| 2900 | 95% | 90% |", "| 1024 | 231.2 | 370.0 |",
+                 "| linear_qkv | 4096 + 50 | 3072 -> 3072 | 600 | 650 |", "utilisation ours 50%"):  # fmt: skip
         assert part in text
