@@ -19,19 +19,19 @@ from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from qwen_image_fast import checkpoint
+from qwen_image_fast import checkpoint, tensor_files
 from qwen_image_fast.checkpoint import (
     atomic_write,
     check_config,
     find_weights,
     load_state_into,
     read_config,
-    read_header,
     read_json,
     resolve_folder,
     save_state,
 )
 from qwen_image_fast.models.base import PretrainedModel, record_config
+from qwen_image_fast.tensor_files import read_header, read_tensors
 
 BASE = "diffusion_pytorch_model"
 
@@ -197,7 +197,7 @@ def test_saved_files_have_the_usual_permissions(tmp_path, toy):
 
 @pytest.mark.parametrize("keyword", ["torch_dtype", "dtype"])
 def test_conversion_rounds_once_and_spares_integers(tmp_path, toy, keyword, monkeypatch):
-    monkeypatch.setattr(checkpoint, "STAGING_BYTES", 40)  # several rounds per tensor, the last one short
+    monkeypatch.setattr(tensor_files, "STAGING_BYTES", 40)  # several rounds per tensor, the last one short
     toy.save_pretrained(tmp_path)
     back = Toy.from_pretrained(tmp_path, **{keyword: torch.bfloat16})
     assert back.dtype == torch.bfloat16 and back.steps.dtype == torch.int64
@@ -297,6 +297,7 @@ def test_bad_dtype(tmp_path, toy, arguments, message):
 MEMORY = """
 import os, sys, torch
 from qwen_image_fast.models.base import PretrainedModel, record_config
+from qwen_image_fast.tensor_files import read_header, read_tensors
 
 class Big(PretrainedModel):
     @record_config
@@ -386,7 +387,7 @@ def test_file_that_shrinks_while_it_is_read(tmp_path, toy):
     entry = list(read_header(tmp_path / f"{BASE}.safetensors").values())[-1]
     damage_truncate(entry.path)
     with pytest.raises(OSError, match="became shorter while it was read"):
-        checkpoint._read_tensor(entry, None, torch.device("cpu"), torch.empty(64, dtype=torch.uint8))
+        read_tensors({"x": entry}, None, torch.device("cpu"))
 
 
 def test_type_that_is_not_supported(tmp_path):

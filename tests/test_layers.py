@@ -11,7 +11,7 @@ ROOT = Path(qwen_image_fast.__file__).parent
 # From the bottom up; a module may import its own layer and those below it.
 LAYERS = [
     {"_C", "ops"},
-    {"checkpoint", "models"},
+    {"tensor_files", "checkpoint", "models"},
     {"schedulers"},
     {"graphs", "sampling"},
     {"pipelines"},

@@ -5,10 +5,8 @@
     folder/<base>[.<variant>]-00001-of-0000N.safetensors, ...          shards, named by
     folder/<base>.safetensors.index[.<variant>].json                   {"metadata": ..., "weight_map": {name: file}}
 
-`<base>` is `diffusion_pytorch_model` for diffusers models, `model` for transformers models. Weights are read with plain
-reads into memory that belongs to each tensor, not through a mapping of the file: mapped pages would count on top of the
-copies while loading, and one mapping behind all tensors could not be given back when part of a model is freed. Format:
-https://github.com/huggingface/safetensors. Pickled weights are never opened.
+`<base>` is `diffusion_pytorch_model` for diffusers models, `model` for transformers models. A single safetensors file:
+tensor_files.py. Pickled weights are never opened.
 """
 
 from __future__ import annotations
@@ -22,12 +20,13 @@ import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import errors, snapshot_download, split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
 from torch import nn
+
+from qwen_image_fast.tensor_files import DTYPE_NAMES, Entry, read_header, read_tensors, tensor_writer
 
 PathLike = str | os.PathLike
 DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
@@ -35,11 +34,6 @@ BASE_NAME = "diffusion_pytorch_model"
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 # Fields of released configurations that the constructor of the class no longer has and that change nothing.
 LEGACY_FIELDS = {"QwenImageTransformer2DModel": {"pooled_projection_dim"}}
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8}
-DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-STAGING_BYTES = 8 << 20  # what a conversion or a copy to an accelerator holds on the host besides the result
 
 
 def resolve_folder(
@@ -196,37 +190,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-class Entry(NamedTuple):
-    """Where one tensor lies in a safetensors file; `start` counts bytes from the beginning of the file."""
-
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-
-
-def read_header(path: PathLike) -> dict[str, Entry]:
-    """The tensors of a safetensors file, in file order, without reading them; ValueError where the file is damaged."""
-    path = Path(path)
-    with open(path, "rb") as file:
-        try:
-            safe_open(path, framework="pt")  # checks offsets, shapes, types and the length of the file
-        except SafetensorError as error:
-            what = f"is truncated or not safetensors ({error})"
-            if file.read(20).startswith(b"version https://git"):
-                what = "is a Git LFS pointer, not the file itself"
-            raise ValueError(f"read_header: {path} ({path.stat().st_size} bytes) {what}; download it again") from error
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    entries = {}
-    for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
-        if item["dtype"] not in DTYPES:
-            raise ValueError(f"read_header: {name} in {path} has the type {item['dtype']}, which is not supported")
-        entries[name] = Entry(path, DTYPES[item["dtype"]], tuple(item["shape"]), 8 + length + item["data_offsets"][0])
-    return entries
-
-
 def load_state_into(
     model: nn.Module,
     files: Iterable[PathLike],
@@ -252,9 +215,7 @@ def load_state_into(
             entries[name] = entry
     _check_fit(model, entries, strict)
     wanted = model.state_dict().keys()
-    # One buffer for all: allocated for each tensor, it would leave holes between the tensors that stay.
-    staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
-    tensors = {name: _read_tensor(entry, dtype, device, staging) for name, entry in entries.items() if name in wanted}
+    tensors = read_tensors({name: entry for name, entry in entries.items() if name in wanted}, dtype, device)
     model.load_state_dict(tensors, strict=False, assign=True)
     if left := [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]:
         raise ValueError(
@@ -281,35 +242,6 @@ def _check_fit(model: nn.Module, entries: Mapping[str, Entry], strict: bool) -> 
     if any(problems.values()):
         text = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in problems.items() if names)
         raise ValueError(f"load_state_into: these are not the weights of this {type(model).__name__}; {text}")
-
-
-def _read_tensor(entry: Entry, dtype: torch.dtype | None, device: torch.device, staging: torch.Tensor) -> torch.Tensor:
-    out_dtype = dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype
-    out = torch.empty(entry.shape, dtype=out_dtype, device=device)
-    with open(entry.path, "rb", buffering=0) as file:
-        file.seek(entry.start)
-        if device.type == "cpu" and out_dtype == entry.dtype:
-            _fill(file, out)
-        else:
-            staging = staging.view(entry.dtype)
-            for part in out.view(-1).split(staging.numel()):
-                _fill(file, staging[: part.numel()])
-                part.copy_(staging[: part.numel()])
-    return out
-
-
-def _byte_view(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, without a copy."""
-    return tensor.detach().view(-1).view(torch.uint8).numpy().data
-
-
-def _fill(file: Any, tensor: torch.Tensor) -> None:
-    view = _byte_view(tensor)
-    while view:  # one read returns at most 2 GiB
-        count = file.readinto(view)
-        if not count:
-            raise OSError(f"load_state_into: {file.name} became shorter while it was read; load it again")
-        view = view[count:]
 
 
 def atomic_write(path: PathLike, writer: Callable[[BinaryIO], Any]) -> None:
@@ -369,7 +301,7 @@ def save_state(
     pattern = stem + "{suffix}.safetensors"
     plan = split_torch_state_dict_into_shards(dict(state), filename_pattern=pattern, max_shard_size=max_shard_size)
     shards = {name: {key: state[key] for key in keys} for name, keys in plan.filename_to_tensors.items()}
-    writers = {folder / name: _tensor_writer(tensors) for name, tensors in shards.items()}
+    writers = {folder / name: tensor_writer(tensors) for name, tensors in shards.items()}
     extra = dict(extra_files or {})
     if plan.is_sharded:
         extra[index_name] = json_bytes({"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
@@ -386,23 +318,3 @@ def save_state(
 
 def _bytes_writer(content: bytes) -> Callable[[BinaryIO], Any]:
     return lambda file: file.write(content)
-
-
-def _tensor_writer(tensors: Mapping[str, torch.Tensor]) -> Callable[[BinaryIO], None]:
-    # Widest types first keeps every tensor aligned to its own type, which readers that map the file rely on.
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-
-    def write(file: BinaryIO) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in order:
-            tensor, begin, end = tensors[name], end, end + tensors[name].nbytes
-            kind = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
-            header[name] = {**kind, "data_offsets": [begin, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(_byte_view(tensors[name].cpu().contiguous()))
-
-    return write

@@ -21,7 +21,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from qwen_image_fast.checkpoint import BASE_NAME, DTYPES, find_weights, read_header, read_json, resolve_folder
+from qwen_image_fast.checkpoint import BASE_NAME, find_weights, read_json, resolve_folder
+from qwen_image_fast.tensor_files import DTYPES, read_header
 
 GPU_SIZES = (8, 12, 16, 24, 48, 80, 141)
 GB = 10**9

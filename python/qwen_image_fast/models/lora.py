@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..checkpoint import read_header, read_json
+from ..checkpoint import read_json
+from ..tensor_files import read_header
 from .modulation import modulation_layers, restore_modulation_weights
 
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import find_weights, load_state_into, read_config, read_header
+from ..checkpoint import find_weights, load_state_into, read_config
+from ..tensor_files import read_header
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,125 @@
+"""One safetensors file: its header, its tensors, and writing it.
+
+Tensors are read with plain reads into memory of their own, not through a mapping of the file: mapped pages would count
+on top of the copies while loading, and one mapping behind all tensors could not be given back when part of a model is
+freed. Format: https://github.com/huggingface/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+STAGING_BYTES = 8 << 20  # what a conversion or a copy to an accelerator holds on the host besides the result
+READERS = 4  # threads; one alone is bound by the copy out of the page cache
+
+
+class Entry(NamedTuple):
+    """Where one tensor lies in a safetensors file; `start` counts bytes from the beginning of the file."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+def read_header(path: str | os.PathLike) -> dict[str, Entry]:
+    """The tensors of a safetensors file, in file order, without reading them; ValueError where the file is damaged."""
+    path = Path(path)
+    with open(path, "rb") as file:
+        try:
+            safe_open(path, framework="pt")  # checks offsets, shapes, types and the length of the file
+        except SafetensorError as error:
+            what = f"is truncated or not safetensors ({error})"
+            if file.read(20).startswith(b"version https://git"):
+                what = "is a Git LFS pointer, not the file itself"
+            raise ValueError(f"read_header: {path} ({path.stat().st_size} bytes) {what}; download it again") from error
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, item in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
+        if item["dtype"] not in DTYPES:
+            raise ValueError(f"read_header: {name} in {path} has the type {item['dtype']}, which is not supported")
+        entries[name] = Entry(path, DTYPES[item["dtype"]], tuple(item["shape"]), 8 + length + item["data_offsets"][0])
+    return entries
+
+
+def read_tensors(entries: Mapping[str, Entry], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
+    """The tensors on `device`, floating-point ones as `dtype` (None: as stored)."""
+    tensors, converted = {}, []
+    # One buffer for all: allocated for each tensor, it would leave holes between the tensors that stay.
+    staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+    with ThreadPoolExecutor(READERS) as pool:
+        reads = []
+        for name, entry in entries.items():
+            kind = dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype
+            tensors[name] = torch.empty(entry.shape, dtype=kind, device=device)
+            if device.type == "cpu" and kind == entry.dtype:
+                reads.append(pool.submit(_read, entry, tensors[name]))
+            else:
+                converted.append(name)
+        for name in converted:
+            _read(entries[name], tensors[name], staging.view(entries[name].dtype))
+        for read in reads:
+            read.result()
+    return tensors
+
+
+def _read(entry: Entry, out: Tensor, staging: Tensor | None = None) -> None:
+    """Read a tensor, in parts through `staging` where it is given."""
+    with open(entry.path, "rb", buffering=0) as file:
+        file.seek(entry.start)
+        if staging is None:
+            _fill(file, out)
+            return
+        for part in out.view(-1).split(staging.numel()):
+            _fill(file, staging[: part.numel()])
+            part.copy_(staging[: part.numel()])
+
+
+def _byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+
+
+def _fill(file: Any, tensor: Tensor) -> None:
+    view = _byte_view(tensor)
+    while view:  # one read returns at most 2 GiB
+        count = file.readinto(view)
+        if not count:
+            raise OSError(f"read_tensors: {file.name} became shorter while it was read; load it again")
+        view = view[count:]
+
+
+def tensor_writer(tensors: Mapping[str, Tensor]) -> Callable[[BinaryIO], None]:
+    """What writes a safetensors file of these tensors into an open file."""
+    # Widest types first keeps every tensor aligned to its own type, which readers that map the file rely on.
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+    def write(file: BinaryIO) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in order:
+            tensor, begin, end = tensors[name], end, end + tensors[name].nbytes
+            kind = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+            header[name] = {**kind, "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(_byte_view(tensors[name].cpu().contiguous()))
+
+    return write
