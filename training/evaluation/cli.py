@@ -15,6 +15,7 @@ app = typer.Typer(help="Measure what a model can do.", no_args_is_help=True)
 Model = Annotated[str, typer.Argument(help="diffusers-layout folder or hub name", show_default="the tiny model")]
 Out = Annotated[Path, typer.Option(help="folder for results.json and the pictures")]
 Letters = Annotated[int, typer.Option(help="most letters of a synthetic text", min=2)]
+Lines = Annotated[int, typer.Option(help="most texts of a synthetic picture", min=1)]
 WordsOnly = Annotated[bool, typer.Option("--words-only", help="English words only, no random strings")]
 Size = Annotated[int, typer.Option(help="height and width in pixels", min=32)]
 Steps = Annotated[int, typer.Option(help="denoising steps", min=1)]
@@ -32,7 +33,7 @@ def text_command(
     ] = None,
     count: Annotated[int, typer.Option(help="synthetic captions of each language", min=1)] = 200,
     languages: Annotated[str, typer.Option(help="of the synthetic captions: en, zh or en,zh")] = "en",
-    lines: Annotated[int, typer.Option(help="most texts of a synthetic picture", min=1)] = 1,
+    lines: Lines = 1,
     letters: Letters = 6,
     words_only: WordsOnly = False,
     size: Size = 128,
@@ -69,6 +70,7 @@ def edit_command(
     kinds: Annotated[str, typer.Option(help="of text, colour, ground, add, remove, move, reconstruct")] = "text,colour",
     count: Annotated[int, typer.Option(help="pairs of each kind", min=1)] = 100,
     language: Annotated[str, typer.Option(help="en or zh")] = "en",
+    lines: Lines = 1,
     letters: Letters = 6,
     words_only: WordsOnly = False,
     size: Size = 128,
@@ -83,13 +85,13 @@ def edit_command(
     from qwen_image_fast.training.evaluation.cases import held_out_edits
     from qwen_image_fast.training.evaluation.ocr import Reader
 
-    recipe = _recipe(language, letters, 2, words_only)
+    recipe = _recipe(language, letters, lines, words_only)
     pairs = [pair for kind in kinds.split(",") for pair in held_out_edits(recipe, count, kind, seed)]
     reader, pipe = Reader(), QwenImageEditPlusPipeline.from_pretrained(model)
     edit = report.edited_by(pipe, seed=seed, **_sampling(steps, guidance))
     results = list(tqdm(report.evaluate_edits(edit, pairs, reader, batch), total=len(pairs), unit="picture"))
-    settings = {"kinds": kinds, "letters": letters, "words_only": words_only, "size": size, "steps": steps,
-                "guidance": guidance, "seed": seed}  # fmt: skip
+    settings = {"kinds": kinds, "letters": letters, "lines": lines, "words_only": words_only, "size": size,
+                "steps": steps, "guidance": guidance, "seed": seed}  # fmt: skip
     print(report.table(report.write_report(results, out, settings)))
     print(f"results.json and pictures are in {out}")
 
