@@ -302,7 +302,7 @@ def test_bad_configuration(config, message):
         ({}, {"timesteps": [math.nan]}, "timesteps must be a list of finite numbers"),
         (QWEN_IMAGE, {"num_inference_steps": 4}, "mu must be given with use_dynamic_shifting"),
         (QWEN_IMAGE, {"num_inference_steps": 4, "mu": math.nan}, "mu must be finite, got nan"),
-        (QWEN_IMAGE, {"sigmas": [1.0], "mu": 0.7}, "shifted sigmas must be finite, got 1 steps to shift_terminal 0.02"),
+        ({"shift": 3.0}, {"sigmas": [-0.5]}, r"shifted sigmas must be finite, got \[-inf\]"),
     ],
 )
 def test_bad_schedule_is_refused_and_changes_nothing(config, arguments, message):
@@ -311,6 +311,12 @@ def test_bad_schedule_is_refused_and_changes_nothing(config, arguments, message)
     with pytest.raises(ValueError, match=message):
         scheduler.set_timesteps(**arguments)
     assert torch.equal(scheduler.sigmas, before)
+
+
+def test_one_step_goes_from_noise_to_the_image():
+    scheduler = FlowMatchEulerDiscreteScheduler(**QWEN_IMAGE)
+    scheduler.set_timesteps(sigmas=[1.0], mu=0.7)
+    assert scheduler.sigmas.tolist() == [1.0, 0.0]
 
 
 def test_beta_sigmas_without_scipy(monkeypatch):

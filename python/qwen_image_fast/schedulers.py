@@ -146,8 +146,13 @@ class FlowMatchEulerDiscreteScheduler:
         return factor / (factor + (1 / t - 1) ** sigma)
 
     def stretch_shift_to_terminal(self, t):
-        """Scale `1 - t` so that the last entry becomes `shift_terminal`; the first, at 1, stays."""
+        """Scale `1 - t` so that the last entry becomes `shift_terminal`; the first, at 1, stays.
+
+        One step, from 1 to 0, has nothing to scale and stays too, where diffusers divides by zero.
+        """
         distance = 1 - t
+        if distance[-1] == 0:
+            return t
         factor = distance[-1] / (1 - self.config.shift_terminal)
         return 1 - (distance / factor)
 
@@ -194,9 +199,8 @@ class FlowMatchEulerDiscreteScheduler:
                 levels = self.shift * levels / (1 + (self.shift - 1) * levels)
             if config.shift_terminal:
                 levels = self.stretch_shift_to_terminal(levels)
-        if not np.isfinite(levels).all():  # as for one step from sigma 1: 1 - sigma is 0 and cannot be scaled
-            what = f"got {num_inference_steps} steps to shift_terminal {config.shift_terminal}: try more steps"
-            raise ValueError(f"set_timesteps: the shifted sigmas must be finite, {what}")
+        if not np.isfinite(levels).all():
+            raise ValueError(f"set_timesteps: the shifted sigmas must be finite, got {levels.tolist()}")
         shifted = torch.from_numpy(self._respace(levels)).to(dtype=torch.float32, device=device)
         steps = shifted * config.num_train_timesteps
         if "timesteps" in arrays:
