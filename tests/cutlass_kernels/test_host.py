@@ -2,10 +2,11 @@
 
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
-from emulator.build import compiler
+from emulator.build import compiler, load
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
@@ -62,7 +63,38 @@ def test_neighbours_in_time_share_rows_and_columns(order):
         assert len({m for _, m, _ in chunk}) <= 8 and len({n for _, _, n in chunk}) <= 9
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs the headers of a CUDA toolkit")
+
+
+@needs_nvcc
+def test_what_the_kernels_are_handed(tmp_path):
+    """On Hopper its own kernels, elsewhere those of sm_80; every number in its place; errors as exceptions."""
+    import pybind11
+
+    includes = [f"-I{p}" for p in (CSRC, pybind11.get_include(), sysconfig.get_paths()["include"])]
+    target = tmp_path / f"bindings{sysconfig.get_config_var('EXT_SUFFIX')}"
+    subprocess.run(
+        ["nvcc", "-std=c++17", "-O0", "-Xcompiler=-fPIC", "-shared", "-cudart=none", *includes,
+         "-DQIF_CUTLASS_SM80", "-DQIF_CUTLASS_SM90", CSRC / "bindings_cutlass.cpp", HERE / "bindings.cpp",
+         "-o", target],
+        check=True,
+    )  # fmt: skip
+    module = load(target)
+    # x, weight, bias, out, rows, residual, gate, gate_stride, offsets, segments
+    linears = [(1, 2, 3, 4, 50, 6, 7, 8, 9, 10), (11, 12, 13, 14, 0, 0, 0, 0, 0, 1)]
+    given = ": 2 3072 12288 1 2; 1 2 3 4 6 7 9 50 8 10; 11 12 13 14 0 0 0 0 0 1"
+    for op in ("linear_qkv", "linear_gelu", "linear_gate_residual"):
+        launch = getattr(module, f"{op}_forward_cuda")
+        for major, kernel in ((8, "sm80"), (9, "sm90"), (10, "sm80"), (12, "sm80")):
+            module.be(major, 0)
+            launch(linears, 3072, 12288, 1, 2, 0, 77)
+            assert module.launched() == [f"{op}_{kernel} 77{given}"]
+        module.be(9, 209)
+        with pytest.raises(RuntimeError, match=f"^{op}: error 209$"):
+            launch(linears, 3072, 12288, 1, 2, 0, 0)
+
+
+@needs_nvcc
 def test_errors_of_the_runtime(tmp_path):
     """A GPU without kernels and a driver that is too old are explained."""
     program = tmp_path / "errors"
