@@ -12,7 +12,7 @@ ROOT = Path(qwen_image_fast.__file__).parent
 LAYERS = [
     {"_C", "ops"},
     {"tensor_files", "checkpoint", "models"},
-    {"schedulers"},
+    {"chat", "schedulers"},
     {"graphs", "sampling"},
     {"pipelines"},
     {"tiny", "drop_in", "accelerate", "inspect_model", "png_metadata", "doctor", "doctor_cases"},

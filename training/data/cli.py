@@ -1,4 +1,4 @@
-"""What the command `data filter` does."""
+"""What the commands `data filter` and `data annotate` do."""
 
 from __future__ import annotations
 
@@ -27,3 +27,19 @@ def filter_command(recipe: Path, overrides: Sequence[str] | None, out: Path) -> 
     print(
         f"shards and audit.parquet are in {out}" + ("; see rejected.png" if sheet.write(out / "rejected.png") else "")
     )
+
+
+def annotate_command(recipe: Path, overrides: Sequence[str] | None, out: Path) -> None:
+    """Annotate a data set; OUT gets shards/, audit.parquet and answers.sqlite, from which a stopped run goes on."""
+    from tqdm import tqdm
+
+    from .annotate import annotate
+    from .recipe import read_annotate_recipe
+
+    chosen = read_annotate_recipe(recipe, overrides or ())
+    with tqdm(unit="picture", smoothing=0.1) as bar:
+        result = annotate(chosen, out, progress=bar.update)
+    for reason, count in result.rejected.items():
+        print(f"{count:8} rejected: {reason}")
+    print(f"{result.annotated:8} of {result.seen} annotated, {result.repaired} of them after a repair")
+    print(f"shards and audit.parquet are in {out}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..recipe import RecipeError, convert, read_tree
 from .filters.duplicates import LARGEST_DISTANCE
@@ -122,6 +123,47 @@ class FilterRecipe:
     balance: BalanceRecipe = field(default_factory=BalanceRecipe)
 
 
+@dataclass
+class AnnotateRecipe:
+    """`qwen-image-fast data annotate`.
+
+    endpoint: base address of OpenAI's chat completions, with the version; empty: `model` is a folder of transformers.
+    model: a name at the endpoint, or a Qwen2.5-VL's folder. api_key_file: a file with the key; empty: none.
+    parallel: requests at once. timeout: seconds of one. attempts: for a picture, of failures and of bad answers.
+    backoff: seconds before the second attempt, doubled each time. give_up_after: pictures in a row that the endpoint
+    failed. max_side: pixels of the longer side that the model sees. options: further fields of the request.
+    """
+
+    sources: list[SourceRecipe] = field(default_factory=list)
+    endpoint: str = ""
+    model: str = ""
+    api_key_file: str = ""
+    parallel: int = 4
+    timeout: float = 120.0
+    attempts: int = 4
+    backoff: float = 1.0
+    give_up_after: int = 20
+    max_side: int = 1024
+    max_pixels: int = 100_000_000
+    max_tokens: int = 1500
+    temperature: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+    shard_records: int = 1000
+
+
+def read_annotate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnnotateRecipe:
+    """The checked recipe in a YAML file, as `read_filter_recipe`."""
+    recipe = convert(read_tree(path, overrides), AnnotateRecipe, "")
+    _check_sources(recipe.sources)
+    _must(bool(recipe.model), "model", "be a name at the endpoint, or a folder", recipe.model)
+    for name in ("parallel", "attempts", "give_up_after", "max_side", "max_tokens", "shard_records"):
+        _must(getattr(recipe, name) >= 1, name, "be at least 1", getattr(recipe, name))
+    _must(recipe.timeout > 0, "timeout", "be above 0", recipe.timeout)
+    for name in ("backoff", "temperature"):
+        _must(getattr(recipe, name) >= 0, name, "be at least 0", getattr(recipe, name))
+    return recipe
+
+
 def read_filter_recipe(path: str | Path, overrides: Sequence[str] = ()) -> FilterRecipe:
     """The checked recipe in a YAML file, changed by overrides such as "quality.min_luma=0.1".
 
@@ -140,10 +182,7 @@ def validate(recipe: FilterRecipe) -> None:
     from .pipeline import FILTER_NAMES
 
     balance = recipe.balance
-    _must(bool(recipe.sources), "sources", "name at least one path", recipe.sources)
-    for source in recipe.sources:
-        _must(bool(source.path), "sources", "have a path each", source)
-        _must(source.category in ("", *CATEGORIES), "category", f"be of {', '.join(CATEGORIES)}", source.category)
+    _check_sources(recipe.sources)
     _must(bool(recipe.stages) and set(recipe.stages) <= set(range(1, 8)), "stages", "be of 1 to 7", recipe.stages)
     for name in recipe.without:
         _must(name in FILTER_NAMES, "without", f"be of {', '.join(FILTER_NAMES)}", name)
@@ -159,6 +198,13 @@ def validate(recipe: FilterRecipe) -> None:
     for name, value in (("balance.tail", balance.tail), ("shard_records", recipe.shard_records)):
         _must(value >= 1, name, "be at least 1", value)
     _must(recipe.sheet >= 0, "sheet", "be at least 0", recipe.sheet)
+
+
+def _check_sources(sources: list[SourceRecipe]) -> None:
+    _must(bool(sources), "sources", "name at least one path", sources)
+    for source in sources:
+        _must(bool(source.path), "sources", "have a path each", source)
+        _must(source.category in ("", *CATEGORIES), "category", f"be of {', '.join(CATEGORIES)}", source.category)
 
 
 def _must(condition: bool, name: str, rule: str, value: object) -> None:

@@ -1,4 +1,4 @@
-"""`train`, `cache-latents`, `data preview` and `data filter`; what they need is imported when they run."""
+"""`train`, `cache-latents` and what begins with `data`; what they need is imported when they run."""
 
 from __future__ import annotations
 
@@ -75,5 +75,18 @@ def filter_records(
         filter_command(recipe, overrides, out)
 
 
+def annotate_records(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file with the fields of AnnotateRecipe in recipe.py.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes such as parallel=16.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("outputs/annotated"),
+) -> None:
+    """Caption pictures by a vision-language model; a stopped run goes on with the same command."""
+    with _explained():
+        from qwen_image_fast.training.data.cli import annotate_command
+
+        annotate_command(recipe, overrides, out)
+
+
 data.command("preview")(preview)
 data.command("filter")(filter_records)
+data.command("annotate")(annotate_records)

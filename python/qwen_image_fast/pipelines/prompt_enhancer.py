@@ -9,15 +9,12 @@ An enhancer is any callable `(prompt, pictures) -> prompt`; `pictures` are the R
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image
+
+from qwen_image_fast.chat import ChatEndpoint, LocalChat
 
 PromptEnhancer = Callable[[str, Sequence[Image.Image]], str]
 
@@ -51,10 +48,9 @@ class OpenAIEnhancer:
     """
 
     def __init__(self, base_url: str, model: str, *, api_key: str | None = None, timeout: float = 60.0, **options):
-        if not base_url.startswith(("http://", "https://")):
-            raise ValueError(f"OpenAIEnhancer: base_url must begin with http:// or https://, got {base_url!r}")
-        self.url = base_url.rstrip("/") + "/chat/completions"
-        self.model, self.api_key, self.timeout, self.options = model, api_key, timeout, options
+        self._chat = ChatEndpoint(
+            base_url, model, api_key=api_key, timeout=timeout, options=options, who="OpenAIEnhancer"
+        )
 
     def __call__(self, prompt: str, pictures: Sequence[Image.Image] = ()) -> str:
         """The enhanced prompt.
@@ -62,26 +58,7 @@ class OpenAIEnhancer:
         Raises:
             ConnectionError: the endpoint was not reached or refused. ValueError: its answer holds no text.
         """
-        content: Any = prompt
-        if pictures:
-            shown = [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in pictures]
-            content = [*shown, {"type": "text", "text": prompt}]
-        messages = [{"role": "system", "content": instruction_for(pictures)}, {"role": "user", "content": content}]
-        body = json.dumps({"model": self.model, "messages": messages, **self.options}).encode()
-        headers = {"Content-Type": "application/json"}
-        if self.api_key is not None:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        request = urllib.request.Request(self.url, body, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                answer = response.read()
-        except (urllib.error.URLError, OSError) as error:
-            raise ConnectionError(f"OpenAIEnhancer: {self.url} could not enhance the prompt: {error}") from error
-        try:
-            text = json.loads(answer)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"OpenAIEnhancer: {self.url} must answer with a chat completion") from error
-        return _checked("OpenAIEnhancer", text)
+        return self._chat(instruction_for(pictures), prompt, pictures)
 
 
 class LocalEnhancer:
@@ -93,31 +70,9 @@ class LocalEnhancer:
     """
 
     def __init__(self, model: Any, tokenizer: Any, processor: Any = None, *, max_new_tokens: int = 300, **options):
-        self.model, self.tokenizer, self.processor = model, tokenizer, processor
-        self.options = {"max_new_tokens": max_new_tokens, "do_sample": False, **options}
+        options = {"max_new_tokens": max_new_tokens, "do_sample": False, **options}
+        self._chat = LocalChat(model, tokenizer, processor, options=options, who="LocalEnhancer")
 
     def __call__(self, prompt: str, pictures: Sequence[Image.Image] = ()) -> str:
         """The enhanced prompt; ValueError where the model answers nothing."""
-        user: Any = prompt
-        if pictures and self.processor is not None:
-            user = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
-        messages = [{"role": "system", "content": instruction_for(pictures)}, {"role": "user", "content": user}]
-        source = self.tokenizer if self.processor is None else self.processor
-        text = source.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        images = {"images": list(pictures)} if pictures and self.processor is not None else {}
-        inputs = source(text=[text], return_tensors="pt", **images)
-        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-        answer = self.model.generate(**inputs, **self.options)[0, inputs["input_ids"].shape[1] :]
-        return _checked("LocalEnhancer", self.tokenizer.decode(answer, skip_special_tokens=True))
-
-
-def _checked(who: str, text: Any) -> str:
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{who}: the answer must be a text, got {text!r}")
-    return text.strip()
-
-
-def _data_url(picture: Image.Image) -> str:
-    file = io.BytesIO()
-    picture.save(file, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        return self._chat(instruction_for(pictures), prompt, pictures)

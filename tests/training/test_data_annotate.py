@@ -1,0 +1,307 @@
+"""Annotation against a stub of an OpenAI-compatible endpoint that is slow, broken, rude and talks nonsense."""
+
+import base64
+import collections
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pyarrow.parquet as pq
+import pytest
+from data_pictures import noise
+from typer.testing import CliRunner
+
+from qwen_image_fast.chat import EndpointError
+from qwen_image_fast.cli import app
+from qwen_image_fast.training.data import annotate as module
+from qwen_image_fast.training.data.annotation import InvalidAnnotation, read_annotation
+from qwen_image_fast.training.data.collect import collect
+from qwen_image_fast.training.data.recipe import AnnotateRecipe, SourceRecipe, read_annotate_recipe
+from qwen_image_fast.training.data.record import Record
+from qwen_image_fast.training.data.shards import write_shards
+from qwen_image_fast.training.recipe import RecipeError
+
+GOOD = {
+    "caption": 'A cup beside a sign that says "你好".', "image_type": "photograph", "image_style": "realistic",
+    "watermarks": [], "abnormal_element": False, "texts": ["你好"],
+}  # fmt: skip
+WHOLE = json.dumps(GOOD, ensure_ascii=False)
+
+
+class Stub(ThreadingHTTPServer):
+    """Answers with `reply(handler, times)`; times: how often this picture was asked about, 1 for the first."""
+
+    daemon_threads = True
+
+    def __init__(self, reply):
+        self.reply, self.asked, self.lock = reply, collections.Counter(), threading.Lock()
+        self.now = self.most = 0
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, request, client_address):
+        pass  # clients that give up close their connection
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        shown = body["messages"][1]["content"][0]["image_url"]["url"].partition(",")[2]
+        key = hashlib.sha256(base64.b64decode(shown)).hexdigest()
+        with server.lock:
+            server.asked[key] += 1
+            times = server.asked[key]
+            server.now += 1
+            server.most = max(server.most, server.now)
+        try:
+            server.reply(self, times)
+        finally:
+            with server.lock:
+                server.now -= 1
+
+    def say(self, text, status=200, headers=()):
+        content = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+        self.send_response(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(reply):
+        servers.append(Stub(reply))
+        threading.Thread(target=servers[-1].serve_forever, args=(0.02,), daemon=True).start()
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def recipe_of(folder, server, count=6, **changes):
+    write_shards([Record(noise(n), {"raw": f"picture {n}"}, origin=f"{n}") for n in range(count)], folder)
+    url = server if isinstance(server, str) else server.url
+    fast = {"backoff": 0.01, "timeout": 5.0, "parallel": 3, **changes}
+    return AnnotateRecipe(sources=[SourceRecipe(str(folder))], endpoint=url, model="stub", **fast)
+
+
+def audit_of(out):
+    return pq.read_table(out / "audit.parquet").to_pylist()
+
+
+def test_records_get_caption_and_metadata_and_requests_are_bounded(tmp_path, serve):
+    def reply(handler, times):
+        time.sleep(0.02)
+        handler.say(WHOLE)
+
+    server = serve(reply)
+    recipe = recipe_of(tmp_path / "in", server, 12)
+    write_shards([Record(noise(0), origin="again")], tmp_path / "more")
+    recipe.sources.append(SourceRecipe(str(tmp_path / "more")))
+    result = module.annotate(recipe, tmp_path / "out")
+    assert (result.seen, result.annotated, result.repaired, result.rejected) == (13, 13, 0, {})
+    assert set(server.asked.values()) == {1} and len(server.asked) == 12  # the repeated picture once
+    assert 2 <= server.most <= 3
+    records = list(collect(tmp_path / "out" / "shards"))
+    assert [r.image for r in records] == [noise(n) for n in [*range(12), 0]]
+    assert records[3].captions == {"raw": "picture 3", "recaption": GOOD["caption"]}
+    assert records[3].metadata["annotation"] == {k: v for k, v in GOOD.items() if k != "caption"}
+    # The same again asks nobody.
+    module.annotate(recipe, tmp_path / "out")
+    assert sum(server.asked.values()) == 12
+    recipe.model = "another"
+    with pytest.raises(ValueError, match="was begun with another model"):
+        module.annotate(recipe, tmp_path / "out")
+
+
+def once(trouble):
+    """A reply with trouble the first time that a picture is asked about."""
+    return lambda handler, times: trouble(handler) if times == 1 else handler.say(WHOLE)
+
+
+def trickle(handler):
+    handler.send_response(200)
+    handler.end_headers()
+    for _ in range(20):
+        handler.wfile.write(b" ")
+        handler.wfile.flush()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        lambda handler: time.sleep(0.6), trickle, lambda handler: handler.say(WHOLE, 503),
+        lambda handler: handler.say("", 429, [("Retry-After", "0")]), lambda handler: handler.connection.close(),
+        lambda handler: handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\nnot a completion"),
+        lambda handler: handler.say("I'm sorry, I cannot help with that."),
+        lambda handler: handler.say(WHOLE[: len(WHOLE) // 2]), lambda handler: handler.say(None),
+    ],
+    ids=["timeout", "trickle", "503", "429", "closed", "no completion", "refusal", "half", "empty"],
+)  # fmt: skip
+def test_trouble_is_tried_again(tmp_path, serve, trouble):
+    recipe = recipe_of(tmp_path / "in", serve(once(trouble)), 2, timeout=0.3)
+    result = module.annotate(recipe, tmp_path / "out")
+    assert result.annotated == 2 and [row["attempts"] for row in audit_of(tmp_path / "out")] == [2, 2]
+
+
+def test_every_fate_is_in_the_audit(tmp_path, serve):
+    server = serve(lambda handler, times: handler.say("la la la"))
+    recipe = recipe_of(tmp_path / "in", server, 2, attempts=2)
+    (tmp_path / "broken").mkdir()
+    for name, content in (("cut.png", noise(7)[:500]), ("empty.jpg", b""), ("words.png", b"<html>" * 50)):
+        (tmp_path / "broken" / name).write_bytes(content)
+    recipe.sources.append(SourceRecipe(str(tmp_path / "broken")))
+    result = module.annotate(recipe, tmp_path / "out")
+    rows = audit_of(tmp_path / "out")
+    assert (result.seen, result.annotated) == (5, 0) and not any(row["annotated"] for row in rows)
+    assert [row["reason"] for row in rows[:2]] == ["the answer has no JSON object: 'la la la'"] * 2
+    assert "cannot be decoded" in rows[2]["reason"] and rows[3]["reason"] == "the file is empty"
+    assert sum(result.rejected.values()) == 5 and sum(server.asked.values()) == 4
+
+
+def test_a_dead_endpoint_stops_the_run_which_goes_on_later(tmp_path, serve):
+    sick = threading.Event()
+
+    def reply(handler, times):
+        handler.say(WHOLE, 500 if sick.is_set() else 200)
+
+    server = serve(reply)
+    recipe = recipe_of(tmp_path / "in", server, 9, parallel=1, attempts=2, give_up_after=3)
+    seen = []
+
+    def progress():
+        seen.append(1)
+        if len(seen) == 4:
+            sick.set()
+
+    with pytest.raises(RuntimeError, match="failed for 3 pictures in a row: endpoint: .* HTTP Error 500.*run the same"):
+        module.annotate(recipe, tmp_path / "out", progress=progress)
+    assert not (tmp_path / "out" / "audit.parquet").exists()
+    sick.clear()
+    before = sum(server.asked.values())
+    assert module.annotate(recipe, tmp_path / "out").annotated == 9
+    assert sum(server.asked.values()) - before == 5  # four were done
+
+
+@pytest.mark.parametrize("status, stops", [(401, True), (404, True), (400, False)])
+def test_refusals_are_not_tried_again(tmp_path, serve, status, stops):
+    server = serve(lambda handler, times: handler.say("", status))
+    recipe = recipe_of(tmp_path / "in", server, 1)
+    if stops:
+        with pytest.raises(RuntimeError, match=f"HTTP Error {status}.*check endpoint, model and api_key_file"):
+            module.annotate(recipe, tmp_path / "out")
+    else:
+        assert f"HTTP Error {status}" in next(iter(module.annotate(recipe, tmp_path / "out").rejected), "") or (
+            f"HTTP Error {status}" in audit_of(tmp_path / "out")[0]["reason"]
+        )
+    assert sum(server.asked.values()) == 1
+
+
+def test_killed_in_the_middle_it_goes_on(tmp_path, serve):
+    def reply(handler, times):
+        time.sleep(0.05)
+        handler.say(WHOLE)
+
+    server = serve(reply)
+    recipe_of(tmp_path / "in", server, 40)
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    file.write_text(f"sources: [{{path: {tmp_path / 'in'}}}]\nendpoint: {server.url}\nmodel: stub\nparallel: 2\n")
+    command = ["data", "annotate", str(file), "--out", str(out)]
+    run = subprocess.Popen([sys.executable, "-m", "qwen_image_fast.cli", *command], stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while sum(server.asked.values()) < 8 and time.monotonic() < end:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    killed_at = sum(server.asked.values())
+    assert 8 <= killed_at < 40 and not (out / "audit.parquet").exists()
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0 and "40 of 40 annotated" in result.output
+    # Only what was under way at the kill, at most `parallel`, was asked about again.
+    assert sum(count - 1 for count in server.asked.values()) <= 2 and len(server.asked) == 40
+    assert len(list(collect(out / "shards"))) == 40
+
+
+def test_a_full_disk_loses_nothing(tmp_path, serve, monkeypatch):
+    server = serve(lambda handler, times: handler.say(WHOLE))
+    recipe = recipe_of(tmp_path / "in", server, 3)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_shards", full)
+        with pytest.raises(OSError, match="the disk is full: .*audit.parquet could not be written"):
+            module.annotate(recipe, tmp_path / "out")
+    assert module.annotate(recipe, tmp_path / "out").annotated == 3 and sum(server.asked.values()) == 3
+
+
+@pytest.mark.parametrize(
+    "answer, changes, repair",
+    [
+        (WHOLE, {}, None),
+        (f"Here it is:\n```json\n{WHOLE}\n```\nAnything else?", {}, "a fence"),
+        (f"<think>{{hm}}</think>{WHOLE}", {}, "a fence"),
+        (WHOLE[:-1].rstrip("]}") + ',"half a wo', {}, "cut off"),
+        (json.dumps(GOOD | {"abnormal_element": "Yes"}), {"abnormal_element": True}, "was 'Yes'"),
+        (json.dumps(GOOD | {"watermarks": "Getty", "texts": None}), {"watermarks": ["Getty"], "texts": []}, "one text"),
+        (json.dumps(GOOD | {"texts": [{"text": "A", "language": "en"}]}), {"texts": ["A"]}, "held objects"),
+        (WHOLE.replace('"image_type"', '"Image Type"').replace('"watermarks"', '"Watermark List"'), {}, "is 'image"),
+        (WHOLE.replace('"你好"]', '"你好",]'), {}, "commas"),
+        (json.dumps(GOOD | {"caption": "a\x07b"}), {"caption": "ab"}, "control characters"),
+        (WHOLE.replace("A cup", "A {cup,\\n\\\"x\\\"]"), {"caption": GOOD["caption"].replace("A cup", 'A {cup,\n"x"]')},
+         None),
+    ],
+)  # fmt: skip
+def test_answers_that_can_be_used(answer, changes, repair):
+    found, repairs = read_annotation(answer)
+    assert vars(found) == GOOD | changes
+    assert (repair is None and not repairs) or repair in "; ".join(repairs)
+
+
+@pytest.mark.parametrize(
+    "answer, sentence",
+    [
+        ("", "has no JSON object"), ("I'm sorry.", "has no JSON object: \"I'm sorry.\""),
+        (WHOLE[:20], "breaks off before"), (WHOLE[:80], "lacks image_style, .*: it was cut off"),
+        ("{caption: yes}", "cannot be read"), ("{" * 5000, "breaks off"), ("{}", "lacks caption"),
+        (json.dumps(GOOD | {"caption": " "}), "the caption is empty"), (json.dumps(GOOD | {"caption": 3}), "be a text"),
+        (json.dumps(GOOD | {"caption": "x" * 100_000}), "100000 characters, more than 20000"),
+        (json.dumps(GOOD | {"texts": 3}), "texts must be a list"),
+        (json.dumps(GOOD | {"abnormal_element": "perhaps"}), "must be true or false, got 'perhaps'"),
+    ],
+)  # fmt: skip
+def test_answers_that_are_rejected(answer, sentence):
+    with pytest.raises(InvalidAnnotation, match=sentence):
+        read_annotation(answer)
+
+
+def test_recipes_are_checked(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("sources: [{path: photos}]\nmodel: m\nendpoint: http://localhost:1/v1\n")
+    assert read_annotate_recipe(file, ["parallel=9"]).parallel == 9
+    for change, sentence in [("model=''", "model must be a name"), ("parallel=0", "parallel must be at least 1"),
+                             ("timeout=0", "above 0"), ("sources=[]", "at least one path")]:  # fmt: skip
+        with pytest.raises(RecipeError, match=sentence):
+            read_annotate_recipe(file, [change])
+    with pytest.raises(FileNotFoundError, match="api_key_file must be a file"):
+        module.captioner(read_annotate_recipe(file, [f"api_key_file={tmp_path / 'none'}"]))
+    with pytest.raises(FileNotFoundError, match=r"there is no Qwen2.5-VL in \./nowhere"):
+        module.captioner(AnnotateRecipe(model="./nowhere"))
+    with pytest.raises(EndpointError, match="could not answer"):
+        module.captioner(read_annotate_recipe(file, ["timeout=1"]))("", "", [])
