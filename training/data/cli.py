@@ -1,7 +1,9 @@
-"""What the commands `data filter` and `data annotate` do."""
+"""What the commands `data filter`, `data report` and `data annotate` do."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,18 +11,26 @@ from pathlib import Path
 def filter_command(recipe: Path, overrides: Sequence[str] | None, out: Path) -> None:
     """Filter a data set in the report's seven stages.
 
-    OUT gets shards/, audit.parquet with every record's scores and reason, and rejected.png with examples.
+    OUT gets shards/, audit.parquet with every record's scores and reason, rejected.png with examples, and what
+    `data report` reads: examples.parquet and recipe.json.
     """
     from tqdm import tqdm
 
+    from qwen_image_fast.checkpoint import atomic_write
+
     from .contact_sheet import RejectedSheet
-    from .pipeline import FILTER_NAMES, run_filters
+    from .examples import Examples
+    from .pipeline import FILTER_NAMES, limits, run_filters
     from .recipe import read_filter_recipe
 
     chosen = read_filter_recipe(recipe, overrides or ())
     sheet = RejectedSheet(chosen.sheet, len(FILTER_NAMES), chosen.curation.max_pixels)
+    examples = Examples(limits(chosen), 5, chosen.curation.max_pixels)
     with tqdm(unit="record", smoothing=0.1) as bar:
-        result = run_filters(chosen, out, progress=bar.update, rejected=sheet.add)
+        result = run_filters(chosen, out, progress=bar.update, judged=examples.add, rejected=sheet.add)
+    examples.write(out / "examples.parquet")
+    settings = json.dumps(dataclasses.asdict(chosen), indent=2, ensure_ascii=False)
+    atomic_write(out / "recipe.json", lambda file: file.write(settings.encode()))
     for name, count in result.rejected.items():
         print(f"{count:8} rejected by {name}")
     print(f"{result.kept:8} of {result.seen} kept")

@@ -35,7 +35,7 @@ _FILTERS: tuple[type[Filter], ...] = (
     portrait.FaceMosaic,
 )  # fmt: skip
 FILTER_NAMES = (*(f.name for f in _FILTERS), "category_balance", "taxonomy")
-_STAGE_OF = {**{f.name: f.stage for f in _FILTERS}, "category_balance": 6, "taxonomy": 7}
+STAGE_OF = {**{f.name: f.stage for f in _FILTERS}, "category_balance": 6, "taxonomy": 7}
 AUDIT = pa.schema(
     [
         ("id", pa.string()), ("origin", pa.string()), ("source", pa.string()), ("category", pa.string()),
@@ -54,6 +54,26 @@ class Result:
     seen: int
     kept: int
     rejected: dict[str, int]
+
+
+def limits(recipe: FilterRecipe) -> dict[str, tuple[float | None, float | None]]:
+    """(low, high) of every filter that judges one record at a time; None: no limit."""
+    first, look, words, last = recipe.curation, recipe.quality, recipe.captions, recipe.refinement
+    found: dict[str, tuple[float | None, float | None]] = {
+        "file_size": (first.min_bytes, first.max_bytes), "resolution": (first.min_side, None),
+        "aspect_ratio": (None, first.max_aspect), "near_duplicate": (first.duplicate_bits, None),
+        "nsfw": (None, first.max_nsfw),
+        "clarity": (look.min_clarity, None), "luma": (look.min_luma, look.max_luma),
+        "saturation": (None, look.max_saturation), "rgb_entropy": (look.min_entropy, None),
+        "texture": (None, look.max_texture),
+        "token_length": (words.min_tokens, words.max_tokens), "invalid_caption": (words.min_new_words, None),
+        "alignment": (words.min_alignment, None),
+        "intensive_text": (None, recipe.text.max_area), "small_characters": (recipe.text.min_height, None),
+        "refined_resolution": (last.min_side, None), "image_quality": (None, last.max_blockiness),
+        "aesthetic": (0.0, None), "border": (None, last.max_border),
+        "face_mosaic": (None, recipe.balance.max_mosaic),
+    }  # fmt: skip
+    return {f.name: found.get(f.name, (None, None)) for f in _FILTERS}
 
 
 def build_filters(
@@ -75,7 +95,7 @@ def build_filters(
     Raises:
         ImportError, FileNotFoundError: a filter lacks its package or its model; the sentence says what to do.
     """
-    first, look, words, last = recipe.curation, recipe.quality, recipe.captions, recipe.refinement
+    bounds, words = limits(recipe), recipe.captions
 
     def aligned() -> Filter | None:
         scorers = [alignment or captions.clip_scorer(path) for path in (words.chinese_clip, words.siglip)]
@@ -88,30 +108,30 @@ def build_filters(
 
     make: dict[str, Callable[[], Filter | None]] = {
         "broken_file": lambda: curation.BrokenFile(),
-        "file_size": lambda: curation.FileSize(first.min_bytes, first.max_bytes),
-        "resolution": lambda: curation.Resolution(first.min_side),
-        "aspect_ratio": lambda: curation.AspectRatio(high=first.max_aspect),
+        "file_size": lambda: curation.FileSize(*bounds["file_size"]),
+        "resolution": lambda: curation.Resolution(*bounds["resolution"]),
+        "aspect_ratio": lambda: curation.AspectRatio(*bounds["aspect_ratio"]),
         "exact_duplicate": lambda: duplicates.ExactDuplicate(folder),
-        "near_duplicate": lambda: duplicates.NearDuplicate(folder, first.duplicate_bits),
-        "nsfw": lambda: curation.Nsfw(first.max_nsfw),
+        "near_duplicate": lambda: duplicates.NearDuplicate(folder, recipe.curation.duplicate_bits),
+        "nsfw": lambda: curation.Nsfw(recipe.curation.max_nsfw),
         "rotation": lambda: quality.Rotation(),
-        "clarity": lambda: quality.Clarity(look.min_clarity),
-        "luma": lambda: quality.Luma(look.min_luma, look.max_luma),
-        "saturation": lambda: quality.Saturation(high=look.max_saturation),
-        "rgb_entropy": lambda: quality.RgbEntropy(look.min_entropy),
-        "texture": lambda: quality.Texture(high=look.max_texture),
+        "clarity": lambda: quality.Clarity(*bounds["clarity"]),
+        "luma": lambda: quality.Luma(*bounds["luma"]),
+        "saturation": lambda: quality.Saturation(*bounds["saturation"]),
+        "rgb_entropy": lambda: quality.RgbEntropy(*bounds["rgb_entropy"]),
+        "texture": lambda: quality.Texture(*bounds["texture"]),
         "token_length": lambda: captions.TokenLength(words.min_tokens, words.max_tokens, words.tokenizer),
         "invalid_caption": lambda: captions.InvalidCaption(words.min_new_words),
         "alignment": aligned,
         "language_split": read,
-        "intensive_text": lambda: text.IntensiveText(high=recipe.text.max_area),
-        "small_characters": lambda: text.SmallCharacters(recipe.text.min_height),
-        "refined_resolution": lambda: refinement.RefinedResolution(last.min_side),
-        "image_quality": lambda: refinement.ImageQuality(high=last.max_blockiness),
+        "intensive_text": lambda: text.IntensiveText(*bounds["intensive_text"]),
+        "small_characters": lambda: text.SmallCharacters(*bounds["small_characters"]),
+        "refined_resolution": lambda: refinement.RefinedResolution(*bounds["refined_resolution"]),
+        "image_quality": lambda: refinement.ImageQuality(*bounds["image_quality"]),
         "aesthetic": lambda: refinement.Aesthetic(0.0, aesthetic) if aesthetic else None,
         "codes": lambda: refinement.Codes(),
-        "border": lambda: refinement.Border(high=last.max_border),
-        "face_mosaic": lambda: portrait.FaceMosaic(high=recipe.balance.max_mosaic),
+        "border": lambda: refinement.Border(*bounds["border"]),
+        "face_mosaic": lambda: portrait.FaceMosaic(*bounds["face_mosaic"]),
     }
     wanted = [f.name for f in _FILTERS if f.stage in recipe.stages and f.name not in recipe.without]
     return [made for name in wanted if (made := make[name]())]
@@ -149,6 +169,7 @@ def run_filters(
     *,
     filters: Callable[[FilterRecipe, Path], list[Filter]] = build_filters,
     progress: Callable[[], Any] = lambda: None,
+    judged: Callable[[Record, dict[str, Any]], Any] = lambda record, row: None,
     rejected: Callable[[Record, dict[str, Any]], Any] = lambda record, row: None,
 ) -> Result:
     """Write what passes to `out/shards` (see `shards.write_shards`) and every record's fate to `out/audit.parquet`.
@@ -159,7 +180,8 @@ def run_filters(
     Args:
         filters: makes the filters; a function of your own can add models to `build_filters`.
         progress: called after each record.
-        rejected: called with each record that goes, and its row of the audit.
+        judged: called with each record and its row of the audit, before the balance of stages 6 and 7.
+        rejected: called with each record that goes, and its row.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -178,6 +200,7 @@ def run_filters(
                 for found in collect(**dataclasses.asdict(source)):
                     record, row = judge(found, chain, recipe.curation.max_pixels)
                     write_row(row)
+                    judged(record, row)
                     if row["kept"]:
                         table.add(next(number), record, row.get(balance.best_by))
                         yield record
@@ -208,7 +231,7 @@ def run_filters(
 
 
 def _rejection(name: str, reason: str) -> dict[str, Any]:
-    return {"kept": False, "stage": _STAGE_OF[name], "filter": name, "reason": reason}
+    return {"kept": False, "stage": STAGE_OF[name], "filter": name, "reason": reason}
 
 
 def _audited(

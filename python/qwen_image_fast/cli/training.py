@@ -75,6 +75,14 @@ def filter_records(
         filter_command(recipe, overrides, out)
 
 
+def report(folder: Annotated[Path, typer.Argument(help="The result of `data filter`.")]) -> None:
+    """Write FOLDER/report.html: losses, score histograms with examples, balance, duplicates, in one page."""
+    with _explained():
+        from qwen_image_fast.training.data.report import write_report
+
+        print(write_report(folder))
+
+
 def annotate_records(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with the fields of AnnotateRecipe in recipe.py.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes such as parallel=16.")] = None,
@@ -89,4 +97,5 @@ def annotate_records(
 
 data.command("preview")(preview)
 data.command("filter")(filter_records)
+data.command("report")(report)
 data.command("annotate")(annotate_records)

@@ -1,0 +1,84 @@
+"""The report page: counts as in the audit, examples on both sides of a limit, nothing that it would have to load."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import pyarrow.parquet as pq
+import pytest
+from data_pictures import encoded, photo_record, photos
+from PIL import Image
+from typer.testing import CliRunner
+
+from qwen_image_fast.cli import app
+from qwen_image_fast.training.data.record import Record
+from qwen_image_fast.training.data.report import summarise
+from qwen_image_fast.training.data.shards import write_shards
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.images, self.outside = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag == "img":
+            self.images.append(attrs)
+        self.outside += [v for k, v in attrs.items() if k in ("src", "href") and not v.startswith("data:")]
+
+
+@pytest.fixture(scope="module")
+def filtered(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    cat = Image.fromarray(photos()["chelsea.png"])
+    records = [photo_record(name, category=("Nature", "People")[n % 2]) for n, name in enumerate(sorted(photos()))]
+    dark = encoded(cat.rotate(180).point(lambda v: v // 20))
+    wild = "<script>alert('x')</script>"
+    records += [
+        Record(dark, {"raw": "a dark picture here"}, origin="dark"), Record(b"no picture at all", {}, origin=wild),
+        Record(records[0].image, {"raw": "the same once more"}, origin="again", category="Nature"),
+    ]  # fmt: skip
+    write_shards(records, folder / "in")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"sources: [{{path: {folder / 'in'}, source: {json.dumps(wild)}}}]\nstages: [1, 2, 3, 7]\nwithout: [nsfw]\n"
+    )
+    for command in (["filter", str(recipe), "--out", str(folder / "out")], ["report", str(folder / "out")]):
+        assert CliRunner().invoke(app, ["data", *command], catch_exceptions=False).exit_code == 0
+    return folder / "out"
+
+
+def test_the_page_needs_nothing_beside_it_and_shows_both_sides(filtered):
+    text = (filtered / "report.html").read_text()
+    page = Page(text)
+    assert page.outside == [] and "<script" not in text and "@BODY@" not in text
+    assert "<b>12</b> records seen, <b>9</b> kept (75.0%), <b>3</b> rejected" in text
+    plots = [image for image in page.images if image.get("class") == "plot"]
+    assert any("limits: 0.06 and 0.93" in image["alt"] for image in plots)
+    assert {"Shares by category, before and after", "Shares by aspect, before and after"} <= {i["alt"] for i in plots}
+    for image in page.images:
+        assert re.match(rb"\xff\xd8\xff|<\?xml", base64.b64decode(image["src"].partition(",")[2]))
+    luma = text.partition("<h3>luma")[2].partition("</section>")[0]
+    assert "the picture is too dark" in luma.partition("rejected, nearest")[2]
+    assert luma.partition("rejected, nearest")[0].count("<figure") == 5
+    pair = text.partition("<h2>Duplicates</h2>")[2]
+    assert "1 exact duplicates" in pair and pair.count("data:image/jpeg") == 2  # the copy beside what it repeats
+
+
+def test_counts_are_those_of_the_audit(filtered):
+    found = summarise(filtered / "audit.parquet")
+    rows = pq.read_table(filtered / "audit.parquet").to_pylist()
+    assert (found.seen, found.kept) == (12, sum(row["kept"] for row in rows))
+    for name, (_, passed, gone) in found.histograms.items():
+        assert passed.sum() + gone.sum() == sum(row[name] is not None for row in rows), name
+        assert gone.sum() == sum(row["filter"] == name and row[name] is not None for row in rows), name
+    before, after = found.balance["category"]
+    assert (before["Nature"], after["Nature"], before["unknown"]) == (6, 5, 2)
+
+
+def test_another_folder_is_refused(tmp_path):
+    result = CliRunner().invoke(app, ["data", "report", str(tmp_path)])
+    assert result.exit_code == 2 and "it has no audit.parquet" in " ".join(result.output.split())
