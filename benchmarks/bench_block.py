@@ -26,8 +26,9 @@ class BlockPair:
     """
 
     def __init__(
-        self, device: str, heads: int, grid: tuple[int, int], txt: int, weights: dict | None = None, references: int = 0
-    ):
+        self, device: str, heads: int, grid: tuple[int, int], txt: int, weights: dict | None = None,
+        references: int = 0, dtype: torch.dtype = torch.float32,
+    ):  # fmt: skip
         from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
         from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock as Diffusers
 
@@ -39,7 +40,7 @@ class BlockPair:
         with torch.device("meta"):
             theirs = Diffusers(self.width, heads, 128)
             ours = QwenImageTransformerBlock(self.width, 128)
-        self.weights = weights or random_weights(theirs.state_dict(), device)
+        self.weights = weights or random_weights(theirs.state_dict(), device, dtype)
         theirs.load_state_dict(self.weights, assign=True)
         ours.load_state_dict(self.weights, assign=True)
         self.theirs, self.ours = theirs.eval(), ours.eval()
@@ -48,9 +49,9 @@ class BlockPair:
         self.layout = pack((shapes,), [txt], axes_dim=axes, device=device)
         rope = QwenEmbedRope(10000, list(axes), scale_rope=True)
         self.freqs = rope([list(shapes)], max_txt_seq_len=txt, device=torch.device(device))
-        self.img = torch.randn(1, self.rows, self.width, device=device)
-        self.text = torch.randn(1, txt, self.width, device=device)
-        self.temb = torch.randn(1, self.width, device=device)
+        self.img = torch.randn(1, self.rows, self.width, device=device, dtype=dtype)
+        self.text = torch.randn(1, txt, self.width, device=device, dtype=dtype)
+        self.temb = torch.randn(1, self.width, device=device, dtype=dtype)
         self.mods = self.modulation()
 
     def modulation(self) -> tuple:
@@ -103,12 +104,12 @@ class BlockPair:
         F.scaled_dot_product_attention(joint, joint, joint)
 
 
-def random_weights(like: dict[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
+def random_weights(like: dict[str, torch.Tensor], device: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Uniform with variance about 1 / fan-in, norms at one: drawing normal numbers would take longer than a run."""
     weights = {}
     for name, t in like.items():
         bound = (3 / t.shape[-1]) ** 0.5
-        weights[name] = torch.empty(t.shape, device=device).uniform_(-bound, bound)
+        weights[name] = torch.empty(t.shape, device=device, dtype=dtype).uniform_(-bound, bound)
         if "norm" in name:
             weights[name].fill_(1.0)
     return weights

@@ -39,6 +39,7 @@ class Subject:
     Attributes:
         inputs: the floating-point inputs that have gradients. ours, theirs: called with them.
         bytes: read and written by an ideal forward pass. flops: where products dominate instead.
+        kernel: what `ours` is where it takes the CUDA kernel of this package before torch's; None: it always does.
     """
 
     op: str
@@ -48,6 +49,7 @@ class Subject:
     theirs: Callable
     bytes: int
     flops: int | None = None
+    kernel: Callable | None = None
 
 
 def subjects(settings: Settings, dtype: torch.dtype, heads: int = 24, side: int = 32, txt: int = 128):
@@ -195,7 +197,11 @@ def joint_attention(device, dtype, heads, side, txt: tuple[int, ...]) -> Subject
 
     label = f"{rows} image + {' and '.join(str(n) for n in txt)} text tokens"
     flops = sum(4 * n * n * heads * head_dim for n in lengths)
-    return Subject("joint_attention", label, [q, k, v], ours, theirs, 4 * q.nbytes, flops)
+
+    def kernel(*qkv):
+        return torch.ops.qwen_image_fast.joint_attention(*qkv, lengths, lengths)[0]
+
+    return Subject("joint_attention", label, [q, k, v], ours, theirs, 4 * q.nbytes, flops, kernel)
 
 
 def training(fn: Callable, inputs: list[Tensor]) -> Callable[[], tuple[Tensor, ...]]:

@@ -1,6 +1,6 @@
 """What `gpu_check` measures on a GPU: ops against a copy, the whole transformer against diffusers, training.
 
-    python -m benchmarks.gpu_bench ops|transformer|training results.json
+    python -m benchmarks.gpu_bench ops|block|transformer|training results.json
 
 Each suite adds its list to the file after every case, so that a run that is cut short keeps what it has. Times are
 medians of event timings with caches overwritten before each sample. Without a GPU it runs on the CPU, for tests.
@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import bench_ops
+from benchmarks import bench_block, bench_ops
 from benchmarks.harness import Settings, compiled, difference, dtype_name
-from qwen_image_fast.ops.joint_attention import preferred_backends
+from qwen_image_fast.ops.joint_attention import describe_attention
 
 # Dense bf16 peak in FLOP/s, by what the device's name contains.
 PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "4090": 165e12}
@@ -82,9 +82,14 @@ def ops(heads: int = 24, side: int = 64, compile: bool = True, rounds: int = 30)
 
 def measured_op(s: bench_ops.Subject, dtype: torch.dtype, clock: Clock, compile: bool, rounds: int) -> Record:
     record: Record = {"op": s.op, "dtype": dtype_name(dtype), "label": s.label, "bytes": s.bytes, "flops": s.flops}
+    sides = {"ours": s.ours, "torch": s.theirs}
+    if s.kernel and cuda() and dtype in (torch.float16, torch.bfloat16):
+        sides["ours, own kernel"] = s.kernel
     with torch.no_grad():
-        record["difference"] = difference(s.ours(*s.inputs), s.theirs(*s.inputs))
-        times = {"ours": clock(lambda: s.ours(*s.inputs), rounds), "torch": clock(lambda: s.theirs(*s.inputs), rounds)}
+        record["difference"] = {
+            n: difference(fn(*s.inputs), s.theirs(*s.inputs)) for n, fn in sides.items() if n != "torch"
+        }
+        times = {name: clock(lambda f=fn: f(*s.inputs), rounds) for name, fn in sides.items()}
         if compile:
             fused = compiled(s.theirs)
             times["torch compiled"] = clock(lambda: fused(*s.inputs), rounds)
@@ -92,7 +97,7 @@ def measured_op(s: bench_ops.Subject, dtype: torch.dtype, clock: Clock, compile:
     record["forward ms"] = times
     leaves = [t.detach().clone().requires_grad_() for t in s.inputs]
     backward = {}
-    for name, fn in (("ours", s.ours), ("torch", s.theirs)):
+    for name, fn in sides.items():
         out = fn(*leaves)
         out = out if isinstance(out, tuple) else (out,)
         grads = [torch.ones_like(o) for o in out]
@@ -105,9 +110,9 @@ def measured_op(s: bench_ops.Subject, dtype: torch.dtype, clock: Clock, compile:
             record[f"{direction} GB/s"] = count / table["ours"] / 1e6
             record[f"{direction} of copy"] = table["copy"] / table["ours"]
     if s.flops:
-        record["forward TFLOP/s"] = s.flops / times["ours"] / 1e9
-        with torch.no_grad():
-            record["asked for"] = [b.name for b in preferred_backends(s.inputs[0])]
+        record["forward TFLOP/s"] = {n: s.flops / t / 1e9 for n, t in times.items() if n != "copy"}
+        record["backward TFLOP/s"] = {n: 2.5 * s.flops / t / 1e9 for n, t in backward.items()}
+        record["kernels"] = describe_attention(device(), dtype)
     record["backward ms"] = backward
     return record
 
@@ -116,6 +121,33 @@ def copy_time(moved: int, clock: Clock, rounds: int) -> float:
     source = torch.zeros(max(1, moved // 2), dtype=torch.uint8, device=device())
     target = torch.empty_like(source)
     return clock(lambda: target.copy_(source), rounds)
+
+
+# ---- one block ---------------------------------------------------------------------------------------------------
+
+
+def block(sides=(64, 32, 83), heads: int = 24, rounds: int = 20, compile: bool = True) -> Iterator[Record]:
+    """A middle block in bf16 at 1024, 512 and 1328 pixels, and its matrix products and attention alone."""
+    from qwen_image_fast.models.transformer_forward import run_block
+
+    clock, weights = Clock(), None
+    for side in sides:
+        pair = bench_block.BlockPair(device(), heads, (side, side), TEXT[0], weights, dtype=torch.bfloat16)
+        weights = pair.weights
+        with torch.no_grad():
+            pair.normalise()
+            fused = compiled(pair.theirs) if compile else None
+            runs: dict[str, Callable[[], Any]] = {
+                "ours": lambda p=pair: p.run_ours(run_block, p.mods),
+                "diffusers": lambda p=pair: p.run_diffusers(p.theirs),
+                "products alone": pair.products,
+            }
+            if fused is not None:
+                runs["diffusers compiled"] = lambda p=pair, f=fused: p.run_diffusers(f)
+            record: Record = {"pixels": side * 16, "difference": difference(runs["ours"](), runs["diffusers"]())}
+            times = {name: clock(fn, rounds) for name, fn in runs.items()}
+            record |= {"block ms": times, "TFLOP/s": {n: pair.flops / t / 1e9 for n, t in times.items()}}
+            yield record
 
 
 # ---- the transformer ---------------------------------------------------------------------------------------------
@@ -211,11 +243,15 @@ def flops(tokens: int, width: int, layers: int) -> int:
 
 
 def transformer(
-    sides=(64, 32, 83), layers: int = 60, rounds: int = 5, compile: bool = True, **config
+    sides=(64, 32, 83), layers: int = 60, rounds: int = 5, compile: bool = True, seconds: float = 50.0, **config
 ) -> Iterator[Record]:
-    """The released transformer with random bf16 weights: a guidance pair at 1024, 512 and 1328 pixels."""
+    """The released transformer with random bf16 weights: a guidance pair at 1024, 512 and 1328 pixels.
+
+    diffusers' blocks are compiled anew for each size, as long as fewer than `seconds` have passed.
+    """
+    start = time.monotonic()
     pair = Pair(torch.bfloat16, num_layers=layers, **config)
-    clock, first = Clock(), {}
+    clock, records = Clock(), {}
     for side in sides:
         pair.inputs(side)
         with torch.no_grad():
@@ -231,14 +267,17 @@ def transformer(
                 times["ours, CUDA graph"] = clock(graphed(ours), rounds, 1)
             times["diffusers"] = clock(pair.by_diffusers, rounds, 1)
             record |= {"pair ms": times, "TFLOP/s": {n: count / t / 1e9 for n, t in times.items()}}
+            records[side] = record
             yield record
-            first = record if side == sides[0] else first
-    if compile:  # last, as it may take what is left of the time
-        pair.inputs(sides[0])
+    if compile:
+        pair.theirs.compile_repeated_blocks(dynamic=False)
+    for side, record in records.items() if compile else ():
+        if time.monotonic() - start > seconds:
+            return
+        pair.inputs(side)
         with torch.no_grad():
-            pair.theirs.compile_repeated_blocks(dynamic=False)
-            first["pair ms"]["diffusers compiled"] = clock(pair.by_diffusers, rounds, 2)
-        yield first
+            record["pair ms"]["diffusers compiled"] = clock(pair.by_diffusers, rounds, 2)
+        yield record
 
 
 def peak(fn: Callable[[], Any]) -> int:
@@ -283,7 +322,9 @@ def training(side: int = 64, layers: int = 8, rounds: int = 5, **config) -> Iter
     yield record
 
 
-SUITES: dict[str, Callable[..., Iterator[Record]]] = {"ops": ops, "transformer": transformer, "training": training}
+SUITES: dict[str, Callable[..., Iterator[Record]]] = {
+    "ops": ops, "block": block, "transformer": transformer, "training": training
+}  # fmt: skip
 
 
 def write(records: Iterator[Record], target: Path) -> None:

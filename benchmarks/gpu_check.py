@@ -40,11 +40,15 @@ SANITIZED = (
 
 @dataclass
 class Stage:
-    """`seconds` is a limit, after which the stage is stopped; `run` returns what the results say of it."""
+    """`seconds` is a limit, after which the stage is stopped; `run` returns what the results say of it.
+
+    `shows`: what is known of a GPU once it has passed there (docs/gpu-status.md lists what is not).
+    """
 
     name: str
     seconds: int
     run: Callable[[Check], dict[str, Any]]
+    shows: str = ""
 
 
 class Failed(Exception):
@@ -222,16 +226,22 @@ def bench(suite: str) -> Callable[[Check], dict[str, Any]]:
 
 # In this order; the seconds add up to less than nine minutes.
 STAGES = [
-    Stage("machine", 40, machine),
+    Stage("machine", 30, machine),
     Stage("build", 100, build),
-    Stage("op tests", 60, pytest(*OP_TESTS)),
-    Stage("model tests", 50, pytest("tests/gpu")),
-    Stage("gemms", 35, bench("gemms")),
-    Stage("ops", 50, bench("ops")),
-    Stage("transformer", 80, bench("transformer")),
-    Stage("training", 30, bench("training")),
-    Stage("memcheck", 50, sanitizer("memcheck")),
-    Stage("racecheck", 45, sanitizer("racecheck")),
+    Stage(
+        "op tests",
+        60,
+        pytest(*OP_TESTS),
+        "every op and its gradients, attention by our kernel and by torch's, FP8 rows",
+    ),
+    Stage("model tests", 40, pytest("tests/gpu"), "models, pipeline, grouped linear layers, CUDA graphs, side streams"),
+    Stage("gemms", 35, bench("gemms"), "TFLOP/s of the linear layers, by CUTLASS and by cuBLASLt"),
+    Stage("ops", 50, bench("ops"), "bandwidth of each op, TFLOP/s of attention"),
+    Stage("block", 20, bench("block"), "time of one block against diffusers"),
+    Stage("transformer", 80, bench("transformer"), "time and memory of the 60-layer transformer against diffusers"),
+    Stage("training", 30, bench("training"), "time, memory and model FLOP utilisation of forward and backward"),
+    Stage("memcheck", 50, sanitizer("memcheck"), "no invalid access to memory"),
+    Stage("racecheck", 45, sanitizer("racecheck"), "no race on shared memory"),
 ]
 
 

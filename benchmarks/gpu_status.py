@@ -18,10 +18,10 @@ HEAD = """# What has run on a GPU
 Written by `make gpu-status` from the files that `make gpu-check` leaves under `benchmarks/results/`.
 """
 NOTHING = """
-Nothing yet: no results file of a GPU exists. Until one does, what is known of the CUDA kernels is that nvcc compiles
-them for sm_80, sm_90a and sm_100a without spills (`make cuda-compile`), and that they pass the op tests on an emulator
-on the CPU (`tests/emulator`), with accesses to memory and barriers checked. No timing, occupancy or bandwidth on a GPU
-is known.
+Nothing yet: no results file of a GPU exists. Until one does, what is known of the CUDA kernels (those that
+[budget.json](../tests/compile_cuda/budget.json) names) is that nvcc compiles them for sm_80, sm_90a and sm_100a without
+spills (`make cuda-compile`), and that they pass the op tests on an emulator on the CPU (`tests/emulator`), with
+accesses to memory and barriers checked. No timing, occupancy or bandwidth on a GPU is known.
 
 The kernels made from CUTLASS's templates (`csrc/cutlass_kernels`) have only been compiled: the emulator does not run
 them. What Python hands to them, the order of their tiles and the choice between them and cuBLASLt are tested on the
@@ -63,6 +63,7 @@ def describe(r: dict[str, Any]) -> str:
             for c in r["ops"] if "forward GB/s" in c
         ]  # fmt: skip
         text += table(["op", "dtype", "size", "forward GB/s", "of a copy", "backward, of a copy"], rows)
+        text += tflops([c for c in r["ops"] if "forward TFLOP/s" in c])
     if r.get("gemms"):
         names = list(dict.fromkeys(n for c in r["gemms"] for n in c["TFLOP/s"]))
         rows = [
@@ -72,23 +73,56 @@ def describe(r: dict[str, Any]) -> str:
         ]  # fmt: skip
         text += "\nLinear layers of both streams with what follows them, TFLOP/s of the products:\n"
         text += table(["op", "rows", "size", *names], rows)
+    if r.get("block"):
+        text += "\nOne block, ms:\n" + milliseconds(r["block"], "block ms")
     if r.get("transformer"):
-        names = list(dict.fromkeys(n for c in r["transformer"] for n in c["pair ms"]))
-        rows = [
-            [str(c["pixels"]), *(f"{c['pair ms'][n]:.1f}" if n in c["pair ms"] else "" for n in names)]
-            for c in r["transformer"]
-        ]
         count = r["transformer"][0]["layers"]
         text += f"\nThe transformer, {count} layers, both branches of guidance, ms:\n"
-        text += table(["pixels", *names], rows)
+        text += milliseconds(r["transformer"], "pair ms")
     for c in r.get("training", []):
         shares = ", ".join(f"{n} {v:.0%}" for n, v in c.get("MFU", {}).items()) or "unknown for this GPU"
         text += f"\nTraining step of {c['layers']} layers at {c['pixels']} pixels: model FLOP utilisation {shares}.\n"
     return text
 
 
+def columns(cases: list[dict[str, Any]], key: str) -> list[str]:
+    return list(dict.fromkeys(n for c in cases for n in c[key]))
+
+
+def cells(case: dict[str, Any], key: str, names: list[str], digits: int) -> list[str]:
+    return [f"{case[key][n]:.{digits}f}" if n in case[key] else "" for n in names]
+
+
+def milliseconds(cases: list[dict[str, Any]], key: str) -> str:
+    names = columns(cases, key)
+    return table(["pixels", *names], [[str(c["pixels"]), *cells(c, key, names, 1)] for c in cases])
+
+
+def tflops(cases: list[dict[str, Any]]) -> str:
+    """Of attention, forward and backward, and which of torch's kernels ran."""
+    if not cases:
+        return ""
+    names = columns(cases, "forward TFLOP/s")
+    rows = [
+        [c["op"], c["dtype"], c["label"], *cells(c, "forward TFLOP/s", names, 0),
+         *cells(c, "backward TFLOP/s", names, 0), ", ".join(c.get("kernels", ()))]
+        for c in cases
+    ]  # fmt: skip
+    heads = [f"{d} TFLOP/s, {n}" for d in ("forward", "backward") for n in names]
+    return table(["op", "dtype", "size", *heads, "kernels"], rows)
+
+
+def not_shown(found: list[dict[str, Any]]) -> str:
+    """What no stage of any GPU has shown."""
+    passed = {name for r in found for name, stage in r["stages"].items() if stage["status"] == "passed"}
+    left = [s for s in STAGES[2:] if s.name not in passed]
+    if not left:
+        return ""
+    return "\n## Not yet shown on a GPU\n" + table(["stage", "what it shows"], [[s.name, s.shows] for s in left])
+
+
 def page(found: list[dict[str, Any]]) -> str:
-    return HEAD + ("".join(map(describe, found)) if found else NOTHING) + FOOT
+    return HEAD + ("".join(map(describe, found)) if found else NOTHING) + not_shown(found) + FOOT
 
 
 def main() -> int:

@@ -76,8 +76,14 @@ def test_measuring_ops(tmp_path, monkeypatch):
     records = measured("ops", tmp_path, heads=2, side=4, compile=False)
     assert {r["op"] for r in records} >= gpu_bench.BACKWARD_BYTES.keys()
     for r in records:
-        assert r["difference"] < 0.1 and r["forward ms"]["ours"] > 0 and r["backward ms"]["torch"] > 0
+        assert r["difference"]["ours"] < 0.1 and r["forward ms"]["ours"] > 0 and r["backward ms"]["torch"] > 0
         assert (r["op"] == "joint_attention") == ("forward TFLOP/s" in r) != ("forward of copy" in r)
+
+
+def test_measuring_a_block(tmp_path):
+    (record,) = measured("block", tmp_path, sides=(4,), heads=1, compile=False)
+    assert record["difference"] < 0.1 and record["pixels"] == 64
+    assert record["block ms"].keys() == record["TFLOP/s"].keys() == {"ours", "diffusers", "products alone"}
 
 
 def test_measuring_the_transformer(tmp_path):
@@ -135,7 +141,10 @@ def test_flops_of_the_released_model():
 
 
 def test_page_of_no_results():
-    assert "Nothing yet" in gpu_status.page([])
+    page = gpu_status.page([])
+    assert "Nothing yet" in page
+    for stage in gpu_check.STAGES[2:]:
+        assert stage.shows and f"| {stage.name} | {stage.shows} |" in page
 
 
 def test_page_is_up_to_date():
@@ -145,16 +154,25 @@ def test_page_is_up_to_date():
 def test_page_of_results():
     op = {"op": "gelu_tanh", "dtype": "bfloat16", "label": "4096 x 12288", "forward GB/s": 2900.4,
           "forward of copy": 0.951, "backward of copy": 0.9}  # fmt: skip
-    step = {"pixels": 1024, "layers": 60, "pair ms": {"ours": 231.25, "diffusers": 370.0}}
+    attention = {"op": "joint_attention", "dtype": "bfloat16", "label": "4096 image + 64 text tokens",
+                 "forward TFLOP/s": {"ours": 500.2, "own kernel": 300.0}, "kernels": ["cudnn of torch", "varlen"],
+                 "backward TFLOP/s": {"ours": 400.0}}  # fmt: skip
+    times = {"ours": 231.25, "diffusers": 370.0}
     result = {
         "date": "2000-01-01", "gpu": "Some GPU", "torch": "2.11", "nvcc": "13.0", "driver": "580",
-        "stages": {"build": {"status": "passed", "summary": "for sm_90a", "seconds": 1}}, "ops": [op],
+        "stages": {"build": {"status": "passed", "summary": "for sm_90a", "seconds": 1},
+                   "op tests": {"status": "passed"}, "racecheck": {"status": "failed"}},
+        "ops": [op, attention], "block": [{"pixels": 512, "block ms": {"ours": 1.25}}],
         "gemms": [{"label": "linear_qkv", "rows": [4096, 50], "depth": 3072, "columns": 3072,
                    "TFLOP/s": {"torch": 600.4, "cutlass large": 650.0}}],
-        "transformer": [step], "training": [{"layers": 8, "pixels": 1024, "MFU": {"ours": 0.5}}],
+        "transformer": [{"pixels": 1024, "layers": 60, "pair ms": times}],
+        "training": [{"layers": 8, "pixels": 1024, "MFU": {"ours": 0.5}}],
     }  # fmt: skip
     text = gpu_status.page([result])
     for part in ("## Some GPU, 2000-01-01", "| build | passed | for sm_90a |", "| memcheck | not run |",
-                 "| 2900 | 95% | 90% |", "| 1024 | 231.2 | 370.0 |",
-                 "| linear_qkv | 4096 + 50 | 3072 -> 3072 | 600 | 650 |", "utilisation ours 50%"):  # fmt: skip
+                 "| 2900 | 95% | 90% |", "| 4096 image + 64 text tokens | 500 | 300 | 400 |  |", "| 512 | 1.2 |",
+                 "| linear_qkv | 4096 + 50 | 3072 -> 3072 | 600 | 650 |", "| 1024 | 231.2 | 370.0 |",
+                 "utilisation ours 50%"):  # fmt: skip
         assert part in text
+    left = text.split("## Not yet shown on a GPU")[1]
+    assert "| op tests |" not in left and "| racecheck | no race on shared memory |" in left

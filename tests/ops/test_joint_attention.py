@@ -127,12 +127,15 @@ def test_torch_varlen_attention_is_called_with_offsets(monkeypatch):
     monkeypatch.setattr(MODULE, "attention_kernel", lambda *a: "varlen")
     q, k, v = make((4, 6), (9, 20), torch.bfloat16)
     joint_attention(q, k, v, (4, 6), (9, 20))
-    joint_attention(q, k, v, (4, 6), (9, 20), torch.tensor([0, 4, 10]), torch.tensor([0, 9, 29]))
+    cu_q, cu_k = (torch.tensor(cu, dtype=torch.int32) for cu in ([0, 4, 10], [0, 9, 29]))
+    joint_attention(q, k, v, (4, 6), (9, 20), cu_q, cu_k)
     assert seen == [([0, 4, 10], [0, 9, 29], 6, 20)] * 2
 
 
 def test_choice_of_kernels(monkeypatch):
     """Dense, else torch's kernel for mixed lengths, else that of this package, else sample by sample."""
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
 
     def choice(lens=(3, 4), cuda=True, **keywords):
         monkeypatch.setattr(MODULE.lib, "on_cuda", lambda x: cuda)
@@ -145,6 +148,13 @@ def test_choice_of_kernels(monkeypatch):
     monkeypatch.setattr(MODULE, "varlen_attn", None)
     assert choice() == choice(head_dim=64) == choice(head_dim=32, dtype=torch.float16) == "packed"
     assert choice(head_dim=72) == choice(dtype=torch.float32) == choice(cuda=False) == "loop"
+    # Long samples one after another where cuDNN is preferred: on Hopper, without gradients.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    long = (12000, 11264)
+    assert choice(lens=long) == "loop" and choice(lens=(12000, 11263)) == choice() == "packed"
+    assert choice(lens=long, requires_grad=True) == "packed"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert choice(lens=long) == "packed"
 
 
 def test_what_runs_in_words(monkeypatch):
@@ -183,7 +193,7 @@ def test_compile():
         torch.testing.assert_close(compiled(*args, lens), joint_attention(*args, lens))
 
 
-Q = torch.randn(6, 2, 8)
+Q, CU = torch.randn(6, 2, 8), torch.tensor([0, 6], dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
@@ -196,6 +206,10 @@ Q = torch.randn(6, 2, 8)
         ((Q, Q[..., :4], Q, (6,)), ValueError, "k must have the heads and width of q"),
         ((Q, Q.half(), Q, (6,)), TypeError, "k must have the dtype of the first input"),
         ((Q[0], Q, Q, (6,)), ValueError, "q must have three dimensions"),
+        ((Q, Q.to("meta"), Q, (6,)), ValueError, "k must be on the device of the first input, cpu, got meta"),
+        ((Q, Q, Q, (6,), None, torch.tensor([0, 6])), ValueError, "cu_q must be int32 on cpu, got torch.int64 on cpu"),
+        ((Q, Q, Q, (6,), None, CU.to("meta")), ValueError, "cu_q must be int32 on cpu, got torch.int32 on meta"),
+        ((Q, Q, Q, (6,), None, CU, CU[:1]), ValueError, r"cu_k must have samples \+ 1 = 2 entries"),
     ],
 )
 def test_errors(args, error, text):

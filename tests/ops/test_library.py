@@ -11,14 +11,14 @@ class OnCuda:
 
     is_cpu, is_meta, is_cuda, device = False, False, True, "cuda:0"
 
-    def __init__(self, dtype=torch.bfloat16, rows=4, address=64):
-        self.dtype, self.shape, self.address = dtype, (rows, 8), address
+    def __init__(self, dtype=torch.bfloat16, rows=4, address=64, width=8):
+        self.dtype, self.shape, self.address = dtype, (rows, width), address
 
     def dim(self):
         return 2
 
     def numel(self):
-        return self.shape[0] * 8
+        return self.shape[0] * self.shape[1]
 
     def element_size(self):
         return 2
@@ -38,6 +38,7 @@ def test_a_build_without_cuda(monkeypatch):
     [
         (OnCuda(torch.float64), TypeError, "dtype must be float32, float16 or bfloat16 on CUDA, got torch.float64"),
         (OnCuda(rows=2**31), ValueError, "rows must be fewer than 2\\^31 on CUDA, got 2147483648"),
+        (OnCuda(width=2**31), ValueError, "last dimension must be smaller than 2\\^31 on CUDA, got 2147483648"),
         (OnCuda(address=65), ValueError, "data must be aligned to its 2-byte elements, got 0x41"),
     ],
 )

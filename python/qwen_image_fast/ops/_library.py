@@ -136,6 +136,8 @@ def check_device(op: str, x: Tensor) -> None:
         fail(op, "dtype", "be float32, float16 or bfloat16 on CUDA", x.dtype, TypeError)
     if x.dim() and x.numel() // max(x.shape[-1], 1) >= 2**31:
         fail(op, "rows", "be fewer than 2^31 on CUDA", x.numel() // x.shape[-1])
+    if x.dim() and x.shape[-1] >= 2**31:
+        fail(op, "last dimension", "be smaller than 2^31 on CUDA", x.shape[-1])
     if type(x) in _plain_types and x.data_ptr() % x.element_size():
         fail(op, "data", f"be aligned to its {x.element_size()}-byte elements", hex(x.data_ptr()))
 
