@@ -219,8 +219,7 @@ void run_block(dim3 dims, size_t shared_bytes) {
     stacks.push_back(static_cast<unsigned char*>(p));
   }
   for (size_t i = 0; i < threads; ++i) {
-    Fiber& f = block.fibers[i];
-    f = Fiber{};
+    Fiber& f = block.fibers[i] = Fiber{};
     f.thread = dim3(i % dims.x, i / dims.x % dims.y, i / dims.x / dims.y);
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(stacks[i], kStackBytes);

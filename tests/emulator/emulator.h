@@ -3,9 +3,8 @@
 // Blocks run one after another, the threads of a block as fibers that switch where they wait for each other. Found and
 // thrown as std::runtime_error, with block and thread: barriers and warp operations that not all threads reach, masks
 // without the calling lane, reads from lanes outside the mask, shared memory out of bounds or read before it was
-// written, two threads on the same shared bytes without a barrier between them, shared memory touched while an
-// asynchronous copy to it is in flight, global memory outside the ranges registered for the launch, and misaligned
-// accesses.
+// written, two threads on the same shared bytes without a barrier between them, or any while an asynchronous copy to
+// them is in flight, global memory outside the ranges registered for the launch, and misaligned accesses.
 #pragma once
 #include <cmath>
 #include <cstddef>

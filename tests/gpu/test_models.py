@@ -1,5 +1,7 @@
 """Models and pipelines on CUDA: against the references of the ops there, and against the CPU."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -75,6 +77,26 @@ def test_ops_in_a_cuda_graph():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = layer_norm_modulate(x, v, v)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_mixed_lengths_in_a_cuda_graph(monkeypatch, own):
+    """Torch's kernel with offsets on the device, and that of this package, whose offsets are launch parameters."""
+    module = importlib.import_module("qwen_image_fast.ops.joint_attention")
+    if module.varlen_attn is None and not own:
+        pytest.skip("this torch has no kernel for mixed lengths")
+    if own:
+        monkeypatch.setattr(module, "varlen_attn", None)
+    q, k, v = (torch.randn(15, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    cu = torch.tensor([0, 12, 15], dtype=torch.int32, device="cuda")
+    assert module.attention_kernel(q, (12, 3), (12, 3)) == ("packed" if own else "varlen")
+    expected = module.joint_attention(q, k, v, (12, 3), None, cu, cu)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = module.joint_attention(q, k, v, (12, 3), None, cu, cu)
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)
