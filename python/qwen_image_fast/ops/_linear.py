@@ -31,6 +31,8 @@ _faster: dict[str, dict[str, dict[str, str]]] = json.loads(TABLE.read_text(encod
 def linear_kernels(choice: str) -> Iterator[None]:
     """Choose the kernels of linear_qkv, linear_gelu and linear_gate_residual. The switch is process-wide.
 
+    CUDA graphs and compiled functions keep the kernels that were chosen when they were made.
+
     Args:
         choice: "table" is the default: where this package's measurements say so CUTLASS, else torch. "torch".
             "cutlass" for all that is on CUDA in float16 or bfloat16, with tiles by size, or "cutlass large" (128 x 256)
