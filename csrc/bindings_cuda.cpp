@@ -44,6 +44,9 @@ void define_cuda(py::module_& m) {
   define(m, "joint_attention_backward", joint_attention_backward, joint_attention_backward_cuda);
   define(m, "channel_norm_silu_forward", channel_norm_silu, channel_norm_silu_forward_cuda);
   define(m, "channel_norm_silu_backward", channel_norm_silu_backward, channel_norm_silu_backward_cuda);
+#if defined(QIF_CUTLASS_ALL)
+  define(m, "conv2d_forward", conv2d, conv2d_forward_cuda);
+#endif
   m.def("layer_norm_modulate_backward_scratch", &layer_norm_modulate_backward_scratch);
   m.def("gate_residual_norm_modulate_backward_scratch", &gate_residual_norm_modulate_backward_scratch);
   m.def("qk_norm_rope_backward_scratch", &qk_norm_rope_backward_scratch);

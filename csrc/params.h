@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/channel_norm_silu.h"
+#include "kernels/conv2d.h"
 #include "kernels/conv3x3.h"
 #include "kernels/gate_residual_norm_modulate.h"
 #include "kernels/gelu_tanh.h"
@@ -184,6 +185,13 @@ inline GeluTanh gelu_tanh(Address x, Address out, int64_t elements, int dtype) {
 
 inline GeluTanhBackward gelu_tanh_backward(Address x, Address grad_out, Address grad_x, int64_t elements, int dtype) {
   return {pointer(x), pointer(grad_out), pointer(grad_x), elements, dtype};
+}
+
+inline Conv2d conv2d(Address x, Address weight, Address bias, Address residual, Address out, int64_t batch,
+                     int64_t height, int64_t width, int64_t in_channels, int64_t out_channels, int64_t kernel_height,
+                     int64_t kernel_width, int64_t pad_height, int64_t pad_width, int dtype) {
+  return {pointer(x),  pointer(weight), pointer(bias), pointer(residual), pointer(out), batch,     height, width,
+          in_channels, out_channels,    kernel_height, kernel_width,      pad_height,   pad_width, dtype};
 }
 
 inline ChannelNormSilu channel_norm_silu(Address x, Address gamma, Address bias, Address out, int64_t rows,

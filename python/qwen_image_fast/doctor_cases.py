@@ -87,6 +87,12 @@ def _linear_gate_residual(value: Value, rows: int, width: int) -> list:
     return args
 
 
+def _conv2d(value: Value, rows: int, width: int) -> list:
+    """The same, with a residual."""
+    x, weight, bias = _conv3x3(value, rows, width)
+    return [x, weight, bias, value(*x.shape)]
+
+
 def _head_dim(width: int) -> int:
     return 128 if width % 128 == 0 else 64
 
@@ -105,6 +111,7 @@ CASES: dict[str, tuple[Callable[[Value, int, int], list], bool]] = {
     "linear_gate_residual": (_linear_gate_residual, False),
     "channel_norm_silu": (_channel_norm_silu, True),
     "conv3x3": (_conv3x3, True),
+    "conv2d": (_conv2d, False),
 }
 CPU_ONLY = ("conv3x3",)
 # An op may err so many times as much as its reference; Winograd's convolution belongs to the looser tier.

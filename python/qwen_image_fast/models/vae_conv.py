@@ -1,10 +1,11 @@
-"""How the VAE's two-dimensional path convolves: Winograd or torch, by layer, and the transformed weights kept for it.
+"""How the VAE's two-dimensional path convolves: Winograd, CUDA or torch, by layer, and the weights kept for it.
 
 An image here is `[B, C, H, W]` in channels-last memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from qwen_image_fast.ops import channel_norm_silu, conv3x3, pack_conv3x3
+from qwen_image_fast.ops import channel_norm_silu, conv2d, conv3x3, has_kernels, pack_conv3x3
 
 # "auto": Winograd where it is faster; "exact": every sum in the order of a direct convolution.
 Convolution = Literal["auto", "exact"]
@@ -36,21 +37,32 @@ def uses_winograd(conv: Conv, x: Tensor) -> bool:
     )
 
 
+def uses_cuda(conv: Conv, x: Tensor) -> bool:
+    """Whether this convolution, of stride 1, goes by the op `conv2d` and CUDA's kernels."""
+    return (
+        x.is_cuda
+        and has_kernels(x)
+        and conv.weight.dtype == x.dtype
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cuda")
+    )
+
+
 # Transformed weights, as long as their parameter lives, with what tells whether it has changed.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def packed_weight(weight: Tensor, upsample: bool) -> Tensor:
-    """`pack_conv3x3` of the last temporal slice, kept until the parameter is written to, moved or cast.
+def packed_weight(weight: Tensor, upsample: bool, pack: Callable[[Tensor, bool], Tensor] = pack_conv3x3) -> Tensor:
+    """`pack` of the last temporal slice, kept until the parameter is written to, moved or cast.
 
     What changes the values behind torch's back (a write through `.data`) is not seen; `forget_packed_weights` is for
     that.
     """
     version = 0 if weight.is_inference() else weight._version
-    state = (weight.data_ptr(), version, weight.dtype, upsample)
+    state = (weight.data_ptr(), version, weight.dtype, upsample, pack)
     kept = _packed.get(weight)
     if kept is None or kept[0] != state:
-        kept = (state, pack_conv3x3(flat_weight(weight), upsample))
+        kept = (state, pack(flat_weight(weight).detach(), upsample))
         _packed[weight] = kept
     return kept[1]
 
@@ -101,6 +113,8 @@ def convolve(
     """
     if x.shape[2] <= (0 if pad_rows else 2):
         return x.new_empty(x.shape[0], conv.weight.shape[0], 0, x.shape[3] * (2 if upsample else 1))
+    if uses_cuda(conv, x):
+        return _convolve_on_cuda(conv, x, gamma, residual, upsample, pad_rows)
     if not uses_winograd(conv, x):
         return _convolve_directly(conv, x, gamma, residual, upsample, pad_rows)
     weight, rest = flat_weight(conv.weight), None if residual is None else channels_last(residual)
@@ -109,6 +123,61 @@ def convolve(
     gamma = None if gamma is None else gamma.flatten()
     out = conv3x3(channels_last(x), weight, conv.bias, rest, gamma, upsample, pad_rows, packed)
     return out.permute(0, 3, 1, 2)
+
+
+# Along one axis, what the two phases of an upsampled image see of the small one: (w0, w1 + w2) of rows i - 1 and i,
+# (w0 + w1, w2) of rows i and i + 1.
+_FOLDS = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
+
+
+def pack_conv2d(weight: Tensor, upsample: bool) -> Tensor:
+    """A weight [D, C, kh, kw] in channels-last memory; of 3x3 with upsampling, its four phases [4 D, C, 2, 2].
+
+    Sums of weights are rounded once.
+    """
+    if upsample:
+        wide = weight if weight.dtype == torch.float64 else weight.float()
+        folds = torch.tensor(_FOLDS, dtype=wide.dtype, device=weight.device)
+        weight = torch.einsum("pya,qxb,dcab->pqdcyx", folds, folds, wide).flatten(0, 2).to(weight.dtype)
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+def _convolve_on_cuda(
+    conv: Conv, x: Tensor, gamma: Tensor | None, residual: Tensor | None, upsample: bool, pad_rows: bool
+) -> Tensor:
+    """Norm and SiLU in one kernel; convolution, bias and residual in another where that is faster than cuDNN's.
+
+    An upsampled image is made of its four phases, one convolution of the small image with 2x2 taps: fewer than half
+    the products, and the large image is written once. "exact" convolves the large one.
+    """
+    y = channels_last(x)
+    if gamma is not None:
+        y = channel_norm_silu(y, gamma.flatten())
+    fold = upsample and conv.weight.shape[-2:] == (3, 3) and getattr(conv, "convolution", "auto") == "auto"
+    training = torch.is_grad_enabled() and conv.weight.requires_grad
+    if training:
+        weight = pack_conv2d(flat_weight(conv.weight), fold)
+    else:
+        weight = packed_weight(conv.weight, fold, pack_conv2d)
+    if fold:
+        return _join_phases(y, weight, conv.bias, pad_rows).permute(0, 3, 1, 2)
+    if upsample:
+        y = y.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+        y = y if pad_rows else y[:, 1:-1].contiguous()
+    height, width = (k // 2 for k in weight.shape[-2:])
+    rest = None if residual is None else channels_last(residual)
+    out = conv2d(y, weight, conv.bias, rest, (height if pad_rows else 0, width))
+    return out.permute(0, 3, 1, 2)
+
+
+def _join_phases(x: Tensor, weight: Tensor, bias: Tensor | None, pad_rows: bool) -> Tensor:
+    phases = conv2d(x, weight, None if bias is None else bias.repeat(4), None, (1 if pad_rows else 0, 1))
+    height, width, channels = phases.shape[1] - 1, x.shape[2], phases.shape[3] // 4
+    out = x.new_empty(x.shape[0], height, 2, width, 2, channels)
+    for phase in range(4):
+        p, q = divmod(phase, 2)
+        out[:, :, p, :, q] = phases[:, p : p + height, q : q + width, phase * channels : (phase + 1) * channels]
+    return out.view(x.shape[0], 2 * height, 2 * width, channels)
 
 
 def _convolve_directly(

@@ -3,6 +3,7 @@
 from qwen_image_fast.ops._library import has_kernels, reference
 from qwen_image_fast.ops._linear import linear_kernels
 from qwen_image_fast.ops.channel_norm_silu import channel_norm_silu
+from qwen_image_fast.ops.conv2d import conv2d
 from qwen_image_fast.ops.conv3x3 import conv3x3, pack_conv3x3
 from qwen_image_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from qwen_image_fast.ops.gelu_tanh import gelu_tanh
@@ -16,6 +17,7 @@ from qwen_image_fast.ops.qk_norm_rope import qk_norm_rope
 
 __all__ = [
     "channel_norm_silu",
+    "conv2d",
     "conv3x3",
     "gate_residual_norm_modulate",
     "gelu_tanh",

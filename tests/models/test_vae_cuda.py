@@ -1,0 +1,65 @@
+"""The VAE's path on CUDA, computed here by torch's convolutions on the CPU: folded upsampling, residuals, strips."""
+
+import copy
+
+import pytest
+import torch
+from test_vae import (
+    assert_error_at_most_twice,
+    gradients,
+    latents,
+    one_thread,  # noqa: F401 the fixture of that module
+    pair,
+    pixels,
+    without_float32_upsample,
+)
+from test_vae_image import WIDE, in_strips, outputs
+
+from qwen_image_fast.models import vae_conv
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    monkeypatch.setattr(vae_conv, "uses_cuda", lambda conv, x: True)
+
+
+@pytest.mark.parametrize("convolution", ["auto", "exact"])
+@pytest.mark.parametrize("rows", [None, 1, 3])
+def test_the_path_of_cuda_is_exact(rows, convolution, as_on_cuda, monkeypatch):
+    ours, theirs = pair()
+    ours.set_convolution(convolution)
+    x, z = pixels(2, 3, 1, 40, 24), latents(2, 4, 1, 5, 3)
+    expected = outputs(theirs, x, z)
+    for actual, wanted in zip(outputs(ours if rows is None else in_strips(monkeypatch, ours, rows), x, z), expected):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("convolution", ["auto", "exact"])
+def test_precision_of_the_path_of_cuda(dtype, convolution, as_on_cuda):
+    """Folded weights of upsampling are rounded once more, and keep to the rule."""
+    ours, theirs = pair(dtype, **WIDE)
+    ours.set_convolution(convolution)
+    exact = without_float32_upsample(copy.deepcopy(theirs).double())
+    x, z = pixels(2, 3, 1, 40, 24, dtype=dtype), latents(2, 4, 1, 5, 3, dtype=dtype)
+    wanted = outputs(exact, x.double(), z.double())
+    for mine, reference, value in zip(outputs(ours, x, z), outputs(theirs, x, z), wanted, strict=True):
+        assert_error_at_most_twice(mine, reference, value)
+
+
+def test_gradients_of_the_path_of_cuda(as_on_cuda):
+    ours, theirs = pair()
+    x, weight = pixels(1, 3, 1, 16, 24), latents(1, 3, 1, 16, 24)
+    actual, expected = gradients(ours, x, weight), gradients(theirs, x, weight)
+    for name, grad in expected.items():
+        if grad is not None:
+            torch.testing.assert_close(actual[name], grad, rtol=0, atol=1e-9 * grad.abs().max().item(), msg=name)
+
+
+def test_kept_weights_of_the_path_of_cuda(as_on_cuda):
+    ours, _ = pair()
+    z = latents(1, 4, 1, 2, 3)
+    before, kept_bytes = ours.decode(z).sample, vae_conv.packed_bytes(ours)
+    with torch.no_grad():
+        ours.decoder.up_blocks[0].upsamplers[0].resample[1].weight.mul_(0.5)
+    assert kept_bytes > 0 and not torch.equal(ours.decode(z).sample, before)
