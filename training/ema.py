@@ -32,6 +32,13 @@ class EMA:
         weights = [w.detach() for w in self.weights.values()]
         torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin anew with the weights as they are."""
+        self.updates = 0
+        for name, w in self.weights.items():
+            self.average[name].copy_(w)
+
     @contextmanager
     def swapped(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
         """Run a block with the averages in `parameters` (the model's, of any type); afterwards the weights again."""

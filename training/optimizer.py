@@ -46,12 +46,21 @@ class Optimizer:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], recipe: OptimizerRecipe):
-        self.recipe = recipe
         self.parameters = dict(parameters)
         self.masters = {
             name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in parameters.items()
         }
-        matrices = [n for n, p in parameters.items() if p.ndim >= 2]
+        self._build(recipe)
+
+    def enter(self, recipe: OptimizerRecipe, *, keep: bool) -> None:
+        """Go on with the settings of another recipe, with the states so far or with none."""
+        states = self.state() if keep else {}
+        self._build(recipe)
+        self.load_state(states)
+
+    def _build(self, recipe: OptimizerRecipe) -> None:
+        self.recipe = recipe
+        matrices = [n for n, p in self.parameters.items() if p.ndim >= 2]
         muon = [n for n in matrices if self._by_muon(n)]
         groups = [
             {"params": [self.masters[n] for n in matrices if n not in set(muon)], "weight_decay": recipe.weight_decay},

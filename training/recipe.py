@@ -21,22 +21,67 @@ class RecipeError(ValueError):
 
 
 @dataclass
-class DataRecipe:
-    """source: "squares" (a toy), "synthesis" (training.synthesis) or a folder of images with captions in `<name>.txt`.
+class PartRecipe:
+    """A part of a mixture. weight: its share of the samples, of all parts' weights. source, options, filters: as in
+    `DataRecipe`. tasks: its own; empty: those of the mixture. name: in `mixture.yaml`; empty: the source.
+    """
 
-    options: arguments of the source. buckets: allowed [height, width] in pixels; an image goes to the one of the
-    nearest aspect ratio. tasks: weights of t2i (text to image), ti2i (references and an instruction) and recon (the
-    reference is the image). text_dropout: share of samples whose caption becomes "". cache: folder of latents made by
-    `training.tiny.latents`; empty: encode on the fly. workers: processes that make batches; 0: the trainer itself.
+    name: str = ""
+    weight: float = 1.0
+    source: str = "squares"
+    options: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, float] = field(default_factory=dict)
+    filters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DataRecipe:
+    """source: "squares" (a toy), "synthesis" (training.synthesis), shards that `data filter` wrote (the folder with
+    index.parquet), or a folder of images with captions in `<name>.txt`.
+
+    options: arguments of the source. mixture: several sources, instead of one. filters: fields of the recipe of
+    `data filter` (`training/data/recipe.py`); what pictures of shards and folders must pass while the run goes on.
+    buckets: allowed [height, width] in pixels; an image goes to the one of the nearest aspect ratio. tasks: weights of
+    t2i (text to image), ti2i (references and an instruction) and recon (the reference is the image). text_dropout:
+    share of samples whose caption becomes "". cache: folder of latents made by `training.tiny.latents`; empty: encode
+    on the fly.
     """
 
     source: str = "squares"
     options: dict[str, Any] = field(default_factory=dict)
+    filters: dict[str, Any] = field(default_factory=dict)
+    mixture: list[PartRecipe] = field(default_factory=list)
     buckets: list[list[int]] = field(default_factory=lambda: [[64, 64]])
     tasks: dict[str, float] = field(default_factory=lambda: {"t2i": 1.0})
     text_dropout: float = 0.1
     cache: str = ""
-    workers: int = 0
+
+    @property
+    def parts(self) -> list[PartRecipe]:
+        """The mixture, every part named; a single source is a mixture of one."""
+        one = PartRecipe(source=self.source, options=self.options, filters=self.filters)
+        parts = self.mixture or [one]
+        return [dataclasses.replace(p, name=p.name or p.source, tasks=p.tasks or self.tasks) for p in parts]
+
+
+@dataclass
+class ProducersRecipe:
+    """Who makes the batches. backend: "here", the process that trains; "processes" of this machine, with shared memory;
+    "ray", actors of a cluster. The batches and their order are the same.
+
+    count: processes or actors. ahead: micro-batches made ahead of the one in use, at most. encode: they also run the
+    VAE, and the condition encoder unless it learns. device: of these; "auto": that of the run. cpus, gpus: of a Ray
+    actor. address: of a Ray cluster; empty: the one of the environment, or one on this machine.
+    """
+
+    backend: str = "here"
+    count: int = 1
+    ahead: int = 4
+    encode: bool = True
+    device: str = "auto"
+    cpus: float = 1.0
+    gpus: float = 0.0
+    address: str = ""
 
 
 @dataclass
@@ -144,6 +189,7 @@ class RunRecipe:
     device: str = "auto"
     reference_ops: bool = False
     data: DataRecipe = field(default_factory=DataRecipe)
+    producers: ProducersRecipe = field(default_factory=ProducersRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     log: LogRecipe = field(default_factory=LogRecipe)
@@ -175,6 +221,7 @@ class VaeRecipe(RunRecipe):
 
 KINDS: dict[str, type[RunRecipe]] = {"flow": FlowRecipe, "vae": VaeRecipe}
 TASKS = ("t2i", "ti2i", "recon")
+BACKENDS = ("here", "processes", "ray")
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunRecipe:
@@ -201,10 +248,16 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Any:
 def set_dotted(tree: Any, name: str, value: Any) -> None:
     *parents, last = name.split(".")
     for parent in parents:
-        if not isinstance(tree.setdefault(parent, {}), dict):
+        tree = tree[_place(tree, parent, name)] if isinstance(tree, list) else tree.setdefault(parent, {})
+        if not isinstance(tree, (dict, list)):
             raise RecipeError(f"recipe: {name} must name a field, but {parent} has a value of its own")
-        tree = tree[parent]
-    tree[last] = value
+    tree[_place(tree, last, name) if isinstance(tree, list) else last] = value
+
+
+def _place(items: list[Any], number: str, name: str) -> int:
+    if not (number.isdecimal() and int(number) < len(items)):
+        raise RecipeError(f"recipe: {name} must have a number from 0 to {len(items) - 1} instead of {number}")
+    return int(number)
 
 
 def build(tree: Any) -> RunRecipe:
@@ -230,9 +283,18 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{prefix}{name}.")
+        elif _alike(a, b):
+            for place, (x, y) in enumerate(zip(a, b)):
+                found += differences(x, y, f"{prefix}{name}.{place}.")
         elif a != b:
             found.append(f"{prefix}{name}: {a!r} -> {b!r}")
     return found
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Lists of as many objects each."""
+    lists = isinstance(a, list) and isinstance(b, list) and len(a) == len(b)
+    return lists and all(isinstance(entry, dict) for entry in [*a, *b])
 
 
 def convert(value: Any, kind: Any, path: str) -> Any:
@@ -278,7 +340,8 @@ def validate(recipe: RunRecipe) -> None:
         ("steps", recipe.steps, 1), ("batch", recipe.batch, 1), ("accumulate", recipe.accumulate, 1),
         ("checkpoint.every", recipe.checkpoint.every, 1), ("checkpoint.keep", recipe.checkpoint.keep, 1),
         ("log.every", recipe.log.every, 1), ("log.sample_steps", recipe.log.sample_steps, 1),
-        ("optimizer.warmup", optimizer.warmup, 0), ("data.workers", data.workers, 0),
+        ("optimizer.warmup", optimizer.warmup, 0),
+        ("producers.count", recipe.producers.count, 1), ("producers.ahead", recipe.producers.ahead, 1),
     ):  # fmt: skip
         _must(value >= least, name, f"be at least {least}", value)
     _must(optimizer.name in ("adamw", "muon"), "optimizer.name", "be adamw or muon", optimizer.name)
@@ -292,19 +355,25 @@ def validate(recipe: RunRecipe) -> None:
     for bucket in data.buckets:
         ok = len(bucket) == 2 and all(side > 0 and side % 16 == 0 for side in bucket)
         _must(ok, "data.buckets", "hold [height, width] in multiples of 16 pixels", bucket)
-    for task in data.tasks:
-        _must(task in TASKS, "data.tasks", f"be of {', '.join(TASKS)}", task)
-    weights = list(data.tasks.values())
-    _must(sum(weights) > 0 and min(weights) >= 0, "data.tasks", "have weights of at least 0, one above 0", data.tasks)
+    backend, names = recipe.producers.backend, [part.name for part in data.parts]
+    _must(backend in BACKENDS, "producers.backend", f"be of {', '.join(BACKENDS)}", backend)
+    _must(not (data.mixture and data.cache), "data.cache", "be empty where there is a mixture", data.cache)
+    _must(len(set(names)) == len(names), "data.mixture", "have parts of different names", names)
+    _check_weights("data.mixture", {part.name: part.weight for part in data.parts})
+    for part in data.parts:
+        for task in part.tasks:
+            _must(task in TASKS, "data.tasks", f"be of {', '.join(TASKS)}", task)
+        _check_weights("data.tasks", part.tasks)
     if isinstance(recipe, FlowRecipe):
-        _must(not recipe.log.ocr_samples or data.source == "synthesis", "log.ocr_samples",
-              "be 0 unless data.source is synthesis", recipe.log.ocr_samples)  # fmt: skip
+        _must(not recipe.log.ocr_samples or data.parts[0].source == "synthesis", "log.ocr_samples",
+              "be 0 unless the first data.source is synthesis", recipe.log.ocr_samples)  # fmt: skip
         _must(recipe.model.dtype in ("auto", "float32", "bfloat16"), "model.dtype",
               "be auto, float32 or bfloat16", recipe.model.dtype)  # fmt: skip
         _must(recipe.lora.rank >= 0, "lora.rank", "be at least 0", recipe.lora.rank)
         _must(not (recipe.lora.rank and recipe.model.train_text_encoder), "model.train_text_encoder",
               "be false where lora.rank is above 0", True)  # fmt: skip
     if isinstance(recipe, VaeRecipe):
+        _must(not (data.mixture or data.filters), "data.mixture", "be empty, as data.filters, for kind vae", names)
         _must(recipe.mode in ("scratch", "decoder"), "mode", "be scratch or decoder", recipe.mode)
         least = min(side for bucket in data.buckets for side in bucket)
         _must(0 <= recipe.crop <= least and recipe.crop % 8 == 0, "crop",
@@ -315,3 +384,8 @@ def validate(recipe: RunRecipe) -> None:
 def _must(condition: bool, name: str, rule: str, value: Any) -> None:
     if not condition:
         raise RecipeError(f"recipe: {name} must {rule}, got {value!r}")
+
+
+def _check_weights(name: str, weights: dict[str, float]) -> None:
+    ok = sum(weights.values()) > 0 and min(weights.values()) >= 0
+    _must(ok, name, "have weights of at least 0, one above 0", weights)

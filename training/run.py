@@ -7,12 +7,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from qwen_image_fast.training.curriculum import Curriculum, read_curriculum
 from qwen_image_fast.training.memory import check_recipe
-from qwen_image_fast.training.recipe import FlowRecipe, RecipeError, RunRecipe, VaeRecipe, read_recipe
-from qwen_image_fast.training.tiny.batches import FlowBatches
+from qwen_image_fast.training.recipe import FlowRecipe, RecipeError, VaeRecipe, read_recipe
 from qwen_image_fast.training.tiny.flow_task import FlowTask, pick_device, pick_dtype
 from qwen_image_fast.training.tiny.latents import write_cache
-from qwen_image_fast.training.tiny.sources import Source, make_source
+from qwen_image_fast.training.tiny.sources import Source
 from qwen_image_fast.training.trainer import Task, Trainer
 from qwen_image_fast.training.vae import VaeTask
 
@@ -28,14 +28,19 @@ def find_recipe(name: str | Path) -> Path:
     raise RecipeError(f"recipe: there is no file {name}; shipped recipes: {shipped}")
 
 
-def make_task(recipe: RunRecipe, folder: Path, source: Source | None = None) -> Task:
-    """What the recipe trains; `source` instead of the one it names."""
+def make_task(run: Curriculum, folder: Path, source: Source | None = None) -> Task:
+    """What a run trains; `source` instead of those it names."""
+    recipe = run.stages[0].recipe
     if isinstance(recipe, VaeRecipe):
+        if len(run.stages) > 1:
+            raise RecipeError("recipe: stages must be of kind flow")
         return VaeTask(recipe, source)
-    assert isinstance(recipe, FlowRecipe)
     device = pick_device(recipe.device)
-    check_recipe(recipe, device, pick_dtype(recipe.model.dtype, device))
-    return FlowTask(recipe, folder, source)
+    for stage in run.stages:
+        assert isinstance(stage.recipe, FlowRecipe)
+        check_recipe(stage.recipe, device, pick_dtype(stage.recipe.model.dtype, device))
+    assert isinstance(recipe, FlowRecipe)
+    return FlowTask(recipe, folder, source, run)
 
 
 def train(
@@ -48,8 +53,8 @@ def train(
     source: Source | None = None,
 ) -> Trainer:
     """Train to the end. Errors: RecipeError, FileExistsError for a folder in use, TrainingStopped, OSError."""
-    recipe, folder = read_recipe(find_recipe(recipe_path), overrides), Path(folder)
-    trainer = Trainer(recipe, make_task(recipe, folder, source), folder, resume=resume, allow_changes=allow_changes)
+    run, folder = read_curriculum(find_recipe(recipe_path), overrides), Path(folder)
+    trainer = Trainer(run, make_task(run, folder, source), folder, resume=resume, allow_changes=allow_changes)
     trainer.run()
     return trainer
 
@@ -62,7 +67,7 @@ def cache_latents(recipe_path: str | Path, overrides: Any, folder: str | Path, c
     if not isinstance(recipe, FlowRecipe) or recipe.data.cache:
         raise RecipeError("recipe: cache-latents needs kind flow without data.cache")
     task = FlowTask(recipe, folder)
-    maker = FlowBatches(recipe, make_source(recipe.data), task.transformer.config.in_channels)
+    maker = task.batches
     pixels = any(recipe.data.tasks.get(name) for name in ("ti2i", "recon"))
     with tqdm(total=count, unit="sample") as bar:
         write_cache(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class RunLog:
         self.folder = folder
         path = folder / "log.jsonl"
         _drop_after(path, step)
+        _drop_after(folder / "rejected.jsonl", step)
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed with the log
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
         self.console = Console(stderr=True)
@@ -71,6 +73,16 @@ class RunLog:
         else:
             words = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
             self.console.print(f"step {step}  {words}", highlight=False)
+
+    def say(self, sentence: str) -> None:
+        self.console.print(sentence, highlight=False, markup=False)
+
+    def rejected(self, step: int, samples: Iterable[tuple[int, str, str]]) -> None:
+        """Keep which samples of a step could not be used, and why, in `rejected.jsonl`."""
+        for index, origin, reason in samples:
+            line = {"step": step, "sample": index, "origin": origin, "reason": reason}
+            with open(self.folder / "rejected.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> Path:
         """Keep an image, uint8 [H, W, 3]."""

@@ -8,13 +8,11 @@ optimiser's.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
-from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,13 +22,14 @@ from torch import Tensor, nn
 
 from qwen_image_fast import reference
 from qwen_image_fast.training import checkpoint as checkpoints
+from qwen_image_fast.training.curriculum import Carry, Curriculum, one_stage
 from qwen_image_fast.training.ema import EMA
+from qwen_image_fast.training.mixture import Watched
 from qwen_image_fast.training.optimizer import Optimizer, learning_rate
-from qwen_image_fast.training.recipe import RunRecipe, differences, to_dict
+from qwen_image_fast.training.producer.store import BatchMaker, Store, Ticket
+from qwen_image_fast.training.producer.store import start as start_producers
+from qwen_image_fast.training.recipe import RecipeError, RunRecipe, differences
 from qwen_image_fast.training.run_log import RunLog, memory_gb
-
-# Batches made ahead of the one in use, for each worker.
-AHEAD = 2
 
 
 @dataclass
@@ -47,19 +46,15 @@ class Losses:
     flops: float = 0.0
 
 
-class BatchMaker(Protocol):
-    """Makes batches; it is copied to the worker processes, so it holds no model."""
-
-    def batch(self, step: int, micro: int) -> Any:
-        """Micro-batch `micro` of step `step`, on the CPU: always the same one."""
-
-
 class Task(Protocol):
     """What a run trains."""
 
     modules: dict[str, nn.Module]  # those with trainable weights, by the name they have in checkpoints
     maker: BatchMaker
     device: torch.device
+
+    def enter(self, number: int) -> None:
+        """Go on with a stage of the run."""
 
     def loss(self, batch: Any) -> Losses: ...
 
@@ -82,7 +77,8 @@ class Trainer:
     """One run in one folder.
 
     Args:
-        recipe, task: what to do. folder: of the run; made if it is not there.
+        recipe, task: what to do; the recipe of a run of one stage, or a curriculum. folder: of the run; made if it is
+            not there.
         resume: go on from the newest checkpoint of the folder, where there is one.
         allow_changes: resume although the recipe is not the one of the checkpoint.
 
@@ -92,17 +88,20 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: RunRecipe, task: Task, folder: Path, *, resume: bool = False, allow_changes: bool = False
-    ):
-        self.recipe, self.task, self.folder = recipe, task, Path(folder)
+        self, recipe: RunRecipe | Curriculum, task: Task, folder: Path, *, resume: bool = False,
+        allow_changes: bool = False,
+    ):  # fmt: skip
+        self.run_of = recipe if isinstance(recipe, Curriculum) else one_stage(recipe)
+        self.stage, self.recipe = 0, self.run_of.stages[0].recipe  # those of the step under way
+        self.task, self.folder = task, Path(folder)
         self.parameters = {
             f"{module}.{name}": p
             for module, m in task.modules.items()
             for name, p in m.named_parameters()
             if p.requires_grad
         }
-        self.optimizer = Optimizer(self.parameters, recipe.optimizer)
-        self.ema = EMA(self.optimizer.masters, recipe.optimizer.ema)
+        self.optimizer = Optimizer(self.parameters, self.recipe.optimizer)
+        self.ema = EMA(self.optimizer.masters, self.recipe.optimizer.ema)
         self.step = 0
         self.checkpoint_folder = self.folder / "checkpoints"
         found = checkpoints.latest(self.checkpoint_folder)
@@ -114,7 +113,7 @@ class Trainer:
 
     def _restore(self, path: Path, allow_changes: bool) -> None:
         state = checkpoints.load(path)
-        changed = differences(state.recipe, to_dict(self.recipe))
+        changed = differences(state.recipe, self.run_of.described())
         if changed and not allow_changes:
             raise ValueError(
                 f"resume: the recipe is not the one of {path}: {'; '.join(changed)}; allow recipe changes to go on so"
@@ -125,12 +124,15 @@ class Trainer:
                 master.copy_(state.weights[name])
                 self.ema.average[name].copy_(state.ema[name])
         self.optimizer.write_back()
+        # The stage of the last update: what the next one takes over is decided when it begins.
+        if stage := self.run_of.number(max(state.step - 1, 0)):
+            self._enter(stage, Carry(optimizer=False))
         self.optimizer.load_state(state.optimizer)
         self.ema.updates, self.step = state.ema_updates, state.step
 
     def save(self) -> Path:
         state = checkpoints.Checkpoint(
-            self.step, to_dict(self.recipe), self.ema.updates, dict(self.optimizer.masters), self.ema.average,
+            self.step, self.run_of.described(), self.ema.updates, dict(self.optimizer.masters), self.ema.average,
             self.optimizer.state(),
         )  # fmt: skip
         return checkpoints.save(self.checkpoint_folder, state, self.recipe.checkpoint.keep)
@@ -138,7 +140,7 @@ class Trainer:
     def run(self) -> None:
         """Train to the recipe's last step, then write `folder/model`."""
         with reference() if self.recipe.reference_ops else contextlib.nullcontext():
-            log = RunLog(self.folder, self.recipe.name, self.recipe.steps, self.step)
+            log = RunLog(self.folder, self.run_of.name, self.run_of.steps, self.step)
             try:
                 self._loop(log)
             finally:
@@ -147,16 +149,23 @@ class Trainer:
                 self.task.export(self.folder / "model")
 
     def _loop(self, log: RunLog) -> None:
-        recipe = self.recipe
         meter = Meter()
-        for batches, waited in self._batches():
+        for batches, waited in self._batches(log):
+            if (stage := self.run_of.number(self.step)) != self.stage:
+                self._enter(stage, self.run_of.stages[stage].carry)
+                log.say(f"stage {stage}, {self.run_of.stages[stage].name}, begins after step {self.step}")
+            recipe = self.recipe
             meter.waited += waited
             losses = self.train_step(batches)
-            meter.add(losses, recipe.batch * recipe.accumulate)
+            meter.add(losses, sum(len(batch) for batch in batches))
             log.advance(self.step)
-            last = self.step == recipe.steps
+            for batch in batches:
+                log.rejected(self.step, getattr(batch, "rejected", ()))
+            last = self.step == self.run_of.stages[self.stage].last
             if self.step % recipe.log.every == 0 or last:
                 values = meter.values() | {"memory_gb": memory_gb(self.task.device)}
+                if len(self.run_of.stages) > 1:
+                    values["stage"] = self.stage
                 log.metrics(self.step, values)
                 meter = Meter()
             start = time.perf_counter()
@@ -164,6 +173,14 @@ class Trainer:
             if self.step % recipe.checkpoint.every == 0 or last:
                 self.save()
             meter.start += time.perf_counter() - start  # speeds are those of training
+
+    def _enter(self, stage: int, carry: Carry) -> None:
+        self.stage, self.recipe = stage, self.run_of.stages[stage].recipe
+        self.task.enter(stage)
+        self.optimizer.enter(self.recipe.optimizer, keep=carry.optimizer)
+        self.ema.decay = self.recipe.optimizer.ema
+        if not carry.ema:
+            self.ema.restart()
 
     def _look(self, log: RunLog, last: bool) -> None:
         """Validation loss and sample grid with the averaged weights, where this step is due for them."""
@@ -197,7 +214,8 @@ class Trainer:
         loss, norm = float(total), float(self.optimizer.clip())
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingStopped(self._not_finite(batches, seen, loss, norm))
-        lr = learning_rate(self.recipe.optimizer, self.step, self.recipe.steps)
+        first = self.run_of.stages[self.stage].first
+        lr = learning_rate(self.recipe.optimizer, self.step - first, self.recipe.steps)
         self.optimizer.step(lr)
         self.ema.update()
         self.step += 1
@@ -215,18 +233,29 @@ class Trainer:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
         return f"train: {what} in the batch {where}; {kept}; lower optimizer.lr or look at that sample, then resume"
 
-    def _batches(self) -> Iterator[tuple[list[Any], float]]:
+    def _batches(self, log: RunLog) -> Iterator[tuple[list[Any], float]]:
         """The micro-batches of every step to come, and the seconds spent waiting for them."""
-        recipe, maker = self.recipe, self.task.maker
-        wanted = [(s, m) for s in range(self.step, recipe.steps) for m in range(recipe.accumulate)]
-        source = _ahead(maker, wanted, recipe.data.workers) if recipe.data.workers else (
-            maker.batch(*position) for position in wanted
-        )  # fmt: skip
-        with contextlib.closing(source):
-            while self.step < recipe.steps:
+        producers = self.recipe.producers
+        with contextlib.closing(start_producers(producers, self.task.maker)) as backend:
+            store = Store(backend, self._tickets(log), producers.ahead)
+            while self.step < self.run_of.steps:
                 start = time.perf_counter()
-                batches = [next(source) for _ in range(recipe.accumulate)]
+                accumulate = self.run_of.stages[self.run_of.number(self.step)].recipe.accumulate
+                batches = [store.next() for _ in range(accumulate)]
                 yield batches, time.perf_counter() - start
+
+    def _tickets(self, log: RunLog) -> Iterator[Ticket]:
+        """Orders for the micro-batches to come. A change of the mixture begins with the first step not yet ordered."""
+        watched, numbers = Watched(self.folder), itertools.count()
+        for step in range(self.step, self.run_of.steps):
+            try:
+                change = watched.look(step, self.run_of.weights(step, watched.changes))
+                if change:
+                    log.say(f"the mixture changes from step {step} on: {dict(change.weights)}")
+            except RecipeError as error:
+                log.say(f"{error}; the run goes on as before")
+            for micro in range(self.run_of.stages[self.run_of.number(step)].recipe.accumulate):
+                yield Ticket(next(numbers), step, micro, watched.changes)
 
 
 class Meter:
@@ -254,33 +283,3 @@ class Meter:
             **({"tflops": self.flops / seconds / 1e12} if self.flops else {}),
             "data_wait": self.waited / seconds,
         }
-
-
-_maker: BatchMaker
-
-
-def _start_worker(maker: BatchMaker) -> None:
-    global _maker
-    torch.set_num_threads(1)
-    _maker = maker
-
-
-def _make(position: tuple[int, int]) -> Any:
-    return _maker.batch(*position)
-
-
-def _ahead(maker: BatchMaker, positions: list[tuple[int, int]], workers: int) -> Generator[Any, None, None]:
-    """The same batches in the same order, made by worker processes ahead of their use."""
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (maker,)) as pool:
-        pending: deque[Future] = deque()
-        todo = iter(positions)
-        try:
-            while True:
-                while len(pending) < AHEAD * workers and (position := next(todo, None)) is not None:
-                    pending.append(pool.submit(_make, position))
-                if not pending:
-                    return
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()

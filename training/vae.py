@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.models.vae_blocks import CausalConv3d, ResidualBlock
 from qwen_image_fast.tiny import tiny_configs
+from qwen_image_fast.training.mixture import Change
 from qwen_image_fast.training.randomness import generator, key, normal
 from qwen_image_fast.training.recipe import VaeRecipe
 from qwen_image_fast.training.run_log import grid
@@ -104,6 +105,9 @@ class VaeBatches:
         indices = range(first, first + self.recipe.batch)
         return VaeBatch(self.images(self.recipe.seed, indices, step), step, first)
 
+    def use(self, changes: Sequence[Change]) -> None:
+        """There is one source, so no mixture that could change."""
+
     def images(self, seed: int, indices: Sequence[int], step: int = 0) -> list[np.ndarray]:
         """uint8 [H, W, 3], all in the bucket of the first one; with `crop` a random square of that side of each."""
         made = [self.source.sample(seed, i).image for i in indices]
@@ -147,6 +151,9 @@ class VaeTask:
                 p.requires_grad_(False)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
         self.maker = VaeBatches(recipe, source if source is not None else make_source(recipe.data))
+
+    def enter(self, number: int) -> None:
+        """There is one stage."""
 
     def loss(self, batch: VaeBatch) -> Losses:
         loss, x = self.recipe.loss, to_pixels(batch.images, self.vae.decoder.conv_in.weight)

@@ -2,13 +2,14 @@
 
 import pytest
 
+from qwen_image_fast.training.curriculum import read_curriculum
 from qwen_image_fast.training.recipe import FlowRecipe, RecipeError, VaeRecipe, build, differences, read_recipe, to_dict
 from qwen_image_fast.training.run import RECIPES, find_recipe
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(path):
-    assert read_recipe(path).name == f"{path.parent.name}-{path.stem}"
+    assert read_curriculum(path).name == f"{path.parent.name}-{path.stem}"
     assert find_recipe(f"{path.parent.name}/{path.stem}") == path
 
 

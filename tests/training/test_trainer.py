@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer_helpers import small_recipe, start, weights
+from trainer_helpers import log_of, small_recipe, start, weights
 
 from qwen_image_fast import QwenImagePipeline
 from qwen_image_fast.training import checkpoint as checkpoints
@@ -20,11 +20,6 @@ from qwen_image_fast.training.optimizer import learning_rate
 from qwen_image_fast.training.recipe import OptimizerRecipe
 from qwen_image_fast.training.tiny.sources import Squares
 from qwen_image_fast.training.trainer import TrainingStopped
-
-
-def log_of(folder, key="loss"):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line[key] for line in lines if key in line]
 
 
 def assert_same(a, b):
@@ -211,7 +206,7 @@ def test_accumulated_micro_batches_equal_the_large_batch(folder, tmp_path):
         {"optimizer__name": "muon"},
         {"model__dtype": "bfloat16"},
         {"data__tasks": {"t2i": 1.0, "ti2i": 1.0, "recon": 1.0}, "data__buckets": [[32, 32], [48, 32]]},
-        {"data__workers": 1},
+        {"producers__backend": "processes"},
     ],
     ids=lambda c: next(iter(c)),
 )
@@ -231,7 +226,10 @@ def test_every_switch_trains_and_resumes(folder, tmp_path, changes):
 def test_workers_and_checkpointing_change_nothing(folder, tmp_path):
     plain = start(small_recipe(folder, steps=2), tmp_path / "plain")
     plain.run()
-    for name, changes in (("workers", {"data__workers": 2}), ("again", {"model__gradient_checkpointing": True})):
+    for name, changes in (
+        ("workers", {"producers__backend": "processes", "producers__count": 2}),
+        ("again", {"model__gradient_checkpointing": True}),
+    ):
         other = start(small_recipe(folder, steps=2, **changes), tmp_path / name)
         other.run()
         assert_same(weights(plain), weights(other))

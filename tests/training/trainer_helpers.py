@@ -1,5 +1,7 @@
 """A model of two narrow blocks and short runs on coloured squares, shared by the tests of the trainer."""
 
+import json
+
 import torch
 
 from qwen_image_fast import AutoencoderKLQwenImage, QwenImageTransformer2DModel
@@ -30,9 +32,9 @@ def small_folder(folder):
     return folder
 
 
-def small_recipe(folder, /, **changes):
-    """32-pixel squares, four to a step; `changes` are fields with "__" for the dot, None takes one out."""
-    tree = {
+def small_tree(folder):
+    """32-pixel squares, four to a step."""
+    return {
         "steps": 4, "batch": 4, "device": "cpu",
         "model": {"folder": str(folder)},
         "data": {"source": "squares", "options": {"size": 32}, "buckets": [[32, 32]]},
@@ -40,6 +42,11 @@ def small_recipe(folder, /, **changes):
         "checkpoint": {"every": 2},
         "log": {"every": 1, "sample_steps": 2, "validation_samples": 2},
     }  # fmt: skip
+
+
+def small_recipe(folder, /, **changes):
+    """`small_tree`; `changes` are fields with "__" for the dot, None takes one out."""
+    tree = small_tree(folder)
     for name, value in changes.items():
         recipes.set_dotted(tree, name.replace("__", "."), value)
     return recipes.build({name: value for name, value in tree.items() if value is not None})
@@ -47,6 +54,11 @@ def small_recipe(folder, /, **changes):
 
 def start(recipe, folder, source=None, **options):
     return Trainer(recipe, FlowTask(recipe, folder, source), folder, **options)
+
+
+def log_of(folder, key="loss"):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
 
 
 def weights(trainer):

@@ -22,7 +22,7 @@ _INDEX = pa.schema(
     [
         ("id", pa.string()), ("shard", pa.string()), ("key", pa.string()), ("caption", pa.string()),
         ("source", pa.string()), ("licence", pa.string()), ("category", pa.string()), ("metadata", pa.string()),
-        ("bytes", pa.int64()), ("origin", pa.string()),
+        ("bytes", pa.int64()), ("origin", pa.string()), ("offset", pa.int64()),
     ]
 )  # fmt: skip
 _SIGNATURES = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"II*\0", "tif"),
@@ -34,7 +34,8 @@ def write_shards(
 ) -> int:
     """Write `shard-00000.tar`, ... and then `index.parquet`, which only appears when all of them are complete.
 
-    A sample is `<key>.<type>` (the picture's bytes as they came), `<key>.json` (`Record.described`) and `<key>.txt`
+    The index has a row for each: what the JSON says, its shard, and the offset of its first header there. A sample is
+    `<key>.<type>` (the picture's bytes as they came), `<key>.json` (`Record.described`) and `<key>.txt`
     (the best caption). The bytes depend on the records alone, not on the time. One picture is in memory at a time.
 
     Args:
@@ -94,7 +95,7 @@ def _fill(
             record = next(records, None)
             if record is None:
                 return
-            key, described = f"{number:09d}", record.described()
+            key, described, offset = f"{number:09d}", record.described(), tar.offset
             _add(tar, f"{key}.{suffix(record.image)}", record.image)
             _add(tar, f"{key}.json", json.dumps(described, ensure_ascii=False, sort_keys=True).encode())
             _add(tar, f"{key}.txt", record.caption.encode())
@@ -104,7 +105,7 @@ def _fill(
                 "id": record.id, "shard": shard, "key": key, "caption": record.caption, "source": record.source,
                 "licence": record.licence, "category": record.category, "bytes": len(record.image),
                 "metadata": json.dumps(described["metadata"], ensure_ascii=False, sort_keys=True),
-                "origin": record.origin,
+                "origin": record.origin, "offset": offset,
             }  # fmt: skip
             if size >= most_bytes:
                 return

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from qwen_image_fast.models.rope import ImageShape
+from qwen_image_fast.training.curriculum import Curriculum, one_stage, part_key
+from qwen_image_fast.training.data.screen import Rejected
+from qwen_image_fast.training.mixture import Change, Order, Segment
 from qwen_image_fast.training.objectives.flow import logit_normal
 from qwen_image_fast.training.randomness import epoch_position, generator, key, normal
 from qwen_image_fast.training.recipe import FlowRecipe, RecipeError
@@ -28,7 +31,8 @@ class RawSample:
 
     images: the target and its references, uint8 [H, W, 3], or packed latents float [tokens, channels] from a cache.
     shapes: (frames, height, width) in tokens of each. pictures: the references as the condition encoder sees them,
-    uint8 [H, W, 3]. index: its position in the stream of samples.
+    uint8 [H, W, 3]. index: its position in the stream of samples. states: of the condition encoder, [tokens, width],
+    where a producer has run it.
     """
 
     index: int
@@ -39,6 +43,13 @@ class RawSample:
     pictures: list[np.ndarray]
     noise: Tensor
     sigma: float
+    states: Tensor | None = None
+
+
+class Batch(list[RawSample]):
+    """The samples of a micro-batch. rejected: index, origin and reason of those that cannot be used."""
+
+    rejected: Sequence[tuple[int, str, str]] = ()
 
 
 class Content(NamedTuple):
@@ -51,27 +62,70 @@ class Content(NamedTuple):
     pictures: list[np.ndarray]
 
 
-@dataclass
 class FlowBatches:
-    """Makes micro-batches.
+    """Makes micro-batches of a stage.
 
-    A sample's index is its place in the endless stream, (step * accumulate + micro) * batch + place, so that a batch of
-    64 and two micro-batches of 32 hold the same samples.
+    A sample's index is its place in the stream of the run, (step * accumulate + micro) * batch + place in a run of one
+    stage, so that a batch of 64 and two micro-batches of 32 hold the same samples.
+
+    Args:
+        recipe: of the stage. source: instead of those that the recipe names. channels: of packed latents.
+        run, number: the stages of the run and which of them this is; None: there is no other.
+        sources: those of the run by `part_key`, shared by its stages.
     """
 
-    recipe: FlowRecipe
-    source: Source | None
-    channels: int
-    cache: LatentCache | None = None
-    validation_seed: int = field(init=False)
+    def __init__(
+        self,
+        recipe: FlowRecipe,
+        source: Source | None,
+        channels: int,
+        cache: LatentCache | None = None,
+        *,
+        run: Curriculum | None = None,
+        number: int = 0,
+        sources: Mapping[str, Source] | None = None,
+    ):
+        self.recipe, self.channels, self.cache = recipe, channels, cache
+        self.run, self.number = run or one_stage(recipe), number
+        self.parts = {part_key(part): part for part in recipe.data.parts}
+        self.sources = sources or {}
+        if source is not None:
+            self.sources = dict.fromkeys(self.parts, source)
+        self.validation_seed = key(recipe.seed, "validation") % 2**31
+        weights = tuple((k, part.weight) for k, part in self.parts.items())
+        self._validation_order = Order(self.validation_seed, [Segment(0, weights)])
+        self.use(())
 
-    def __post_init__(self) -> None:
-        self.validation_seed = key(self.recipe.seed, "validation") % 2**31
+    def use(self, changes: Sequence[Change]) -> None:
+        """Follow changes of the mixture."""
+        self.order = self.run.order(changes)
 
-    def batch(self, step: int, micro: int) -> list[RawSample]:
-        recipe = self.recipe
-        first = (step * recipe.accumulate + micro) * recipe.batch
-        return [self.sample(recipe.seed, step, first + place) for place in range(recipe.batch)]
+    @property
+    def source(self) -> Source | None:
+        """Of the first part."""
+        return self.sources.get(next(iter(self.parts)))
+
+    def batch(self, step: int, micro: int) -> Batch:
+        """Micro-batch `micro` of step `step` of the run. Samples that cannot be used are missing from it.
+
+        Raises:
+            Rejected: none is left.
+        """
+        recipe, made, rejected = self.recipe, Batch(), []
+        first = self.run.sample_of(step) + micro * recipe.batch
+        for index in range(first, first + recipe.batch):
+            try:
+                made.append(self.sample(recipe.seed, step, index))
+            except Rejected as error:
+                rejected.append((index, error.origin, error.reason))
+        if not made:
+            raise Rejected(
+                rejected[0][1],
+                f"all {recipe.batch} samples of step {step}, micro-batch {micro} were rejected, the first by "
+                f"{rejected[0][2]}; choose data by data filter or relax data.filters",
+            )
+        made.rejected = rejected
+        return made
 
     def validation(self) -> list[RawSample]:
         """Samples that training never sees, each once at every level; without text dropout."""
@@ -94,7 +148,7 @@ class FlowBatches:
 
     def content(self, seed: int, index: int) -> Content:
         """What the sample shows, the same in every step."""
-        draws, data = generator(seed, "task", sample=index), self.recipe.data
+        data = self.recipe.data
         if self.cache is not None:
             held_out = self.recipe.log.validation_samples
             place = len(self.cache) - 1 - index
@@ -102,6 +156,7 @@ class FlowBatches:
                 place = epoch_position(seed, index, len(self.cache) - held_out)
             cached = self.cache.read(place)
             # Which samples are edits was decided when the cache was made.
+            draws = generator(seed, "task", sample=index)
             task = "ti2i" if len(cached.latents) > 1 else choose(draws, {**data.tasks, "ti2i": 0.0})
             if task != "t2i" and not cached.pixels:
                 raise RecipeError(
@@ -109,28 +164,29 @@ class FlowBatches:
                 )
             found = Content(task, cached.text, cached.latents, cached.shapes, cached.pixels)
         else:
-            task = choose(draws, data.tasks)
-            sample = self.drawn(seed, index, task)
+            task, sample = self.drawn(seed, index)
             images, shapes = to_buckets([sample.image, *sample.references], data.buckets)
             found = Content(task, sample.caption, images, shapes, images)
         if task == "recon":
             return Content(task, KEEP_INSTRUCTION, found.images * 2, found.shapes * 2, found.pictures)
         return found._replace(pictures=found.pictures[1:])
 
-    def drawn(self, seed: int, index: int, task: str | None = None) -> Sample:
-        """The sample of the source: an edit, or a picture and its caption."""
-        if task is None:
-            task = choose(generator(seed, "task", sample=index), self.recipe.data.tasks)
-        make = getattr(self.source, "edit" if task == "ti2i" else "sample", None)
+    def drawn(self, seed: int, index: int) -> tuple[str, Sample]:
+        """The task of a sample, and what its source gives for it: an edit, or a picture and its caption."""
+        order = self._validation_order if seed == self.validation_seed else self.order
+        of, position = order.place(index)
+        part = self.parts[of]
+        task = choose(generator(seed, "task", sample=index), part.tasks)
+        make = getattr(self.sources[of], "edit" if task == "ti2i" else "sample", None)
         if make is None:
-            raise RecipeError(
-                f"recipe: data.tasks must not have ti2i: the source {self.recipe.data.source} has no edits"
-            )
-        return make(seed, index)
+            raise RecipeError(f"recipe: data.tasks must not have ti2i: the source {part.source} has no edits")
+        # Two parts that draw their samples must not draw the same ones.
+        alone = len({part_key(p) for stage in self.run.stages for p in stage.recipe.data.parts}) == 1
+        return task, make(seed if alone else key(seed, of) % 2**31, position)
 
     def to_cache(self, index: int) -> tuple[str, list[np.ndarray], list[ImageShape]]:
         """Text, images and shapes of sample `index` for `write_cache`; the image of a reconstruction once."""
-        sample = self.drawn(self.recipe.seed, index)
+        _, sample = self.drawn(self.recipe.seed, index)
         return sample.caption, *to_buckets([sample.image, *sample.references], self.recipe.data.buckets)
 
 
@@ -148,3 +204,17 @@ def to_buckets(
     """Each image cut to its bucket, and its shape in tokens of 16 x 16 pixels."""
     sizes = [nearest_bucket(*image.shape[:2], buckets) for image in images]
     return [fit(image, size) for image, size in zip(images, sizes)], [(1, h // 16, w // 16) for h, w in sizes]
+
+
+class StagedBatches:
+    """Makes the micro-batches of a whole run: each by its stage's maker."""
+
+    def __init__(self, run: Curriculum, makers: Sequence[FlowBatches]):
+        self.run, self.makers = run, list(makers)
+
+    def use(self, changes: Sequence[Change]) -> None:
+        for maker in self.makers:
+            maker.use(changes)
+
+    def batch(self, step: int, micro: int) -> Batch:
+        return self.makers[self.run.number(step)].batch(step, micro)

@@ -3,47 +3,30 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qwen_image_fast.checkpoint import find_weights, save_state
-from qwen_image_fast.models.text_encoder import T2I_DROP, T2I_TEMPLATE
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
-from qwen_image_fast.pipelines.conditions import encode_edit_prompts
 from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
 from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
 from qwen_image_fast.tiny import write_untrained
+from qwen_image_fast.training.curriculum import Curriculum, one_stage
 from qwen_image_fast.training.lora import add_lora, save_lora
 from qwen_image_fast.training.memory import step_flops
 from qwen_image_fast.training.objectives.flow import FlowSample, flow_losses
 from qwen_image_fast.training.optimizer import freeze_dead
+from qwen_image_fast.training.producer.encode import Encoders, EncodingMaker
 from qwen_image_fast.training.recipe import DataRecipe, FlowRecipe
 from qwen_image_fast.training.run_log import grid
-from qwen_image_fast.training.tiny.batches import VALIDATION_SIGMAS, FlowBatches, RawSample
-from qwen_image_fast.training.tiny.latents import LatentCache, encode_images
-from qwen_image_fast.training.tiny.sources import Source, make_source
-from qwen_image_fast.training.trainer import Losses
-
-
-def encode_captions(
-    text_encoder: Any, tokenizer: Any, captions: Sequence[str], template: str, drop: int, limit: int
-) -> list[Tensor]:
-    """`encode_prompts` in one batch for captions of unequal length: row i is [tokens of caption i, hidden].
-
-    Short rows are filled up behind their end. Attention is causal, so what is kept never sees the filling, and no
-    attention mask is needed.
-    """
-    ids = [row[: drop + limit] for row in tokenizer([template.format(c) for c in captions])["input_ids"]]
-    longest = max(len(row) for row in ids)
-    device = text_encoder.get_input_embeddings().weight.device
-    filled = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=device)
-    hidden = text_encoder(input_ids=filled, use_cache=False).last_hidden_state
-    return [states[drop : len(row)] for states, row in zip(hidden, ids)]
+from qwen_image_fast.training.tiny.batches import VALIDATION_SIGMAS, FlowBatches, RawSample, StagedBatches
+from qwen_image_fast.training.tiny.latents import LatentCache
+from qwen_image_fast.training.tiny.sources import Source, make_source, make_sources
+from qwen_image_fast.training.trainer import BatchMaker, Losses
 
 
 class FlowTask:
@@ -52,10 +35,11 @@ class FlowTask:
     Args:
         recipe: of the run. folder: of the run; without `recipe.model.folder` the tiny model is made in `start/` there.
         source: instead of the one that the recipe names.
+        run: where there are several stages; `recipe` is then the first one's.
     """
 
-    def __init__(self, recipe: FlowRecipe, folder: Path, source: Source | None = None):
-        self.recipe = recipe
+    def __init__(self, recipe: FlowRecipe, folder: Path, source: Source | None = None, run: Curriculum | None = None):
+        self.recipe, self.run = recipe, run or one_stage(recipe)
         self.device = pick_device(recipe.device)
         self.folder = Path(recipe.model.folder or folder / "start")
         if not recipe.model.folder and not (self.folder / "model_index.json").is_file():
@@ -63,7 +47,8 @@ class FlowTask:
         parts: dict[str, Any] = {}
         if recipe.model.vae:
             parts["vae"] = AutoencoderKLQwenImage.from_pretrained(recipe.model.vae, device=self.device)
-        self.edits = any(recipe.data.tasks.get(task) for task in ("ti2i", "recon"))
+        parts_of_data = [part for stage in self.run.stages for part in stage.recipe.data.parts]
+        self.edits = any(part.tasks.get(task) for part in parts_of_data for task in ("ti2i", "recon"))
         kind: Any = QwenImageEditPlusPipeline if self.edits else QwenImagePipeline
         pipe = kind.from_pretrained(self.folder, torch_dtype=torch.float32, device=self.device, **parts)
         shared = {name: getattr(pipe, name) for name in QwenImagePipeline.parts}
@@ -84,14 +69,46 @@ class FlowTask:
         if recipe.model.train_text_encoder:
             self.text_encoder.requires_grad_(True)
             self.modules["text_encoder"] = self.text_encoder
-        if recipe.model.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
         if recipe.model.compile:
             self.transformer.forward_packed = torch.compile(self.transformer.forward_packed)
-        cache = LatentCache(recipe.data.cache) if recipe.data.cache else None
-        if source is None and not (cache and recipe.data.source == DataRecipe.source):
-            source = make_source(recipe.data)
-        self.maker = FlowBatches(recipe, source, self.transformer.config.in_channels, cache)
+        self.encoders = Encoders(
+            self.pipe.vae, self.text_encoder, self.pipe.tokenizer, getattr(self.edit_pipe, "processor", None)
+        )
+        channels = self.transformer.config.in_channels
+        if len(self.run.stages) == 1:
+            cache = LatentCache(recipe.data.cache) if recipe.data.cache else None
+            sources: dict[str, Source] = {}
+            if source is None and not (cache and recipe.data.source == DataRecipe.source):
+                sources = make_sources(recipe.data.parts)
+            self.makers = [FlowBatches(recipe, source, channels, cache, sources=sources)]
+            self.maker: BatchMaker = self.makers[0]
+        else:
+            sources = make_sources(parts_of_data) if source is None else {}
+            self.makers = [
+                FlowBatches(cast(FlowRecipe, stage.recipe), source, channels, run=self.run, number=k, sources=sources)
+                for k, stage in enumerate(self.run.stages)
+            ]
+            self.maker = StagedBatches(self.run, self.makers)
+        if recipe.producers.encode and recipe.producers.backend != "here":
+            self.maker = self.encoding(self.maker)
+        self.enter(0)
+
+    def enter(self, number: int) -> None:
+        """Go on with a stage: its recipe from now on."""
+        self.recipe, self.batches = cast(FlowRecipe, self.run.stages[number].recipe), self.makers[number]
+        if self.recipe.model.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        else:
+            self.transformer.disable_gradient_checkpointing()
+
+    def encoding(self, maker: BatchMaker) -> BatchMaker:
+        """A maker whose batches come with latents and, where the condition encoder is frozen, with its states."""
+        recipe = self.recipe
+        device = self.device if recipe.producers.device == "auto" else torch.device(recipe.producers.device)
+        return EncodingMaker(
+            maker, self.folder, recipe.model.vae, str(device), None if recipe.model.train_text_encoder else self.dtype,
+            [cast(FlowRecipe, stage.recipe).model.max_text_tokens for stage in self.run.stages], self.run, self.edits,
+        )  # fmt: skip
 
     def loss(self, batch: list[RawSample]) -> Losses:
         texts = self.texts(batch)
@@ -101,38 +118,20 @@ class FlowTask:
         return Losses(losses.mean(), losses, sum(images), {}, flops)
 
     def to_latents(self, batch: list[RawSample]) -> list[FlowSample]:
-        images = [image for raw in batch for image in raw.images]
-        if images[0].dtype == np.uint8:
-            latents = iter(encode_images(self.pipe.vae, images))
-        else:
-            latents = iter([torch.from_numpy(image).to(self.device) for image in images])
+        latents = iter(self.encoders.latents(batch))
         samples = []
         for raw in batch:
-            target, *references = [next(latents) for _ in raw.images]
+            target, *references = [next(latents).to(self.device) for _ in raw.images]
             noise = raw.noise.to(self.device)
             samples.append(FlowSample(target, raw.shapes[0], noise, raw.sigma, references, raw.shapes[1:]))
         return samples
 
     def texts(self, batch: list[RawSample]) -> list[Tensor]:
-        """Condition states of each sample, as the pipelines make them: with references, of what Qwen2.5-VL sees too."""
-        out: dict[int, Tensor] = {}
-        plain = [i for i, raw in enumerate(batch) if len(raw.images) == 1]
-        edits = [i for i, raw in enumerate(batch) if len(raw.images) > 1]
+        """Condition states of each sample, made here unless a producer has."""
+        if all(raw.states is not None for raw in batch):
+            return [cast(Tensor, raw.states).to(self.device) for raw in batch]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.recipe.model.train_text_encoder):
-            if plain:
-                captions, limit = [batch[i].caption for i in plain], self.recipe.model.max_text_tokens
-                states = encode_captions(
-                    self.text_encoder, self.pipe.tokenizer, captions, T2I_TEMPLATE, T2I_DROP, limit
-                )
-                out.update(zip(plain, states))
-            if edits:
-                assert self.edit_pipe is not None
-                states = encode_edit_prompts(
-                    self.text_encoder, self.pipe.tokenizer, self.edit_pipe.processor,
-                    [batch[i].caption for i in edits], [batch[i].pictures for i in edits], one_batch=True,
-                )  # fmt: skip
-                out.update(zip(edits, states))
-        return [out[i] for i in range(len(batch))]
+            return self.encoders.texts(batch, self.recipe.model.max_text_tokens)
 
     def describe(self, batch: list[RawSample], index: int) -> str:
         raw = batch[index]
@@ -140,7 +139,7 @@ class FlowTask:
 
     def validate(self) -> dict[str, float]:
         """Mean loss of the validation samples at each noise level, and over all."""
-        raw, losses = self.maker.validation(), []
+        raw, losses = self.batches.validation(), []
         for start in range(0, len(raw), self.recipe.batch):
             part = raw[start : start + self.recipe.batch]
             losses.append(flow_losses(self.transformer, self.to_latents(part), self.texts(part)))
@@ -159,7 +158,7 @@ class FlowTask:
         from qwen_image_fast.training.evaluation.ocr import Reader
         from qwen_image_fast.training.evaluation.text_metrics import summarise
 
-        synthesis, reader = make_source(self.recipe.data).recipe, Reader()
+        synthesis, reader = make_source(self.recipe.data.parts[0]).recipe, Reader()
         draw = evaluate_text.drawn_by(self.pipe, **self._sampling())
         results = evaluate_text.evaluate(draw, held_out_cases(synthesis, count), synthesis, reader)
         found = summarise([result.score for result in results])
@@ -183,8 +182,8 @@ class FlowTask:
             return None
         made = self.pipe(prompts, seed=seed, output_type="np", progress=False, **self._sampling())
         rows = [(image * 255).round().astype(np.uint8) for image in made.images]
-        if self.edit_pipe is not None and hasattr(self.maker.source, "edit"):
-            pairs = [self.maker.source.edit(self.maker.validation_seed, i) for i in range(len(prompts))]
+        if self.edit_pipe is not None and hasattr(self.batches.source, "edit"):
+            pairs = [self.batches.source.edit(self.batches.validation_seed, i) for i in range(len(prompts))]
             edited = self.edit_pipe(
                 [list(pair.references) for pair in pairs], [pair.caption for pair in pairs], seed=seed,
                 output_type="np", progress=False, **self._sampling(),

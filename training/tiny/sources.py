@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,19 +11,27 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from qwen_image_fast.training.curriculum import part_key
+from qwen_image_fast.training.data.record import Record
+from qwen_image_fast.training.data.screen import Screen
+from qwen_image_fast.training.data.shard_index import INDEX, ShardIndex
 from qwen_image_fast.training.randomness import epoch_position, generator
-from qwen_image_fast.training.recipe import DataRecipe, RecipeError
+from qwen_image_fast.training.recipe import DataRecipe, PartRecipe, RecipeError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 @dataclass
 class Sample:
-    """image: uint8 [H, W, 3]. caption: describes it, or says how it comes from `references`, 0..N images."""
+    """image: uint8 [H, W, 3]. caption: describes it, or says how it comes from `references`, 0..N images.
+
+    origin: which file or record it is; empty where it was drawn.
+    """
 
     image: np.ndarray
     caption: str
     references: Sequence[np.ndarray] = ()
+    origin: str = ""
 
 
 class Source(Protocol):
@@ -68,9 +76,14 @@ class Squares:
 
 
 class ImageFolder:
-    """Images of a folder, captions in text files of the same name; each epoch has an order of its own."""
+    """Images of a folder, captions in text files of the same name; each epoch has an order of its own.
 
-    def __init__(self, folder: str):
+    Args:
+        screen: says which pictures are used.
+    """
+
+    def __init__(self, folder: str, screen: Screen | None = None):
+        self.screen = screen or Screen({})
         root = Path(folder)
         self.files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if not self.files:
@@ -81,9 +94,52 @@ class ImageFolder:
 
     def sample(self, seed: int, index: int) -> Sample:
         path = self.files[epoch_position(seed, index, len(self.files))]
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
-        return Sample(pixels, path.with_suffix(".txt").read_text(encoding="utf-8").strip())
+        caption, fault = "", ""
+        try:
+            caption = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            fault = f"its caption cannot be read: {error}"
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            content, fault = b"", f"the file cannot be read: {error.strerror}"
+        record = Record(content, {"raw": caption}, origin=str(path), fault=fault)
+        return Sample(self.screen.pixels(record), caption, origin=str(path))
+
+
+class Shards:
+    """The records of shards that `data filter` wrote, in an order of its own in each epoch.
+
+    Args:
+        folder: has `index.parquet`. screen: says which pictures are used.
+        captions: weights of the kinds of captions (raw, recaption, fused) to draw from; a record that lacks the kind
+            drawn gives its best one. Empty: the best one.
+        where: values that a column of the index or a field of its metadata may have, such as
+            {category: [Nature, People], text_language: [Non-text]}.
+        least, most: limits of numbers in the metadata, inclusive.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        screen: Screen,
+        captions: Mapping[str, float] | None = None,
+        where: Mapping[str, Sequence[str]] | None = None,
+        least: Mapping[str, float] | None = None,
+        most: Mapping[str, float] | None = None,
+    ):
+        self.index = ShardIndex(folder, where or {}, least or {}, most or {})
+        self.screen, self.captions = screen, dict(captions or {})
+
+    def sample(self, seed: int, index: int) -> Sample:
+        record = self.index.read(epoch_position(seed, index, len(self.index)))
+        caption = record.caption
+        if self.captions:
+            kinds, total = list(self.captions), sum(self.captions.values())
+            draws = generator(seed, "caption", sample=index)
+            kind = draws.choice(kinds, p=[self.captions[name] / total for name in kinds])
+            caption = record.captions.get(str(kind), caption)
+        return Sample(self.screen.pixels(record), caption, origin=record.origin)
 
 
 class Synthesis:
@@ -113,17 +169,29 @@ class Synthesis:
         return Sample(made.target, made.instruction, (made.source,))
 
 
-def make_source(recipe: DataRecipe) -> Source:
+def make_source(recipe: DataRecipe | PartRecipe) -> Source:
     """The source that `recipe.source` names; RecipeError for options that it does not have."""
     named: dict[str, Any] = {"squares": Squares, "synthesis": Synthesis}
+    folder = Path(recipe.source)
     try:
         if recipe.source in named:
+            if recipe.filters:
+                raise RecipeError(f"recipe: data.filters must be empty for {recipe.source}: its pictures are drawn")
             return named[recipe.source](**recipe.options)
-        if Path(recipe.source).is_dir():
-            return ImageFolder(recipe.source, **recipe.options)
+        if (folder / INDEX).is_file():
+            return Shards(recipe.source, Screen(recipe.filters), **recipe.options)
+        if folder.is_dir():
+            return ImageFolder(recipe.source, Screen(recipe.filters), **recipe.options)
     except TypeError as error:
         raise RecipeError(f"recipe: data.options must fit the source {recipe.source}: {error}") from error
-    raise RecipeError(f"recipe: data.source must be squares, synthesis or a folder, got {recipe.source!r}")
+    raise RecipeError(
+        f"recipe: data.source must be squares, synthesis, a folder or shards with {INDEX}, got {recipe.source!r}"
+    )
+
+
+def make_sources(parts: Sequence[PartRecipe]) -> dict[str, Source]:
+    """A source for each part by its key, one for all parts that take the same."""
+    return {key: make_source(part) for key, part in {part_key(part): part for part in parts}.items()}
 
 
 def nearest_bucket(height: int, width: int, buckets: Sequence[Sequence[int]]) -> tuple[int, int]:

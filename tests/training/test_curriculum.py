@@ -1,0 +1,188 @@
+"""Mixtures and stages: who comes when, what is carried over, and a resume in the middle of any stage."""
+
+import collections
+import json
+
+import pytest
+import torch
+from data_pictures import noise
+from trainer_helpers import log_of, small_tree, weights
+
+from qwen_image_fast.training import checkpoint as checkpoints
+from qwen_image_fast.training.curriculum import build_curriculum
+from qwen_image_fast.training.data.record import Record
+from qwen_image_fast.training.data.screen import Rejected
+from qwen_image_fast.training.data.shards import write_shards
+from qwen_image_fast.training.mixture import BLOCK, Change, Order, Segment, slots
+from qwen_image_fast.training.recipe import PartRecipe, RecipeError, set_dotted
+from qwen_image_fast.training.run import make_task
+from qwen_image_fast.training.tiny.sources import make_source
+from qwen_image_fast.training.trainer import Trainer
+
+
+def curriculum(folder, /, **changes):
+    """Squares at 32 px, then two kinds at 32 and 48 px with another learning rate and the average begun anew."""
+    tree = small_tree(folder)
+    tree["stages"] = [
+        {"name": "small", "steps": 3},
+        {
+            "name": "mixed", "steps": 3, "batch": 2, "accumulate": 2, "carry": {"ema": False},
+            "optimizer": {"lr": 1e-3, "warmup": 2},
+            "data": {
+                "mixture": [
+                    {"name": "same", "options": {"size": 32}, "weight": 3},
+                    {"name": "large", "options": {"size": 48}, "tasks": {"ti2i": 1.0}},
+                ],
+                "buckets": [[32, 32], [48, 48]],
+            },
+        },
+    ]  # fmt: skip
+    for name, value in changes.items():
+        set_dotted(tree, name.replace("__", "."), value)
+    return build_curriculum(tree)
+
+
+def begin(run, folder, **options):
+    return Trainer(run, make_task(run, folder), folder, **options)
+
+
+def test_every_part_counts_on_through_changes_and_stages():
+    order = Order(3, [Segment(0, (("a", 1.0),)), Segment(70, (("a", 3.0), ("b", 1.0))), Segment(2500, (("b", 1.0),))])
+    seen = collections.defaultdict(list)
+    for sample in range(2700):
+        key, position = order.place(sample)
+        seen[key].append(position)
+    assert all(positions == list(range(len(positions))) for positions in seen.values())
+    in_blocks = [order.place(sample)[0] for sample in range(70, 70 + 2 * BLOCK)]
+    assert in_blocks.count("b") == BLOCK / 2
+    assert in_blocks[:BLOCK] != in_blocks[BLOCK:]
+
+
+def test_slots_add_up_and_leave_nobody_out():
+    assert slots([1, 1, 1]) == (334, 333, 333)
+    assert slots([1e-9, 1, 0]) == (1, 999, 0)
+
+
+def test_changes_last_until_the_end_of_their_stage(folder):
+    run = curriculum(folder)
+    changes = (Change(1, (("squares", 2.0),)), Change(4, (("same", 0.0), ("large", 5.0))))
+    assert run.weights(3, changes) == {"same": 3, "large": 1}
+    assert run.weights(4, changes) == {"same": 0, "large": 5}
+    assert [run.sample_of(step) for step in (0, 2, 3, 4)] == [0, 8, 12, 16]
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    trainer = begin(curriculum(folder), tmp_path_factory.mktemp("whole"))
+    trainer.run()
+    return trainer
+
+
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_a_run_resumes_in_any_stage_bit_by_bit(folder, tmp_path, whole, step):
+    run = curriculum(folder, checkpoint__every=1, checkpoint__keep=9)
+    stopped = begin(run, tmp_path)
+    look = stopped._look
+    stopped._look = lambda log, last: look(log, last) if stopped.step <= step else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        stopped.run()
+    resumed = begin(run, tmp_path, resume=True)
+    assert resumed.step == step
+    resumed.run()
+    assert all(torch.equal(w, weights(resumed)[name]) for name, w in weights(whole).items())
+    assert all(torch.equal(w, resumed.ema.average[name]) for name, w in whole.ema.average.items())
+    assert log_of(tmp_path) == log_of(whole.folder)
+    assert log_of(tmp_path, "stage") == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_stage_takes_over_what_carry_says(folder, tmp_path, whole):
+    assert log_of(whole.folder, "lr") == pytest.approx([2e-3, 2e-3, 2e-3, 5e-4, 1e-3, 1e-3])
+    assert whole.ema.updates == 3
+    state = next(name for name in whole.optimizer.state() if name.endswith("step"))
+    assert whole.optimizer.state()[state] == 6
+    fresh = begin(curriculum(folder, stages__1__carry={"optimizer": False}), tmp_path)
+    fresh.run()
+    assert fresh.ema.updates == 6
+    assert fresh.optimizer.state()[state] == 3
+
+
+def test_the_mixture_changes_from_a_recorded_step_on(folder, tmp_path):
+    run = curriculum(folder, checkpoint__every=1, producers__ahead=1)
+    trainer = begin(run, tmp_path)
+    step = trainer.train_step
+
+    def train_step(batches):
+        if trainer.step == 3:  # step 4 is ordered already
+            (tmp_path / "mixture.yaml").write_text("{same: 0}")
+        seen.append([raw.task for batch in batches for raw in batch])
+        return step(batches)
+
+    seen, trainer.train_step = [], train_step
+    trainer.run()
+    assert seen[-1] == ["ti2i"] * 4
+    assert json.loads((tmp_path / "mixture.jsonl").read_text()) == {"step": 5, "weights": {"same": 0.0, "large": 1.0}}
+    (checkpoints.latest(tmp_path / "checkpoints") / "trainer.json").unlink()
+    again = begin(run, tmp_path, resume=True)
+    assert again.step == 5
+    again.run()
+    assert all(torch.equal(w, weights(again)[name]) for name, w in weights(trainer).items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"stages": []}, "stages must be a list of one stage or more, got []"),
+        ({"stages__1__seed": 3}, "seed must stand above the stages: it is one for the whole run (stage 1)"),
+        ({"stages__1__model": {"folder": "other"}}, "model.folder must stand above the stages"),
+        (
+            {"stages__1__optimizer__name": "muon"},
+            "carry.optimizer must be false where optimizer.name changes",
+        ),
+        ({"stages__1__data__mixture__1__name": "same"}, "data.mixture must have parts of different names"),
+        ({"stages__2__steps": 3}, "stages.2.steps must have a number from 0 to 1 instead of 2"),
+        ({"stages__0__stps": 3}, "there is no field stps; did you mean steps? (stage 0)"),
+    ],
+)
+def test_what_is_refused(folder, changes, sentence):
+    with pytest.raises(RecipeError) as error:
+        curriculum(folder, **changes)
+    assert sentence in str(error.value)
+
+
+def shards(folder, count=12):
+    records = [
+        Record(noise(i, 40, 40), {"raw": f"raw {i}", "fused": f"fused {i}"}, category="Nature" if i % 2 else "People",
+               metadata={"score": i}, origin=f"{i}.png")
+        for i in range(count)
+    ]  # fmt: skip
+    write_shards(records, folder, shard_records=5)
+    return str(folder)
+
+
+def test_shards_give_each_record_once_an_epoch(tmp_path):
+    source = make_source(PartRecipe(source=shards(tmp_path)))
+    epochs = [[source.sample(0, epoch * 12 + i).origin for i in range(12)] for epoch in range(2)]
+    assert [sorted(epoch) for epoch in epochs] == [sorted(f"{i}.png" for i in range(12))] * 2
+    assert epochs[0] != epochs[1]
+    chosen = {"where": {"category": ["Nature"]}, "least": {"score": 3}, "captions": {"raw": 1.0}}
+    source = make_source(PartRecipe(source=str(tmp_path), options=chosen))
+    assert sorted(source.sample(0, i).caption for i in range(5)) == sorted(f"raw {i}" for i in (3, 5, 7, 9, 11))
+    with pytest.raises(RecipeError, match=r"no record of .* is chosen by where \{'category': \['Art'\]\}"):
+        make_source(PartRecipe(source=str(tmp_path), options={"where": {"category": ["Art"]}}))
+
+
+def test_what_cannot_be_used_is_left_out_and_written_down(folder, tmp_path):
+    where = shards(tmp_path / "shards")
+    shard = tmp_path / "shards" / "shard-00001.tar"
+    shard.write_bytes(shard.read_bytes()[:3000])
+    filters = {"stages": [1], "curation": {"min_side": 16, "min_bytes": 1}, "without": ["nsfw"]}
+    tree = small_tree(folder) | {"steps": 3}
+    tree["data"] |= {"source": where, "options": {}, "filters": filters}
+    trainer = begin(build_curriculum(tree), tmp_path / "run")
+    trainer.run()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "rejected.jsonl").read_text().splitlines()]
+    assert len(lines) == 5 and all("broken_file: the shard shard-00001.tar is damaged" in x["reason"] for x in lines)
+    tree["data"]["filters"]["curation"]["min_side"] = 50
+    maker = make_task(build_curriculum(tree), tmp_path / "other").maker
+    with pytest.raises(Rejected, match="all 4 samples of step 0, micro-batch 0 were rejected, the first by"):
+        maker.batch(0, 0)

@@ -1,0 +1,71 @@
+"""Pictures as training takes them: decoded, and judged by filters while the run goes on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..recipe import RecipeError, convert
+from .filters.picture import BrokenImage, Picture
+from .record import Record
+
+# They compare records with each other, which only a pass over all of them can.
+_COMPARING = ("exact_duplicate", "near_duplicate")
+
+
+class Rejected(ValueError):
+    """A sample that is not used: `origin` says which, `reason` why."""
+
+    def __init__(self, origin: str, reason: str):
+        super().__init__(origin, reason)
+        self.origin, self.reason = origin, reason
+
+
+class Screen:
+    """Decodes a record, or rejects it.
+
+    Args:
+        filters: fields of a `FilterRecipe` without `sources`; empty: only what cannot be decoded is rejected.
+            Duplicates and the balance need all records, and are left to `data filter`.
+    """
+
+    def __init__(self, filters: Mapping[str, Any]):
+        from .recipe import FilterRecipe, SourceRecipe, validate
+
+        if "sources" in filters:
+            raise RecipeError("recipe: data.filters must not have sources: they are those of the mixture")
+        self.recipe = convert({**filters, "sources": []}, FilterRecipe, "")
+        self.recipe.sources = [SourceRecipe("the mixture")]
+        validate(self.recipe)
+        if not filters:
+            self.recipe.stages = []
+        self._filters: list[Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_filters": None}  # their models are loaded where they are used
+
+    def pixels(self, record: Record) -> np.ndarray:
+        """uint8 [height, width, 3] of a record that passes; raises `Rejected`."""
+        try:
+            if self.recipe.stages:
+                from .pipeline import judge
+
+                record, row = judge(record, self._made(), self.recipe.curation.max_pixels)
+                if not row["kept"]:
+                    raise Rejected(record.origin, f"{row['filter']}: {row['reason']}")
+            return Picture(record, self.recipe.curation.max_pixels).rgb
+        except BrokenImage as error:
+            raise Rejected(record.origin, f"broken_file: {error}") from error
+
+    def _made(self) -> list[Any]:
+        if self._filters is None:
+            from .pipeline import build_filters
+
+            self.recipe.without = [*self.recipe.without, *_COMPARING]
+            with tempfile.TemporaryDirectory() as folder:
+                self._filters = build_filters(self.recipe, Path(folder))
+        return self._filters

@@ -1,0 +1,1 @@
+"""Producers make batches and keep a bounded store full; consumers only train."""

@@ -1,0 +1,121 @@
+"""What producers and the trainer do alike: pictures to latents, captions to condition states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen_image_fast.models.text_encoder import T2I_DROP, T2I_TEMPLATE
+from qwen_image_fast.models.vae import AutoencoderKLQwenImage
+from qwen_image_fast.pipelines.conditions import encode_edit_prompts
+from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
+from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
+from qwen_image_fast.training.tiny.latents import encode_images
+
+if TYPE_CHECKING:
+    from qwen_image_fast.training.curriculum import Curriculum
+    from qwen_image_fast.training.tiny.batches import Batch, RawSample
+    from qwen_image_fast.training.trainer import BatchMaker
+
+
+def encode_captions(
+    text_encoder: Any, tokenizer: Any, captions: Sequence[str], template: str, drop: int, limit: int
+) -> list[Tensor]:
+    """`encode_prompts` in one batch for captions of unequal length: row i is [tokens of caption i, hidden].
+
+    Short rows are filled up behind their end. Attention is causal, so what is kept never sees the filling, and no
+    attention mask is needed.
+    """
+    ids = [row[: drop + limit] for row in tokenizer([template.format(c) for c in captions])["input_ids"]]
+    longest = max(len(row) for row in ids)
+    device = text_encoder.get_input_embeddings().weight.device
+    filled = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=device)
+    hidden = text_encoder(input_ids=filled, use_cache=False).last_hidden_state
+    return [states[drop : len(row)] for states, row in zip(hidden, ids)]
+
+
+class Encoders:
+    """The models that only look: VAE, condition encoder, its tokenizer, and its processor where there are edits."""
+
+    def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, processor: Any):
+        self.vae, self.text_encoder, self.tokenizer, self.processor = vae, text_encoder, tokenizer, processor
+
+    def latents(self, batch: Sequence[RawSample]) -> list[Tensor]:
+        """Packed latents of all images of a batch, one after another; those made before as they are."""
+        images = [image for raw in batch for image in raw.images]
+        if images[0].dtype == np.uint8:
+            return encode_images(self.vae, images)
+        return [torch.from_numpy(image) for image in images]
+
+    def texts(self, batch: Sequence[RawSample], limit: int) -> list[Tensor]:
+        """Condition states of each sample, as the pipelines make them: with references, of what Qwen2.5-VL sees too."""
+        out: dict[int, Tensor] = {}
+        plain = [i for i, raw in enumerate(batch) if len(raw.images) == 1]
+        edits = [i for i, raw in enumerate(batch) if len(raw.images) > 1]
+        if plain:
+            captions = [batch[i].caption for i in plain]
+            states = encode_captions(self.text_encoder, self.tokenizer, captions, T2I_TEMPLATE, T2I_DROP, limit)
+            out.update(zip(plain, states))
+        if edits:
+            states = encode_edit_prompts(
+                self.text_encoder, self.tokenizer, self.processor,
+                [batch[i].caption for i in edits], [batch[i].pictures for i in edits],
+            )  # fmt: skip
+            out.update(zip(edits, states))
+        return [out[i] for i in range(len(batch))]
+
+
+class EncodingMaker:
+    """A `BatchMaker` whose batches are encoded; it loads the models where it is used.
+
+    Args:
+        maker: of the raw batches. folder, vae: of the models, as in `ModelRecipe`. device: of the models.
+        states: the type of the frozen condition encoder; None: it learns, and the trainer runs it.
+        limits: most text tokens in each stage of `run`. edits: whether samples may have references.
+    """
+
+    def __init__(
+        self, maker: BatchMaker, folder: Path, vae: str, device: str, states: torch.dtype | None, limits: list[int],
+        run: Curriculum, edits: bool,
+    ):  # fmt: skip
+        self.maker, self.folder, self.vae, self.device = maker, folder, vae, device
+        self.states, self.limits, self.run, self.edits = states, limits, run, edits
+        self._encoders: Encoders | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_encoders": None}
+
+    def use(self, changes: Any) -> None:
+        self.maker.use(changes)
+
+    @torch.no_grad()
+    def batch(self, step: int, micro: int) -> Batch:
+        made, encoders = self.maker.batch(step, micro), self._loaded()
+        latents = iter(encoders.latents(made))
+        for raw in made:
+            raw.images = [next(latents).float().cpu().numpy() for _ in raw.images]
+        if self.states is not None:
+            for raw, states in zip(made, encoders.texts(made, self.limits[self.run.number(step)])):
+                raw.states, raw.pictures = states.cpu(), []
+        return made
+
+    def _loaded(self) -> Encoders:
+        if self._encoders is None:
+            self._encoders = self._load()
+        return self._encoders
+
+    def _load(self) -> Encoders:
+        vae = AutoencoderKLQwenImage.from_pretrained(self.vae or self.folder / "vae", device=self.device)
+        if self.states is None:
+            return Encoders(vae, None, None, None)
+        kind: Any = QwenImageEditPlusPipeline if self.edits else QwenImagePipeline
+        pipe = kind.from_pretrained(
+            self.folder, torch_dtype=torch.float32, device=self.device, vae=vae, transformer=None
+        )
+        encoder = pipe.text_encoder.to(self.states).requires_grad_(False)
+        return Encoders(vae, encoder, pipe.tokenizer, getattr(pipe, "processor", None))
