@@ -62,15 +62,16 @@ def train(
 def cache_latents(recipe_path: str | Path, overrides: Any, folder: str | Path, count: int) -> None:
     """Write the first `count` samples of a flow recipe, encoded by its VAE, as a latent cache.
 
-    The VAE computes in the type of the recipe's model, in `data.workers` processes."""
+    The VAE computes in the type of the recipe's model, in `producers.count` processes where the backend is that."""
     recipe, folder = read_recipe(find_recipe(recipe_path), overrides), Path(folder)
     if not isinstance(recipe, FlowRecipe) or recipe.data.cache:
         raise RecipeError("recipe: cache-latents needs kind flow without data.cache")
     task = FlowTask(recipe, folder)
     maker = task.batches
     pixels = any(recipe.data.tasks.get(name) for name in ("ti2i", "recon"))
+    workers = recipe.producers.count if recipe.producers.backend == "processes" else 0
     with tqdm(total=count, unit="sample") as bar:
         write_cache(
-            folder, task.pipe.vae.to(task.dtype), maker.to_cache, count, pixels=pixels, workers=recipe.data.workers,
+            folder, task.pipe.vae.to(task.dtype), maker.to_cache, count, pixels=pixels, workers=workers,
             progress=lambda done: bar.update(done - bar.n),
         )  # fmt: skip

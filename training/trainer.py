@@ -157,10 +157,10 @@ class Trainer:
             recipe = self.recipe
             meter.waited += waited
             losses = self.train_step(batches)
-            meter.add(losses, sum(len(batch) for batch in batches))
+            rejected = [sample for batch in batches for sample in getattr(batch, "rejected", ())]
+            meter.add(losses, recipe.batch * recipe.accumulate - len(rejected))
             log.advance(self.step)
-            for batch in batches:
-                log.rejected(self.step, getattr(batch, "rejected", ()))
+            log.rejected(self.step, rejected)
             last = self.step == self.run_of.stages[self.stage].last
             if self.step % recipe.log.every == 0 or last:
                 values = meter.values() | {"memory_gb": memory_gb(self.task.device)}

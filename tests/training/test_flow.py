@@ -184,7 +184,10 @@ def test_synthesis_is_a_source_of_images_and_edits():
     edit = source.edit(3, 5)
     assert edit.caption and edit.references[0].shape == edit.image.shape
     for data, sentence in (
-        (DataRecipe(source="nowhere"), "data.source must be squares, synthesis or a folder, got 'nowhere'"),
+        (
+            DataRecipe(source="nowhere"),
+            "data.source must be squares, .* or shards with index.parquet, got 'nowhere'",
+        ),
         (DataRecipe(options={"sice": 3}), "data.options must fit the source squares: .*sice"),
         (DataRecipe(source="synthesis", options={"preset": "x"}), "data.options.preset must be tiny or empty, got 'x'"),
     ):

@@ -9,10 +9,11 @@ from trainer_helpers import small_recipe, small_transformer, start, weights
 
 from qwen_image_fast.models.text_encoder import T2I_DROP, T2I_TEMPLATE, encode_prompts
 from qwen_image_fast.training.lora import add_lora, load_lora, lora_state, save_lora
+from qwen_image_fast.training.producer.encode import encode_captions
 from qwen_image_fast.training.randomness import normal
 from qwen_image_fast.training.recipe import LoraRecipe, RecipeError
 from qwen_image_fast.training.run import cache_latents
-from qwen_image_fast.training.tiny.flow_task import FlowTask, encode_captions
+from qwen_image_fast.training.tiny.flow_task import FlowTask
 from qwen_image_fast.training.tiny.latents import LatentCache, encode_images
 
 
@@ -58,7 +59,7 @@ def test_workers_write_the_same_cache(folder, tmp_path):
         "device": "cpu", "model": {"folder": str(folder)},
         "data": {"options": {"size": 32}, "buckets": [[32, 32]], "tasks": {"t2i": 1.0, "ti2i": 1.0}},
     }))  # fmt: skip
-    for name, changes in (("alone", ()), ("workers", ("data.workers=2",))):
+    for name, changes in (("alone", ()), ("workers", ("producers.backend=processes", "producers.count=2"))):
         cache_latents(path, changes, tmp_path / name, 70)
     for file in ("tokens.raw", "pixels.raw", "index.jsonl"):
         assert (tmp_path / "alone" / file).read_bytes() == (tmp_path / "workers" / file).read_bytes()

@@ -61,7 +61,7 @@ def test_bad_overrides_and_files(tmp_path):
         read_recipe(path, ["steps"])
     with pytest.raises(RecipeError, match="steps has a value of its own"):
         read_recipe(path, ["steps.more=1"])
-    with pytest.raises(RecipeError, match="there is no file nothing; shipped recipes: full/text-to-image, lora/text"):
+    with pytest.raises(RecipeError, match="there is no file nothing; shipped recipes: curriculum/report"):
         find_recipe("nothing")
 
 
