@@ -161,19 +161,21 @@ def _unwritten_is_nan() -> Iterator[None]:
 def _judge(name: str, kernels: str, device: str, dtype: torch.dtype) -> Verdict:
     kind = str(dtype).removeprefix("torch.")
     try:
-        worst, problem = _compare(*functions(name), inputs(name, 45, 192, dtype, device), ALLOWED.get(name, 2.0))
+        args, times = inputs(name, 45, 192, dtype, device), ALLOWED.get(name, 2.0)
+        worst, problem = _compare(*functions(name), args, times, same_bits=kernels != "torch")
     except Exception as error:  # a kernel that raises is a failed test, not a failed program
         worst, problem = math.inf, f"{type(error).__name__}: {error}"
     return Verdict(name, kernels, kind, worst, problem)
 
 
-def _compare(op: Callable, reference: Callable, args: list, times: float) -> tuple[float, str | None]:
+def _compare(op: Callable, reference: Callable, args: list, times: float, same_bits: bool) -> tuple[float, str | None]:
     exact_args = [_double(a) for a in args]
     runs = [(op, args), (reference, args), (reference, exact_args)]
     outs = [as_tuple(fn(*a)) for fn, a in runs]
     with torch.no_grad():
         direct = as_tuple(op(*(a.detach() if isinstance(a, Tensor) else a for a in args)))
-    if not all(torch.equal(a, b) for a, b in zip(direct, outs[0])):
+    # torch may compute attention otherwise where gradients are wanted; kernels of this package may not.
+    if same_bits and not all(torch.equal(a, b) for a, b in zip(direct, outs[0])):
         return math.inf, "the result with gradients differs from the one without"
 
     generator = torch.Generator().manual_seed(11)

@@ -42,7 +42,7 @@ def joint_attention(
     length are one dense batch for torch's scaled_dot_product_attention; mixed lengths on CUDA in 16 bit are one launch.
     Autograd, fake tensors and torch.compile come with all of them (the lengths are Python numbers: a new set of lengths
     is a new graph). On GPUs from Hopper on, dense passes without gradients prefer cuDNN's kernels to those of
-    FlashAttention-2 (`preferred_backends`).
+    FlashAttention-2 (`preferred_backends`). On the CPU in 16 bit, passes with gradients compute in float32.
 
     Args:
         q: [sum of q_lens, heads, head_dim]; k, v: [sum of k_lens, heads, head_dim]; one dtype.
