@@ -214,7 +214,8 @@ def bench(suite: str) -> Callable[[Check], dict[str, Any]]:
         target = BUILD / f"{suite}.json"
         target.unlink(missing_ok=True)
         try:
-            module = ["benchmarks.gpu_gemms"] if suite == "gemms" else ["benchmarks.gpu_bench", suite]
+            own = suite in ("gemms", "vae")
+            module = [f"benchmarks.gpu_{suite}"] if own else ["benchmarks.gpu_bench", suite]
             check.python("-m", *module, target)
         finally:
             if target.exists():  # also what was measured before it failed
@@ -227,7 +228,7 @@ def bench(suite: str) -> Callable[[Check], dict[str, Any]]:
 # In this order; the seconds add up to less than nine minutes.
 STAGES = [
     Stage("machine", 30, machine),
-    Stage("build", 100, build),
+    Stage("build", 95, build),
     Stage(
         "op tests",
         60,
@@ -235,12 +236,13 @@ STAGES = [
         "every op and its gradients, attention by our kernel and by torch's, FP8 rows",
     ),
     Stage("model tests", 40, pytest("tests/gpu"), "models, pipeline, grouped linear layers, CUDA graphs, side streams"),
-    Stage("gemms", 35, bench("gemms"), "TFLOP/s of the linear layers, by CUTLASS and by cuBLASLt"),
-    Stage("ops", 50, bench("ops"), "bandwidth of each op, TFLOP/s of attention"),
+    Stage("gemms", 30, bench("gemms"), "TFLOP/s of the linear layers, by CUTLASS and by cuBLASLt"),
+    Stage("ops", 45, bench("ops"), "bandwidth of each op, TFLOP/s of attention"),
     Stage("block", 20, bench("block"), "time of one block against diffusers"),
-    Stage("transformer", 80, bench("transformer"), "time and memory of the 60-layer transformer against diffusers"),
+    Stage("transformer", 70, bench("transformer"), "time and memory of the 60-layer transformer against diffusers"),
+    Stage("vae", 30, bench("vae"), "time of the VAE at 1024 pixels against diffusers; its layers by cuDNN and CUTLASS"),
     Stage("training", 30, bench("training"), "time, memory and model FLOP utilisation of forward and backward"),
-    Stage("memcheck", 50, sanitizer("memcheck"), "no invalid access to memory"),
+    Stage("memcheck", 45, sanitizer("memcheck"), "no invalid access to memory"),
     Stage("racecheck", 45, sanitizer("racecheck"), "no race on shared memory"),
 ]
 

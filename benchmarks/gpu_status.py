@@ -25,7 +25,9 @@ accesses to memory and barriers checked. No timing, occupancy or bandwidth on a 
 
 The kernels made from CUTLASS's templates (`csrc/cutlass_kernels`) have only been compiled: the emulator does not run
 them. What Python hands to them, the order of their tiles and the choice between them and cuBLASLt are tested on the
-CPU; that they compute the right thing is not. They are off unless `ops.linear_kernels("cutlass")` asks for them.
+CPU; that they compute the right thing is not. So it is with `conv2d`, the VAE's convolution with bias and residual, and
+its table, which is empty: cuDNN computes all of them until a GPU has measured which is faster. The linear kernels are
+off unless `ops.linear_kernels("cutlass")` asks for them.
 """
 FOOT = """
 To fill this page in: on a machine with a GPU, nvcc and a CUDA build of torch run `make gpu-check`, then
@@ -79,6 +81,19 @@ def describe(r: dict[str, Any]) -> str:
         count = r["transformer"][0]["layers"]
         text += f"\nThe transformer, {count} layers, both branches of guidance, ms:\n"
         text += milliseconds(r["transformer"], "pair ms")
+    images = [c for c in r.get("vae", []) if c["task"] != "layer"]
+    if images:
+        rows = [
+            [c["task"], str(c["pixels"]), f"{c['ms']['ours']:.1f}", f"{c['ms']['diffusers']:.1f}", f"{c['times']:.2f}",
+             f"{c['TFLOP/s']:.0f}" if "TFLOP/s" in c else ""]
+            for c in images
+        ]  # fmt: skip
+        text += f"\nThe VAE, one image in {images[0]['dtype']}:\n"
+        text += table(["", "pixels", "ms", "diffusers, ms", "times", "TFLOP/s"], rows)
+    layers = [c for c in r.get("vae", []) if c["task"] == "layer"]
+    if layers:
+        rows = [[c["label"], *(f"{c['TFLOP/s'][k]:.0f}" for k in ("torch", "cutlass"))] for c in layers]
+        text += table(["convolution of the VAE", "cuDNN, TFLOP/s", "CUTLASS, TFLOP/s"], rows)
     for c in r.get("training", []):
         shares = ", ".join(f"{n} {v:.0%}" for n, v in c.get("MFU", {}).items()) or "unknown for this GPU"
         text += f"\nTraining step of {c['layers']} layers at {c['pixels']} pixels: model FLOP utilisation {shares}.\n"

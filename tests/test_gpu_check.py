@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 pytest.importorskip("diffusers")
 
-from benchmarks import gpu_bench, gpu_check, gpu_gemms, gpu_status, linear_table
+from benchmarks import gpu_bench, gpu_check, gpu_gemms, gpu_status, gpu_vae, linear_table
 
 
 def test_the_stages_fit_into_nine_minutes():
@@ -97,6 +97,16 @@ def test_measuring_training(tmp_path):
     assert record["step ms"].keys() == {"ours", "diffusers"} and record["TFLOP/s"]["ours"] > 0
 
 
+def test_measuring_the_vae(tmp_path):
+    target = tmp_path / "vae.json"
+    gpu_bench.write(gpu_vae.vae((16,), 1, base_dim=8, num_res_blocks=1), target)
+    decode, encode = json.loads(target.read_text())
+    assert (
+        decode["difference"] < 0.1 and decode["flops"] > 0 and decode["ms"].keys() == {"ours", "drop-in", "diffusers"}
+    )
+    assert encode["task"] == "encode" and encode["difference"] < 0.1
+
+
 def test_measuring_linear_layers(tmp_path):
     target = tmp_path / "gemms.json"
     gpu_bench.write(gpu_gemms.gemms(width=16, img_rows=(9,), rounds=1), target)
@@ -166,13 +176,19 @@ def test_page_of_results():
         "gemms": [{"label": "linear_qkv", "rows": [4096, 50], "depth": 3072, "columns": 3072,
                    "TFLOP/s": {"torch": 600.4, "cutlass large": 650.0}}],
         "transformer": [{"pixels": 1024, "layers": 60, "pair ms": times}],
+        "vae": [
+            {"task": "decode", "pixels": 1024, "dtype": "bfloat16", "times": 4.3,
+             "ms": {"ours": 14.0, "diffusers": 60.0}, "TFLOP/s": 300.0},
+            {"task": "layer", "label": "96 -> 96", "TFLOP/s": {"torch": 310.0, "cutlass": 320.0}},
+        ],
         "training": [{"layers": 8, "pixels": 1024, "MFU": {"ours": 0.5}}],
     }  # fmt: skip
     text = gpu_status.page([result])
     for part in ("## Some GPU, 2000-01-01", "| build | passed | for sm_90a |", "| memcheck | not run |",
                  "| 2900 | 95% | 90% |", "| 4096 image + 64 text tokens | 500 | 300 | 400 |  |", "| 512 | 1.2 |",
                  "| linear_qkv | 4096 + 50 | 3072 -> 3072 | 600 | 650 |", "| 1024 | 231.2 | 370.0 |",
-                 "utilisation ours 50%"):  # fmt: skip
+                 "utilisation ours 50%", "| decode | 1024 | 14.0 | 60.0 | 4.30 | 300 |",
+                 "| 96 -> 96 | 310 | 320 |"):  # fmt: skip
         assert part in text
     left = text.split("## Not yet shown on a GPU")[1]
     assert "| op tests |" not in left and "| racecheck | no race on shared memory |" in left
