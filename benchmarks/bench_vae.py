@@ -1,11 +1,7 @@
-"""The VAE on one image: encoding, decoding, a training step of the decoder, each layer, and memory.
-
-`python -m benchmarks.bench_vae 4096` decodes one image of that side under a memory limit of 4 GB, without a comparison.
-"""
+"""The VAE on one image: encoding, decoding, a training step of the decoder, each layer, memory, and strips of rows."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -36,6 +32,8 @@ DIRECT = "torch"
 # Speed-ups over diffusers eager and compiled; and what memory may take of diffusers'.
 GOALS = {"decode": (6.0, 4.0), "encode": (4.0, None), "train": (2.0, None)}
 GOAL_MEMORY = 0.5
+# The side of an image decoded in strips of rows, and what that may take.
+STRIPS = (4096, 4 * 10**9)
 # (channels in, out, pixels of the input / side of the image, upsampling, how many of them decode an image)
 LAYERS = (
     (384, 384, 1 / 8, False, 10),
@@ -96,9 +94,11 @@ def training_call(model) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def cases(settings: Settings, sides: tuple[int, ...] = (256, 512), memory_side: int = 1024, **config) -> Iterator[Case]:
+def cases(
+    settings: Settings, sides: tuple[int, ...] = (256, 512), memory_side: int = 1024, strips=STRIPS, **config
+) -> Iterator[Case]:
     if settings.quick:
-        sides, memory_side, config = (64,), 64, {"base_dim": 32, "num_res_blocks": 1} | config
+        sides, memory_side, strips, config = (64,), 64, (128, 10**8), {"base_dim": 32, "num_res_blocks": 1} | config
     theirs, drop_in, ours = models(settings, **config)
     for side in sides:
         x = torch.rand(1, 3, 1, side, side, device=settings.device) * 2 - 1
@@ -113,6 +113,8 @@ def cases(settings: Settings, sides: tuple[int, ...] = (256, 512), memory_side: 
     calls = {name: training_call(m) for name, m in ((BASELINE, theirs), (DROP_IN, drop_in), (OURS, ours))}
     yield task_case("train", sides[0], calls, z, settings)
     yield memory_case(memory_side, theirs, ours, settings)
+    if settings.device == "cpu":
+        yield strips_case(*strips, ours, settings)
     yield from layer_cases(sides[0], ours.config.base_dim, settings)
 
 
@@ -143,6 +145,28 @@ def memory_case(side: int, theirs, ours, settings: Settings) -> Case:
     return Case(
         SUITE, f"memory of decode {side} x {side}", {"task": "memory", "side": side}, timings, {}, difference, 1e-3,
         memory=memory, note="one call each",
+    )  # fmt: skip
+
+
+def strips_case(side: int, limit: int, ours, settings: Settings) -> Case:
+    """One image decoded in strips of rows under a memory limit, against the same at a quarter of the side as a whole.
+
+    The quarter is only timed: FLOPs but for attention are 1/16.
+    """
+    ratio, seconds = ours.spatial_compression_ratio, []
+    z = torch.randn(1, ours.config.z_dim, 1, side // ratio, side // ratio, device=settings.device)
+    call, small = decoder_call(ours), z[..., : side // ratio // 4, : side // ratio // 4].contiguous()
+    call(small[..., :2, :2])
+    whole = time_call(lambda: call(small), settings.device)
+    ours.set_memory_limit(limit)
+    try:
+        peak = peak_extra_memory(lambda: seconds.append(time_call(lambda: call(z), settings.device)), settings.device)
+    finally:
+        ours.set_memory_limit(None)
+    return Case(
+        SUITE, f"decode {side} x {side} in strips", {"task": "strips", "side": side, "limit": limit},
+        {OURS: Timing.of(seconds), f"{side // 4} x {side // 4} whole": Timing.of([whole])}, {},
+        memory={OURS: peak}, note=f"memory limit {limit} bytes; one call each",
     )  # fmt: skip
 
 
@@ -196,19 +220,7 @@ def bars(measured: list[Case]) -> list[Bar]:
     if memory is not None:
         share = memory.memory[OURS] / memory.memory[BASELINE] if memory.memory[BASELINE] else None
         found.append(Bar(f"{memory.name}, part of diffusers'", GOAL_MEMORY, share, at_most=True))
+    strips = find(measured, SUITE, task="strips")
+    if strips is not None:
+        found.append(Bar(f"{strips.name}, bytes", strips.tags["limit"], strips.memory[OURS] or None, at_most=True))
     return found
-
-
-def decode_large(side: int, limit: str = "4GB") -> tuple[int, float]:
-    """(peak extra bytes, seconds) of decoding a `side`^2 image of the released size under a memory limit."""
-    vae, seconds = AutoencoderKLQwenImage().eval(), []
-    z = torch.randn(1, vae.config.z_dim, 1, side // 8, side // 8)
-    decoder_call(vae)(z[..., :2, :2])
-    vae.set_memory_limit(limit)
-    peak = peak_extra_memory(lambda: seconds.append(time_call(lambda: decoder_call(vae)(z), "cpu")), "cpu")
-    return peak, seconds[0]
-
-
-if __name__ == "__main__":
-    peak, taken = decode_large(int(sys.argv[1]))
-    print(f"decode {sys.argv[1]} x {sys.argv[1]}: {peak / 1e9:.2f} GB in {taken:.0f} s")
