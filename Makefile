@@ -7,7 +7,7 @@ GPU_WHEELS := diffusers transformers huggingface_hub safetensors tokenizers tqdm
   pygments shellingham click pyyaml regex requests httpx importlib_metadata zipp pybind11 ninja pytest pluggy iniconfig \
   nvidia-cutlass==$(shell sed -n 's/^nvidia-cutlass==//p' constraints.txt)
 
-.PHONY: demo test lint bench install dev clean cuda-compile gpu-check gpu-wheels gpu-status
+.PHONY: demo pipeline test lint bench install dev clean cuda-compile gpu-check gpu-wheels gpu-status
 
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
   $(shell find csrc python training -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.py' -o -name '*.yaml')
@@ -36,6 +36,10 @@ dev: $(VENV)/dev
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
+
+# Collect, filter, annotate, synthesise, balance, train two stages, score: minutes on two cores.
+pipeline: $(VENV)/dev
+	$(BIN)/python examples/whole_pipeline.py
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -q -n $(JOBS) tests
