@@ -42,8 +42,8 @@ class RayActors:
             ray.init(address=recipe.address or None, include_dashboard=False, log_to_driver=False,
                      logging_level="ERROR")  # fmt: skip
         options = {"num_cpus": recipe.cpus, "num_gpus": recipe.gpus, "max_restarts": -1, "max_task_retries": -1}
-        kind, copied = ray.remote(_Producer), ray.put(maker)
-        self.actors = [kind.options(**options).remote(copied) for _ in range(recipe.count)]
+        kind, self.copied = ray.remote(_Producer), ray.put(maker)  # held, for actors that are started anew
+        self.actors = [kind.options(**options).remote(self.copied) for _ in range(recipe.count)]
         self.pending: dict[int, tuple[int, Any]] = {}  # actor and reference
 
     def submit(self, ticket: Ticket) -> None:
