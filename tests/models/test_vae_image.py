@@ -37,8 +37,8 @@ def outputs(model, x, z):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("height, width", [(72, 40), (8, 8)])
 def test_precision(dtype, height, width, convolution):
-    """The rule of exact operations, in float32 at three times instead of twice: torch's channels-last convolution alone
-    errs 1.6 times as much as its 3-D one. Winograd is no worse."""
+    """The rule of exact operations: at most twice the reference's error; of the reassociated tier, "auto" in float32,
+    three times and 1/50 of a step of 255."""
     ours, theirs = pair(dtype, **WIDE)
     ours.set_convolution(convolution)
     exact = without_float32_upsample(copy.deepcopy(theirs).double())
@@ -46,7 +46,7 @@ def test_precision(dtype, height, width, convolution):
     for mine, reference, wanted in zip(
         outputs(ours, x, z), outputs(theirs, x, z), outputs(exact, x.double(), z.double()), strict=True
     ):
-        if dtype == torch.float32:
+        if dtype == torch.float32 and convolution == "auto":
             reference = wanted + 1.5 * (reference.double() - wanted)
         assert_error_at_most_twice(mine, reference, wanted)
         if dtype == torch.float32:
