@@ -98,6 +98,7 @@ PYBIND11_MODULE(_C, m) {
   define(m, "channel_norm_silu_forward", channel_norm_silu, channel_norm_silu_forward_cpu);
   define(m, "channel_norm_silu_backward", channel_norm_silu_backward, channel_norm_silu_backward_cpu);
   define(m, "conv3x3_forward", conv3x3, conv3x3_forward_cpu);
+  define(m, "picture_statistics", picture_statistics, picture_statistics_cpu);
 #if defined(QIF_CUDA_ARCHITECTURES)
   define_cuda(m);
   define_cutlass(m);

@@ -14,6 +14,7 @@
 #include "kernels/joint_attention.h"
 #include "kernels/layer_norm_modulate.h"
 #include "kernels/linear_group.h"
+#include "kernels/picture_statistics.h"
 #include "kernels/qk_norm_rope.h"
 
 namespace qif {
@@ -236,6 +237,12 @@ inline LinearGroup linear_group(const std::vector<LinearArguments>& linears, int
         gate_stride, pointer<int32_t>(offsets), segments};
   }
   return group;
+}
+
+inline PictureStatistics picture_statistics(Address rgb, Address luma, Address histogram, Address sums, int64_t height,
+                                            int64_t width) {
+  return {
+      pointer<uint8_t>(rgb), pointer<float>(luma), pointer<int64_t>(histogram), pointer<double>(sums), height, width};
 }
 
 }  // namespace qif

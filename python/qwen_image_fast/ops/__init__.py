@@ -13,9 +13,11 @@ from qwen_image_fast.ops.layer_norm_modulate import layer_norm_modulate
 from qwen_image_fast.ops.linear_gate_residual import linear_gate_residual
 from qwen_image_fast.ops.linear_gelu import linear_gelu
 from qwen_image_fast.ops.linear_qkv import linear_qkv
+from qwen_image_fast.ops.picture_statistics import PictureStatistics, picture_statistics
 from qwen_image_fast.ops.qk_norm_rope import qk_norm_rope
 
 __all__ = [
+    "PictureStatistics",
     "channel_norm_silu",
     "conv2d",
     "conv3x3",
@@ -30,6 +32,7 @@ __all__ = [
     "linear_kernels",
     "linear_qkv",
     "pack_conv3x3",
+    "picture_statistics",
     "qk_norm_rope",
     "reference",
 ]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import sqlite3
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from .base import Filter, Verdict
 from .picture import Picture
@@ -99,15 +98,16 @@ def perceptual_hash(luma: np.ndarray) -> int:
     Args:
         luma: float32 [height, width], 0 to 255.
     """
-    small = np.asarray(Image.fromarray(luma).resize((_SIDE, _SIDE), Image.Resampling.BOX))
-    basis = _dct_basis()
-    coefficients = (basis @ small @ basis.T).ravel()[1:]
+    height, width = luma.shape
+    coefficients = (_basis(height) @ luma @ _basis(width).T).ravel()[1:]
     bits = coefficients > np.median(coefficients)
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-@cache
-def _dct_basis() -> np.ndarray:
-    """float32 [8, 32]: cos(pi k (2 n + 1) / 64)."""
+@lru_cache(256)
+def _basis(size: int) -> np.ndarray:
+    """float32 [8, size]: the means of 32 equal parts of a line, then the DCT-II, cos(pi k (2 n + 1) / 64)."""
     k, n = np.arange(_KEPT)[:, None], np.arange(_SIDE)[None]
-    return np.cos(np.pi * k * (2 * n + 1) / (2 * _SIDE)).astype(np.float32)
+    edges, pixels = np.arange(_SIDE + 1)[:, None] * size / _SIDE, np.arange(size)
+    overlaps = np.clip(np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels), 0, None)
+    return (np.cos(np.pi * k * (2 * n + 1) / (2 * _SIDE)) @ overlaps * (_SIDE / size)).astype(np.float32)

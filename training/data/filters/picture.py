@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from qwen_image_fast.ops import PictureStatistics, picture_statistics
+
 from ...evaluation.ocr import Line
 from ..record import Record
 
@@ -70,19 +72,19 @@ class Picture:
         return np.asarray(Image.fromarray(self.rgb).resize(size, Image.Resampling.BOX))
 
     @cached_property
-    def planes(self) -> np.ndarray:
-        """`work` as contiguous uint8 [3, height, width]."""
-        return np.ascontiguousarray(self.work.transpose(2, 0, 1))
+    def statistics(self) -> PictureStatistics:
+        """Of `work`."""
+        return picture_statistics(self.work)
 
     @cached_property
     def grey(self) -> np.ndarray:
         """float32 [height, width] of `rgb` at its full size, 0 to 255, as `luma`."""
         return self.rgb.astype(np.float32) @ _LUMA
 
-    @cached_property
+    @property
     def luma(self) -> np.ndarray:
         """float32 [height, width] of `work`, 0 to 255: 0.299 R + 0.587 G + 0.114 B (BT.601)."""
-        return self.work.astype(np.float32) @ _LUMA
+        return self.statistics.luma
 
     @cached_property
     def _decoded(self) -> tuple[np.ndarray, int]:

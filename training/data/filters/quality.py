@@ -37,14 +37,10 @@ class Clarity(Measure):
     too_low = "the picture is blurred"
 
     def score(self, picture: Picture) -> float | None:
-        y = picture.luma
-        if min(y.shape) < 3:
+        found = picture.statistics
+        if found.laplacian is None or found.gradient is None or found.gradient < 1e-3:
             return None
-        gradient = np.square(y[1:] - y[:-1]).mean() + np.square(y[:, 1:] - y[:, :-1]).mean()
-        if gradient < 1e-3:
-            return None
-        laplacian = y[:-2, 1:-1] + y[2:, 1:-1] + y[1:-1, :-2] + y[1:-1, 2:] - 4 * y[1:-1, 1:-1]
-        return float(np.square(laplacian).mean() / gradient)
+        return found.laplacian / found.gradient
 
 
 class Luma(Measure):
@@ -54,7 +50,8 @@ class Luma(Measure):
     too_low, too_high = "the picture is too dark", "the picture is too bright"
 
     def score(self, picture: Picture) -> float:
-        return float(picture.luma.mean()) / 255
+        found = picture.statistics
+        return found.luma_sum / found.luma.size / 255
 
 
 class Saturation(Measure):
@@ -64,10 +61,8 @@ class Saturation(Measure):
     too_high = "the colours are unnaturally strong"
 
     def score(self, picture: Picture) -> float:
-        red, green, blue = picture.planes  # numpy is ten times slower over the last axis
-        high = np.maximum(np.maximum(red, green), blue)
-        spread = high - np.minimum(np.minimum(red, green), blue)
-        return float(np.divide(spread, np.maximum(high, 1), dtype=np.float32).mean())
+        found = picture.statistics
+        return found.saturation_sum / found.luma.size
 
 
 class RgbEntropy(Measure):
@@ -77,12 +72,9 @@ class RgbEntropy(Measure):
     too_low = "large areas are plain"
 
     def score(self, picture: Picture) -> float:
-        total = 0.0
-        for plane in picture.planes:
-            shares = np.bincount(plane.ravel(), minlength=256) / plane.size
-            shares = shares[shares > 0]
-            total -= float((shares * np.log2(shares)).sum())
-        return total / 3
+        found = picture.statistics
+        shares = found.histogram / found.luma.size
+        return float(-(shares * np.log2(np.where(shares > 0, shares, 1))).sum()) / 3
 
 
 class Texture(Measure):
@@ -95,9 +87,5 @@ class Texture(Measure):
     too_high = "the picture is noisy or its texture too fine"
 
     def score(self, picture: Picture) -> float | None:
-        y = picture.luma
-        if min(y.shape) < 3:
-            return None
-        vertical = y[:-2] - 2 * y[1:-1] + y[2:]
-        both = vertical[:, :-2] - 2 * vertical[:, 1:-1] + vertical[:, 2:]
-        return math.sqrt(math.pi / 2) / 6 * float(np.abs(both).mean())
+        noise = picture.statistics.noise
+        return None if noise is None else math.sqrt(math.pi / 2) / 6 * noise
