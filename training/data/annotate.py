@@ -28,6 +28,7 @@ from qwen_image_fast.checkpoint import atomic_write
 
 from .annotation import PROMPT, SYSTEM, InvalidAnnotation, read_annotation
 from .collect import collect
+from .disk import full_disk_is_a_sentence
 from .filters.picture import BrokenImage, Picture
 from .recipe import AnnotateRecipe
 from .record import Record
@@ -130,12 +131,13 @@ def annotate(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    table = _Table(out / "answers.sqlite", {"endpoint": recipe.endpoint, "model": recipe.model, "prompt": PROMPT})
-    try:
-        _ask_all(recipe, chat or captioner(recipe), table, progress)
-        return _write_all(recipe, out, table)
-    finally:
-        table.close()
+    with full_disk_is_a_sentence(out):
+        table = _Table(out / "answers.sqlite", {"endpoint": recipe.endpoint, "model": recipe.model, "prompt": PROMPT})
+        try:
+            _ask_all(recipe, chat or captioner(recipe), table, progress)
+            return _write_all(recipe, out, table)
+        finally:
+            table.close()
 
 
 def _records(recipe: AnnotateRecipe) -> Iterator[Record]:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from qwen_image_fast.checkpoint import atomic_write
 
 from .collect import collect
+from .disk import full_disk_is_a_sentence
 from .filters import captions, curation, duplicates, portrait, quality, refinement, text
 from .filters.balance import Balance
 from .filters.base import Filter
@@ -32,6 +33,7 @@ _FILTERS: tuple[type[Filter], ...] = (
     captions.TokenLength, captions.InvalidCaption, captions.Alignment,
     text.LanguageSplit, text.IntensiveText, text.SmallCharacters,
     refinement.RefinedResolution, refinement.ImageQuality, refinement.Aesthetic, refinement.Codes, refinement.Border,
+    refinement.Watermark, refinement.AbnormalElement,
     portrait.FaceMosaic,
 )  # fmt: skip
 FILTER_NAMES = (*(f.name for f in _FILTERS), "category_balance", "taxonomy")
@@ -70,7 +72,7 @@ def limits(recipe: FilterRecipe) -> dict[str, tuple[float | None, float | None]]
         "alignment": (words.min_alignment, None),
         "intensive_text": (None, recipe.text.max_area), "small_characters": (recipe.text.min_height, None),
         "refined_resolution": (last.min_side, None), "image_quality": (None, last.max_blockiness),
-        "aesthetic": (0.0, None), "border": (None, last.max_border),
+        "aesthetic": (0.0, None), "border": (None, last.max_border), "watermark": (None, last.max_watermark),
         "face_mosaic": (None, recipe.balance.max_mosaic),
     }  # fmt: skip
     return {f.name: found.get(f.name, (None, None)) for f in _FILTERS}
@@ -131,6 +133,8 @@ def build_filters(
         "aesthetic": lambda: refinement.Aesthetic(0.0, aesthetic) if aesthetic else None,
         "codes": lambda: refinement.Codes(),
         "border": lambda: refinement.Border(*bounds["border"]),
+        "watermark": lambda: refinement.Watermark(*bounds["watermark"]),
+        "abnormal_element": lambda: refinement.AbnormalElement(),
         "face_mosaic": lambda: portrait.FaceMosaic(*bounds["face_mosaic"]),
     }
     wanted = [f.name for f in _FILTERS if f.stage in recipe.stages and f.name not in recipe.without]
@@ -188,7 +192,7 @@ def run_filters(
     balance = recipe.balance
     by_category = 6 in recipe.stages and "category_balance" not in recipe.without and bool(balance.categories)
     by_node = 7 in recipe.stages and "taxonomy" not in recipe.without and balance.power < 1
-    with tempfile.TemporaryDirectory(prefix=".filtering-", dir=out) as name:
+    with full_disk_is_a_sentence(out), tempfile.TemporaryDirectory(prefix=".filtering-", dir=out) as name:
         work = Path(name)
         table = Balance(work, balance.categories, balance.tail, balance.power, recipe.seed)
         chain = filters(recipe, work)

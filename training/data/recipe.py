@@ -48,7 +48,7 @@ class QualityRecipe:
     min_clarity: float = 0.4
     min_luma: float = 0.06
     max_luma: float = 0.93
-    max_saturation: float = 0.85
+    max_saturation: float = 0.9
     min_entropy: float = 2.5
     max_texture: float = 16.0
 
@@ -79,11 +79,13 @@ class TextRecipe:
 
 @dataclass
 class RefinementRecipe:
-    """Stage 5. Pixels of the shorter side, blockiness, share of the shorter side in a border."""
+    """Stage 5. Pixels of the shorter side, blockiness, share of the shorter side in a border, how far a
+    pattern that repeats stands out."""
 
     min_side: int = 640
     max_blockiness: float = 1.8
     max_border: float = 0.04
+    max_watermark: float = 25.0
 
 
 @dataclass

@@ -86,6 +86,57 @@ class Codes(Filter):
         return Verdict(0.0)
 
 
+class Watermark(Measure):
+    """How far a pattern that repeats over the whole picture stands out: of tiled watermarks, not of single ones.
+
+    The Laplacian of Y, limited to 12 of 255 so that the picture's own edges do not drown faint ones, is correlated with
+    itself at every shift of 24 pixels or more up to half of the picture. Score: the largest correlation over the
+    deviation of all. None for pictures of less than 96 pixels.
+    """
+
+    name, stage = "watermark", 5
+    too_high = "a mark repeats over the picture"
+
+    def score(self, picture: Picture) -> float | None:
+        y = picture.luma
+        if min(y.shape) < 96:
+            return None
+        laplacian = y[:-2, 1:-1] + y[2:, 1:-1] + y[1:-1, :-2] + y[1:-1, 2:] - 4 * y[1:-1, 1:-1]
+        faint = np.clip(laplacian, -12, 12)
+        faint -= faint.mean()
+        height, width = faint.shape
+        # Zeros up to twice the size keep the ends of the picture from meeting.
+        power = np.abs(np.fft.rfft2(faint, (2 * height, 2 * width))) ** 2
+        down, across = height // 2, width // 2
+        found = np.fft.irfft2(power, (2 * height, 2 * width))
+        # Half of the plane: the correlation at the opposite shift is the same.
+        found = np.concatenate([found[-down:, :across], found[:down, :across]])
+        rows, columns = np.abs(np.arange(-down, down)), np.arange(across)
+        found /= np.outer(height - rows, width - columns)
+        far = found[(rows[:, None] >= 24) | (columns >= 24)]
+        deviation = float(np.sqrt(np.square(far).mean()))
+        return float(far.max()) / deviation if deviation > 0 else None
+
+
+class AbnormalElement(Filter):
+    """Rejects pictures in which the captioner (`data annotate`) saw watermarks or abnormal elements; score: 1 if so.
+
+    None for records that were not annotated.
+    """
+
+    name, stage = "abnormal_element", 5
+
+    def judge(self, picture: Picture) -> Verdict:
+        seen = picture.record.metadata.get("annotation")
+        if not isinstance(seen, dict):
+            return Verdict(None)
+        if seen.get("watermarks"):
+            return Verdict(1.0, f"the captioner saw a watermark: {seen['watermarks']!r:.80}")
+        if seen.get("abnormal_element"):
+            return Verdict(1.0, "the captioner saw a code, a mosaic, a blur or a border")
+        return Verdict(0.0)
+
+
 class Border(Measure):
     """Share of the picture's shorter side that plain bars on two opposite sides take together, the larger pair.
 
