@@ -14,15 +14,17 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qwen_image_fast.checkpoint import json_bytes, read_json, save_state
+from qwen_image_fast.checkpoint import atomic_write, json_bytes, read_json, save_state
 
 STATE, RECORD = "state", "trainer.json"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -47,34 +49,52 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         OSError: the disk is full, or the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{checkpoint.step:08d}"
+    final = path_of(folder, checkpoint.step)
     building = folder / f".{final.name}-{os.getpid()}"
     tensors = {f"weights/{n}": t for n, t in checkpoint.weights.items()}
     tensors |= {f"ema/{n}": t for n, t in checkpoint.ema.items()}
     tensors |= {f"optimizer/{n}": t for n, t in checkpoint.optimizer.items()}
-    record = {"step": checkpoint.step, "recipe": checkpoint.recipe, "ema_updates": checkpoint.ema_updates}
     try:
-        save_state(
-            {n: t.detach() for n, t in tensors.items()}, building, base_name=STATE, max_shard_size="1TB",
-            extra_files={RECORD: json_bytes(record)},
-        )  # fmt: skip
-        _flush(building)
-        if final.exists():  # the same step again, after a resume from an earlier one
-            shutil.rmtree(final)
-        building.replace(final)
-        _flush(folder)
+        with explained(folder, checkpoint.step):
+            save_state(
+                {n: t.detach() for n, t in tensors.items()}, building, base_name=STATE, max_shard_size="1TB"
+            )  # fmt: skip
+            publish(building, folder, checkpoint, keep)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return final
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def publish(building: Path, folder: Path, checkpoint: Checkpoint, keep: int) -> None:
+    """Put a written checkpoint in its place, with what is not tensors; then remove all but the newest `keep`."""
+    final = path_of(folder, checkpoint.step)
+    record = {"step": checkpoint.step, "recipe": checkpoint.recipe, "ema_updates": checkpoint.ema_updates}
+    atomic_write(building / RECORD, lambda file: file.write(json_bytes(record)))
+    _flush(building)
+    if final.exists():  # the same step again, after a resume from an earlier one
+        shutil.rmtree(final)
+    building.replace(final)
+    _flush(folder)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+@contextmanager
+def explained(folder: Path, step: int) -> Iterator[None]:
+    """OSError of a full disk says what is lost, nothing but this checkpoint."""
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             last = latest(folder)
             kept = f"the last checkpoint, {last}, is unchanged" if last else "there is no earlier checkpoint"
-            what = f"the disk is full: the checkpoint of step {checkpoint.step} was not written, {kept}; free space "
-            raise OSError(error.errno, what + "and resume") from error
+            what = f"the disk is full: the checkpoint of step {step} was not written, {kept}; free space and resume"
+            raise OSError(error.errno, what) from error
         raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-    return final
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -102,7 +122,14 @@ def load(path: Path) -> Checkpoint:
         raise FileNotFoundError(f"resume: {path} is no training checkpoint: it has no {RECORD}")
     record = read_json(path / RECORD)
     try:
-        tensors = load_file(path / f"{STATE}.safetensors")
+        if in_parts(path):
+            from qwen_image_fast.training.parallel.checkpoints import load_whole
+
+            tensors = load_whole(path)
+            steps = [n.removesuffix("exp_avg") + "step" for n in tensors if n.endswith("/exp_avg")]
+            tensors |= {name: torch.tensor(float(record["step"])) for name in steps}
+        else:
+            tensors = load_file(path / f"{STATE}.safetensors")
     except Exception as error:
         raise ValueError(f"resume: {path} is damaged ({error}); remove it to resume from the one before") from error
     groups: dict[str, dict[str, Tensor]] = {"weights": {}, "ema": {}, "optimizer": {}}
@@ -110,6 +137,11 @@ def load(path: Path) -> Checkpoint:
         group, _, name = full.partition("/")
         groups[group][name] = tensor
     return Checkpoint(record["step"], record["recipe"], record["ema_updates"], **groups)
+
+
+def in_parts(path: Path) -> bool:
+    """Several processes wrote the checkpoint (training/parallel/checkpoints.py)."""
+    return any(path.glob("shard-*.safetensors"))
 
 
 def check_names(wanted: Mapping[str, Tensor], checkpoint: Checkpoint, path: Path) -> None:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from qwen_image_fast.training.parallel.layout import local
+
 
 class EMA:
     """average <- d average + (1 - d) weights with d = min(decay, (1 + n) / (10 + n)) at update n = 0, 1, ...
@@ -41,7 +43,11 @@ class EMA:
 
     @contextmanager
     def swapped(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-        """Run a block with the averages in `parameters` (the model's, of any type); afterwards the weights again."""
+        """Run a block with the averages in `parameters` (the model's, of any type); afterwards the weights again.
+
+        Of a parameter that is split over ranks, this rank's part.
+        """
+        parameters = {name: local(p.detach()) for name, p in parameters.items()}
         kept = {name: p.detach().clone() for name, p in parameters.items()}
         with torch.no_grad():
             for name, p in parameters.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,14 @@ def available(device: torch.device) -> int:
         return 2**62  # a system that does not tell: nothing is refused
 
 
+def transformer_config(recipe: Any) -> Any:
+    """The configuration of the transformer that a flow recipe starts from."""
+    folder = getattr(getattr(recipe, "model", None), "folder", "")
+    if not folder:
+        return tiny_configs()["transformer"]
+    return read_config(Path(folder) / "transformer", QwenImageTransformer2DModel.config_name)
+
+
 def check_recipe(recipe: FlowRecipe, device: torch.device, dtype: torch.dtype) -> Needed:
     """The estimate of a recipe, read from the configuration and the sizes of its model's files.
 
@@ -90,9 +99,8 @@ def check_recipe(recipe: FlowRecipe, device: torch.device, dtype: torch.dtype) -
         RecipeError: it will not fit into the memory that is free now.
     """
     folder = Path(recipe.model.folder)
-    config, others = tiny_configs()["transformer"], 0
+    config, others = transformer_config(recipe), 0
     if recipe.model.folder:
-        config = read_config(folder / "transformer", QwenImageTransformer2DModel.config_name)
         files = [f for part in ("text_encoder", "vae") for f in (folder / part).glob("*.safetensors")]
         others = sum(file.stat().st_size for file in files) // 2  # released in 16 bits
     with torch.device("meta"):
@@ -118,6 +126,24 @@ def check(needed: Needed, there: int) -> None:
             f"recipe: this run needs about {needed}, {_gb(there)} are free: lower batch and raise accumulate, set "
             "model.gradient_checkpointing, use smaller data.buckets, or train adapters with lora.rank"
         )
+
+
+# Dense bfloat16 TFLOP/s with float32 sums, by a part of the device's name: NVIDIA's data sheets, AMD's for MI300X.
+PEAK_TFLOPS = {
+    "B200": 2250.0, "GB200": 2500.0, "H200": 989.0, "GH200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0,
+    "H100": 989.0, "H800": 989.0, "H20": 148.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "L4": 121.0, "A40": 149.7,
+    "A10": 125.0, "RTX 4090": 165.2, "RTX 3090": 71.0, "RTX 5090": 209.5, "MI300X": 1307.0,
+}  # fmt: skip
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Operations per second of a GPU in bfloat16 at best; None for one that the table does not have, and for a CPU."""
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_of(name: str) -> float | None:
+    found = [key for key in PEAK_TFLOPS if re.search(rf"(?<![A-Z0-9]){key}(?![A-Z0-9])", name)]
+    return PEAK_TFLOPS[max(found, key=len)] * 1e12 if found else None
 
 
 def step_flops(transformer: Any, images: Sequence[int], texts: Sequence[int]) -> float:

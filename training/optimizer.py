@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from qwen_image_fast.training.parallel.layout import holders, local
 from qwen_image_fast.training.recipe import OptimizerRecipe
 
 # The text output of the last block reaches nothing, so these never get a gradient.
@@ -41,15 +43,18 @@ class Optimizer:
     A float32 parameter is its own master weight. A 16-bit one has a float32 master that takes the updates and is
     rounded into it after each: updates smaller than the rounding step of a 16-bit weight would be lost.
 
+    Of a parameter that is split over ranks, the master is this rank's part, and so are the states.
+
     Args:
         parameters: trainable parameters by name.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], recipe: OptimizerRecipe):
         self.parameters = dict(parameters)
-        self.masters = {
-            name: p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for name, p in parameters.items()
-        }
+        self.masters: dict[str, nn.Parameter] = {}
+        for name, p in parameters.items():
+            own = p.dtype == torch.float32 and not isinstance(p, DTensor)
+            self.masters[name] = p if own else nn.Parameter(local(p.detach()).float())
         self._build(recipe)
 
     def enter(self, recipe: OptimizerRecipe, *, keep: bool) -> None:
@@ -95,13 +100,27 @@ class Optimizer:
             master = self.masters[name]
             if master is p or p.grad is None:
                 continue
-            grad = p.grad.float()
+            grad = local(p.grad).float()
             master.grad = grad if master.grad is None else master.grad.add_(grad)
             p.grad = None
 
     def clip(self) -> Tensor:
         """Scale all gradients so that their joint norm is at most `clip`; returns the norm before that."""
         return torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.recipe.clip or math.inf)
+
+    def squares(self, ranks: int) -> Tensor:
+        """This rank's share of the squared norm of all gradients: added over all `ranks`, each part counts once."""
+        total = torch.zeros((), dtype=torch.float32, device=next(iter(self.masters.values())).device)
+        for name, master in self.masters.items():
+            if master.grad is not None and master.numel():
+                total += torch.linalg.vector_norm(master.grad).square() / holders(self.parameters[name], ranks)
+        return total
+
+    def clip_to(self, norm: float) -> None:
+        """`clip` where the norm of all gradients is known."""
+        if self.recipe.clip and math.isfinite(norm):
+            scale = min(self.recipe.clip / (norm + 1e-6), 1.0)  # as torch.nn.utils.clip_grad_norm_
+            torch._foreach_mul_([m.grad for m in self.masters.values() if m.grad is not None], scale)
 
     def step(self, lr: float) -> None:
         """Update the master weights and round them into the model; the gradients are gone afterwards."""
@@ -115,8 +134,9 @@ class Optimizer:
     @torch.no_grad()
     def write_back(self) -> None:
         for name, p in self.parameters.items():
-            if self.masters[name] is not p:
-                p.copy_(self.masters[name])
+            master, own = self.masters[name], local(p.detach())
+            if own.data_ptr() != master.data_ptr():
+                own.copy_(master)
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor of the optimisers' states, by "<parameter>/<state>"."""

@@ -160,6 +160,22 @@ class LogRecipe:
 
 
 @dataclass
+class ParallelRecipe:
+    """Processes of each kind of parallelism; their product is the number of processes that torchrun starts.
+
+    dp_replicate: copies of the sharded model. dp_shard: processes over which weights and optimiser states are split;
+    0: all that the others leave. tp: of the heads of a layer. cp: of the tokens of a sample (Ulysses). tp x cp must
+    divide the attention heads. timeout: seconds after which a silent rank counts as dead.
+    """
+
+    dp_replicate: int = 1
+    dp_shard: int = 0
+    tp: int = 1
+    cp: int = 1
+    timeout: float = 600.0
+
+
+@dataclass
 class VaeLossRecipe:
     """Reconstruction: MSE + l1 * L1. perceptual: its share of the gradient at the last layer; 0: none.
 
@@ -192,6 +208,7 @@ class RunRecipe:
     producers: ProducersRecipe = field(default_factory=ProducersRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    parallel: ParallelRecipe = field(default_factory=ParallelRecipe)
     log: LogRecipe = field(default_factory=LogRecipe)
 
 
@@ -342,6 +359,9 @@ def validate(recipe: RunRecipe) -> None:
         ("log.every", recipe.log.every, 1), ("log.sample_steps", recipe.log.sample_steps, 1),
         ("optimizer.warmup", optimizer.warmup, 0),
         ("producers.count", recipe.producers.count, 1), ("producers.ahead", recipe.producers.ahead, 1),
+        ("parallel.dp_replicate", recipe.parallel.dp_replicate, 1), ("parallel.dp_shard", recipe.parallel.dp_shard, 0),
+        ("parallel.tp", recipe.parallel.tp, 1), ("parallel.cp", recipe.parallel.cp, 1),
+        ("parallel.timeout", recipe.parallel.timeout, 1),
     ):  # fmt: skip
         _must(value >= least, name, f"be at least {least}", value)
     _must(optimizer.name in ("adamw", "muon"), "optimizer.name", "be adamw or muon", optimizer.name)

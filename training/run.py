@@ -8,12 +8,21 @@ from typing import Any
 from tqdm import tqdm
 
 from qwen_image_fast.training.curriculum import Curriculum, read_curriculum
-from qwen_image_fast.training.memory import check_recipe
+from qwen_image_fast.training.memory import check_recipe, transformer_config
+from qwen_image_fast.training.parallel.layout import (
+    Parallel,
+    check_recipe_parallel,
+    local_device,
+    sizes_of,
+    start,
+    world_size,
+)
+from qwen_image_fast.training.parallel.watch import Watch, sentence
 from qwen_image_fast.training.recipe import FlowRecipe, RecipeError, VaeRecipe, read_recipe
 from qwen_image_fast.training.tiny.flow_task import FlowTask, pick_device, pick_dtype
 from qwen_image_fast.training.tiny.latents import write_cache
 from qwen_image_fast.training.tiny.sources import Source
-from qwen_image_fast.training.trainer import Task, Trainer
+from qwen_image_fast.training.trainer import Task, Trainer, TrainingStopped
 from qwen_image_fast.training.vae import VaeTask
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -28,9 +37,12 @@ def find_recipe(name: str | Path) -> Path:
     raise RecipeError(f"recipe: there is no file {name}; shipped recipes: {shipped}")
 
 
-def make_task(run: Curriculum, folder: Path, source: Source | None = None) -> Task:
+def make_task(run: Curriculum, folder: Path, source: Source | None = None, parallel: Parallel | None = None) -> Task:
     """What a run trains; `source` instead of those it names."""
     recipe = run.stages[0].recipe
+    if parallel is not None:
+        assert isinstance(recipe, FlowRecipe)  # checked
+        return FlowTask(recipe, folder, source, run, parallel)
     if isinstance(recipe, VaeRecipe):
         if len(run.stages) > 1:
             raise RecipeError("recipe: stages must be of kind flow")
@@ -52,10 +64,37 @@ def train(
     allow_changes: bool = False,
     source: Source | None = None,
 ) -> Trainer:
-    """Train to the end. Errors: RecipeError, FileExistsError for a folder in use, TrainingStopped, OSError."""
+    """Train to the end, on all processes that torchrun started.
+
+    Errors: RecipeError, FileExistsError for a folder in use, TrainingStopped, also where another rank dies, OSError.
+    """
     run, folder = read_curriculum(find_recipe(recipe_path), overrides), Path(folder)
-    trainer = Trainer(run, make_task(run, folder, source), folder, resume=resume, allow_changes=allow_changes)
-    trainer.run()
+    first = run.stages[0].recipe
+    sizes = sizes_of(first.parallel, world_size())
+    options: dict[str, Any] = {"resume": resume, "allow_changes": allow_changes}
+    if sizes.world == 1:
+        trainer = Trainer(run, make_task(run, folder, source), folder, **options)
+        trainer.run()
+        return trainer
+    for stage in run.stages:
+        if stage.recipe.parallel != first.parallel:
+            raise RecipeError(f"recipe: parallel must be the same in all stages, it differs in {stage.name}")
+        check_recipe_parallel(stage.recipe, sizes, transformer_config(first)["num_attention_heads"])
+    parallel = start(sizes, local_device(pick_device(first.device)), first.parallel.timeout)
+    made: list[Trainer] = []
+    watch = Watch(parallel.rank, sizes.world, lambda: made[0].last_checkpoint() if made else "nothing was trained")
+    watch.start()
+    try:
+        trainer = Trainer(run, make_task(run, folder, source, parallel), folder, parallel=parallel, **options)
+        made.append(trainer)
+        trainer.run()
+    except (RecipeError, FileExistsError, ValueError, TrainingStopped):  # every rank sees these alike
+        watch.failed(RuntimeError("see its message"))
+        raise
+    except (RuntimeError, OSError) as error:
+        kept = made[0].last_checkpoint() if made else "nothing was trained"
+        raise TrainingStopped(sentence(watch.failed(error), kept)) from error
+    watch.stop()
     return trainer
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,13 @@ class RunLog:
         self.progress.stop()
         self.board.close()
         self.file.close()
+
+
+class SilentLog:
+    """What the ranks other than the first tell: nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,15 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from qwen_image_fast import reference
+from qwen_image_fast.checkpoint import read_json
 from qwen_image_fast.training import checkpoint as checkpoints
 from qwen_image_fast.training.curriculum import Carry, Curriculum, one_stage
 from qwen_image_fast.training.ema import EMA
+from qwen_image_fast.training.memory import peak_flops
 from qwen_image_fast.training.mixture import Watched
 from qwen_image_fast.training.optimizer import Optimizer, learning_rate
+from qwen_image_fast.training.parallel.checkpoints import Writer, load_parts, named
+from qwen_image_fast.training.parallel.layout import Parallel
+from qwen_image_fast.training.parallel.shard import reshard
 from qwen_image_fast.training.producer.store import BatchMaker, Store, Ticket
 from qwen_image_fast.training.producer.store import start as start_producers
 from qwen_image_fast.training.recipe import RecipeError, RunRecipe, differences
-from qwen_image_fast.training.run_log import RunLog, memory_gb
+from qwen_image_fast.training.run_log import RunLog, SilentLog, memory_gb
 
 
 @dataclass
@@ -79,6 +85,7 @@ class Trainer:
     Args:
         recipe, task: what to do; the recipe of a run of one stage, or a curriculum. folder: of the run; made if it is
             not there.
+        parallel: this process among others; all have the same folder, and rank 0 alone logs.
         resume: go on from the newest checkpoint of the folder, where there is one.
         allow_changes: resume although the recipe is not the one of the checkpoint.
 
@@ -89,8 +96,9 @@ class Trainer:
 
     def __init__(
         self, recipe: RunRecipe | Curriculum, task: Task, folder: Path, *, resume: bool = False,
-        allow_changes: bool = False,
+        allow_changes: bool = False, parallel: Parallel | None = None,
     ):  # fmt: skip
+        self.parallel = parallel
         self.run_of = recipe if isinstance(recipe, Curriculum) else one_stage(recipe)
         self.stage, self.recipe = 0, self.run_of.stages[0].recipe  # those of the step under way
         self.task, self.folder = task, Path(folder)
@@ -102,23 +110,37 @@ class Trainer:
         }
         self.optimizer = Optimizer(self.parameters, self.recipe.optimizer)
         self.ema = EMA(self.optimizer.masters, self.recipe.optimizer.ema)
+        peak = peak_flops(task.device)
+        self.peak = peak * (parallel.sizes.world if parallel else 1) if peak else None
         self.step = 0
         self.checkpoint_folder = self.folder / "checkpoints"
         found = checkpoints.latest(self.checkpoint_folder)
         if found is not None and not resume:
             raise FileExistsError(f"train: {folder} already has {found.name}; resume it or choose another folder")
-        checkpoints.remove_unfinished(self.checkpoint_folder)
+        self.writer = Writer(self.checkpoint_folder, self.recipe.checkpoint.keep, parallel) if parallel else None
+        if parallel is not None:
+            parallel.barrier()  # all have looked
+        if parallel is None or parallel.main:
+            checkpoints.remove_unfinished(self.checkpoint_folder)
         if found is not None:
             self._restore(found, allow_changes)
 
     def _restore(self, path: Path, allow_changes: bool) -> None:
-        state = checkpoints.load(path)
-        changed = differences(state.recipe, self.run_of.described())
+        state = self._blank(path) if self.parallel else checkpoints.load(path)
+        # Where the parts of a model are does not change what it learns.
+        changed = [
+            change
+            for change in differences(state.recipe, self.run_of.described())
+            if not re.match(r"([^:]*\.)?parallel[.:]", change)
+        ]
         if changed and not allow_changes:
             raise ValueError(
                 f"resume: the recipe is not the one of {path}: {'; '.join(changed)}; allow recipe changes to go on so"
             )
-        checkpoints.check_names(self.optimizer.masters, state, path)
+        if self.parallel is not None:
+            load_parts(path, named(state, self.parameters), self.parallel)
+        else:
+            checkpoints.check_names(self.optimizer.masters, state, path)
         with torch.no_grad():
             for name, master in self.optimizer.masters.items():
                 master.copy_(state.weights[name])
@@ -130,26 +152,58 @@ class Trainer:
         self.optimizer.load_state(state.optimizer)
         self.ema.updates, self.step = state.ema_updates, state.step
 
+    def _blank(self, path: Path) -> checkpoints.Checkpoint:
+        """What this rank has of a checkpoint, the tensors not yet filled."""
+        record, masters = read_json(path / checkpoints.RECORD), self.optimizer.masters
+        empty = [{n: torch.zeros_like(m).detach() for n, m in masters.items()} for _ in range(4)]
+        states = {f"{n}/{key}": e[n] for e, key in zip(empty, ("exp_avg", "exp_avg_sq")) for n in masters}
+        states |= {f"{n}/step": torch.tensor(float(record["step"])) for n in masters}
+        return checkpoints.Checkpoint(
+            record["step"], record["recipe"], record["ema_updates"], empty[2], empty[3], states
+        )
+
     def save(self) -> Path:
+        """Write a checkpoint; of several ranks, in the background. Returns its folder."""
         state = checkpoints.Checkpoint(
             self.step, self.run_of.described(), self.ema.updates, dict(self.optimizer.masters), self.ema.average,
             self.optimizer.state(),
         )  # fmt: skip
+        if self.writer is not None:
+            self.writer.save(state, self.parameters)
+            return checkpoints.path_of(self.checkpoint_folder, self.step)
         return checkpoints.save(self.checkpoint_folder, state, self.recipe.checkpoint.keep)
 
     def run(self) -> None:
         """Train to the recipe's last step, then write `folder/model`."""
         with reference() if self.recipe.reference_ops else contextlib.nullcontext():
-            log = RunLog(self.folder, self.run_of.name, self.run_of.steps, self.step)
+            main = self.parallel is None or self.parallel.main
+            log: Any = RunLog(self.folder, self.run_of.name, self.run_of.steps, self.step) if main else SilentLog()
             try:
                 self._loop(log)
             finally:
                 log.close()
-            with self.ema.swapped(self.parameters):
+            with self._averaged():
                 self.task.export(self.folder / "model")
 
-    def _loop(self, log: RunLog) -> None:
-        meter = Meter()
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in the modules."""
+        with self.ema.swapped(self.parameters):
+            self._reshard()
+            yield
+        self._reshard()
+
+    def _reshard(self) -> None:
+        if self.parallel is not None:
+            for module in self.task.modules.values():
+                reshard(module)
+
+    def last_checkpoint(self) -> str:
+        last = checkpoints.latest(self.checkpoint_folder)
+        return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+
+    def _loop(self, log: Any) -> None:
+        meter = Meter(self.peak)
         for batches, waited in self._batches(log):
             if (stage := self.run_of.number(self.step)) != self.stage:
                 self._enter(stage, self.run_of.stages[stage].carry)
@@ -158,21 +212,30 @@ class Trainer:
             meter.waited += waited
             losses = self.train_step(batches)
             rejected = [sample for batch in batches for sample in getattr(batch, "rejected", ())]
+            if self.parallel is not None and losses["samples"] < recipe.batch * recipe.accumulate:
+                rejected = self.parallel.gather_samples(rejected)
             meter.add(losses, recipe.batch * recipe.accumulate - len(rejected))
             log.advance(self.step)
+            if self.writer is not None:
+                self.writer.poll()
             log.rejected(self.step, rejected)
             last = self.step == self.run_of.stages[self.stage].last
             if self.step % recipe.log.every == 0 or last:
                 values = meter.values() | {"memory_gb": memory_gb(self.task.device)}
+                if self.parallel is not None:  # of the rank that has most
+                    most = self.parallel.max(values["memory_gb"], values["data_wait"])
+                    values["memory_gb"], values["data_wait"] = most
                 if len(self.run_of.stages) > 1:
                     values["stage"] = self.stage
                 log.metrics(self.step, values)
-                meter = Meter()
+                meter = Meter(self.peak)
             start = time.perf_counter()
             self._look(log, last)
             if self.step % recipe.checkpoint.every == 0 or last:
                 self.save()
             meter.start += time.perf_counter() - start  # speeds are those of training
+        if self.writer is not None:
+            self.writer.finish()
 
     def _enter(self, stage: int, carry: Carry) -> None:
         self.stage, self.recipe = stage, self.run_of.stages[stage].recipe
@@ -182,7 +245,7 @@ class Trainer:
         if not carry.ema:
             self.ema.restart()
 
-    def _look(self, log: RunLog, last: bool) -> None:
+    def _look(self, log: Any, last: bool) -> None:
         """Validation loss and sample grid with the averaged weights, where this step is due for them."""
 
         def due(every: int) -> bool:
@@ -190,7 +253,7 @@ class Trainer:
 
         if not due(self.recipe.log.validate_every) and not due(self.recipe.log.sample_every):
             return
-        with self.ema.swapped(self.parameters), torch.no_grad():
+        with self._averaged(), torch.no_grad():
             if due(self.recipe.log.validate_every):
                 log.metrics(self.step, self.task.validate())
             if due(self.recipe.log.sample_every):
@@ -201,17 +264,22 @@ class Trainer:
     def train_step(self, batches: list[Any]) -> dict[str, float]:
         """One update: the mean of the micro-batches' losses."""
         total: float | Tensor = 0.0
+        samples, divisors = self._divisors(batches)
         tokens, flops, extra, seen = 0, 0.0, {}, []
-        for batch in batches:
+        for batch, divisor in zip(batches, divisors):
             losses = self.task.loss(batch)
-            (losses.total / len(batches)).backward()
+            (losses.total / divisor).backward()
             self.optimizer.accumulate()
             tokens += losses.tokens
             flops += losses.flops
             extra = losses.extra
             seen.append(losses.per_sample.detach())
-            total = total + losses.total.detach() / len(batches)
-        loss, norm = float(total), float(self.optimizer.clip())
+            total = total + losses.total.detach() / divisor
+        if self.parallel is None:
+            loss, norm = float(total), float(self.optimizer.clip())
+        else:
+            loss, norm, tokens, flops = self._global(total, tokens, flops)
+            self.optimizer.clip_to(norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingStopped(self._not_finite(batches, seen, loss, norm))
         first = self.run_of.stages[self.stage].first
@@ -219,7 +287,31 @@ class Trainer:
         self.optimizer.step(lr)
         self.ema.update()
         self.step += 1
-        return {"loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens, "flops": flops, **extra}
+        counted = {"tokens": tokens, "flops": flops, "samples": samples}
+        return {"loss": loss, "grad_norm": norm, "lr": lr, **counted, **extra}
+
+    def _divisors(self, batches: list[Any]) -> tuple[int, list[float]]:
+        """Samples of the step, of all ranks; and for each micro-batch, by what this rank's mean loss is divided.
+
+        Over micro-batches and ranks the results add up to the mean of the micro-batches' means over all their samples.
+        """
+        if self.parallel is None:
+            return self.recipe.batch * self.recipe.accumulate, [float(len(batches))] * len(batches)
+        own = [len(batch) for batch in batches]
+        counts = torch.tensor(own, dtype=torch.float32)
+        everywhere = (self.parallel.sum(counts) / self.parallel.sizes.cp).round().tolist()
+        return int(sum(everywhere)), [len(batches) * n / mine for n, mine in zip(everywhere, own)]
+
+    def _global(self, loss: float | Tensor, tokens: int, flops: float) -> tuple[float, float, int, float]:
+        """Loss, gradient norm, tokens and operations of all ranks."""
+        assert self.parallel is not None
+        sizes = self.parallel.sizes
+        # Squares are counted once for each part of a gradient; samples, by every rank of cp.
+        squares = self.optimizer.squares(sizes.world) * sizes.tp
+        same = torch.tensor([tokens / sizes.cp, flops / sizes.cp], dtype=torch.float64)
+        mine = torch.cat([torch.stack([torch.as_tensor(loss, device=squares.device), squares]).double().cpu(), same])
+        total = self.parallel.sum(mine).tolist()
+        return total[0], math.sqrt(total[1]), round(total[2]), total[3]
 
     def _not_finite(self, batches: list[Any], seen: list[Tensor], loss: float, norm: float) -> str:
         where = f"of step {self.step}"
@@ -228,12 +320,13 @@ class Trainer:
             if bad:
                 where += f", micro-batch {micro}, {self.task.describe(batch, bad[0])}"
                 break
-        last = checkpoints.latest(self.checkpoint_folder)
-        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+        if self.parallel is not None:  # the rank that has the sample says which
+            where = max(self.parallel.gather(where), key=len)
+        kept = self.last_checkpoint()
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
         return f"train: {what} in the batch {where}; {kept}; lower optimizer.lr or look at that sample, then resume"
 
-    def _batches(self, log: RunLog) -> Iterator[tuple[list[Any], float]]:
+    def _batches(self, log: Any) -> Iterator[tuple[list[Any], float]]:
         """The micro-batches of every step to come, and the seconds spent waiting for them."""
         producers = self.recipe.producers
         with contextlib.closing(start_producers(producers, self.task.maker)) as backend:
@@ -244,12 +337,16 @@ class Trainer:
                 batches = [store.next() for _ in range(accumulate)]
                 yield batches, time.perf_counter() - start
 
-    def _tickets(self, log: RunLog) -> Iterator[Ticket]:
-        """Orders for the micro-batches to come. A change of the mixture begins with the first step not yet ordered."""
+    def _tickets(self, log: Any) -> Iterator[Ticket]:
+        """Orders for the micro-batches to come. A change of the mixture begins with the first step not yet ordered.
+
+        Several ranks, which could see a change at different steps, do not look for one.
+        """
         watched, numbers = Watched(self.folder), itertools.count()
         for step in range(self.step, self.run_of.steps):
             try:
-                change = watched.look(step, self.run_of.weights(step, watched.changes))
+                look = self.parallel is None
+                change = watched.look(step, self.run_of.weights(step, watched.changes)) if look else None
                 if change:
                     log.say(f"the mixture changes from step {step} on: {dict(change.weights)}")
             except RecipeError as error:
@@ -259,10 +356,10 @@ class Trainer:
 
 
 class Meter:
-    """Means and speeds between two log lines."""
+    """Means and speeds between two log lines. peak: operations per second that the devices could do, if known."""
 
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
+    def __init__(self, peak: float | None = None) -> None:
+        self.start, self.peak = time.perf_counter(), peak
         self.waited, self.steps, self.images, self.tokens, self.flops = 0.0, 0, 0, 0, 0.0
         self.sums: dict[str, float] = {}
 
@@ -272,7 +369,7 @@ class Meter:
         self.tokens += int(losses["tokens"])
         self.flops += losses["flops"]
         for name, value in losses.items():
-            if name not in ("tokens", "flops"):
+            if name not in ("tokens", "flops", "samples"):
                 self.sums[name] = self.sums.get(name, 0.0) + value
 
     def values(self) -> dict[str, float]:
@@ -281,5 +378,6 @@ class Meter:
             "images_per_s": self.images / seconds,
             "tokens_per_s": self.tokens / seconds,
             **({"tflops": self.flops / seconds / 1e12} if self.flops else {}),
+            **({"mfu": self.flops / seconds / self.peak} if self.flops and self.peak else {}),
             "data_wait": self.waited / seconds,
         }

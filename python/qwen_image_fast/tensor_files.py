@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -83,10 +83,10 @@ def _read(entry: Entry, out: Tensor, staging: Tensor | None = None) -> None:
     with open(entry.path, "rb", buffering=0) as file:
         file.seek(entry.start)
         if staging is None:
-            _fill(file, out)
+            read_into(file, out)
             return
         for part in out.view(-1).split(staging.numel()):
-            _fill(file, staging[: part.numel()])
+            read_into(file, staging[: part.numel()])
             part.copy_(staging[: part.numel()])
 
 
@@ -95,7 +95,8 @@ def _byte_view(tensor: Tensor) -> memoryview:
     return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
-def _fill(file: Any, tensor: Tensor) -> None:
+def read_into(file: Any, tensor: Tensor) -> None:
+    """The next bytes of an unbuffered file into a contiguous CPU tensor."""
     view = _byte_view(tensor)
     while view:  # one read returns at most 2 GiB
         count = file.readinto(view)
@@ -110,16 +111,21 @@ def tensor_writer(tensors: Mapping[str, Tensor]) -> Callable[[BinaryIO], None]:
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
     def write(file: BinaryIO) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in order:
-            tensor, begin, end = tensors[name], end, end + tensors[name].nbytes
-            kind = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
-            header[name] = {**kind, "data_offsets": [begin, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(_byte_view(tensors[name].cpu().contiguous()))
+        write_in_order(file, {name: tensors[name] for name in order}, (tensors[name] for name in order))
 
     return write
+
+
+def write_in_order(file: BinaryIO, like: Mapping[str, Tensor], tensors: Iterable[Tensor]) -> None:
+    """Write a safetensors file into an open one: `tensors`, one held at a time, have the names and types of `like`."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in like.items():
+        begin, end = end, end + tensor.numel() * tensor.dtype.itemsize
+        kind = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        header[name] = {**kind, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors:
+        file.write(_byte_view(tensor.cpu().contiguous()))

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from qwen_image_fast.models.packing import pack
 from qwen_image_fast.models.rope import ImageShape
+from qwen_image_fast.training.parallel.layout import Parallel
+from qwen_image_fast.training.parallel.ulysses import split_layout
 
 
 @dataclass
@@ -38,7 +40,9 @@ def logit_normal(rng: np.random.Generator, mean: float = 0.0, std: float = 1.0) 
     return float(1.0 / (1.0 + np.exp(-(mean + std * rng.standard_normal()))))
 
 
-def flow_losses(transformer: Any, samples: Sequence[FlowSample], texts: Sequence[Tensor]) -> Tensor:
+def flow_losses(
+    transformer: Any, samples: Sequence[FlowSample], texts: Sequence[Tensor], parallel: Parallel | None = None
+) -> Tensor:
     """mean over a sample's target values of (v(x_sigma, sigma, text, references) - (eps - x0))^2, for each sample.
 
     x_sigma = (1 - sigma) x0 + sigma eps (Liu et al., arXiv 2209.03003; in the sign of the released model). References
@@ -48,6 +52,7 @@ def flow_losses(transformer: Any, samples: Sequence[FlowSample], texts: Sequence
     Args:
         transformer: a `QwenImageTransformer2DModel`. samples: on its device, in any floating-point type.
         texts: condition encoder states of each sample, [tokens, joint_attention_dim].
+        parallel: with cp > 1 this rank computes its rows, and the results of the cp ranks add up to the losses.
 
     Returns:
         float32 [samples]. The interpolation and the loss are computed in float32.
@@ -73,8 +78,13 @@ def flow_losses(transformer: Any, samples: Sequence[FlowSample], texts: Sequence
         zero_cond_t=config.zero_cond_t,
         device=weight.device,
     )
-    txt = transformer.embed_text(torch.cat(list(texts)).to(weight.dtype))
-    img = torch.cat(pieces).to(weight.dtype)
+    states, img = torch.cat(list(texts)).to(weight.dtype), torch.cat(pieces).to(weight.dtype)
+    if parallel is not None and parallel.sizes.cp > 1:
+        layout, img_rows, txt_rows = split_layout(layout, parallel.cp_rank, parallel.sizes.cp, parallel.cp_group)
+        modulation = transformer.sample_modulation(sigma)
+        out = transformer.forward_packed(img[img_rows], transformer.embed_text(states[txt_rows]), layout, modulation)
+        return _own_losses(out, eps - x0, torch.cat(kept), lengths, img_rows)
+    txt = transformer.embed_text(states)
     out = transformer.forward_packed(img, txt, layout, transformer.sample_modulation(sigma))
     if len(out) != len(x0):
         out = out[torch.cat(kept).to(weight.device)]
@@ -82,3 +92,13 @@ def flow_losses(transformer: Any, samples: Sequence[FlowSample], texts: Sequence
     if len(set(lengths)) == 1:
         return errors.view(len(samples), -1).mean(1)
     return torch.stack([e.mean() for e in errors.split(lengths)])
+
+
+def _own_losses(out: Tensor, velocity: Tensor, kept: Tensor, lengths: Sequence[int], rows: slice) -> Tensor:
+    """The part of each sample's loss from the image rows `rows`, which `out` has. kept: the rows of `velocity`."""
+    own = (kept >= rows.start) & (kept < rows.stop)
+    sample = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[own].to(out.device)
+    own = own.to(out.device)
+    errors = (out[kept.to(out.device)[own] - rows.start].float() - velocity[own]).square().mean(1)
+    counts = torch.tensor(lengths, dtype=torch.float32, device=out.device)
+    return errors.new_zeros(len(lengths)).index_add(0, sample, errors) / counts

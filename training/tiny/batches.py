@@ -72,6 +72,7 @@ class FlowBatches:
         recipe: of the stage. source: instead of those that the recipe names. channels: of packed latents.
         run, number: the stages of the run and which of them this is; None: there is no other.
         sources: those of the run by `part_key`, shared by its stages.
+        share: (which, of how many) equal parts of every micro-batch are made here.
     """
 
     def __init__(
@@ -84,7 +85,9 @@ class FlowBatches:
         run: Curriculum | None = None,
         number: int = 0,
         sources: Mapping[str, Source] | None = None,
+        share: tuple[int, int] = (0, 1),
     ):
+        self.share = share
         self.recipe, self.channels, self.cache = recipe, channels, cache
         self.run, self.number = run or one_stage(recipe), number
         self.parts = {part_key(part): part for part in recipe.data.parts}
@@ -112,8 +115,10 @@ class FlowBatches:
             Rejected: none is left.
         """
         recipe, made, rejected = self.recipe, Batch(), []
-        first = self.run.sample_of(step) + micro * recipe.batch
-        for index in range(first, first + recipe.batch):
+        part, parts = self.share
+        count = recipe.batch // parts
+        first = self.run.sample_of(step) + micro * recipe.batch + part * count
+        for index in range(first, first + count):
             try:
                 made.append(self.sample(recipe.seed, step, index))
             except Rejected as error:
@@ -121,7 +126,7 @@ class FlowBatches:
         if not made:
             raise Rejected(
                 rejected[0][1],
-                f"all {recipe.batch} samples of step {step}, micro-batch {micro} were rejected, the first by "
+                f"all {count} samples of step {step}, micro-batch {micro} were rejected, the first by "
                 f"{rejected[0][2]}; choose data by data filter or relax data.filters",
             )
         made.rejected = rejected

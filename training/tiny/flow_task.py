@@ -20,6 +20,9 @@ from qwen_image_fast.training.lora import add_lora, save_lora
 from qwen_image_fast.training.memory import step_flops
 from qwen_image_fast.training.objectives.flow import FlowSample, flow_losses
 from qwen_image_fast.training.optimizer import freeze_dead
+from qwen_image_fast.training.parallel.export import export_model, full_state
+from qwen_image_fast.training.parallel.layout import Parallel
+from qwen_image_fast.training.parallel.shard import load_transformer, shard_root
 from qwen_image_fast.training.producer.encode import Encoders, EncodingMaker
 from qwen_image_fast.training.recipe import DataRecipe, FlowRecipe
 from qwen_image_fast.training.run_log import grid
@@ -38,13 +41,25 @@ class FlowTask:
         run: where there are several stages; `recipe` is then the first one's.
     """
 
-    def __init__(self, recipe: FlowRecipe, folder: Path, source: Source | None = None, run: Curriculum | None = None):
-        self.recipe, self.run = recipe, run or one_stage(recipe)
-        self.device = pick_device(recipe.device)
+    def __init__(
+        self,
+        recipe: FlowRecipe,
+        folder: Path,
+        source: Source | None = None,
+        run: Curriculum | None = None,
+        parallel: Parallel | None = None,
+    ):
+        self.recipe, self.run, self.parallel = recipe, run or one_stage(recipe), parallel
+        self.device = parallel.device if parallel else pick_device(recipe.device)
         self.folder = Path(recipe.model.folder or folder / "start")
-        if not recipe.model.folder and not (self.folder / "model_index.json").is_file():
+        main = parallel is None or parallel.main
+        if main and not recipe.model.folder and not (self.folder / "model_index.json").is_file():
             write_untrained(self.folder, seed=recipe.seed, edit=True)
+        self.dtype = pick_dtype(recipe.model.dtype, self.device)
         parts: dict[str, Any] = {}
+        if parallel is not None:
+            parallel.barrier()
+            parts["transformer"], self.bytes_read = load_transformer(self.folder / "transformer", parallel, self.dtype)
         if recipe.model.vae:
             parts["vae"] = AutoencoderKLQwenImage.from_pretrained(recipe.model.vae, device=self.device)
         parts_of_data = [part for stage in self.run.stages for part in stage.recipe.data.parts]
@@ -53,8 +68,9 @@ class FlowTask:
         pipe = kind.from_pretrained(self.folder, torch_dtype=torch.float32, device=self.device, **parts)
         shared = {name: getattr(pipe, name) for name in QwenImagePipeline.parts}
         self.pipe, self.edit_pipe = QwenImagePipeline(**shared), pipe if self.edits else None
-        self.dtype = pick_dtype(recipe.model.dtype, self.device)
-        self.transformer: Any = self.pipe.transformer.to(self.dtype).train()
+        self.transformer: Any = self.pipe.transformer.train()
+        if parallel is None:
+            self.transformer.to(self.dtype)
         # torch's backward of 16-bit attention is slow on the CPU, and a text encoder that learns is a small one.
         on_cpu = recipe.model.train_text_encoder and self.device.type == "cpu"
         self.text_encoder: Any = self.pipe.text_encoder.to(torch.float32 if on_cpu else self.dtype)
@@ -68,24 +84,27 @@ class FlowTask:
             freeze_dead(self.transformer)
         if recipe.model.train_text_encoder:
             self.text_encoder.requires_grad_(True)
+            if parallel is not None:
+                shard_root(self.text_encoder.float(), parallel, torch.float32)
             self.modules["text_encoder"] = self.text_encoder
         if recipe.model.compile:
             self.transformer.forward_packed = torch.compile(self.transformer.forward_packed)
         self.encoders = Encoders(
             self.pipe.vae, self.text_encoder, self.pipe.tokenizer, getattr(self.edit_pipe, "processor", None)
         )
-        channels = self.transformer.config.in_channels
+        channels, share = self.transformer.config.in_channels, parallel.share if parallel else (0, 1)
         if len(self.run.stages) == 1:
             cache = LatentCache(recipe.data.cache) if recipe.data.cache else None
             sources: dict[str, Source] = {}
             if source is None and not (cache and recipe.data.source == DataRecipe.source):
                 sources = make_sources(recipe.data.parts)
-            self.makers = [FlowBatches(recipe, source, channels, cache, sources=sources)]
+            self.makers = [FlowBatches(recipe, source, channels, cache, sources=sources, share=share)]
             self.maker: BatchMaker = self.makers[0]
         else:
             sources = make_sources(parts_of_data) if source is None else {}
+            common: dict[str, Any] = {"run": self.run, "sources": sources, "share": share}
             self.makers = [
-                FlowBatches(cast(FlowRecipe, stage.recipe), source, channels, run=self.run, number=k, sources=sources)
+                FlowBatches(cast(FlowRecipe, stage.recipe), source, channels, number=k, **common)
                 for k, stage in enumerate(self.run.stages)
             ]
             self.maker = StagedBatches(self.run, self.makers)
@@ -112,7 +131,7 @@ class FlowTask:
 
     def loss(self, batch: list[RawSample]) -> Losses:
         texts = self.texts(batch)
-        losses = flow_losses(self.transformer, self.to_latents(batch), texts)
+        losses = flow_losses(self.transformer, self.to_latents(batch), texts, self.parallel)
         images = [sum(f * h * w for f, h, w in raw.shapes) for raw in batch]
         flops = step_flops(self.transformer.config, images, [len(text) for text in texts])
         return Losses(losses.mean(), losses, sum(images), {}, flops)
@@ -142,10 +161,21 @@ class FlowTask:
         raw, losses = self.batches.validation(), []
         for start in range(0, len(raw), self.recipe.batch):
             part = raw[start : start + self.recipe.batch]
-            losses.append(flow_losses(self.transformer, self.to_latents(part), self.texts(part)))
+            losses.append(self._validation_losses(part))
         by_level = torch.cat(losses).view(len(VALIDATION_SIGMAS), -1).mean(1).tolist()
         named = {f"validation_loss_{level}": loss for level, loss in zip(VALIDATION_SIGMAS, by_level)}
         return {"validation_loss": sum(by_level) / len(by_level), **named, **self._text_accuracy()}
+
+    def _validation_losses(self, samples: list[RawSample]) -> Tensor:
+        """Of all samples; ranks share them. A rank left without one computes the first, as the others wait for it."""
+        part, parts = self.batches.share
+        own = samples[part::parts] or samples[:1]
+        losses = flow_losses(self.transformer, self.to_latents(own), self.texts(own), self.parallel)
+        if self.parallel is None:
+            return losses
+        found = losses.new_zeros(len(samples))
+        found[part::parts] = losses[: len(samples[part::parts])]
+        return self.parallel.sum(found)
 
     def _text_accuracy(self) -> dict[str, float]:
         """How much of held-out texts can be read in the pictures drawn for them, and in edits that change a text."""
@@ -197,19 +227,28 @@ class FlowTask:
         if self.recipe.lora.rank:
             save_lora(self.transformer, folder, self.recipe.lora)
             return
-        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
-        self.transformer.save_pretrained(folder / "transformer")
+        parallel, trained = self.parallel, self.text_encoder if self.recipe.model.train_text_encoder else None
+        if parallel is not None:
+            export_model(self.transformer, folder / "transformer", self.dtype, parallel)
+        text_state = full_state(trained) if trained is not None else {}
+        if parallel is not None and not parallel.main:
+            return
+        # The transformer of several ranks is there already, and may be large.
+        skipped = shutil.ignore_patterns("transformer") if parallel is not None else None
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True, ignore=skipped)
+        if parallel is None:
+            self.transformer.save_pretrained(folder / "transformer")
         self.pipe.vae.save_pretrained(folder / "vae")
-        if self.recipe.model.train_text_encoder:
-            save_text_encoder(self.text_encoder, self.folder / "text_encoder", folder / "text_encoder")
+        if trained is not None:
+            save_text_encoder(text_state, self.folder / "text_encoder", folder / "text_encoder")
 
 
-def save_text_encoder(model: Any, original: Path, folder: Path) -> None:
+def save_text_encoder(trained_state: dict[str, Tensor], original: Path, folder: Path) -> None:
     """Write the language model's weights in the released key layout; the rest (vision tower, head) from `original`."""
     from safetensors.torch import load_file
 
     state = {name: t for path in find_weights(original, base_name="model") for name, t in load_file(path).items()}
-    trained = {n.replace("language_model.", "model.", 1): t for n, t in model.state_dict().items()}
+    trained = {n.replace("language_model.", "model.", 1): t for n, t in trained_state.items()}
     if unknown := trained.keys() - state.keys():
         raise ValueError(f"save_text_encoder: {original} must have the released key layout, it lacks {min(unknown)}")
     save_state(state | trained, folder, base_name="model")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from qwen_image_fast.cli.common import BAD_INPUT, FAILED, CommandError, failing
 from qwen_image_fast.training.recipe import RecipeError
@@ -40,13 +42,25 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("outputs/run"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
     allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Resume with a recipe that differs.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what GPUS would need; train nothing.")] = False,
+    gpus: Annotated[int, typer.Option(help="With --plan: how many.", min=1)] = 8,
+    memory: Annotated[float, typer.Option(help="With --plan: GB of each.")] = 80.0,
+    gpu: Annotated[str, typer.Option(help="With --plan: their kind, such as H100 or A100.")] = "H100",
 ) -> None:
-    """Train by a recipe; the result is in OUT/model, logs and checkpoints beside it."""
+    """Train by a recipe; the result is in OUT/model, logs and checkpoints beside it. Under torchrun: by all."""
     with _explained():
+        if plan:
+            from qwen_image_fast.training.parallel.plan import print_plan
+            from qwen_image_fast.training.recipe import read_recipe
+            from qwen_image_fast.training.run import find_recipe
+
+            print_plan(read_recipe(find_recipe(recipe), overrides or ()), gpus, memory, gpu, Console(width=120))
+            return
         from qwen_image_fast.training.run import train as run
 
         run(recipe, overrides or (), out, resume=resume, allow_changes=allow_changes)
-    print(out / "model")
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(out / "model")
 
 
 def cache_latents(

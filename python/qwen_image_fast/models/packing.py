@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen_image_fast.models.rope import ImageShape, sample_rope
+from qwen_image_fast.ops.joint_attention import joint_attention
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ class PackedLayout:
     @property
     def samples(self) -> int:
         return len(self.shapes)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, images_only: bool = False) -> Tensor:
+        """Attention of the joint rows, or of the image rows alone, to the joint rows of their samples.
+
+        A layout of which other processes hold a part asks them (training/parallel/ulysses.py).
+        """
+        if images_only:
+            return joint_attention(q, k, v, self.img_lens, self.joint_lens, self.cu_img, self.cu_joint)
+        return joint_attention(q, k, v, self.joint_lens, None, self.cu_joint, self.cu_joint)
 
     def split_joint(self, joint: Tensor) -> tuple[Tensor, Tensor]:
         """[text, image] rows of each sample -> image rows, text rows."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from qwen_image_fast.models.base import PretrainedModel, record_config
 from qwen_image_fast.models.modulation import ModulationTables, restore_modulation_weights
-from qwen_image_fast.models.transformer_forward import TransformerForward
+from qwen_image_fast.models.transformer_forward import Stream, TransformerForward, run_block
 
 
 class RMSNorm(nn.Module):
@@ -105,6 +106,9 @@ class QwenImageTransformerBlock(nn.Module):
         self.img_mlp = FeedForward(dim)
         self.txt_mlp = FeedForward(dim)
 
+    def forward(self, *args: Any) -> tuple[Stream, Stream]:
+        return run_block(self, *args)
+
 
 class ModulationOut(nn.Module):
     """(scale, shift) of the output norm: the reverse of the blocks' order."""
@@ -164,6 +168,9 @@ class QwenImageTransformer2DModel(TransformerForward, PretrainedModel):
         self.proj_out = nn.Linear(dim, patch_size * patch_size * self.out_channels)
         self.gradient_checkpointing = False
         self.modulation_tables = ModulationTables()
+
+    def run_block(self, block: Any, *args: Any) -> tuple[Stream, Stream]:
+        return block(*args)
 
     def state_dict(self, *args, **kwargs):
         """As ever; modulation weights that were released are read again first, so that none is written empty."""

@@ -137,15 +137,19 @@ class TransformerForward:
             next_txt = None if last else (txt_mods[i + 1].shift1, txt_mods[i + 1].scale1)
             args = (block, img_s, txt_s, layout, img_mods[i], txt_mods[i], next_img, next_txt, img_offsets, txt_offsets)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                img_s, txt_s = checkpoint(run_block, *args, use_reentrant=False)
+                img_s, txt_s = checkpoint(self.run_block, *args, use_reentrant=False)
             else:
-                img_s, txt_s = run_block(*args)
+                img_s, txt_s = self.run_block(*args)
             if controlnet_block_samples is not None:
                 interval = math.ceil(len(blocks) / len(controlnet_block_samples))
                 added = controlnet_block_samples[i // interval]
                 x = img_s.x + (added[layout.targets] if last and layout.targets is not None else added)
                 img_s = Stream(x, layer_norm_modulate(x, next_img[0], next_img[1], img_offsets))
         return self.proj_out(img_s.normed)
+
+    def run_block(self, block: Any, *args: Any) -> tuple[Stream, Stream]:
+        """`run_block`; a model whose blocks have it as their forward calls those, so that hooks on a block run."""
+        return run_block(block, *args)
 
     # ---- diffusers' signature -----------------------------------------------------------------------------------
 
@@ -278,12 +282,17 @@ def run_block(
     attn = block.attn
     head_dim = attn.norm_q.weight.shape[0]
     targets = layout.targets if next_txt is None else None
+    spread = getattr(attn, "spread", None)  # tensor parallel: what all ranks' heads read (training/parallel/tensor.py)
+    img_x, txt_x = img.normed, txt.normed
+    norms = [attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight]
+    if spread is not None:
+        img_x, txt_x, norms = spread(img_x), spread(txt_x), [spread(weight) for weight in norms]
 
     img_layers, txt_layers = [attn.to_q, attn.to_k, attn.to_v], [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
     if next_txt is None:
         txt_layers = txt_layers[1:]
-    inputs = [img.normed if targets is None else img.normed[targets], img.normed, img.normed]
-    inputs += [txt.normed] * len(txt_layers)
+    inputs = [img_x if targets is None else img_x[targets], img_x, img_x]
+    inputs += [txt_x] * len(txt_layers)
     img_q, img_k, img_v, *txt_q, txt_k, txt_v = (
         y.unflatten(-1, (-1, head_dim)) for y in stream_linear.project([*img_layers, *txt_layers], inputs)
     )
@@ -291,7 +300,7 @@ def run_block(
         img_q = img_q.new_zeros(len(img.x), *img_q.shape[1:]).index_copy(0, targets, img_q)
     q, k, v = qk_norm_rope(
         img_q, img_k, img_v, txt_q[0] if txt_q else None, txt_k, txt_v,
-        attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight,
+        norms[0], norms[1], norms[2], norms[3],
         layout.img_rope, layout.txt_rope, layout.cu_img, layout.cu_txt, attn.norm_q.eps,
     )  # fmt: skip
     if targets is not None:
@@ -300,10 +309,9 @@ def run_block(
         ).flatten(1)
         img = Stream(img.x[targets], img.normed)
     elif next_txt is None:
-        img_y = joint_attention(q, k, v, layout.img_lens, layout.joint_lens, layout.cu_img, layout.cu_joint).flatten(1)
+        img_y = layout.attend(q, k, v, images_only=True).flatten(1)
     else:
-        joint = joint_attention(q, k, v, layout.joint_lens, None, layout.cu_joint, layout.cu_joint)
-        img_y, txt_y = layout.split_joint(joint.flatten(1))
+        img_y, txt_y = layout.split_joint(layout.attend(q, k, v).flatten(1))
         img, txt = finish_block(
             [img, txt], [img_y, txt_y], [attn.to_out[0], attn.to_add_out], [block.img_mlp, block.txt_mlp],
             [img_mod, txt_mod], [next_img, next_txt], [img_offsets, txt_offsets],

@@ -1,0 +1,40 @@
+"""A process of a run of several: `python parallel_worker.py JOBS`, JOBS a JSON list of arguments of `run.train`."""
+
+import json
+import sys
+
+import torch
+
+from qwen_image_fast.training import run
+from qwen_image_fast.training.parallel import shard
+from qwen_image_fast.training.parallel.layout import local
+
+FILL = shard.fill
+
+
+def counted(into):
+    """`fill`, which also says how many bytes this process read meanwhile."""
+
+    def fill(*arguments):
+        before = read_so_far()
+        result = FILL(*arguments)
+        into["process_read"] = read_so_far() - before
+        return result
+
+    return fill
+
+
+def read_so_far():
+    with open("/proc/self/io") as file:
+        return int(file.readline().split()[1])  # rchar: bytes of read(2) and its kin
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for job in json.loads(sys.argv[1]):
+        read = {}
+        shard.fill = counted(read)
+        trainer = run.train(**job)
+        held = sum(local(p).nbytes for p in trainer.task.transformer.parameters())
+        found = {"bytes_read": trainer.task.bytes_read, "bytes_held": held, **read}
+        print(json.dumps(found), flush=True)

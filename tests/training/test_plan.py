@@ -1,0 +1,79 @@
+"""The plan of a run on many GPUs: its counts against those of a model, its choice, and its refusals."""
+
+import pytest
+from trainer_helpers import small_recipe
+
+from qwen_image_fast.training.memory import peak_of
+from qwen_image_fast.training.parallel.layout import Sizes
+from qwen_image_fast.training.parallel.plan import choose, model_of, plan_of
+from qwen_image_fast.training.recipe import RecipeError, read_recipe
+from qwen_image_fast.training.run import find_recipe
+
+
+def full(*changes):
+    return read_recipe(find_recipe("full/text-to-image"), changes)
+
+
+@pytest.fixture(scope="module")
+def released():
+    return model_of(full())
+
+
+def test_the_sizes_are_those_of_the_released_model(released):
+    assert released.total == 20_430_401_088
+    width = 3072
+    assert released.modulation == 2 * (6 * width * width + 6 * width)
+    # q, k, v with bias and both outputs of both streams; both MLPs, whose last bias and the outputs' are on every rank
+    assert released.block_split == 2 * (4 * width**2 + 3 * width) + 2 * (8 * width**2 + 4 * width)
+    assert released.block * 60 + released.root == released.total
+
+
+def test_memory_and_communication_follow_the_layout(released):
+    recipe, peak = full("batch=64", "accumulate=1"), 989e12
+    layouts = {"fsdp": (1, 64, 1, 1), "hsdp": (8, 8, 1, 1), "tp": (1, 16, 1, 4), "ulysses": (1, 16, 4, 1)}
+    plans = {name: plan_of(recipe, released, Sizes(*sizes), peak) for name, sizes in layouts.items()}
+    assert plans["fsdp"].states == pytest.approx(20 * released.total / 64)
+    assert plans["hsdp"].states == pytest.approx(20 * released.total / 8)
+    assert plans["fsdp"].fsdp_bytes == pytest.approx(8 * released.total * 63 / 64)
+    assert plans["ulysses"].states == plans["fsdp"].states
+    assert plans["tp"].states < 20 * released.total / 16
+    assert plans["tp"].tp_bytes > 0 and plans["ulysses"].cp_bytes > 0 and plans["fsdp"].tp_bytes == 0
+    # Four ranks share a sample, each then has four times the samples: the same work for each.
+    assert plans["tp"].compute_s == pytest.approx(plans["fsdp"].compute_s)
+    assert plans["hsdp"].fsdp_s < plans["fsdp"].fsdp_s  # gathers within a machine
+
+
+@pytest.mark.parametrize("gpus", [8, 16, 64, 256, 1024])
+def test_the_choice_fits_and_uses_all_gpus(gpus):
+    _, plans = choose(full(), gpus, 80, "H100")
+    for plan in plans:
+        assert plan.sizes.world == gpus and plan.memory <= 80e9
+        assert 24 % (plan.sizes.tp * plan.sizes.cp) == 0 and plan.batch % plan.sizes.dp == 0
+    assert any(plan.samples == 8 for plan in plans) == (plans[0].samples == 8)
+
+
+def test_a_named_layout_is_checked_alone():
+    changes = ("batch=16", "parallel.tp=4", "parallel.dp_replicate=2", "parallel.dp_shard=8")
+    _, plans = choose(full(*changes), 64, 80, "H100")
+    assert [plan.sizes for plan in plans] == [Sizes(2, 8, 1, 4)]
+
+
+@pytest.mark.parametrize(
+    "recipe, gpus, memory, gpu, words",
+    [
+        (full, 4, 80, "H100", r"plan: no layout fits into 4 x 80 GB: the least is \d+\.\d GB a GPU with .* \(states "),
+        (full, 8, 80, "H1000", r"plan: --gpu must be one of .*H100.*, got 'H1000'"),
+        (full, 8, 0, "H100", r"plan: --gpus and --memory must be above 0, got 8 and 0"),
+        (lambda: full("parallel.tp=3"), 64, 80, "H100", r"recipe: parallel: .* must be the number of processes, 64"),
+        (lambda: small_recipe("x", kind="vae", model=None), 8, 80, "H100", r"plan: kind must be flow, got 'vae'"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(recipe, gpus, memory, gpu, words):
+    with pytest.raises(RecipeError, match=words):
+        choose(recipe(), gpus, memory, gpu)
+
+
+def test_peaks_of_gpus_by_their_names():
+    assert peak_of("NVIDIA H100 80GB HBM3") == 989e12 and peak_of("NVIDIA H100 PCIe") == 756e12
+    assert peak_of("NVIDIA A100-SXM4-80GB") == 312e12 and peak_of("NVIDIA L40S") == 362e12
+    assert peak_of("Tesla V100-SXM2-16GB") is None

@@ -1,0 +1,183 @@
+"""Who does what: one device mesh of (dp_replicate, dp_shard, cp, tp), and the sums over it.
+
+rank = ((replicate * dp_shard + shard) * cp + c) * tp + t: tensor-parallel ranks, which talk most, are neighbours. The
+ranks of one (replicate, shard) train the same samples: those of cp each hold a part of the tokens, those of tp a part
+of the heads.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from qwen_image_fast.training.recipe import FlowRecipe, ParallelRecipe, RecipeError, RunRecipe
+
+
+def world_size() -> int:
+    """Processes of this run, as torchrun and other launchers say in WORLD_SIZE; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many ranks each kind of parallelism has."""
+
+    dp_replicate: int
+    dp_shard: int
+    cp: int
+    tp: int
+
+    @property
+    def world(self) -> int:
+        return self.dp_replicate * self.dp_shard * self.cp * self.tp
+
+    @property
+    def dp(self) -> int:
+        return self.dp_replicate * self.dp_shard
+
+    def __str__(self) -> str:
+        return f"dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard} x cp {self.cp} x tp {self.tp}"
+
+
+def sizes_of(parallel: ParallelRecipe, world: int) -> Sizes:
+    """The sizes of a recipe on `world` processes; dp_shard 0 becomes what the others leave."""
+    others = parallel.dp_replicate * parallel.cp * parallel.tp
+    shard = parallel.dp_shard or world // others
+    sizes = Sizes(parallel.dp_replicate, shard, parallel.cp, parallel.tp)
+    if sizes.world != world:
+        what = f"{parallel.dp_replicate} x {parallel.dp_shard or 'the rest'} x {parallel.cp} x {parallel.tp}"
+        raise RecipeError(
+            f"recipe: parallel: dp_replicate x dp_shard x cp x tp must be the number of processes, {world}, "
+            f"got {what}; change parallel, or start {max(sizes.world, others)} processes with torchrun"
+        )
+    return sizes
+
+
+def check_recipe_parallel(recipe: RunRecipe, sizes: Sizes, heads: int) -> None:
+    """RecipeError where a recipe cannot be split so. heads: attention heads of the transformer."""
+
+    def must(condition: bool, name: str, rule: str, value: Any) -> None:
+        if not condition:
+            raise RecipeError(f"recipe: {name} must {rule}, got {value!r}")
+
+    if not isinstance(recipe, FlowRecipe):
+        raise RecipeError(f"recipe: kind must be flow on several processes, got {recipe.kind!r}")
+    must(recipe.batch % sizes.dp == 0, "batch", f"be a multiple of dp_replicate x dp_shard, {sizes.dp}, which share "
+         "the samples of a micro-batch", recipe.batch)  # fmt: skip
+    must(heads % (sizes.tp * sizes.cp) == 0, "parallel", f"have a tp x cp that divides the {heads} attention heads",
+         sizes.tp * sizes.cp)  # fmt: skip
+    must(not recipe.lora.rank, "lora.rank", "be 0 on several processes", recipe.lora.rank)
+    must(not recipe.model.compile, "model.compile", "be false on several processes", True)
+    must(recipe.optimizer.name == "adamw", "optimizer.name", "be adamw on several processes: Muon needs whole matrices",
+         recipe.optimizer.name)  # fmt: skip
+    for name in ("sample_every", "ocr_samples"):
+        value = getattr(recipe.log, name)
+        must(not value, f"log.{name}", "be 0 on several processes: draw from the exported model instead", value)
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This process among the others.
+
+    Attributes:
+        mesh: (dp_replicate, fsdp, tp), fsdp = dp_shard x cp: gradients are summed over the first two.
+        cp_group, tp_group: the ranks that share this rank's samples. host_group: gloo, all ranks, for checkpoints.
+    """
+
+    sizes: Sizes
+    rank: int
+    device: torch.device
+    mesh: DeviceMesh
+    cp_group: dist.ProcessGroup
+    tp_group: dist.ProcessGroup
+    host_group: dist.ProcessGroup
+
+    @property
+    def cp_rank(self) -> int:
+        return self.rank // self.sizes.tp % self.sizes.cp
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(which, of how many) parts of every micro-batch are this rank's."""
+        return self.rank // (self.sizes.tp * self.sizes.cp), self.sizes.dp
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Over the samples and tokens of all ranks; ranks that differ in tp alone hold the same ones."""
+        total = values.to(self.device, torch.float64 if self.device.type == "cpu" else torch.float32, copy=True)
+        dist.all_reduce(total)
+        return total / self.sizes.tp
+
+    def max(self, *values: float) -> list[float]:
+        total = torch.tensor(values, dtype=torch.float32, device=self.device)
+        dist.all_reduce(total, dist.ReduceOp.MAX)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        dist.barrier(self.host_group)
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank."""
+        found: list[Any] = [None] * self.sizes.world
+        dist.all_gather_object(found, value, group=self.host_group)
+        return found
+
+    def gather_samples(self, entries: list[Any]) -> list[Any]:
+        """Entries about samples, of all ranks that have different ones."""
+        together = self.sizes.cp * self.sizes.tp
+        return [entry for found in self.gather(entries)[::together] for entry in found]
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The GPU of this process among those of its machine."""
+    if device.type != "cuda":
+        return device
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def start(sizes: Sizes, device: torch.device, timeout: float) -> Parallel:
+    """Join the other processes. The launcher's MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE say where they are.
+
+    Args:
+        timeout: seconds after which a collective operation that some rank does not join fails.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    names = ("dp_replicate", "fsdp", "tp")
+    mesh = init_device_mesh(
+        device.type, (sizes.dp_replicate, sizes.dp_shard * sizes.cp, sizes.tp), mesh_dim_names=names
+    )
+    ranks = torch.arange(sizes.world).view(sizes.dp, sizes.cp, sizes.tp)
+    together = [row.tolist() for row in ranks.transpose(1, 2).reshape(-1, sizes.cp)]
+    cp_group, _ = dist.new_subgroups_by_enumeration(together, timeout=timedelta(seconds=timeout))
+    host_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    return Parallel(sizes, dist.get_rank(), device, mesh, cp_group, mesh.get_group("tp"), host_group)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def holders(tensor: Tensor, world: int) -> int:
+    """How many ranks hold the same part of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return world
+    parts = 1
+    for size, placement in zip(tensor.device_mesh.shape, tensor.placements):
+        parts *= 1 if placement.is_replicate() else size
+    return world // parts

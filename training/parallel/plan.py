@@ -1,0 +1,250 @@
+"""What a run on many GPUs will need, from sizes alone: memory per rank, communication and time of a step.
+
+The model, per micro-batch (P: weights of a rank's tensor-parallel part, S = dp_shard x cp, R = dp_replicate):
+
+    states      20 P / S bytes: float32 weights, gradients, two moments, average
+    gathered    two units of weights in 16 bit, one of gradients in 16 and in 32 bit, and the root in 16 bit
+    activations `memory.estimate`'s count for each token of the rank; of the 22 values 15 are split by tp
+    FSDP        (2 + 2 + 4) P (S - 1) / S bytes: weights gathered twice in 16 bit, gradients scattered in 32 bit;
+                and 8 P / S (R - 1) / R for the all-reduce of replicas
+    TP          for each block and stream 4 all-reduces of tokens x width x 2 bytes, each 2 (tp - 1) / tp of that
+    Ulysses     for each block 8 exchanges (q, k, v, output; forward, backward) of (cp - 1) / cp of tokens x width x 2
+    compute     `memory.step_flops` / (peak x assumed MFU)
+
+Recomputing activations adds a third to the compute and half as much again to TP and Ulysses. FSDP runs beside the
+compute, TP and Ulysses wait: time = max(compute + TP + Ulysses, FSDP). A group of ranks that fits into a machine of
+8 GPUs talks at NVLink's speed, a larger one at the network's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
+from qwen_image_fast.training.memory import PEAK_TFLOPS, step_flops, tokens_of_batch, transformer_config
+from qwen_image_fast.training.parallel.layout import Sizes, check_recipe_parallel, sizes_of
+from qwen_image_fast.training.recipe import FlowRecipe, RecipeError, RunRecipe
+
+# Assumptions. Bytes per second of a GPU to the others: NVLink 4 and 400 Gb/s InfiniBand, at about 70 % of their peaks.
+NVLINK, NETWORK, MACHINE = 300e9, 35e9, 8
+MFU = 0.4
+# Bytes of what every rank holds besides: the frozen Qwen2.5-VL-7B and the VAE in 16 bit, CUDA and NCCL.
+FROZEN, RUNTIME = 16.6e9 + 0.3e9, 3e9
+KEPT, KEPT_SPLIT = 22, 15
+
+
+@dataclass(frozen=True)
+class Model:
+    """Weights of the transformer: all, of a block, of those what tp splits and the modulation, outside blocks."""
+
+    config: Any
+    total: int
+    block: int
+    block_split: int
+    modulation: int
+    root: int
+
+    @property
+    def width(self) -> int:
+        return self.config["num_attention_heads"] * self.config["attention_head_dim"]
+
+    @property
+    def layers(self) -> int:
+        return self.config["num_layers"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one layout. Bytes, bytes per step, seconds per step."""
+
+    sizes: Sizes
+    batch: int
+    accumulate: int
+    states: float
+    gathered: float
+    activations: float
+    frozen: float
+    fsdp_bytes: float
+    tp_bytes: float
+    cp_bytes: float
+    compute_s: float
+    fsdp_s: float
+    tp_s: float
+    cp_s: float
+
+    @property
+    def memory(self) -> float:
+        return self.states + self.gathered + self.activations + self.frozen
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute_s + self.tp_s + self.cp_s, self.fsdp_s)
+
+    @property
+    def samples(self) -> int:
+        return self.batch * self.accumulate
+
+
+def model_of(recipe: FlowRecipe) -> Model:
+    """Sizes of the recipe's transformer. Without a folder, that of the released model, or with a text encoder that
+    learns too, the tiny one."""
+    released = not recipe.model.folder and not recipe.model.train_text_encoder
+    with torch.device("meta"):
+        if released:
+            transformer = QwenImageTransformer2DModel()
+        else:
+            transformer = QwenImageTransformer2DModel.from_config(transformer_config(recipe))
+    block = transformer.transformer_blocks[0]
+    sizes = {name: p.numel() for name, p in block.named_parameters()}
+    kept_whole = ("norm", "mod.", "to_out.0.bias", "to_add_out.bias", "net.2.bias")
+    split = sum(n for name, n in sizes.items() if not any(part in name for part in kept_whole))
+    modulation = sum(n for name, n in sizes.items() if "mod." in name)
+    total = sum(p.numel() for p in transformer.parameters())
+    each = sum(sizes.values())
+    root = total - each * len(transformer.transformer_blocks)
+    return Model(transformer.config, total, each, split, modulation, root)
+
+
+def plan_of(recipe: FlowRecipe, model: Model, sizes: Sizes, peak: float) -> Plan:
+    """The plan of a layout. The samples of a step stay the recipe's where the ranks can share them."""
+    per_rank = max(1, recipe.batch // sizes.dp)
+    batch = per_rank * sizes.dp
+    accumulate = max(1, round(recipe.batch * recipe.accumulate / batch))
+    shards = sizes.dp_shard * sizes.cp
+    layers, width, checkpointing = model.layers, model.width, recipe.model.gradient_checkpointing
+    block = model.block - model.block_split * (1 - 1 / sizes.tp)
+    weights = model.root + layers * block
+
+    references = 1 if recipe.data.tasks.get("ti2i", 0) + recipe.data.tasks.get("recon", 0) > 0 else 0
+    tokens = tokens_of_batch(recipe, references) / recipe.batch  # of a sample, the largest
+    rows = per_rank * tokens / sizes.cp  # of a rank
+    kept = KEPT - KEPT_SPLIT * (1 - 1 / sizes.tp)
+    values = layers * 2 + kept if checkpointing else layers * kept
+    unit = block - model.modulation
+    frozen = FROZEN if not recipe.model.train_text_encoder else 0.0
+
+    again = 1.5 if checkpointing else 1.0
+    messages = rows * width * 2 * layers * accumulate * again
+    scattered = accumulate * 8 * weights * (shards - 1) / shards
+    replicated = accumulate * 8 * weights / shards * (1 - 1 / sizes.dp_replicate)
+    tp = messages * 4 * 2 * (sizes.tp - 1) / sizes.tp
+    cp = messages * 8 / sizes.tp * (sizes.cp - 1) / sizes.cp
+    text = recipe.model.max_text_tokens
+    flops = step_flops(model.config, [int(tokens) - text] * (per_rank * accumulate), [text] * (per_rank * accumulate))
+    flops *= (4 / 3 if checkpointing else 1.0) / (sizes.tp * sizes.cp)
+
+    def speed(ranks: int) -> float:
+        return NVLINK if ranks <= MACHINE else NETWORK
+
+    return Plan(
+        sizes, batch, accumulate,
+        states=20 * weights / shards,
+        gathered=unit * (2 * 2 + 2 + 4) + model.root * 2 if shards > 1 else weights * 2 + unit * 6,
+        activations=values * width * rows * 2,
+        frozen=frozen + RUNTIME,
+        fsdp_bytes=scattered + replicated, tp_bytes=tp, cp_bytes=cp,
+        compute_s=flops / (peak * MFU),
+        fsdp_s=scattered / speed(shards * sizes.tp) + replicated / speed(sizes.world),
+        tp_s=tp / speed(sizes.tp),
+        cp_s=cp / speed(sizes.tp * sizes.cp),
+    )  # fmt: skip
+
+
+def layouts(gpus: int, heads: int) -> Iterator[Sizes]:
+    """Every layout that uses all GPUs: tp within a machine, tp x cp dividing the heads."""
+    for tp in _divisors(gpus):
+        for cp in _divisors(gpus // tp):
+            if heads % (tp * cp) or tp > MACHINE:
+                continue
+            dp = gpus // (tp * cp)
+            for replicate in _divisors(dp):
+                yield Sizes(replicate, dp // replicate, cp, tp)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def choose(recipe: RunRecipe, gpus: int, memory_gb: float, gpu: str) -> tuple[Model, list[Plan]]:
+    """The layout that the recipe names, or all that fit, most samples per second first.
+
+    Raises:
+        RecipeError: the recipe's layout does not fit, or none does.
+    """
+    if not isinstance(recipe, FlowRecipe):
+        raise RecipeError(f"plan: kind must be flow, got {recipe.kind!r}")
+    if gpu not in PEAK_TFLOPS:
+        raise RecipeError(f"plan: --gpu must be one of {', '.join(PEAK_TFLOPS)}, got {gpu!r}")
+    if gpus < 1 or memory_gb <= 0:
+        raise RecipeError(f"plan: --gpus and --memory must be above 0, got {gpus} and {memory_gb:g}")
+    model, peak, named = model_of(recipe), PEAK_TFLOPS[gpu] * 1e12, recipe.parallel
+    heads = model.config["num_attention_heads"]
+    if named.dp_shard or max(named.dp_replicate, named.tp, named.cp) > 1:
+        sizes = sizes_of(named, gpus)
+        check_recipe_parallel(recipe, sizes, heads)
+        found = [plan_of(recipe, model, sizes, peak)]
+    else:
+        found = [plan_of(recipe, model, sizes, peak) for sizes in layouts(gpus, heads)]
+    fitting = [p for p in found if p.memory <= memory_gb * 1e9]
+    if not fitting:
+        least = min(found, key=lambda p: p.memory)
+        raise RecipeError(
+            f"plan: no layout fits into {gpus} x {memory_gb:g} GB: the least is {least.memory / 1e9:.1f} GB a GPU with "
+            f"{least.sizes} ({_parts(least)}); use more GPUs, smaller data.buckets, or model.gradient_checkpointing"
+        )
+    # Layouts that keep the samples of a step first: others change what is learned.
+    wanted = recipe.batch * recipe.accumulate
+    return model, sorted(fitting, key=lambda p: (p.samples != wanted, p.seconds / p.samples, p.memory))
+
+
+def _parts(plan: Plan) -> str:
+    return (
+        f"states {plan.states / 1e9:.1f}, gathered weights and gradients {plan.gathered / 1e9:.1f}, activations "
+        f"{plan.activations / 1e9:.1f}, frozen models and runtime {plan.frozen / 1e9:.1f}"
+    )
+
+
+def print_plan(recipe: RunRecipe, gpus: int, memory_gb: float, gpu: str, console: Console) -> None:
+    """The best layout in full, four others as lines, and the assumptions."""
+    model, plans = choose(recipe, gpus, memory_gb, gpu)
+    best = plans[0]
+    console.print(
+        f"{gpus} x {gpu}, {memory_gb:g} GB each; transformer of {model.total / 1e9:.2f} B parameters in {model.layers} "
+        "blocks"
+    )
+    layout = "layout (dp_replicate x dp_shard x cp x tp)"
+    table = Table(layout, "batch x accumulate", "GB a GPU", "s a step", "samples/s")
+    for p in plans[:5]:
+        s = p.sizes
+        table.add_row(
+            f"{s.dp_replicate} x {s.dp_shard} x {s.cp} x {s.tp}", f"{p.batch} x {p.accumulate}",
+            f"{p.memory / 1e9:.1f}", f"{p.seconds:.2f}", f"{p.samples / p.seconds:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(f"memory a GPU of the first, GB: {_parts(best)}")
+    console.print(
+        f"sent by a GPU in a step, GB: FSDP {best.fsdp_bytes / 1e9:.1f}, tensor parallel {best.tp_bytes / 1e9:.1f}, "
+        f"Ulysses {best.cp_bytes / 1e9:.1f}"
+    )
+    console.print(
+        f"seconds of a step: compute {best.compute_s:.2f}, tensor parallel {best.tp_s:.2f}, Ulysses {best.cp_s:.2f}; "
+        f"FSDP {best.fsdp_s:.2f} beside them"
+    )
+    console.print(
+        f"assumed, not measured: {MFU:.0%} of {PEAK_TFLOPS[gpu]:g} TFLOP/s, {NVLINK / 1e9:.0f} GB/s within {MACHINE} "
+        f"GPUs, {NETWORK / 1e9:.0f} GB/s between machines; formulas: training/parallel/plan.py"
+    )
+    s = best.sizes
+    console.print(
+        f"use it: parallel.dp_replicate={s.dp_replicate} parallel.dp_shard={s.dp_shard} parallel.cp={s.cp} "
+        f"parallel.tp={s.tp} batch={best.batch} accumulate={best.accumulate}",
+        soft_wrap=True,
+    )
+    if best.samples != (wanted := recipe.batch * recipe.accumulate):
+        console.print(f"a step then has {best.samples} samples, not the recipe's {wanted}")
