@@ -48,7 +48,7 @@ class QualityRecipe:
     min_clarity: float = 0.4
     min_luma: float = 0.06
     max_luma: float = 0.93
-    max_saturation: float = 0.9
+    max_saturation: float = 0.85
     min_entropy: float = 2.5
     max_texture: float = 16.0
 
