@@ -29,13 +29,16 @@ static void forward(const ChannelNormSilu& p) {
   });
 }
 
+// Added one after another in float before double takes over: rows are short, so more would lose to torch's tree sums.
+constexpr int64_t kRowsInSequence = 16;
+
 template <class T>
 static void backward(const ChannelNormSiluBackward& p) {
   using A = Accum<T>;
   const int64_t n = p.channels;
   const std::vector<A> affine = widen_affine<T>(p.gamma, p.bias, n);
   const A *gamma = affine.data(), *bias = p.bias ? gamma + n : nullptr;
-  const std::vector<Chunk> chunks = make_chunks(Segments{nullptr, p.rows, 1}, kChunkRows);
+  const std::vector<Chunk> chunks = make_chunks(Segments{nullptr, p.rows, 1}, kRowsInSequence);
   std::vector<A> partials(chunks.size() * 2 * n, A(0));
   parallel_ranges(chunks.size(), p.rows * n, [&](int64_t begin, int64_t end) {
     std::vector<A> d(n);
