@@ -26,6 +26,7 @@ from qwen_image_fast.checkpoint import read_json
 from qwen_image_fast.training import checkpoint as checkpoints
 from qwen_image_fast.training.curriculum import Carry, Curriculum, one_stage
 from qwen_image_fast.training.ema import EMA
+from qwen_image_fast.training.fields import differences
 from qwen_image_fast.training.memory import peak_flops
 from qwen_image_fast.training.mixture import Watched
 from qwen_image_fast.training.optimizer import Optimizer, learning_rate
@@ -34,7 +35,7 @@ from qwen_image_fast.training.parallel.layout import Parallel
 from qwen_image_fast.training.parallel.shard import reshard
 from qwen_image_fast.training.producer.store import BatchMaker, Store, Ticket
 from qwen_image_fast.training.producer.store import start as start_producers
-from qwen_image_fast.training.recipe import RecipeError, RunRecipe, differences
+from qwen_image_fast.training.recipe import RecipeError, RunRecipe
 from qwen_image_fast.training.run_log import RunLog, SilentLog, memory_gb
 
 

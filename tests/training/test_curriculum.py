@@ -13,8 +13,9 @@ from qwen_image_fast.training.curriculum import build_curriculum
 from qwen_image_fast.training.data.record import Record
 from qwen_image_fast.training.data.screen import Rejected
 from qwen_image_fast.training.data.shards import write_shards
+from qwen_image_fast.training.fields import set_dotted
 from qwen_image_fast.training.mixture import BLOCK, Change, Order, Segment, slots
-from qwen_image_fast.training.recipe import PartRecipe, RecipeError, set_dotted
+from qwen_image_fast.training.recipe import PartRecipe, RecipeError
 from qwen_image_fast.training.run import make_task
 from qwen_image_fast.training.tiny.sources import make_source
 from qwen_image_fast.training.trainer import Trainer

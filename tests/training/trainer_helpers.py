@@ -7,6 +7,7 @@ import torch
 from qwen_image_fast import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from qwen_image_fast.tiny import tiny_configs, write_untrained
 from qwen_image_fast.training import recipe as recipes
+from qwen_image_fast.training.fields import set_dotted
 from qwen_image_fast.training.tiny.flow_task import FlowTask
 from qwen_image_fast.training.trainer import Trainer
 from qwen_image_fast.training.vae import initialise
@@ -48,7 +49,7 @@ def small_recipe(folder, /, **changes):
     """`small_tree`; `changes` are fields with "__" for the dot, None takes one out."""
     tree = small_tree(folder)
     for name, value in changes.items():
-        recipes.set_dotted(tree, name.replace("__", "."), value)
+        set_dotted(tree, name.replace("__", "."), value)
     return recipes.build({name: value for name, value in tree.items() if value is not None})
 
 
