@@ -1,12 +1,13 @@
 """Graphs of the sampling loop with a fake capture on the CPU: what is captured, replayed, and captured anew."""
 
 import weakref
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from qwen_image_fast import QwenImagePipeline
+from qwen_image_fast import QwenImagePipeline, reference
 from qwen_image_fast.graphs import CudaCapture, StepGraphs
 from qwen_image_fast.models.modulation import Modulation
 from qwen_image_fast.models.packing import pack
@@ -28,10 +29,15 @@ class FakeCapture:
     """Replays by running the function again into the first result, as a graph writes into its own memory."""
 
     def __init__(self):
-        self.captures = self.replays = 0
+        self.captures = self.replays = self.live = 0
 
-    def __call__(self, fn):
+    def retire(self):
+        self.live = 0
+
+    def __call__(self, fn, device):
+        assert device.type == "cpu"
         self.captures += 1
+        self.live += 1
         out = fn()
 
         def replay():
@@ -94,14 +100,13 @@ def test_inside_and_outside_of_inference_mode(pipe, capture):
     assert not any(t.is_inference() for t in captured.inputs)
 
 
-def test_other_shapes_have_their_own_graphs_and_the_oldest_leaves(pipe, capture):
-    for width in (32, 48, 64):
+def test_other_shapes_have_their_own_graphs_and_leave_together(pipe, capture):
+    kept = []
+    for width in (32, 48, 64, 48, 64):
         assert torch.equal(latents(pipe, width=width), without_graphs(pipe, width=width))
-    assert capture.captures == 3 and len(pipe.cuda_graphs) == 2
-    latents(pipe, width=48)
-    assert capture.captures == 3
-    latents(pipe, width=32)
-    assert capture.captures == 4
+        kept.append((capture.captures, len(pipe.cuda_graphs)))
+        assert capture.live == len(pipe.cuda_graphs)
+    assert kept == [(1, 1), (2, 2), (3, 1), (4, 2), (4, 2)]
 
 
 def test_clear(pipe, capture):
@@ -116,10 +121,10 @@ def test_a_graph_keeps_what_it_reads():
     """Rows and offsets of a layout are the same at every call and no inputs: the first call's must not be freed."""
     layout = pack((((1, 2, 2), (1, 2, 2)),), [3], axes_dim=(4, 6, 6), targets=[1])
     kept = [weakref.ref(t) for t in (layout.targets, layout.cu_targets, layout.cu_joint)]
-    graphs = StepGraphs(1, lambda fn: (lambda: None, fn()))
+    graphs = StepGraphs(1, FakeCapture())
     transformer = SimpleNamespace(forward_packed=lambda img, txt, layout, modulation: img.clone())
     modulation = Modulation([torch.zeros(1)], [torch.zeros(1)], torch.zeros(1))
-    graphs.forward("state", transformer, torch.zeros(8, 4), torch.zeros(3, 4), layout, modulation)
+    graphs.forward(transformer, torch.zeros(8, 4), torch.zeros(3, 4), layout, modulation)
     del layout
     assert all(reference() is not None for reference in kept)
     graphs.clear()
@@ -144,8 +149,17 @@ def add_hook(pipe):
     return True
 
 
-@pytest.mark.parametrize("change", [scale_weight, replace_weight, add_hook])
+def other_hook(pipe):
+    """One hook in the place of another."""
+    layer = pipe.transformer.transformer_blocks[0].attn.to_k
+    layer._forward_hooks.clear()
+    layer.register_forward_hook(lambda m, a, out: out * 1.5)
+    return True
+
+
+@pytest.mark.parametrize("change", [scale_weight, replace_weight, add_hook, other_hook])
 def test_changes_of_the_transformer(pipe, capture, change):
+    pipe.transformer.transformer_blocks[0].attn.to_k.register_forward_hook(lambda m, a, out: out)
     before = latents(pipe)
     anew = change(pipe)
     after = latents(pipe)
@@ -183,6 +197,13 @@ def test_lora(pipe, capture):
     assert torch.equal(seen[3], seen[0]) and not torch.equal(seen[4], seen[3])
 
 
+def test_the_references_of_the_ops_are_captured_anew(pipe, capture):
+    before = latents(pipe)
+    with reference():
+        assert torch.equal(latents(pipe), without_graphs(pipe))
+    assert torch.equal(latents(pipe), before) and capture.captures == 3
+
+
 def test_released_modulation_weights(tiny_folder):
     pipe = QwenImagePipeline.from_pretrained(tiny_folder, free_modulation_weights=True)
     capture = FakeCapture()
@@ -204,16 +225,87 @@ def test_switch(pipe):
         StepGraphs(0)
 
 
-def test_errors_of_the_capture(monkeypatch):
-    if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match="^CUDA graphs: the transformer must be on a CUDA device"):
-            CudaCapture()(lambda: torch.zeros(1))
+def test_a_capture_that_fails_takes_all_graphs_with_it(pipe, capture, monkeypatch):
+    latents(pipe)
+    monkeypatch.setattr(FakeCapture, "__call__", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        latents(pipe, width=48)
+    assert len(pipe.cuda_graphs) == capture.live == 0
 
-    def out_of_memory():
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "Stream", out_of_memory)
+# ---- the capture with CUDA graphs, on a torch.cuda that only writes down what it is asked for -----------------------
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    asked, pools = [], iter("abcdef")
+
+    class Stream:
+        device_index = 1
+
+        def wait_stream(self, other):
+            pass
+
+    class Graph:
+        def replay(self):
+            asked.append("replay")
+
+    @contextmanager
+    def context(*what, **more):
+        asked.append((*what[1 if more else 0 :], *more.values()))
+        yield
+        asked.append("end")
+
+    fakes = {
+        "device": context, "stream": context, "graph": context, "current_device": lambda: 1, "Stream": Stream,
+        "current_stream": Stream, "graph_pool_handle": lambda: next(pools), "CUDAGraph": Graph,
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return asked
+
+
+def test_graphs_that_end_together_share_a_pool_and_a_stream(cuda):
+    """A first run on the stream that is then captured, on the device of the inputs; no pool outlives a retire."""
+    capture, device = CudaCapture(), torch.device("cuda", 1)
+    for pool in "aab":
+        cuda.clear()
+        if pool == "b":
+            capture.retire()
+        replay, out = capture(lambda: cuda.append("run") or torch.zeros(1), device)
+        stream = capture.stream
+        assert cuda == [(device,), (stream,), "run", "end", (pool, stream), "run", "end", "replay", "end"]
+        replay()
+        assert cuda[-1] == "replay" and out == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        RuntimeError("CUDA error: out of memory"),  # from instantiating the graph
+        "hidden",
+    ],
+    ids=str,
+)
+def test_no_memory_for_a_graph(cuda, error):
+    def fail():
+        if error != "hidden":
+            raise error
+        try:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
     with pytest.raises(RuntimeError, match="memory pool must fit beside the model, and does not; keep fewer shapes"):
-        CudaCapture()(lambda: torch.zeros(1))
+        CudaCapture()(fail, torch.device("cuda", 1))
+
+
+def test_other_errors_of_a_capture(cuda):
+    def fail():
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="^something else"):
+        CudaCapture()(fail, torch.device("cuda", 1))
+    with pytest.raises(RuntimeError, match="^CUDA graphs: the transformer must be on a CUDA device, got cpu"):
+        CudaCapture()(fail, torch.device("cpu"))

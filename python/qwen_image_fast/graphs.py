@@ -6,19 +6,26 @@ once. What changes between steps (latents, text, modulation vectors) is copied i
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from qwen_image_fast.models.modulation import Modulation, modulation_layers
 from qwen_image_fast.models.packing import PackedLayout
+from qwen_image_fast.ops._library import use_reference
 
-# Runs a function once and returns a function that runs the same work again, and the result, which stays in its place.
-Capture = Callable[[Callable[[], Tensor]], "tuple[Callable[[], None], Tensor]"]
+
+class Capture(Protocol):
+    """How graphs are made; those made between two calls of `retire` may share memory and end together."""
+
+    def __call__(self, fn: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+        """Run `fn` once; return a function that runs the same work again, and the result, which stays in its place."""
+
+    def retire(self) -> None:
+        """No graph made so far is replayed again."""
 
 
 @dataclass
@@ -32,14 +39,14 @@ class Captured:
 
 
 class StepGraphs:
-    """The graphs of recent shapes, the least recently used one leaving first.
+    """The graphs of recent shapes; they share one pool of memory, and when there are too many, all leave together.
 
     A graph belongs to a shape (image sizes, text lengths, dtype) and to the state of the transformer: other weights, a
     LoRA added, removed, switched or scaled, or hooks lead to a new one. A new schedule does not: modulation vectors are
     inputs. The result of `forward` is overwritten by the next call.
 
     Args:
-        limit: shapes that are kept. capture: how; None: CUDA graphs, which share one pool of memory.
+        limit: shapes that are kept. capture: how; None: CUDA graphs.
     """
 
     def __init__(self, limit: int = 4, capture: Capture | None = None):
@@ -47,7 +54,8 @@ class StepGraphs:
             raise ValueError(f"StepGraphs: limit must be at least 1, got {limit}")
         self.limit = limit
         self._capture = capture or CudaCapture()
-        self._graphs: OrderedDict[Hashable, Captured] = OrderedDict()
+        self._graphs: dict[Hashable, Captured] = {}
+        self._state: Hashable = None
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -55,31 +63,35 @@ class StepGraphs:
     def clear(self) -> None:
         """Drop all graphs and their memory."""
         self._graphs.clear()
+        self._capture.retire()
 
-    def start(self, transformer: Any) -> Hashable:
-        """Called once per sampling loop: drops graphs of earlier states of the transformer, returns the present one."""
+    def start(self, transformer: Any) -> None:
+        """Called once per sampling loop: drops graphs of another transformer, or of another state of it."""
         state = transformer_state(transformer)
-        for key in [k for k in self._graphs if k[0] != state]:  # type: ignore[index]
-            del self._graphs[key]
-        return state
+        if state != self._state:
+            self.clear()
+            self._state = state
 
     def forward(
-        self, state: Hashable, transformer: Any, img: Tensor, txt: Tensor, layout: PackedLayout, modulation: Modulation
+        self, transformer: Any, img: Tensor, txt: Tensor, layout: PackedLayout, modulation: Modulation
     ) -> Tensor:
-        """`transformer.forward_packed` by its graph; `state` as `start` returned it."""
-        tensors = [img, txt, *_layout_tensors(layout), *modulation.img, *modulation.txt, modulation.final]
-        key = (
-            state, layout.shapes, layout.txt_lens, layout.target_lens,
-            tuple((t.shape, t.dtype, t.device) for t in tensors),
-        )  # fmt: skip
+        """`transformer.forward_packed` by its graph."""
+        fixed = [layout.img_rope, layout.txt_rope, layout.cu_img, layout.cu_txt, layout.segments]
+        tensors = [*fixed, img, txt, *modulation.img, *modulation.txt, modulation.final]
+        own = tuple((t.shape, t.dtype, t.device) for t in tensors)
+        key = (layout.shapes, layout.txt_lens, layout.target_lens, own)
         captured = self._graphs.get(key)
         if captured is None:
-            while len(self._graphs) >= self.limit:
-                self._graphs.popitem(last=False)
-            captured = self._graphs[key] = self._new(transformer, layout, modulation, tensors)
+            if len(self._graphs) >= self.limit:
+                self.clear()
+            try:
+                captured = self._graphs[key] = self._new(transformer, layout, modulation, tensors)
+            except BaseException:
+                self.clear()  # what failed may have taken memory of the others with it
+                raise
             return captured.out
-        self._graphs.move_to_end(key)
-        torch._foreach_copy_(captured.inputs, tensors)
+        for part in (slice(len(fixed)), slice(len(fixed), None)):  # one launch copies tensors of one dtype
+            torch._foreach_copy_(captured.inputs[part], tensors[part])
         captured.replay()
         return captured.out
 
@@ -87,28 +99,24 @@ class StepGraphs:
         with torch.inference_mode(False):  # so that they can be written in and out of inference mode
             inputs = [t.clone() for t in tensors]
         blocks = len(modulation.img)
-        img, txt, img_rope, txt_rope, cu_img, cu_txt, segments, *mods = inputs
+        img_rope, txt_rope, cu_img, cu_txt, segments, img, txt, *mods = inputs
         own = replace(layout, img_rope=img_rope, txt_rope=txt_rope, cu_img=cu_img, cu_txt=cu_txt, segments=segments)
         vectors = Modulation(mods[:blocks], mods[blocks:-1], mods[-1])
-        replay, out = self._capture(lambda: transformer.forward_packed(img, txt, own, vectors))
+        replay, out = self._capture(lambda: transformer.forward_packed(img, txt, own, vectors), img.device)
         return Captured(inputs, own, replay, out)
 
 
-def _layout_tensors(layout: PackedLayout) -> list[Tensor]:
-    return [layout.img_rope, layout.txt_rope, layout.cu_img, layout.cu_txt, layout.segments]
-
-
 def transformer_state(transformer: Any) -> Hashable:
-    """What a captured pass depends on besides its inputs: where weights lie, the modules, hooks, and LoRA settings.
+    """What a captured pass depends on besides its inputs: where weights lie, modules, hooks, LoRA settings, kernels.
 
     Modulation layers are left out: they make inputs of the pass, and their weights may have been released.
     """
     outside = {id(layer) for layer in modulation_layers(transformer).values()}
-    found: list[Any] = [id(transformer)]
+    found: list[Any] = [id(transformer), use_reference()]
     for module in transformer.modules():
         if id(module) in outside:
             continue
-        found.append((type(module), module.training, len(module._forward_hooks), len(module._forward_pre_hooks)))
+        found.append((type(module), module.training, *module._forward_hooks, None, *module._forward_pre_hooks))
         found += [(p.data_ptr(), p.dtype) for p in module._parameters.values() if p is not None]
         if hasattr(module, "lora_A"):
             found.append(
@@ -119,29 +127,54 @@ def transformer_state(transformer: Any) -> Hashable:
 
 
 class CudaCapture:
-    """Captures with torch.cuda.graph; all graphs take their memory from one pool, since only one runs at a time."""
+    """Captures with torch.cuda.graph, in one pool of memory and on one stream: only one graph runs at a time.
+
+    They have to end together. torch keeps the workspace of cuBLAS by stream and frees it with any graph that was
+    captured there, though others still use it (pytorch issue 193402), and takes no pool again whose last graph has
+    gone. The first run is on the same stream, so that the workspace lies outside of the pool.
+    """
 
     def __init__(self) -> None:
         self.pool: Any = None
+        self.stream: Any = None
 
-    def __call__(self, fn: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        if not torch.cuda.is_available():
-            raise RuntimeError("CUDA graphs: the transformer must be on a CUDA device, and torch sees none")
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
+    def retire(self) -> None:
+        self.pool = None
+
+    def __call__(self, fn: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+        if device.type != "cuda":
+            raise RuntimeError(f"CUDA graphs: the transformer must be on a CUDA device, got {device}")
         try:
-            stream = torch.cuda.Stream()  # libraries allocate their workspaces in a first run, outside of the capture
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                fn()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                out = fn()
-        except torch.cuda.OutOfMemoryError as error:
+            with torch.cuda.device(device):
+                return self._captured(fn)
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
             raise RuntimeError(
                 "CUDA graphs: the graph's memory pool must fit beside the model, and does not; keep fewer shapes "
                 "(enable_cuda_graphs(limit=1)), make smaller images, or call disable_cuda_graphs()"
             ) from error
+
+    def _captured(self, fn: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        if self.stream is None or self.stream.device_index != torch.cuda.current_device():
+            self.stream = torch.cuda.Stream()
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            fn()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            out = fn()
         graph.replay()
         return graph.replay, out
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Also where instantiating the graph failed, or ending a capture that had failed hides why."""
+    while error is not None:
+        if isinstance(error, torch.cuda.OutOfMemoryError) or "out of memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -144,15 +144,18 @@ def denoise(
     x = torch.cat([s.latents if s.image is None else s.noised(sigma) for s, sigma in zip(samples, starts)])
     txt = transformer.embed_text(torch.cat([t.embeds for t in texts]))
     rows = len(x)
-    state = None if graphs is None or residuals is not None else graphs.start(transformer)
+    if residuals is not None:
+        graphs = None
+    if graphs is not None:
+        graphs.start(transformer)
     with tqdm(total=len(dt) - begin, disable=not progress, desc="denoise", unit="step") as bar:
         for i in range(begin, len(dt)):
             if interrupted():
                 break
             img = torch.cat([part for own, s in zip(x.split(lengths), samples) for part in (own, *s.references)])
             inputs = torch.cat([img] * branches), txt, layout, modulations.at(i)
-            if graphs is not None and state is not None:
-                out = graphs.forward(state, transformer, *inputs)
+            if graphs is not None:
+                out = graphs.forward(transformer, *inputs)
             else:
                 added = None if residuals is None else [torch.cat([r] * branches) for r in residuals(i, x)]
                 out = transformer.forward_packed(*inputs, added)

@@ -176,8 +176,9 @@ class Pipeline(LoraMixin):
     def enable_cuda_graphs(self, limit: int = 4) -> None:
         """Capture the transformer's pass once for a shape (image sizes and text lengths) and replay it from then on.
 
-        The first step of a new shape takes the time of a few. The graphs of `limit` shapes are kept; each holds on to
-        its shape's working memory. Weights, LoRAs and schedules may change: graphs are captured anew where they must.
+        The first step of a new shape takes the time of a few. Up to `limit` shapes share the working memory of the
+        largest; with one more, all are captured anew as they come. So they are where weights or LoRAs changed in a
+        way that a graph does not see; a new schedule needs no new graph.
 
         Raises:
             ValueError: the transformer is not on a CUDA device.
