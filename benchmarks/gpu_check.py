@@ -16,8 +16,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,21 +73,35 @@ class Check:
         return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **fixed}
 
     def process(self, *command: object, env: dict[str, str] | None = None) -> str:
-        """Output of a command; raises with its end when it fails or runs out of the stage's time."""
-        left = self.limit - time.monotonic()
-        try:
-            done = subprocess.run(
-                [str(c) for c in command], cwd=ROOT, env={**self.environment(), **(env or {})}, timeout=max(1.0, left),
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as e:
-            text = e.stdout.decode(errors="replace") if isinstance(e.stdout, bytes) else e.stdout or ""
-            raise Failed(f"out of time\n{text[-TAIL:]}") from None
-        except FileNotFoundError:
-            raise Failed(f"{command[0]} was not found") from None
-        if done.returncode:
-            raise Failed(f"exit status {done.returncode}\n{done.stdout[-TAIL:]}")
-        return done.stdout
+        """Output of a command; raises with its end when it fails or runs out of the stage's time.
+
+        All processes that it started are stopped then: a compiler or a program under the sanitizer would take the time
+        and the GPU of the next stages. Output goes through a file, which no process that lives on can keep open.
+        """
+        left = max(1.0, self.limit - time.monotonic())
+        with tempfile.TemporaryFile("w+", errors="replace") as output:
+            try:
+                process = subprocess.Popen(
+                    [str(c) for c in command], cwd=ROOT, env={**self.environment(), **(env or {})}, stdout=output,
+                    stderr=subprocess.STDOUT, start_new_session=True,
+                )  # fmt: skip
+            except FileNotFoundError:
+                raise Failed(f"{command[0]} was not found") from None
+            try:
+                code = process.wait(left)
+            except BaseException as error:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                code = None
+            output.seek(0)
+            text = output.read()
+        if code is None:
+            raise Failed(f"out of time\n{text[-TAIL:]}")
+        if code:
+            raise Failed(f"exit status {code}\n{text[-TAIL:]}")
+        return text
 
     def python(self, *arguments: object, **keywords: Any) -> str:
         return self.process(sys.executable, *arguments, **keywords)

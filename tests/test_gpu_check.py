@@ -1,7 +1,9 @@
 """The GPU check where there is no GPU: its stages, its results file, the page made of it, and the measuring code."""
 
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,8 @@ def test_the_stages_fit_into_nine_minutes():
     assert sum(s.seconds for s in gpu_check.STAGES) <= 540
 
 
-def fake(name, run, seconds=5):
-    return gpu_check.Stage(name, seconds, run)
+def fake(name, run):
+    return gpu_check.Stage(name, 60, run)
 
 
 def test_results_are_written_as_they_come(tmp_path, monkeypatch, capsys):
@@ -30,7 +32,9 @@ def test_results_are_written_as_they_come(tmp_path, monkeypatch, capsys):
         check.python("-c", "print('the reason'); raise SystemExit(3)")
 
     def slow(check):
-        check.python("-c", "import time; print('so far', flush=True); time.sleep(60)")
+        started = tmp_path / "started"
+        time_out_once(monkeypatch, started.exists)
+        check.python("-c", f"import time; print('so far', flush=True); open({str(started)!r}, 'w'); time.sleep(600)")
 
     seen = []
 
@@ -38,7 +42,7 @@ def test_results_are_written_as_they_come(tmp_path, monkeypatch, capsys):
         seen.extend(json.loads(check.file.read_text())["stages"])
         return {"summary": "ok"}
 
-    stages = [fake("machine", machine), fake("broken", broken), fake("slow", slow, seconds=2), fake("last", last)]
+    stages = [fake("machine", machine), fake("broken", broken), fake("slow", slow), fake("last", last)]
     monkeypatch.setattr(gpu_check, "STAGES", stages)
     assert gpu_check.main(["--output", str(tmp_path)]) == 1
     (file,) = tmp_path.glob("*-some-gpu-1.json")
@@ -47,6 +51,32 @@ def test_results_are_written_as_they_come(tmp_path, monkeypatch, capsys):
     assert "exit status 3" in result["broken"]["output"] and "the reason" in result["broken"]["output"]
     assert "out of time" in result["slow"]["output"] and "so far" in result["slow"]["output"]
     assert set(seen) == {"machine", "broken", "slow"}
+
+
+def time_out_once(monkeypatch, condition):
+    """The next process runs out of its time as soon as it has done something, however fast the machine is."""
+    wait = subprocess.Popen.wait
+
+    def wait_for_it(process, timeout=None):
+        while not condition():
+            assert process.poll() is None
+            time.sleep(0.01)
+        monkeypatch.setattr(subprocess.Popen, "wait", wait)
+        raise subprocess.TimeoutExpired("process", timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait_for_it)
+
+
+def test_a_stage_out_of_time_leaves_no_process_behind(tmp_path, monkeypatch):
+    """A grandchild that holds the output open, like a compiler under ninja or a program under the sanitizer."""
+    check, started = gpu_check.Check(tmp_path), tmp_path / "started"
+    grandchild = f"import os, time; print(os.getpid(), flush=True); open({str(started)!r}, 'w'); time.sleep(600)"
+    time_out_once(monkeypatch, started.exists)
+    with pytest.raises(gpu_check.Failed, match="^out of time\n[0-9]+") as failure:
+        check.python("-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])")
+    stat = Path("/proc", str(failure.value).split()[-1], "stat")
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)  # until the system has removed it
 
 
 def test_nothing_runs_without_a_gpu(tmp_path):
