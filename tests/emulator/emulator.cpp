@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cstdio>
 #include <stdexcept>
-#include <vector>
 
+#include "fiber.h"
 #define QIF_ISA host
 #include "common/vec.h"
 
@@ -14,61 +14,13 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
 
 namespace emulator {
 
 ThreadIndices now;
+std::vector<std::pair<uintptr_t, size_t>> ranges;
 
 namespace {
-
-// ---- fibers: a stack each, switched by hand
-
-constexpr size_t kStackBytes = 256 << 10;  // address space; pages are touched as they are used
-
-#if defined(__x86_64__)
-using Context = void*;  // the stack pointer; callee-saved registers lie on the stack
-extern "C" void qif_emulator_switch(void** save, void* load);
-asm(R"(
-.text
-.globl qif_emulator_switch
-.hidden qif_emulator_switch
-qif_emulator_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-)");
-void switch_context(Context& from, Context& to) { qif_emulator_switch(&from, to); }
-void prepare(Context& context, unsigned char* stack, void (*entry)()) {
-  auto** top = reinterpret_cast<void**>(stack + kStackBytes) - 2;
-  *top = reinterpret_cast<void*>(entry);  // `ret` enters it with the stack aligned as after a call
-  context = top - 6;
-  std::fill(top - 6, top, nullptr);
-}
-#else
-using Context = ucontext_t;
-void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
-void prepare(Context& context, unsigned char* stack, void (*entry)()) {
-  getcontext(&context);
-  context.uc_stack.ss_sp = stack;
-  context.uc_stack.ss_size = kStackBytes;
-  makecontext(&context, entry, 0);
-}
-#endif
 
 // A copy to shared memory that its thread has not waited for.
 struct Copy {
@@ -122,7 +74,6 @@ struct Block {
 Block block;
 Context scheduler;
 std::vector<unsigned char*> stacks;
-std::vector<std::pair<uintptr_t, uintptr_t>> ranges;
 
 constexpr size_t kArenaBytes = 232448;  // what a block can have on sm_90
 
@@ -361,18 +312,11 @@ uint32_t vote(uint32_t mask, bool predicate, Site site) {
 
 // ---- memory
 
-void clear_ranges() { ranges.clear(); }
-
-void add_range(const void* begin, size_t bytes) {
-  const auto b = reinterpret_cast<uintptr_t>(begin);
-  ranges.push_back({b, b + bytes});
-}
-
 void check_global(const void* p, size_t bytes, const char* action) {
   const auto a = reinterpret_cast<uintptr_t>(p);
   if (a % bytes) fail(std::string("misaligned ") + action + " of " + std::to_string(bytes) + " bytes of global memory");
   for (auto& range : ranges)
-    if (a >= range.first && a + bytes <= range.second) {
+    if (a >= range.first && a + bytes <= range.first + range.second) {
       std::swap(range, ranges.front());  // the next access is probably near
       return;
     }

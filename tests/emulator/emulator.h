@@ -14,6 +14,7 @@
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "common/dtype.h"
 
@@ -63,8 +64,7 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, voi
 
 // ---- global memory
 
-void clear_ranges();
-void add_range(const void* begin, size_t bytes);
+extern std::vector<std::pair<uintptr_t, size_t>> ranges;  // what a launch may touch: addresses and bytes
 void check_global(const void* p, size_t bytes, const char* action);
 
 template <class V>

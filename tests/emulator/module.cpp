@@ -12,8 +12,5 @@ std::string cuda_error(int error) { return "error " + std::to_string(error); }
 
 PYBIND11_MODULE(_C_emulated, m) {
   qif::define_cuda(m);
-  m.def("set_ranges", [](const std::vector<std::pair<uintptr_t, size_t>>& ranges) {
-    emulator::clear_ranges();
-    for (const auto& [begin, bytes] : ranges) emulator::add_range(reinterpret_cast<const void*>(begin), bytes);
-  });
+  m.def("set_ranges", [](std::vector<std::pair<uintptr_t, size_t>> ranges) { emulator::ranges = std::move(ranges); });
 }

@@ -15,9 +15,9 @@ static std::vector<float> in(256), out(256);
 
 static void run(void (*kernel)(const float*, float*), dim3 grid, dim3 block, size_t shared = 0) {
   for (int i = 0; i < 256; ++i) in[i] = static_cast<float>(i);
-  emulator::clear_ranges();
-  emulator::add_range(in.data(), in.size() * sizeof(float));
-  emulator::add_range(out.data(), out.size() * sizeof(float));
+  emulator::ranges.clear();
+  for (const auto* v : {&in, &out})
+    emulator::ranges.push_back({reinterpret_cast<uintptr_t>(v->data()), v->size() * sizeof(float)});
   launch(kernel, grid, block, shared, nullptr, in.data(), out.data());
 }
 
