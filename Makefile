@@ -3,9 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
-GPU_WHEELS := diffusers transformers huggingface_hub safetensors tokenizers tqdm typer rich markdown-it-py mdurl \
-  pygments shellingham click pyyaml regex requests httpx importlib_metadata zipp pybind11 ninja pytest pluggy iniconfig \
-  nvidia-cutlass==$(shell sed -n 's/^nvidia-cutlass==//p' constraints.txt)
+GPU_PYTHON ?= 3.12
 
 .PHONY: demo pipeline test lint bench install dev clean cuda-compile gpu-check gpu-wheels gpu-status
 
@@ -58,12 +56,16 @@ cuda-compile:
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
 
-# What such a machine may lack, for use without a network; gpu-check takes it from here.
+# What such a machine may lack besides torch, for use without a network; gpu-check takes it from here. Everything that
+# these depend on comes along, but for what only the Python side of CUTLASS needs.
+GPU_DOWNLOAD = $(PYTHON) -m pip download -q --disable-pip-version-check -c constraints.txt -d gpu-wheels \
+  --only-binary=:all: --python-version $(GPU_PYTHON) --implementation cp --platform manylinux_2_28_x86_64 \
+  --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64
 gpu-wheels:
 	rm -rf gpu-wheels
-	$(PYTHON) -m pip download -q -d gpu-wheels --no-deps --only-binary=:all: --python-version 3.12 \
-	  --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
-	  --platform manylinux2014_x86_64 $(GPU_WHEELS)
+	$(GPU_DOWNLOAD) diffusers transformers safetensors huggingface_hub numpy pillow tqdm rich typer cmake ninja \
+	  pybind11 pytest
+	$(GPU_DOWNLOAD) --no-deps nvidia-cutlass
 
 # docs/gpu-status.md from the results under benchmarks/results.
 gpu-status:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.util
 import json
 import os
 import re
@@ -23,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,8 @@ class Check:
         paths = [str(ROOT / "python"), str(ROOT), *([str(SITE)] if SITE.exists() else [])]
         # The tests ask torch for deterministic algorithms, which cuBLAS only has with a fixed workspace.
         fixed = {"HF_HUB_OFFLINE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
-        return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **fixed}
+        programs = [str(SITE / "bin"), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+        return {**os.environ, "PATH": os.pathsep.join(programs), "PYTHONPATH": os.pathsep.join(paths), **fixed}
 
     def process(self, *command: object, env: dict[str, str] | None = None) -> str:
         """Output of a command; raises with its end when it fails or runs out of the stage's time.
@@ -148,7 +149,8 @@ def machine(check: Check) -> dict[str, Any]:
     wheels = sorted((ROOT / "gpu-wheels").glob("*.whl"))
     missing = [w for w in wheels if not installed(w)]
     if missing:
-        check.python("-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target", SITE, *missing)
+        options = ("--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", SITE)
+        check.python("-m", "pip", "install", "-q", "--disable-pip-version-check", *options, *missing)
     found = json.loads(check.python("-c", PROBE).splitlines()[-1])
     major, minor = found.pop("capability")
     found["architecture"] = f"{major}{minor}" + ("a" if major >= 9 else "")
@@ -159,27 +161,29 @@ def machine(check: Check) -> dict[str, Any]:
 
 
 def installed(wheel: Path) -> bool:
-    from importlib import metadata
-
+    """Whether Python finds the wheel's package in this version or a newer one."""
+    name, version = wheel.name.split("-")[:2]
     try:
-        metadata.version(wheel.name.split("-")[0].replace("_", "-"))
-        return True
+        return release(metadata.version(name.replace("_", "-"))) >= release(version)
     except metadata.PackageNotFoundError:
         return False
 
 
+def release(version: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", version.partition("+")[0])]
+
+
 def build(check: Check) -> dict[str, Any]:
     architecture = check.results["architecture"]
-    cmake = [sys.executable, "-m", "cmake"] if importlib.util.find_spec("cmake") else ["cmake"]
     pybind = check.python("-m", "pybind11", "--cmakedir").strip()
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    generator = ["-G", "Ninja"] if shutil.which("ninja", path=check.environment()["PATH"]) else []
     check.process(
-        *cmake, "-S", ROOT, "-B", BUILD / "cmake", *generator, "-DCMAKE_BUILD_TYPE=Release", "-DQIF_CUDA=ON",
+        "cmake", "-S", ROOT, "-B", BUILD / "cmake", *generator, "-DCMAKE_BUILD_TYPE=Release", "-DQIF_CUDA=ON",
         f"-DQIF_CUDA_ARCHITECTURES={architecture}", f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind}", "-DSKBUILD_PROJECT_VERSION=0.0.0",
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'python' / 'qwen_image_fast'}",
     )  # fmt: skip
-    check.process(*cmake, "--build", BUILD / "cmake", "-j", str(os.cpu_count() or 2))
+    check.process("cmake", "--build", BUILD / "cmake", "-j", str(os.cpu_count() or 2))
     report = "from qwen_image_fast import build_info; import json; print(json.dumps(build_info()))"
     info = json.loads(check.python("-c", report).splitlines()[-1])
     return {"summary": f"for {', '.join(info['cuda_architectures'])}"}
@@ -200,9 +204,8 @@ def sanitizer(tool: str) -> Callable[[Check], dict[str, Any]]:
     """compute-sanitizer on our kernels; without torch's memory pool, whose blocks hide accesses past a tensor."""
 
     def run(check: Check) -> dict[str, Any]:
-        program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         output = check.process(
-            program, "--tool", tool, *only_our_kernels(check, program), "--error-exitcode", "9",
+            "compute-sanitizer", "--tool", tool, *only_our_kernels(check), "--error-exitcode", "9",
             sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *SANITIZED,
             env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )  # fmt: skip
@@ -214,15 +217,10 @@ def sanitizer(tool: str) -> Callable[[Check], dict[str, Any]]:
     return run
 
 
-def only_our_kernels(check: Check, program: str) -> list[str]:
+def only_our_kernels(check: Check) -> list[str]:
     """The option that leaves other kernels alone has changed its name between versions; without it all are checked."""
-    for option in ("--kernel-name", "--kernel-regex"):
-        try:
-            check.process(program, option, "kns=qif", shutil.which("true") or "true")
-        except Failed:
-            continue
-        return [option, "kns=qif"]
-    return []
+    known = check.process("compute-sanitizer", "--help")
+    return next(([option, "kns=qif"] for option in ("--kernel-name", "--kernel-regex") if option in known), [])
 
 
 def bench(suite: str) -> Callable[[Check], dict[str, Any]]:

@@ -85,6 +85,30 @@ def test_nothing_runs_without_a_gpu(tmp_path):
     assert gpu_check.main(["--output", str(tmp_path)]) == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("found", "needed"), [("2.4.6", False), ("2.10.0", False), ("2.4", True), ("1.26.4", True), (None, True)]
+)
+def test_wheels_that_a_machine_needs(monkeypatch, found, needed):
+    def version(name):
+        assert name == "some-package"
+        if found is None:
+            raise gpu_check.metadata.PackageNotFoundError
+        return found
+
+    monkeypatch.setattr(gpu_check.metadata, "version", version)
+    assert gpu_check.installed(Path("gpu-wheels/some_package-2.4.6-cp312-cp312-linux.whl")) is not needed
+
+
+@pytest.mark.parametrize(
+    ("help", "option"),
+    [("--kernel-name arg", ["--kernel-name", "kns=qif"]), ("--kernel-regex", ["--kernel-regex", "kns=qif"]), ("", [])],
+)
+def test_the_sanitizer_is_pointed_at_our_kernels(monkeypatch, help, option):
+    check = gpu_check.Check(Path())
+    monkeypatch.setattr(check, "process", lambda *a: help)
+    assert gpu_check.only_our_kernels(check) == option
+
+
 def test_no_test_is_no_pass(monkeypatch):
     check = gpu_check.Check(Path())
     monkeypatch.setattr(check, "python", lambda *a: "36 deselected in 0.1s")
