@@ -301,6 +301,16 @@ def test_han_words_are_made_of_the_listed_characters():
     # The first level of GB2312, each character of which is one token of the tiny tokenizer.
     assert all(0xB0 <= character.encode("gb2312")[0] <= 0xD7 for character in words.HAN_CHARACTERS)
     assert len(set(words.ENGLISH_WORDS)) == len(words.ENGLISH_WORDS)
+    assert set(words.TINY_HAN_CHARACTERS) <= set(words.HAN_CHARACTERS)
+    assert len(set(words.TINY_HAN_CHARACTERS)) == len(words.TINY_HAN_CHARACTERS) == 110
+
+
+@pytest.mark.parametrize("split", words.SPLITS)
+def test_chinese_texts_are_made_of_the_characters_of_the_recipe(split):
+    source, rng = words.WordSource(split, han=words.TINY_HAN_CHARACTERS), random.Random(0)
+    texts = {source.text(rng, "zh", 3) for _ in range(300)}
+    assert len(texts & set(words.HAN_WORDS)) >= 10 and len(texts) > 100
+    assert set("".join(texts)) <= set(words.TINY_HAN_CHARACTERS)
 
 
 # Editing pairs
@@ -356,6 +366,14 @@ def test_edits_have_languages_of_their_own():
         tiny(64, edit_languages=("fr",))
 
 
+@pytest.mark.parametrize("rows", [16, 0])
+def test_elements_of_pairs_stand_on_rows(rows):
+    recipe = tiny(128, edits=("text",), max_lines=1, rows=rows)
+    changed = [np.flatnonzero(make_edit(recipe, 0, index).mask.any(1)) for index in range(30)]
+    middles = np.array([(lines[0] + lines[-1] + 1) / 2 for lines in changed])
+    assert (abs(middles / 16 - np.round(middles / 16)).max() < 0.1) == bool(rows)
+
+
 @pytest.mark.parametrize("size", [32, 64])
 def test_tiny_pairs(size):
     pairs = [make_edit(tiny(size), 0, index) for index in range(40)]
@@ -407,6 +425,8 @@ def test_photograph_errors(tmp_path, monkeypatch):
         ({"split": "test"}, "split must be of train, held_out"),
         ({"split": "held_out", "max_letters": 1}, "max_letters must be 2 or more for the held_out split"),
         ({"fill": 0}, "fill must be in"),
+        ({"han": "龘"}, "han must be of the characters in words.HAN_CHARACTERS"),
+        ({"rows": -1}, "rows must be 0 or more"),
         ({"rotation": 90}, "rotation must be from 0 to 45"),
         ({"colour": "red"}, "unknown colour; known are"),
     ],

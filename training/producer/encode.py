@@ -64,7 +64,7 @@ class Encoders:
         if edits:
             states = encode_edit_prompts(
                 self.text_encoder, self.tokenizer, self.processor,
-                [batch[i].caption for i in edits], [batch[i].pictures for i in edits],
+                [batch[i].caption for i in edits], [batch[i].pictures for i in edits], one_batch=True,
             )  # fmt: skip
             out.update(zip(edits, states))
         return [out[i] for i in range(len(batch))]

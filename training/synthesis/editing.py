@@ -162,7 +162,10 @@ def _element(
         return None
     colour = rng.choice(colours)
     width, height = band[2] - band[0], band[3] - band[1]
-    centre = (band[0] + band[2]) // 2, (band[1] + band[3]) // 2
+    middle = (band[1] + band[3]) // 2
+    if recipe.rows:
+        middle = recipe.rows * round(middle / recipe.rows)
+    centre = (band[0] + band[2]) // 2, middle
     if what == "shape":
         kinds = [s for s in SHAPES if s not in {e.shape for e in others if isinstance(e, ShapeElement)}]
         extent = max(6, int(min(height, width / 3) * rng.uniform(0.75, 0.95)))

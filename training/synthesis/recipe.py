@@ -12,7 +12,7 @@ from typing import Any
 from .canvas import TEXTURES
 from .colours import COLOURS, TINY_GROUND_COLOURS, TINY_TEXT_COLOURS, readable_on
 from .fonts import Face, faces_of_language, find_fonts
-from .words import SPLITS, WordSource, probe
+from .words import HAN_UNIQUE, SPLITS, TINY_HAN_CHARACTERS, WordSource, probe
 
 STRATEGIES = ("shapes", "pure", "compositional", "complex")
 EDITS = ("text", "colour", "ground", "add", "remove", "move", "reconstruct")
@@ -35,12 +35,14 @@ class SynthesisRecipe:
         text_colours, ground_colours: colour names. Pairs that cannot be read are never drawn.
         textures: of the grounds of pure samples, names in `canvas.TEXTURES`.
         max_letters, max_han: longest single text.
+        han: Chinese characters that texts are made of; empty: `words.HAN_CHARACTERS`.
         max_lines: texts of a pure sample, one above the other, each with its own colour at times.
         paragraph: share of pure samples that are paragraphs.
         paragraphs: paragraphs to draw, instead of random sentences.
         fill: smallest share of the canvas that the text may be fitted to, in (0, 1].
         largest_font: in pixels, of pure samples that are not paragraphs; 0: as large as fits.
         centred: put texts in the middle, else anywhere inside the canvas.
+        rows: centres of the elements of editing pairs are multiples of so many pixels from the top; 0: anywhere.
         rotation: largest angle of single texts and paragraphs, in degrees.
         random_strings: share of random strings among single texts.
         natural: share of captions in free order; the others begin with the quoted text.
@@ -64,12 +66,14 @@ class SynthesisRecipe:
     textures: tuple[str, ...] = tuple(TEXTURES)
     max_letters: int = 10
     max_han: int = 6
+    han: str = ""
     max_lines: int = 3
     paragraph: float = 0.5
     paragraphs: tuple[str, ...] = ()
     fill: float = 0.5
     largest_font: int = 0
     centred: bool = False
+    rows: int = 0
     rotation: float = 15.0
     random_strings: float = 0.3
     natural: float = 0.5
@@ -117,7 +121,7 @@ class SynthesisRecipe:
 
     def words(self) -> WordSource:
         """Where texts come from."""
-        return WordSource(self.split, self.held_out, self.random_strings)
+        return WordSource(self.split, self.held_out, self.random_strings, self.han or HAN_UNIQUE)
 
     def faces(self, language: str) -> tuple[Face, ...]:
         """Fonts for a language. Raises `fonts.FontError` where there is none."""
@@ -136,7 +140,7 @@ def tiny(size: int = 64, languages: tuple[str, ...] = ("en",), **changes: Any) -
         languages: of `en`, `zh`.
         changes: other fields of the recipe, such as `max_letters=1`, `split="held_out"` or `shapes=1, pure=0`.
     """
-    limits = {32: (1, 1, 1), 64: (3, 2, 1), 128: (8, 4, 2)}
+    limits = {32: (1, 1, 1), 64: (3, 2, 1), 128: (8, 3, 2)}
     if size not in limits:
         raise ValueError(f"tiny: size must be one of {', '.join(map(str, limits))}, got {size}")
     letters, han, lines = limits[size]
@@ -149,11 +153,13 @@ def tiny(size: int = 64, languages: tuple[str, ...] = ("en",), **changes: Any) -
         "textures": ("plain",),
         "max_letters": letters,
         "max_han": han,
+        "han": TINY_HAN_CHARACTERS,
         "max_lines": lines,
         "paragraph": 0.0,
         "fill": 1.0,
         "largest_font": 32,
         "centred": True,
+        "rows": size // 8,
         "rotation": 0.0,
         "random_strings": 0.5,
         "natural": 0.2,
@@ -196,9 +202,11 @@ def _check(recipe: SynthesisRecipe) -> None:
     shortest = 2 if recipe.split == "held_out" else 1
     for name in ("max_letters", "max_han"):
         must(getattr(recipe, name) >= shortest, name, f"be {shortest} or more for the {recipe.split} split")
+    must(not set(recipe.han) - set(HAN_UNIQUE), "han", "be of the characters in words.HAN_CHARACTERS")
     must(recipe.max_lines >= 1, "max_lines", "be 1 or more")
     must(0 < recipe.fill <= 1, "fill", "be in (0, 1]")
     must(recipe.largest_font >= 0, "largest_font", "be 0 or more")
+    must(recipe.rows >= 0, "rows", "be 0 or more")
     must(0 <= recipe.rotation <= 45, "rotation", "be from 0 to 45 degrees")
     for name in ("paragraph", "random_strings", "natural"):
         must(0 <= getattr(recipe, name) <= 1, name, "be from 0 to 1")

@@ -56,6 +56,11 @@ HAN_CHARACTERS = (
     "高低长短新老快乐美丽友爱朋平安门车书店市场公园学校电话工城海江河湖光声色画文字语言世界欢迎谢加油再见"
     "二三四五六七八九十百千万"
 )
+# 110 of them that spell as many of the words below as so few can: those of the tiny model.
+TINY_HAN_CHARACTERS = (
+    "人我他们中上大国地说你生下年作家方去学动天好小心开日花草木山水火土石田雪云星月春夏秋冬早明红黄蓝绿白黑金茶菜果鱼"
+    "鸟马牛羊猫手头东西南北左右高长新老快乐美丽友爱朋平安门车书店市场公园校电话工城海江河湖光色文字欢迎谢加油再见"
+)
 _HAN = """
 你好 我们 他们 大家 中国 世界 朋友 老人 小心 开心 中心 快乐 美丽 平安 明天 春天 夏天 秋天 冬天 去年 新年 花园
 公园 学校 学生 大学 中学 小学 文学 文字 语言 中文 书店 茶店 花店 米饭 白菜 水果 花茶 红茶 绿茶 黑茶 早茶 小鸟
@@ -69,7 +74,7 @@ _HAN = """
 山高水长 花好月明
 """
 HAN_WORDS = tuple(_HAN.split())
-_HAN_UNIQUE = "".join(dict.fromkeys(HAN_CHARACTERS))
+HAN_UNIQUE = "".join(dict.fromkeys(HAN_CHARACTERS))
 _HAN_WORD_SET = frozenset(HAN_WORDS)
 _ALPHABETS = (string.ascii_uppercase, string.ascii_uppercase, string.ascii_lowercase, string.digits)
 
@@ -85,7 +90,7 @@ def is_held_out(text: str, fraction: float = 0.1) -> bool:
 
 def probe(language: str) -> str:
     """Characters that a font must have before any text of the language is drawn with it."""
-    return _HAN_UNIQUE + "，。" if language == "zh" else string.ascii_letters + string.digits + ".,$-:@"
+    return HAN_UNIQUE + "，。" if language == "zh" else string.ascii_letters + string.digits + ".,$-:@"
 
 
 @dataclass(frozen=True)
@@ -99,11 +104,13 @@ class WordSource:
         split: `train` or `held_out`.
         fraction: share of texts that is held out.
         random_strings: share of random strings among single texts; the rest are listed words.
+        han: the Chinese characters that texts are made of.
     """
 
     split: str = "train"
     fraction: float = 0.1
     random_strings: float = 0.5
+    han: str = HAN_UNIQUE
 
     def allows(self, text: str) -> bool:
         """Whether the text may be written on this side."""
@@ -126,7 +133,7 @@ class WordSource:
         if longest < shortest:
             raise ValueError(f"words: the longest text must be at least {shortest} characters, got {longest}")
         while True:
-            alphabet = _HAN_UNIQUE if language == "zh" else rng.choice(_ALPHABETS)
+            alphabet = self.han if language == "zh" else rng.choice(_ALPHABETS)
             text = "".join(rng.choices(alphabet, k=rng.randint(shortest, longest)))
             if self.allows(text):
                 return text
@@ -172,11 +179,13 @@ class WordSource:
         return True if self.split == "held_out" else self.allows(phrase)
 
     def _words(self, language: str) -> tuple[str, ...]:
-        return _split_words(language, self.split, self.fraction)
+        return _split_words(language, self.split, self.fraction, self.han)
 
 
 @functools.cache
-def _split_words(language: str, split: str, fraction: float) -> tuple[str, ...]:
+def _split_words(language: str, split: str, fraction: float, han: str) -> tuple[str, ...]:
     source = WordSource(split, fraction)
-    words = HAN_WORDS if language == "zh" else ENGLISH_WORDS
+    words = ENGLISH_WORDS
+    if language == "zh":
+        words = tuple(word for word in HAN_WORDS if set(word) <= set(han))
     return tuple(word for word in words if source.allows(word))
