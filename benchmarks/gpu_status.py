@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,59 @@ def not_shown(found: list[dict[str, Any]]) -> str:
     return "\n## Not yet shown on a GPU\n" + table(["stage", "what it shows"], [[s.name, s.shows] for s in left])
 
 
+def pair(r: dict[str, Any], pixels: int) -> dict[str, float]:
+    """Milliseconds of both branches of guidance, by implementation."""
+    return next((c["pair ms"] for c in r.get("transformer", []) if c["pixels"] == pixels), {})
+
+
+def branch(r: dict[str, Any], pixels: int) -> float | None:
+    """Milliseconds of ours for one branch, the faster way."""
+    return min((t / 2 for n, t in pair(r, pixels).items() if n.startswith("ours")), default=None)
+
+
+def times_faster(r: dict[str, Any], than: str) -> float | None:
+    ours, theirs = branch(r, 1024), pair(r, 1024).get(than)
+    return theirs / 2 / ours if ours and theirs else None
+
+
+def least_of_copy(r: dict[str, Any]) -> float | None:
+    """Of the ops that a block runs, in bfloat16, forward and backward."""
+    cases = [c for c in r.get("ops", []) if c["op"] in BLOCK_OPS and c["dtype"] == "bfloat16"]
+    return min((100 * c[f"{d} of copy"] for c in cases for d in ("forward", "backward")), default=None)
+
+
+def sanitizers_failed(r: dict[str, Any]) -> float | None:
+    ran = [r["stages"][s]["status"] for s in ("memcheck", "racecheck") if s in r["stages"]]
+    return float(sum(status != "passed" for status in ran)) if len(ran) == 2 else None
+
+
+BLOCK_OPS = ("layer_norm_modulate", "gate_residual_norm_modulate", "qk_norm_rope", "gelu_tanh")
+# What is aimed at on an H200: words, at most or at least how much, and how a results file answers.
+BARS: list[tuple[str, str, float, Callable[[dict[str, Any]], float | None]]] = [
+    ("1024 pixels, one branch of guidance, ms", "at most", 115, lambda r: branch(r, 1024)),
+    ("512 pixels, one branch of guidance, ms", "at most", 32, lambda r: branch(r, 512)),
+    ("1024 pixels, times as fast as diffusers", "at least", 1.5, lambda r: times_faster(r, "diffusers")),
+    ("1024 pixels, times as fast as diffusers compiled", "at least", 1.15,
+     lambda r: times_faster(r, "diffusers compiled")),
+    ("slowest fused op at 4096 x 3072, % of the speed of a copy", "at least", 88, least_of_copy),
+    ("tools of compute-sanitizer that found something", "at most", 0, sanitizers_failed),
+]  # fmt: skip
+
+
+def bars(found: list[dict[str, Any]]) -> str:
+    """What the newest results of an H200 say of each bar."""
+    on_h200 = [r for r in found if "H200" in r["gpu"]]
+    rows = []
+    for words, sense, limit, answer in BARS:
+        value = next((v for v in map(answer, on_h200) if v is not None), None)
+        met = value is not None and (value <= limit if sense == "at most" else value >= limit)
+        rows.append([words, f"{sense} {limit:g}", "not measured" if value is None else f"{value:.4g}",
+                     "" if value is None else "met" if met else "missed"])  # fmt: skip
+    return "\n## Bars on an H200\n" + table(["", "bar", "measured", ""], rows)
+
+
 def page(found: list[dict[str, Any]]) -> str:
-    return HEAD + ("".join(map(describe, found)) if found else NOTHING) + not_shown(found) + FOOT
+    return HEAD + ("".join(map(describe, found)) if found else NOTHING) + bars(found) + not_shown(found) + FOOT
 
 
 def main() -> int:

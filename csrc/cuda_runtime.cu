@@ -8,6 +8,7 @@ namespace qif {
 int cuda_version() { return CUDART_VERSION; }
 
 std::string cuda_error(int code) {
+  cudaGetLastError();  // the runtime keeps it, and the next launch that asks would fail with it
   const auto error = static_cast<cudaError_t>(code);
   std::string text = std::string(cudaGetErrorString(error)) + " (" + cudaGetErrorName(error) + ")";
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)

@@ -211,6 +211,21 @@ def test_page_of_no_results():
         assert stage.shows and f"| {stage.name} | {stage.shows} |" in page
 
 
+def test_bars():
+    """Of an H200 alone; the faster of our ways, half a guidance pair."""
+    copies = [{"op": "gelu_tanh", "dtype": "bfloat16", "forward of copy": 0.93, "backward of copy": 0.87},
+              {"op": "gelu_tanh", "dtype": "float32", "forward of copy": 0.1, "backward of copy": 0.1}]  # fmt: skip
+    times = {"ours": 232.0, "ours, CUDA graph": 228.0, "diffusers": 342.0, "diffusers compiled": 250.8}
+    result = {"gpu": "NVIDIA H200", "ops": copies, "transformer": [{"pixels": 1024, "pair ms": times}],
+              "stages": {s: {"status": "passed"} for s in ("memcheck", "racecheck")}}  # fmt: skip
+    rows = [line.split(" | ")[1:] for line in gpu_status.bars([{**result, "gpu": "A100"}, result]).splitlines()[5:]]
+    assert rows == [
+        ["at most 115", "114", "met |"], ["at most 32", "not measured", " |"], ["at least 1.5", "1.5", "met |"],
+        ["at least 1.15", "1.1", "missed |"], ["at least 88", "87", "missed |"], ["at most 0", "0", "met |"],
+    ]  # fmt: skip
+    assert gpu_status.bars([{**result, "gpu": "A100"}]) == gpu_status.bars([])
+
+
 def test_page_is_up_to_date():
     assert gpu_status.TARGET.read_text() == gpu_status.page(gpu_status.results())
 

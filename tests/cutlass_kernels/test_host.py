@@ -96,13 +96,19 @@ def test_what_the_kernels_are_handed(tmp_path):
 
 @needs_nvcc
 def test_errors_of_the_runtime(tmp_path):
-    """A GPU without kernels and a driver that is too old are explained."""
+    """A GPU without kernels and a driver that is too old are explained; no error comes back at the next launch."""
     program = tmp_path / "errors"
     sources = [HERE / "errors.cpp", CSRC / "cuda_runtime.cu"]
-    subprocess.run(["nvcc", "-std=c++17", "-arch=sm_80", *sources, "-o", program], check=True, cwd=tmp_path)
+    subprocess.run(
+        ["nvcc", "-std=c++17", "-arch=sm_80", "-Xlinker=--wrap=cudaGetLastError", *sources, "-o", program],
+        check=True, cwd=tmp_path,
+    )  # fmt: skip
 
     def text(code):
-        return subprocess.run([program, str(code)], capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run([program, str(code)], capture_output=True, text=True, check=True)
+        words, forgotten = done.stdout.splitlines()
+        assert forgotten == "1"
+        return words
 
     assert "(cudaErrorNoKernelImageForDevice); the kernels were built for other GPUs: `qwen-image-fast" in text(209)
     assert "(cudaErrorInsufficientDriver); the driver must be at least as new as the CUDA toolkit" in text(35)
