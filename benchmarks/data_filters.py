@@ -169,7 +169,7 @@ def _filter(folder: Path) -> tuple[float, float]:
     # The photographs are three times as large: reduced to SIDE they are sharper, and their files smaller.
     recipe.curation.min_side, recipe.curation.min_bytes, recipe.quality.min_clarity = SIDE, 500, 0.9
     recipe.quality.max_saturation = 0.9  # of the photographs one is of a red cup
-    recipe.refinement.max_watermark = 15.5  # the smaller the picture, the fewer shifts to stand out of
+    recipe.refinement.max_watermark = 14  # the smaller the picture, the fewer shifts to stand out of
     start = time.perf_counter()
     run_filters(recipe, folder / "out")
     return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

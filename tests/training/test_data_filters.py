@@ -1,12 +1,13 @@
 """Photographs pass every filter of the picture; each degraded copy is rejected by the filter that is for it."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 import transformers
 from data_pictures import encoded, photo_record, photos
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from qwen_image_fast.training.data import pipeline
 from qwen_image_fast.training.data.filters import captions, duplicates
@@ -181,6 +182,34 @@ def test_duplicates_are_found_and_nothing_else(tmp_path):
             row = judged(copy, "copy")
             assert row["filter"] == "near_duplicate" and f"it looks like {name}" in row["reason"]
             assert row["near_duplicate"] <= 4
+
+
+def test_nearly_plain_pictures_are_not_taken_for_copies(tmp_path):
+    """The same place of different things on a plain ground: the hash of the place alone."""
+    filters = pipeline.build_filters(recipe_of(1), tmp_path)
+    hashes = []
+    for name in NAMES:
+        record = changed(name, mostly_plain)
+        hashes.append(duplicates.perceptual_hash(Picture(record).luma))
+        row = pipeline.judge(record, filters, 10**8)[1]
+        assert row["kept"] and row["near_duplicate"] is None, name
+    assert min((a ^ b).bit_count() for a, b in itertools.combinations(hashes, 2)) <= 4
+
+
+@pytest.mark.parametrize(
+    "name, size, gap, strength", [*((name, 18, 20, 0.5) for name in NAMES), ("coffee.png", 36, 60, 0.25)]
+)
+def test_tiled_watermarks(name, size, gap, strength, tmp_path):
+    def marked(image):
+        layer, font = Image.new("L", image.size, 0), ImageFont.load_default(size)
+        for top in range(-9, image.height, size + gap):
+            for left in range(-9, image.width, int(font.getlength("SAMPLE")) + gap):
+                ImageDraw.Draw(layer).text((left, top), "SAMPLE", font=font, fill=int(255 * strength))
+        return Image.composite(Image.new("RGB", image.size, "white"), image, layer)
+
+    record = changed(name, lambda image: marked(image.resize((512, 512 * image.height // image.width))))
+    found, reason = fate(record, 1, 5, folder=tmp_path, refinement__min_side=256)
+    assert found == "watermark" and "a mark repeats" in reason
 
 
 def test_the_index_finds_all_that_a_search_of_everything_finds(tmp_path, monkeypatch):

@@ -114,7 +114,9 @@ def build_filters(
         "resolution": lambda: curation.Resolution(*bounds["resolution"]),
         "aspect_ratio": lambda: curation.AspectRatio(*bounds["aspect_ratio"]),
         "exact_duplicate": lambda: duplicates.ExactDuplicate(folder),
-        "near_duplicate": lambda: duplicates.NearDuplicate(folder, recipe.curation.duplicate_bits),
+        "near_duplicate": lambda: duplicates.NearDuplicate(
+            folder, recipe.curation.duplicate_bits, recipe.quality.min_entropy
+        ),
         "nsfw": lambda: curation.Nsfw(recipe.curation.max_nsfw),
         "rotation": lambda: quality.Rotation(),
         "clarity": lambda: quality.Clarity(*bounds["clarity"]),

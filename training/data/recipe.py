@@ -85,7 +85,7 @@ class RefinementRecipe:
     min_side: int = 640
     max_blockiness: float = 1.8
     max_border: float = 0.04
-    max_watermark: float = 25.0
+    max_watermark: float = 30.0
 
 
 @dataclass

@@ -11,6 +11,7 @@ import numpy as np
 
 from .base import Filter, Verdict
 from .picture import Picture
+from .quality import RgbEntropy
 
 _SIDE, _KEPT = 32, 8
 _BANDS, _BAND_BITS = 4, 16
@@ -55,19 +56,21 @@ class NearDuplicate(Filter):
 
     The index is multi-index hashing (Norouzi, Punjani and Fleet, CVPR 2012): of four bands of 16 bits, a hash within 7
     bits has one within 1 bit, so 4 x 17 exact look-ups find every neighbour, and no others are compared than those that
-    share a band. Score: None where none shares a band.
+    share a band. Score: None where none shares a band, and for a picture that is nearly plain: its hash says where in
+    it something is, not what, and pictures that have nothing in common meet. Such pictures are not compared at all.
 
     Args:
         folder: for the index, on disk.
         distance: 0 to 7 bits.
+        min_entropy: bits of `quality.RgbEntropy`; a picture of less is nearly plain.
     """
 
     name, stage = "near_duplicate", 1
 
-    def __init__(self, folder: Path, distance: int):
+    def __init__(self, folder: Path, distance: int, min_entropy: float = 2.5):
         if not 0 <= distance <= LARGEST_DISTANCE:
             raise ValueError(f"near_duplicate: distance must be 0 to {LARGEST_DISTANCE} bits, got {distance}")
-        self._distance = distance
+        self._distance, self._entropy = distance, RgbEntropy(min_entropy)
         self._seen = _open(folder, self.name)
         self._seen.execute("CREATE TABLE seen (band INTEGER, hash INTEGER, origin TEXT)")
         self._seen.execute("CREATE INDEX bands ON seen (band)")
@@ -77,6 +80,8 @@ class NearDuplicate(Filter):
         self._query = f"SELECT DISTINCT hash, origin FROM seen WHERE band IN ({','.join('?' * len(self._flips))})"
 
     def judge(self, picture: Picture) -> Verdict:
+        if self._entropy.judge(picture).reason is not None:
+            return Verdict(None)
         value = perceptual_hash(picture.luma)
         parts = [value >> (_BAND_BITS * band) & 0xFFFF for band in range(_BANDS)]
         keys = [band << _BAND_BITS | parts[band] ^ flip for band, flip in self._flips]

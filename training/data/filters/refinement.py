@@ -89,9 +89,11 @@ class Codes(Filter):
 class Watermark(Measure):
     """How far a pattern that repeats over the whole picture stands out: of tiled watermarks, not of single ones.
 
-    The Laplacian of Y, limited to 12 of 255 so that the picture's own edges do not drown faint ones, is correlated with
-    itself at every shift of 24 pixels or more up to half of the picture. Score: the largest correlation over the
-    deviation of all. None for pictures of less than 96 pixels.
+    The Laplacian of Y is divided by its root mean square over 17 x 17 pixels, plus 2, so that faint marks on plain
+    ground count as much as the picture's own edges. Of that, the inverse transform of |F|, where a correlation has
+    |F|^2: dividing by |F| once, half way to phase correlation, takes the lines out that a picture has at any scale.
+    Score: its largest value at shifts of 24 pixels or more up to half of the picture, over the root mean square at all
+    of them. None for pictures of less than 96 pixels.
     """
 
     name, stage = "watermark", 5
@@ -102,20 +104,28 @@ class Watermark(Measure):
         if min(y.shape) < 96:
             return None
         laplacian = y[:-2, 1:-1] + y[2:, 1:-1] + y[1:-1, :-2] + y[1:-1, 2:] - 4 * y[1:-1, 1:-1]
-        faint = np.clip(laplacian, -12, 12)
-        faint -= faint.mean()
-        height, width = faint.shape
+        even = laplacian / (np.sqrt(_local_mean(np.square(laplacian), 17)) + 2)
+        even -= even.mean()
+        height, width = even.shape
         # Zeros up to twice the size keep the ends of the picture from meeting.
-        power = np.abs(np.fft.rfft2(faint, (2 * height, 2 * width))) ** 2
+        amplitude = np.abs(np.fft.rfft2(even, (2 * height, 2 * width)))
         down, across = height // 2, width // 2
-        found = np.fft.irfft2(power, (2 * height, 2 * width))
-        # Half of the plane: the correlation at the opposite shift is the same.
+        found = np.fft.irfft2(amplitude, (2 * height, 2 * width))
+        # Half of the plane: the value at the opposite shift is the same.
         found = np.concatenate([found[-down:, :across], found[:down, :across]])
         rows, columns = np.abs(np.arange(-down, down)), np.arange(across)
         found /= np.outer(height - rows, width - columns)
         far = found[(rows[:, None] >= 24) | (columns >= 24)]
         deviation = float(np.sqrt(np.square(far).mean()))
         return float(far.max()) / deviation if deviation > 0 else None
+
+
+def _local_mean(values: np.ndarray, side: int) -> np.ndarray:
+    """Means of side x side windows around each value, from sums of all values above and to the left."""
+    sums = np.pad(values, side // 2, mode="reflect").astype(np.float64).cumsum(0).cumsum(1)
+    sums = np.pad(sums, ((1, 0), (1, 0)))
+    windows = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
+    return np.maximum(windows, 0) / side**2
 
 
 class AbnormalElement(Filter):
