@@ -58,8 +58,9 @@ class Failed(Exception):
 
 
 class Check:
-    def __init__(self, output: Path):
-        self.output = output
+    def __init__(self, output: Path, add: bool = False):
+        """`add`: keep what the results file of this day and GPU says of other stages."""
+        self.output, self.add = output, add
         self.results: dict[str, Any] = {"date": datetime.date.today().isoformat(), "stages": {}}
         self.file: Path | None = None
         self.limit = 0.0
@@ -113,8 +114,13 @@ class Check:
         if self.file is None:
             name = re.sub(r"[^a-z0-9]+", "-", self.results.get("gpu", "unknown gpu").lower()).strip("-")
             self.file = self.output / f"{self.results['date']}-{name}.json"
+            if self.add and self.file.exists():
+                before = json.loads(self.file.read_text(encoding="utf-8"))
+                self.results = {**before, **self.results, "stages": before["stages"] | self.results["stages"]}
         self.output.mkdir(parents=True, exist_ok=True)
-        self.file.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+        part = self.file.with_suffix(".part")
+        part.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, self.file)
 
     def stage(self, stage: Stage) -> bool:
         start = time.monotonic()
@@ -268,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.stages) - {s.name for s in STAGES}:
         parser.error(f"stages must be of {', '.join(s.name for s in STAGES)}, got {', '.join(sorted(unknown))}")
-    check = Check(options.output)
+    check = Check(options.output, add=bool(options.stages))
     passed = True
     for stage in STAGES:
         if options.stages and stage.name not in (*options.stages, "machine"):

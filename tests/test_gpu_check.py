@@ -51,6 +51,11 @@ def test_results_are_written_as_they_come(tmp_path, monkeypatch, capsys):
     assert "exit status 3" in result["broken"]["output"] and "the reason" in result["broken"]["output"]
     assert "out of time" in result["slow"]["output"] and "so far" in result["slow"]["output"]
     assert set(seen) == {"machine", "broken", "slow"}
+    # One stage again: the others' results stay.
+    monkeypatch.setattr(gpu_check, "STAGES", [*stages[:2], fake("slow", lambda check: {}), stages[3]])
+    assert gpu_check.main(["slow", "--output", str(tmp_path)]) == 0
+    statuses = {name: r["status"] for name, r in json.loads(file.read_text())["stages"].items()}
+    assert statuses == {"machine": "passed", "broken": "failed", "slow": "passed", "last": "passed"}
 
 
 def time_out_once(monkeypatch, condition):
