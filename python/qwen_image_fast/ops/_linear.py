@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -147,6 +147,24 @@ def products(x: Sequence[Tensor], weight: Sequence[Tensor], bias: Sequence[Tenso
 
 def empty_outputs(x: Sequence[Tensor], weight: Sequence[Tensor]) -> list[Tensor]:
     return [a.new_empty(a.shape[0], w.shape[0]) for a, w in zip(x, weight)]
+
+
+def register(op: str, most: int, forward: Callable) -> Callable:
+    """Register `op(x, weight, bias, kernel)`, of at most `most` products, which `forward` computes."""
+
+    def fake(x, weight, bias, kernel):
+        check(op, x, weight, bias, most)
+        return empty_outputs(x, weight)
+
+    return lib.register(op, "(Tensor[] x, Tensor[] weight, Tensor[] bias, str kernel) -> Tensor[]", forward, fake)
+
+
+def call(op: str, forward: Callable, registered: Callable, x, weight, bias) -> list[Tensor]:
+    """`forward` with the kernels that are chosen now, directly or by the registered op."""
+    kernel = kernel_for(op, x, weight) if x and weight else "torch"
+    if lib.call_directly(*x, *weight, *bias):
+        return forward(x, weight, bias, kernel)
+    return registered(list(x), list(weight), list(bias), kernel)
 
 
 def launch(op: str, kernel: str, x, weight, bias, out, residual=(), gate=(), offsets=()) -> None:

@@ -33,10 +33,7 @@ def linear_qkv(x: Sequence[Tensor], weight: Sequence[Tensor], bias: Sequence[Ten
     """
     if lib.use_reference():
         return linear_qkv_reference(x, weight, bias)
-    kernel = _linear.kernel_for(_OP, x, weight) if x and weight else "torch"
-    if lib.call_directly(*x, *weight, *bias):
-        return _forward(x, weight, bias, kernel)
-    return _op(list(x), list(weight), list(bias), kernel)
+    return _linear.call(_OP, _forward, _op, x, weight, bias)
 
 
 def linear_qkv_reference(x, weight, bias) -> list[Tensor]:
@@ -53,12 +50,7 @@ def _forward(x, weight, bias, kernel: str) -> list[Tensor]:
     return out
 
 
-def _fake(x, weight, bias, kernel):
-    _linear.check(_OP, x, weight, bias, MOST)
-    return _linear.empty_outputs(x, weight)
-
-
-_op = lib.register(_OP, "(Tensor[] x, Tensor[] weight, Tensor[] bias, str kernel) -> Tensor[]", _forward, _fake)
+_op = _linear.register(_OP, MOST, _forward)
 
 
 def _setup_context(ctx, inputs, output):
