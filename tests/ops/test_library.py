@@ -50,6 +50,12 @@ def test_what_the_cuda_kernels_do_not_take(monkeypatch, tensor, error, text):
         _library.check_device("op", tensor)
 
 
+def test_more_segments_than_a_grid_has_rows():
+    _library.check_offsets("op", OnCuda(rows=2**17), None, 2**16 - 2**15)
+    with pytest.raises(ValueError, match="^op: segments must be fewer than 2\\^16 on CUDA, got 65536"):
+        _library.check_offsets("op", OnCuda(rows=2**17), None, 2**16)
+
+
 def test_tensors_on_two_devices():
     x, v = torch.randn(4, 8), torch.randn(1, 8, device="meta")
     with pytest.raises(ValueError, match="^layer_norm_modulate: shift must be on the device of the first input, cpu"):

@@ -180,6 +180,8 @@ def check_vectors(op: str, x: Tensor, offsets: Tensor | None, **vectors: Tensor)
 
 def check_offsets(op: str, x: Tensor, offsets: Tensor | None, segments: int) -> None:
     rows = x.numel() // max(x.shape[-1], 1)
+    if not x.is_cpu and not x.is_meta and segments >= 2**16:  # a launch backward has them in the second dimension
+        fail(op, "segments", "be fewer than 2^16 on CUDA", segments)
     if offsets is None:
         if segments != 1:
             if segments == 0 and rows:
