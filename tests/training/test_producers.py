@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from qwen_image_fast.training.producer.processes import Processes, _put
 from qwen_image_fast.training.producer.store import Here, ProducerDied, Store, Ticket, pack, unpack
 from qwen_image_fast.training.recipe import ProducersRecipe
 
-BACKENDS = ["here", "processes"]
+needs_ray = pytest.mark.skipif(not find_spec("ray"), reason="needs Ray")
+BACKENDS = ["processes", pytest.param("ray", marks=needs_ray)]
 
 
 class Numbers:
@@ -130,14 +132,13 @@ def kill_a_producer(trainer):
     return done
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_trains_alike_though_a_producer_is_killed(folder, tmp_path, alone, backend, monkeypatch):
     """The condition encoder is frozen, so that its states come from the producers too."""
     from qwen_image_fast.training import trainer as trainers
 
-    recipe = small_recipe(
-        folder, **RUN, model__train_text_encoder=False, producers={"backend": backend, "count": 2, "cpus": 0.1}
-    )
+    producers = {"backend": backend, "count": 2, "cpus": 0.1, "address": "local"}
+    recipe = small_recipe(folder, **RUN, model__train_text_encoder=False, producers=producers)
     trainer, made = start(recipe, tmp_path), []
     begin = trainers.start_producers
     monkeypatch.setattr(trainers, "start_producers", lambda *a: made.append(begin(*a)) or made[-1])
@@ -202,6 +203,41 @@ def test_a_killed_trainer_takes_its_producers_along_and_resumes(folder, tmp_path
     resumed.run()
     assert log_of(run) == log_of(alone.folder)
     assert all(torch.equal(w, weights(resumed)[name]) for name, w in weights(alone).items())
+
+
+@needs_ray
+def test_a_ray_actor_is_replaced_and_what_cannot_be_made_is_told(monkeypatch):
+    import ray
+
+    from qwen_image_fast.training.producer.ray_actors import RayActors
+
+    def recipe(cpus=0.1):
+        return ProducersRecipe(backend="ray", cpus=cpus)
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # `Numbers`, which the actors cannot import
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        backend = RayActors(Numbers(bad=3, deadly=4), recipe())
+        assert not backend.started
+        store = Store(backend, tickets(4), 1)
+        for n in range(3):
+            if n == 1:
+                os.kill(ray.get(backend.actors[0].pid.remote()), signal.SIGKILL)
+            assert store.next()[0][0, 0] == n
+        with pytest.raises(ValueError, match="step 3 is bad"):
+            store.next()
+        backend.submit(Ticket(4, 4, 0))
+        with pytest.raises(ProducerDied, match=r"micro-batch 0 of step 4 could .* died 3 times; "):
+            backend.result(4)
+        backend.close()
+        assert ray.is_initialized()  # whoever started it ends it
+        with pytest.raises(ValueError, match=r"count x cpus must be at most the 2 .* got 1 x 4; give the address of"):
+            backend._check(recipe(cpus=4.0))
+        assert not ray.is_initialized()
+    finally:
+        ray.shutdown()
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 def test_ray_is_asked_for_in_a_sentence(monkeypatch):

@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 
-from qwen_image_fast.training.producer.store import BatchMaker, ProducerDied, Ticket, make, pack, unpack
-
-MOST_DEATHS = 3
+from qwen_image_fast.training.producer.store import MOST_DEATHS, BatchMaker, ProducerDied, Ticket, make, pack, unpack
 
 
 @dataclass

@@ -20,6 +20,8 @@ import torch
 from qwen_image_fast.training.mixture import Change
 from qwen_image_fast.training.recipe import ProducersRecipe
 
+MOST_DEATHS = 3  # of producers over one batch
+
 
 class BatchMaker(Protocol):
     """Makes batches; it is copied to producers, so what it loads it loads where it is used."""
