@@ -2,6 +2,9 @@
 
 import collections
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from qwen_image_fast.training.data.shards import write_shards
 from qwen_image_fast.training.fields import set_dotted
 from qwen_image_fast.training.mixture import BLOCK, Change, Order, Segment, slots
 from qwen_image_fast.training.recipe import PartRecipe, RecipeError
-from qwen_image_fast.training.run import make_task
+from qwen_image_fast.training.run import make_task, train
 from qwen_image_fast.training.tiny.sources import make_source
 from qwen_image_fast.training.trainer import Trainer
 
@@ -153,7 +156,7 @@ def test_what_is_refused(folder, changes, sentence):
 def shards(folder, count=12):
     records = [
         Record(noise(i, 40, 40), {"raw": f"raw {i}", "fused": f"fused {i}"}, category="Nature" if i % 2 else "People",
-               metadata={"score": i}, origin=f"{i}.png")
+               metadata={"score": i, "text_language": "English" if i % 3 else "Non-text"}, origin=f"{i}.png")
         for i in range(count)
     ]  # fmt: skip
     write_shards(records, folder, shard_records=5)
@@ -170,6 +173,66 @@ def test_shards_give_each_record_once_an_epoch(tmp_path):
     assert sorted(source.sample(0, i).caption for i in range(5)) == sorted(f"raw {i}" for i in (3, 5, 7, 9, 11))
     with pytest.raises(RecipeError, match=r"no record of .* is chosen by where \{'category': \['Art'\]\}"):
         make_source(PartRecipe(source=str(tmp_path), options={"where": {"category": ["Art"]}}))
+
+
+SMALL_EDITS = {"preset": "tiny", "size": 64, "edits": ["text", "colour", "ground"]}
+
+
+def shrunk(folder, data):
+    """The changes that make the report's curriculum small: model, shards, sizes and steps; its stages stay."""
+    words, buckets = {"preset": "tiny", "size": 64}, [[32, 32], [32, 48], [48, 32]]
+    values = {"device": "cpu", "model.folder": str(folder), "producers.backend": "here", "checkpoint.every": 1,
+              "log.every": 1, "log.sample_steps": 2, "log.validation_samples": 1}  # fmt: skip
+    for number in range(5):
+        stage = f"stages.{number}"
+        values |= {f"{stage}.steps": 2, f"{stage}.batch": 2, f"{stage}.data.buckets": buckets}
+    values["stages.0.data.source"] = values["stages.1.data.mixture.0.source"] = data
+    values |= {"stages.1.data.mixture.1.source": data, "stages.1.data.mixture.2.options": words}
+    for number in (2, 3, 4):
+        mixture = f"stages.{number}.data.mixture"
+        values |= {f"{mixture}.0.source": data, f"{mixture}.1.options": words}
+    for number in (3, 4):  # so few samples, that edits must be frequent to be seen
+        values |= {f"stages.{number}.data.mixture.2.options": SMALL_EDITS, f"stages.{number}.data.mixture.2.weight": 9}
+    return [f"{name}={json.dumps(value)}" for name, value in values.items()]
+
+
+KILLED = """
+import os, signal
+import torch
+from qwen_image_fast.training.run import train
+from qwen_image_fast.training.trainer import Trainer
+
+step = Trainer.train_step
+def train_step(trainer, batches):
+    if trainer.step == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(trainer, batches)
+Trainer.train_step = train_step
+torch.set_num_threads({threads})
+train({name!r}, {changes!r}, {run!r})
+"""
+
+
+def test_the_curriculum_of_the_report_runs_and_goes_on_after_a_kill_in_a_stage(folder, tmp_path, monkeypatch):
+    changes, name, tasks = shrunk(folder, shards(tmp_path / "shards")), "curriculum/report", set()
+    step = Trainer.train_step
+
+    def train_step(trainer, batches):
+        tasks.update(raw.task for batch in batches for raw in batch)
+        return step(trainer, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    whole, one, two = train(name, changes, tmp_path / "one"), tmp_path / "one", tmp_path / "two"
+    assert log_of(one, "stage") == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4] and {"t2i", "ti2i"} <= tasks
+    assert len(log_of(one, "validation_loss")) == 5  # at the end of each stage
+    assert len(list((one / "samples").iterdir())) == 5
+    values = {"name": name, "changes": changes, "run": str(two), "threads": torch.get_num_threads()}
+    killed = subprocess.run([sys.executable, "-c", KILLED.format(**values)], stderr=subprocess.PIPE)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert checkpoints.latest(two / "checkpoints").name == "step-00000007"
+    resumed = train(name, changes, two, resume=True)
+    assert all(torch.equal(w, weights(resumed)[name]) for name, w in weights(whole).items())
+    assert log_of(two) == log_of(one)
 
 
 def test_what_cannot_be_used_is_left_out_and_written_down(folder, tmp_path):
