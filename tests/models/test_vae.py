@@ -1,90 +1,30 @@
 """The VAE against diffusers' own class with the same random weights."""
 
 import copy
-import functools
 import re
-import types
 
 import pytest
 import torch
 from torch import nn
+from vae_harness import (
+    TINY,
+    assert_error_at_most_twice,
+    build,
+    close,
+    gradients,
+    latents,
+    one_thread,  # noqa: F401 a fixture
+    pair,
+    pixels,
+    randomise,
+    reference_module,
+    without_float32_upsample,
+)
 
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage, DiagonalGaussianDistribution
 from qwen_image_fast.models.vae_blocks import ChannelRMSNorm
 
-reference_module = pytest.importorskip("diffusers.models.autoencoders.autoencoder_kl_qwenimage")
 reference_gaussian = pytest.importorskip("diffusers.models.autoencoders.vae").DiagonalGaussianDistribution
-
-TINY = {
-    "base_dim": 8,
-    "z_dim": 4,
-    "dim_mult": [1, 2, 4, 4],
-    "num_res_blocks": 1,
-    "latents_mean": [0.1, -0.2, 0.3, 0.0],
-    "latents_std": [1.0, 2.0, 1.5, 0.5],
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def randomise(model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        if name.endswith("gamma"):
-            value = 1 + 0.3 * noise
-        elif name.endswith("bias"):
-            value = 0.2 * noise
-        else:
-            value = noise * (3.0 if name == "decoder.conv_out.weight" else 0.5) / parameter[0].numel() ** 0.5
-        parameter.data.copy_(value)
-
-
-def without_float32_upsample(model):
-    """diffusers rounds float64 to float32 in its upsampling; a float64 reference must not."""
-    for module in model.modules():
-        if isinstance(module, reference_module.QwenImageUpsample):
-            module.forward = types.MethodType(nn.Upsample.forward, module)
-    return model
-
-
-@functools.cache
-def build(dtype=torch.float64, **changes):
-    """(ours, diffusers' model) in `dtype` with the same weights, in eval mode, never to be changed."""
-    config = {**TINY, **{name: list(v) if isinstance(v, tuple) else v for name, v in changes.items()}}
-    theirs = reference_module.AutoencoderKLQwenImage(**config)
-    randomise(theirs)
-    theirs = theirs.to(dtype).eval()
-    ours = AutoencoderKLQwenImage(**config).to(dtype).eval()
-    ours.load_state_dict(theirs.state_dict(), strict=True)
-    if dtype == torch.float64:
-        without_float32_upsample(theirs)
-    return ours.requires_grad_(False), theirs.requires_grad_(False)
-
-
-def pair(dtype=torch.float64, **changes):
-    """Like `build`, but safe to change."""
-    return copy.deepcopy(build(dtype, **changes))
-
-
-def pixels(*shape, dtype=torch.float64, seed=1):
-    return (torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 - 1).to(dtype)
-
-
-def latents(*shape, dtype=torch.float64, seed=2):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def close(actual, expected):
-    assert actual.dtype == expected.dtype
-    assert expected.std() > 0.05
-    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
 
 
 # --- configuration and state dict ---------------------------------------------------------------------------------
@@ -191,12 +131,6 @@ def test_memory_layout_of_the_input_does_not_matter(frames):
 # --- float32 and 16 bit -------------------------------------------------------------------------------------------
 
 
-def assert_error_at_most_twice(ours, theirs, exact):
-    for name, size in (("max", lambda e: e.abs().max()), ("rms", lambda e: e.square().mean().sqrt())):
-        mine, reference = size(ours.double() - exact), size(theirs.double() - exact)
-        assert mine <= 2 * reference, f"{name} error {mine:.3g}, diffusers {reference:.3g}"
-
-
 @pytest.mark.parametrize(
     "dtype, shape",
     [
@@ -243,16 +177,6 @@ def test_norm_rounds_like_diffusers(dtype):
 
 
 # --- gradients ----------------------------------------------------------------------------------------------------
-
-
-def gradients(model, x, weight):
-    """Gradients of a weighted sum of pixels and moments in every parameter, and in the input."""
-    model.requires_grad_(True)
-    x = x.clone().requires_grad_(True)
-    latent_dist = model.encode(x).latent_dist
-    loss = (model.decode(latent_dist.mode()).sample * weight).sum() + latent_dist.logvar.sin().sum()
-    loss.backward()
-    return {"x": x.grad, **{name: p.grad for name, p in model.named_parameters()}}
 
 
 @pytest.mark.parametrize("frames", [1, 5])
@@ -309,88 +233,6 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(ours.encode(x)[0].mean, ours.encode(x)[0].mean)
     ours.train()
     assert not torch.equal(ours.encode(x)[0].mean, ours.encode(x)[0].mean)
-
-
-# --- tiles and slices ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "tiles, frames, height, width",
-    [
-        ((16, 16, 8, 8), 1, 40, 24),
-        ((32, 24, 16, 8), 1, 40, 56),
-        ((16, 32, 16, 24), 1, 40, 48),
-        ((32, 16, 24, 8), 1, 16, 24),
-        ((32, 32, 8, 16), 1, 32, 32),
-        ((16, 16, 8, 8), 5, 16, 24),
-        ((16, 32, 16, 24), 5, 24, 40),
-    ],
-    ids=str,
-)
-def test_tiling(tiles, frames, height, width):
-    ours, theirs = pair()
-    x = pixels(1, 3, frames, height, width)
-    z = latents(1, 4, 1 + (frames - 1) // 4, height // 8, width // 8)
-    whole = ours.encode(x).latent_dist.parameters, ours.decode(z).sample
-    for model in (ours, theirs):
-        model.enable_tiling(*tiles)
-    assert ours.use_tiling
-    moments, sample = ours.encode(x).latent_dist.parameters, ours.decode(z).sample
-    close(moments, theirs.encode(x).latent_dist.parameters)
-    close(sample, theirs.decode(z).sample)
-    if height > tiles[0] or width > tiles[1]:
-        assert not torch.allclose(moments, whole[0])
-    ours.disable_tiling()
-    assert not ours.use_tiling
-    assert torch.equal(ours.encode(x).latent_dist.parameters, whole[0])
-    assert torch.equal(ours.decode(z).sample, whole[1])
-
-
-def test_tiles_are_not_clamped():
-    ours, _ = pair()
-    ours.enable_tiling(16, 16, 8, 8)
-    assert ours.decode(latents(1, 4, 1, 4, 4)).sample.abs().max() > 1
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_precision_of_tiling(dtype):
-    ours, theirs = pair(dtype)
-    exact = without_float32_upsample(copy.deepcopy(theirs).double())
-    for model in (ours, theirs, exact):
-        model.enable_tiling(16, 16, 8, 8)
-    z = latents(1, 4, 1, 4, 3, dtype=dtype)
-    assert_error_at_most_twice(ours.decode(z).sample, theirs.decode(z).sample, exact.decode(z.double()).sample)
-
-
-def test_gradients_flow_through_tiles():
-    found = []
-    for model in pair():
-        model.enable_tiling(16, 16, 8, 8)
-        z = latents(1, 4, 1, 3, 4).requires_grad_(True)
-        model.decode(z).sample.square().sum().backward()
-        found.append(z.grad)
-    close(*found)
-
-
-@pytest.mark.parametrize("tiled", [False, True])
-def test_slicing(tiled):
-    ours, theirs = pair()
-    for model in (ours, theirs):
-        model.enable_slicing()
-        if tiled:
-            model.enable_tiling(16, 16, 8, 8)
-    assert ours.use_slicing
-    sizes = []
-    ours.encoder.conv_in.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    ours.decoder.conv_in.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    x, z = pixels(3, 3, 1, 24, 16), latents(3, 4, 1, 3, 2)
-    close(ours.encode(x).latent_dist.parameters, theirs.encode(x).latent_dist.parameters)
-    close(ours.decode(z).sample, theirs.decode(z).sample)
-    assert set(sizes) == {1}
-    ours.disable_slicing()
-    assert not ours.use_slicing
-    ours.decode(z)
-    assert sizes[-1] == 3
 
 
 # --- results ------------------------------------------------------------------------------------------------------

@@ -4,16 +4,18 @@ import copy
 
 import pytest
 import torch
-from test_vae import (
+from vae_harness import (
+    WIDE,
     assert_error_at_most_twice,
     gradients,
+    in_strips,
     latents,
-    one_thread,  # noqa: F401 the fixture of that module
+    one_thread,  # noqa: F401 a fixture
+    outputs,
     pair,
     pixels,
     without_float32_upsample,
 )
-from test_vae_image import WIDE, in_strips, outputs
 
 from qwen_image_fast.models import vae_conv
 

@@ -204,7 +204,7 @@ class AutoencoderKLQwenImage(PretrainedModel):
         """Compute images in strips of rows, as high as fit into so much memory: the same result, for any size.
 
         Unlike tiles, strips are exact: attention, at latent size, sees the whole image, and a convolution keeps the
-        rows that it needs of the strip before. Videos are not computed in strips.
+        rows that it needs of the strip before. A video is not computed in strips: under a limit it is an error.
 
         Args:
             limit: bytes that encoding or decoding one image may take, or a string like "4GB"; without the parameters
@@ -319,6 +319,7 @@ class AutoencoderKLQwenImage(PretrainedModel):
             strip = self._strip("encode", x, height, width)
             pixels = None if strip is None else strip * self.spatial_compression_ratio
             return self.quant_conv(self.encoder(_image(x), strip=pixels)).contiguous().unsqueeze(2)
+        self._refuse_video("encode", x)
         chunks = (x[:, :, :1], *x[:, :, 1:].split(FRAMES_PER_LATENT, dim=2))
         return self.quant_conv(run_in_chunks(self.encoder, chunks))
 
@@ -333,6 +334,7 @@ class AutoencoderKLQwenImage(PretrainedModel):
         if z.shape[2] == 1:
             strip = self._strip("decode", z, *z.shape[3:])
             return self.decoder(self.post_quant_conv(_image(z)), strip=strip).contiguous().unsqueeze(2)
+        self._refuse_video("decode", z)
         return run_in_chunks(self.decoder, self.post_quant_conv(z).split(1, dim=2))
 
     def _strip(self, method: str, x: Tensor, height: int, width: int) -> int | None:
@@ -346,6 +348,14 @@ class AutoencoderKLQwenImage(PretrainedModel):
         if rows is not None and method == "encode" and self.config.attn_scales:
             raise error(method, "memory_limit must be None for an encoder with attn_scales, or fit the whole image")
         return rows
+
+    def _refuse_video(self, method: str, x: Tensor) -> None:
+        if self.memory_limit is not None:
+            raise error(
+                method,
+                f"memory_limit must be None for a video, got {x.shape[2]} frames: only images are computed in strips, "
+                "enable_tiling() makes a video smaller",
+            )
 
     def _limit(self, method: str, limit: int | str) -> int:
         try:

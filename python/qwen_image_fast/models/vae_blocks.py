@@ -235,6 +235,7 @@ class AttentionBlock(nn.Module):
         height, width = x.shape[-2:]
         tokens = self.to_qkv(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(1)  # [N, 1, H*W, 3C]
         out = F.scaled_dot_product_attention(*tokens.chunk(3, dim=-1))
+        del tokens  # three images of memory, before the projection takes its own
         out = out.squeeze(1).unflatten(1, (height, width)).permute(0, 3, 1, 2)
         return x + self.proj(out)
 
