@@ -16,7 +16,7 @@ from torch import nn
 from qwen_image_fast.drop_in.obstacle import obstacle
 from qwen_image_fast.drop_in.pipeline import add_text_hook, remove_text_hook
 from qwen_image_fast.drop_in.report import Report
-from qwen_image_fast.drop_in.swap import Swapped, fast_class, swap, unswap
+from qwen_image_fast.drop_in.swap import Swapped, fast_class, swap, unswap, vae_classes
 from qwen_image_fast.drop_in.vae import FastCausalConv3d, FastResample
 from qwen_image_fast.drop_in.vae_flops import decoding_flops
 from qwen_image_fast.models.vae_conv import Convolution
@@ -46,7 +46,7 @@ def accelerate(pipe: Any, convolution: Convolution = "auto") -> Report:
     parts = _parts(pipe)
     report = Report()
     for name, part in parts.items():
-        _accelerate_part(name, part, report)
+        _accelerate_part(name, part, convolution, report)
         if name == "vae" and convolution == "exact":
             for module in _modules(part):
                 if isinstance(module, (FastCausalConv3d, FastResample)):
@@ -84,11 +84,11 @@ def _require_diffusers() -> None:
 
 def _parts(pipe: Any) -> dict[str, Any]:
     """The objects in `pipe` that may be accelerated, by name."""
-    from diffusers import AutoencoderKLQwenImage, DiffusionPipeline, ModularPipeline, QwenImageTransformer2DModel
+    from diffusers import DiffusionPipeline, ModularPipeline, QwenImageTransformer2DModel
 
     if isinstance(pipe, nn.Module):
         model = _unwrap(pipe)
-        for name, cls in (("transformer", QwenImageTransformer2DModel), ("vae", AutoencoderKLQwenImage)):
+        for name, cls in (("transformer", QwenImageTransformer2DModel), ("vae", vae_classes())):
             if isinstance(model, cls):
                 return {name: model}
     elif isinstance(pipe, (DiffusionPipeline, ModularPipeline)) and "QwenImage" in type(pipe).__name__:
@@ -109,7 +109,7 @@ def _modules(part: Any) -> list[Any]:
     return list(part.modules()) if isinstance(part, nn.Module) else [part]
 
 
-def _accelerate_part(name: str, part: Any, report: Report) -> None:
+def _accelerate_part(name: str, part: Any, convolution: Convolution, report: Report) -> None:
     if isinstance(part, Swapped):
         report.left_alone.append((name, "it is accelerated already"))
     elif fast_class(type(part)) is None and name == "pipeline":
@@ -122,6 +122,8 @@ def _accelerate_part(name: str, part: Any, report: Report) -> None:
         report.left_alone.append((name, f"this diffusers is too old: no {', '.join(missing)} in the configuration"))
     elif not swap(part):
         report.left_alone.append((name, "something unknown replaced its forward on the object"))
+    elif name == "vae":
+        _vae_details(part, convolution, report)
     else:
         _DETAILS[name](part, report)
 
@@ -137,12 +139,12 @@ def _transformer_details(transformer: Any, report: Report) -> None:
         report.left_alone.append(("compiled blocks", why))
 
 
-def _vae_details(vae: Any, report: Report) -> None:
+def _vae_details(vae: Any, convolution: Convolution, report: Report) -> None:
     layers = sum(swap(module) for module in vae.modules() if not isinstance(module, Swapped))
-    theirs, ours = (flops / 1e12 for flops in decoding_flops(vae))
+    theirs, ours = (flops / 1e12 for flops in decoding_flops(vae, convolution=convolution))
     report.replaced.append(
         f"vae: single images go through a 2-D network ({layers} layers replaced); the convolutions of a decoded "
-        f"1024 x 1024 image take {ours:.2g} instead of {theirs:.2g} TFLOP"
+        f"1024 x 1024 image take {ours:.2g} instead of {theirs:.2g} TFLOP, {1 - ours / theirs:.0%} are saved"
     )
 
 
@@ -162,4 +164,4 @@ def _pipeline_details(pipe: Any, report: Report) -> None:
         )
 
 
-_DETAILS = {"transformer": _transformer_details, "vae": _vae_details, "pipeline": _pipeline_details}
+_DETAILS = {"transformer": _transformer_details, "pipeline": _pipeline_details}

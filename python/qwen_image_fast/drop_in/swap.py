@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import types
 from typing import Any
 
@@ -51,28 +52,31 @@ def _new_swapped(original: type) -> Any:
 
 
 @functools.cache
+def vae_classes() -> tuple[type, ...]:
+    """The VAE of Qwen-Image and, where diffusers has it, that of Qwen-Image-2.1, which is made of the same layers."""
+    import diffusers
+
+    names = ("AutoencoderKLQwenImage", "AutoencoderKLQwenImage21")
+    return tuple(getattr(diffusers, name) for name in names if hasattr(diffusers, name))
+
+
+@functools.cache
 def fast_class(original: type) -> type | None:
     """The class that replaces `original`; None: there is no such class."""
-    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
-    from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
-        QwenImageCausalConv3d,
-        QwenImageResample,
-        QwenImageResidualBlock,
-        QwenImageRMS_norm,
-    )
+    from diffusers import QwenImageTransformer2DModel
 
     from qwen_image_fast.drop_in.pipeline import FastPipeline
     from qwen_image_fast.drop_in.transformer import FastTransformer
     from qwen_image_fast.drop_in.vae import FastCausalConv3d, FastResample, FastResidualBlock, FastRMSNorm, FastVAE
 
-    mixins = {
-        QwenImageTransformer2DModel: FastTransformer,
-        AutoencoderKLQwenImage: FastVAE,
-        QwenImageCausalConv3d: FastCausalConv3d,
-        QwenImageRMS_norm: FastRMSNorm,
-        QwenImageResidualBlock: FastResidualBlock,
-        QwenImageResample: FastResample,
-    }
+    layers = {
+        "CausalConv3d": FastCausalConv3d, "RMS_norm": FastRMSNorm, "ResidualBlock": FastResidualBlock,
+        "Resample": FastResample,
+    }  # fmt: skip
+    mixins: dict[type, type] = {QwenImageTransformer2DModel: FastTransformer}
+    for vae in vae_classes():
+        family, module = vae.__name__.removeprefix("AutoencoderKL"), importlib.import_module(vae.__module__)
+        mixins |= {vae: FastVAE} | {getattr(module, family + name): mixin for name, mixin in layers.items()}
     mixin = mixins.get(original)
     if original.__module__.startswith("diffusers.pipelines.qwenimage."):
         mixin = FastPipeline

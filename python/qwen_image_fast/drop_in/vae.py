@@ -16,7 +16,7 @@ from qwen_image_fast.ops import has_kernels
 
 
 class FastVAE(Swapped):
-    """Mixed into diffusers' AutoencoderKLQwenImage, in front of it."""
+    """Mixed into diffusers' AutoencoderKLQwenImage or AutoencoderKLQwenImage21, in front of it."""
 
     def _encode(self, x):
         return self._for_frames(x, super()._encode).contiguous()
@@ -55,12 +55,16 @@ class FastCausalConv3d(Swapped):
         return convolve(self, x.squeeze(2)).unsqueeze(2)
 
     def keeps_size(self):
-        """Whether it is what `convolve` computes: kernels of 3 or 1, zeros all around, in time only in front."""
-        time, height, width = self.kernel_size
+        """Whether it is what `convolve` computes: kernels of 3 or 1, zeros all around, in time only in front.
+
+        That of Qwen-Image-2.1 has no axis of time.
+        """
+        *time, height, width = self.kernel_size
+        padding = (width // 2, width // 2, height // 2, height // 2, *(n for k in time for n in (k - 1, 0)))
         return (
-            self.kernel_size in ((3, 3, 3), (1, 1, 1))
-            and self._padding == (width // 2, width // 2, height // 2, height // 2, time - 1, 0)
-            and self.stride == self.dilation == (1, 1, 1)
+            set(self.kernel_size) in ({3}, {1})
+            and self._padding == padding
+            and set(self.stride) == set(self.dilation) == {1}
             and self.groups == 1
         )
 
