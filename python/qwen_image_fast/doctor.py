@@ -161,7 +161,7 @@ def _unwritten_is_nan() -> Iterator[None]:
 def _judge(name: str, kernels: str, device: str, dtype: torch.dtype) -> Verdict:
     kind = str(dtype).removeprefix("torch.")
     try:
-        args, times = inputs(name, 45, 192, dtype, device), ALLOWED.get(name, 2.0)
+        args, times = inputs(name, 45, 192, dtype, device), ALLOWED.get(name, 2.0) if dtype == torch.float32 else 2.0
         worst, problem = _compare(*functions(name), args, times, same_bits=kernels != "torch")
     except Exception as error:  # a kernel that raises is a failed test, not a failed program
         worst, problem = math.inf, f"{type(error).__name__}: {error}"

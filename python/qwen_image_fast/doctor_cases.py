@@ -65,8 +65,9 @@ def _channel_norm_silu(value: Value, rows: int, width: int) -> list:
 
 
 def _conv3x3(value: Value, rows: int, width: int) -> list:
-    """A square image with as many pixels as there are rows, and the weights of a layer that keeps its variance."""
-    side, channels = math.isqrt(rows), width // 8
+    """A square image with as many pixels as there are rows, as wide as the released VAE or wider, and the weights of a
+    layer that keeps its variance."""
+    side, channels = math.isqrt(rows), max(96, width // 8)
     weight = (value(channels, channels, 3, 3).detach() / (9 * channels) ** 0.5).requires_grad_()
     return [value(1, side, side, channels), weight, value(channels)]
 
@@ -114,7 +115,8 @@ CASES: dict[str, tuple[Callable[[Value, int, int], list], bool]] = {
     "conv2d": (_conv2d, False),
 }
 CPU_ONLY = ("conv3x3",)
-# An op may err so many times as much as its reference; Winograd's convolution belongs to the looser tier.
+# In float32 an op may err so many times as much as its reference. Winograd's convolution has the looser tier: its
+# result errs 2.4 times as much here, the largest element of the gradient of x 8 times. In 16 bit it keeps to the rule.
 ALLOWED = {"conv3x3": 10.0}
 
 
