@@ -36,9 +36,6 @@ To fill this page in: on a machine with a GPU, nvcc and a CUDA build of torch ru
 after each. Without a network there, run `make gpu-wheels` elsewhere first (`GPU_PYTHON=3.12` names the Python of that
 machine) and take the folder `gpu-wheels` along: it holds all that is needed besides torch, CMake and CUTLASS's headers
 among it. `python -m benchmarks.gpu_check ops training` runs some stages alone, after a build.
-
-The AVX-512 kernels for the CPU are compiled; they have been run by no committed result. `qwen-image-fast doctor`
-compares the kernels of the machine it runs on with their references.
 """
 
 
