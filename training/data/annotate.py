@@ -13,7 +13,7 @@ import random
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from qwen_image_fast.chat import Chat, ChatEndpoint, EndpointError, LocalChat
+from qwen_image_fast.chat import Chat, ChatEndpoint, EndpointError, checked
 from qwen_image_fast.checkpoint import atomic_write
 
 from .annotation import PROMPT, SYSTEM, InvalidAnnotation, read_annotation
@@ -87,27 +87,30 @@ def captioner(recipe: AnnotateRecipe) -> Chat:
         return ChatEndpoint(
             recipe.endpoint, recipe.model, api_key=key, timeout=recipe.timeout, options=options, who="endpoint"
         )
-    from transformers import AutoProcessor
+    from transformers import AutoTokenizer
 
-    from qwen_image_fast.models.text_encoder import load_captioner
+    from qwen_image_fast.models.text_encoder import TURNS, load_captioner
+    from qwen_image_fast.models.vision import IMAGE_TOKEN, VisionProcessor, write_caption
 
     folder = Path(recipe.model).expanduser()
     try:
-        model, processor = load_captioner(folder), AutoProcessor.from_pretrained(folder)
+        model, tokenizer = load_captioner(folder), AutoTokenizer.from_pretrained(folder)
+        processor = VisionProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"annotate: there is no Qwen2.5-VL in {recipe.model}: give its Hugging Face folder as `model`, or an "
             f"`endpoint` ({error})"
         ) from error
-    sampling = {"do_sample": recipe.temperature > 0, "max_new_tokens": recipe.max_tokens, **recipe.options}
+    sampling = {"do_sample": recipe.temperature > 0, **recipe.options}
     if recipe.temperature > 0:
         sampling["temperature"] = recipe.temperature
-    chat = LocalChat(model, processor.tokenizer, processor, options=sampling, who="annotate")
     one_at_a_time = threading.Lock()
 
-    def ask(system: str, prompt: str, pictures: Any) -> str:
+    def ask(system: str, prompt: str, pictures: Sequence[Image.Image] = ()) -> str:
+        text = TURNS % (system, f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>{prompt}")
         with one_at_a_time:
-            return chat(system, prompt, pictures)
+            answer = write_caption(model, tokenizer, pictures[0], processor, text, recipe.max_tokens, **sampling)
+        return checked("annotate", answer)
 
     return ask
 

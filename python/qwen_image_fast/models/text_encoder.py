@@ -22,7 +22,7 @@ from ..tensor_files import read_header
 
 logger = logging.getLogger(__name__)
 
-_TURNS = "<|im_start|>system\n%s<|im_end|>\n<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n"
+TURNS = "<|im_start|>system\n%s<|im_end|>\n<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n"
 _EDIT_SYSTEM = (
     "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how"
     " the user's text instruction should alter or modify the image. Generate a new image that meets the user's"
@@ -30,15 +30,15 @@ _EDIT_SYSTEM = (
 )
 
 # `*_DROP` is the number of tokens up to and with "<|im_start|>user\n"; their hidden states are no condition.
-T2I_TEMPLATE = _TURNS % (
+T2I_TEMPLATE = TURNS % (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the"
     " objects and background:",
     "{}",
 )
 T2I_DROP = 34
-EDIT_TEMPLATE = _TURNS % (_EDIT_SYSTEM, "<|vision_start|><|image_pad|><|vision_end|>{}")
+EDIT_TEMPLATE = TURNS % (_EDIT_SYSTEM, "<|vision_start|><|image_pad|><|vision_end|>{}")
 EDIT_DROP = 64
-EDIT_PLUS_TEMPLATE = _TURNS % (_EDIT_SYSTEM, "{}")
+EDIT_PLUS_TEMPLATE = TURNS % (_EDIT_SYSTEM, "{}")
 EDIT_PLUS_DROP = 64
 # One per input image, n = 1, 2, …; the prompt follows the last one directly.
 EDIT_PLUS_PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"

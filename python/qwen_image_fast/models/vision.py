@@ -204,12 +204,19 @@ def encode_pictures(
 
 
 def write_caption(
-    text_encoder: Any, tokenizer: Any, picture: Image.Image, processor: VisionProcessor, prompt: str, length: int = 512
+    text_encoder: Any,
+    tokenizer: Any,
+    picture: Image.Image,
+    processor: VisionProcessor,
+    prompt: str,
+    length: int = 512,
+    **options: Any,
 ) -> str:
     """What Qwen2.5-VL answers to a prompt with one `<|image_pad|>`, at most `length` tokens.
 
     Args:
         text_encoder: with its head, `load_captioner`; sampled as its generation_config says.
+        options: of `generate`, instead of what the generation_config says.
     """
     if not hasattr(text_encoder, "lm_head"):
         raise ValueError("write_caption: text_encoder must have its language-model head, got one loaded without it")
@@ -221,7 +228,8 @@ def write_caption(
     if "mm_token_type_ids" in inspect.signature(text_encoder.forward).parameters:  # transformers since 5
         given["mm_token_type_ids"] = (ids == tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int()
     device = text_encoder.get_input_embeddings().weight.device
-    answer = text_encoder.generate(**{k: v.to(device) for k, v in given.items()}, max_new_tokens=length)
+    options = {"max_new_tokens": length, **options}
+    answer = text_encoder.generate(**{k: v.to(device) for k, v in given.items()}, **options)
     return tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 

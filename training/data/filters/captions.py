@@ -132,9 +132,12 @@ class ClipScorer:
     def __call__(self, image: np.ndarray, text: str) -> float:
         import torch
 
+        # SigLIP was trained on texts padded to the full length and pools the last place; its tokenizer knows no length.
+        longest = self._model.config.text_config.max_position_embeddings
         inputs = self._processor(
-            images=np.ascontiguousarray(image), text=[text], return_tensors="pt", padding="max_length", truncation=True
-        )
+            images=np.ascontiguousarray(image), text=[text], return_tensors="pt", padding="max_length", truncation=True,
+            max_length=longest,
+        )  # fmt: skip
         with torch.inference_mode():
             output = self._model(**inputs)
         return float(torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)[0])
