@@ -6,8 +6,8 @@ Collect, filter, annotate, synthesise, balance, produce, train, sample, score:
     python examples/whole_pipeline.py --small    # the same steps, smaller
 
 The captioner is a stub at a local address, which answers as a vision-language model would. Two processes train, through
-two stages of a curriculum from the tiny model that comes with the package: one makes the batches, with the VAE, and one
-learns.
+two stages of a curriculum, the tiny model that comes with the package: each holds half of the weights (FSDP2) and has a
+producer, a process that makes its batches with the VAE.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -38,7 +40,6 @@ from qwen_image_fast.training.data.shards import write_shards
 from qwen_image_fast.training.evaluation import evaluate_text
 from qwen_image_fast.training.evaluation.cases import held_out_cases
 from qwen_image_fast.training.evaluation.ocr import Reader
-from qwen_image_fast.training.run import train
 from qwen_image_fast.training.synthesis import stream, tiny
 from qwen_image_fast.training.synthesis.photos import find_photos, open_photo
 
@@ -119,7 +120,7 @@ def curriculum(shards: Path, steps: int) -> dict:
     words = {"name": "words", "source": str(shards), "options": {"where": {"category": ["Synthetic"]}}, "weight": 3}
     return {
         "name": "whole-pipeline", "device": "cpu", "batch": 8, "model": {"folder": str(SHIPPED)},
-        "producers": {"backend": "processes", "count": 1},
+        "parallel": {"dp_shard": 2}, "producers": {"backend": "processes", "count": 1, "ahead": 8},
         "optimizer": {"lr": 1e-4, "ema": 0.9}, "checkpoint": {"every": steps}, "log": {"every": max(1, steps // 4)},
         "stages": [
             {"name": "photographs at 32 px", "steps": steps, "data": {"mixture": [photos], "buckets": [[32, 32]]}},
@@ -127,6 +128,12 @@ def curriculum(shards: Path, steps: int) -> dict:
              "data": {"mixture": [photos, words], "buckets": [[64, 64]]}},
         ],
     }  # fmt: skip
+
+
+def train(recipe: Path, out: Path) -> None:
+    """As a shell would: torchrun --standalone --nproc-per-node 2 -m qwen_image_fast.training RECIPE --out OUT."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launcher, "-m", "qwen_image_fast.training", str(recipe), "--out", str(out)], check=True)
 
 
 def main(
@@ -169,7 +176,7 @@ def main(
     report = write_report(out / "filtered")
     done("report")
     recipe = recipe_file(out / "curriculum.yaml", curriculum(out / "balanced" / "shards", steps))
-    train(recipe, (), out / "run")
+    train(recipe, out / "run")
     done("produce and train")
     drawn, pipe = tiny(64, split="held_out"), QwenImagePipeline.from_pretrained(out / "run" / "model")
     draw = evaluate_text.drawn_by(pipe, height=64, width=64, num_inference_steps=8, true_cfg_scale=1.0)
