@@ -15,7 +15,7 @@ from torch import nn
 from qwen_image_fast.checkpoint import read_config
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.tiny import tiny_configs
-from qwen_image_fast.training.recipe import FlowRecipe, RecipeError
+from qwen_image_fast.training.recipe import DataRecipe, FlowRecipe, LoraRecipe, RecipeError
 
 # Values that a block keeps for its backward pass, for each token and in units of the width: the inputs of both
 # normalisations and their outputs, q, k and v before and after their norm and rotation, the attention's output, both
@@ -92,6 +92,19 @@ def transformer_config(recipe: Any) -> Any:
     return read_config(Path(folder) / "transformer", QwenImageTransformer2DModel.config_name)
 
 
+def references_of(data: DataRecipe) -> int:
+    """References of a sample: 1 where some samples are edits, as many as the sources here give."""
+    return int(any(part.tasks.get("ti2i", 0) + part.tasks.get("recon", 0) > 0 for part in data.parts))
+
+
+def adapter_weights(transformer: nn.Module, recipe: LoraRecipe) -> int:
+    """Parameters of the adapters on a transformer; 0 for rank 0."""
+    layers = [
+        m for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and n.endswith(tuple(recipe.targets))
+    ]
+    return sum(recipe.rank * (m.in_features + m.out_features) for m in layers)
+
+
 def check_recipe(recipe: FlowRecipe, device: torch.device, dtype: torch.dtype) -> Needed:
     """The estimate of a recipe, read from the configuration and the sizes of its model's files.
 
@@ -107,14 +120,12 @@ def check_recipe(recipe: FlowRecipe, device: torch.device, dtype: torch.dtype) -
         transformer = QwenImageTransformer2DModel.from_config(config)
     own = sum(p.numel() for p in transformer.parameters())
     if recipe.lora.rank:
-        targets = tuple(recipe.lora.targets)
-        layers = [m for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and n.endswith(targets)]
-        frozen, trained = own + others, sum(recipe.lora.rank * (m.in_features + m.out_features) for m in layers)
+        frozen, trained = own + others, adapter_weights(transformer, recipe.lora)
     else:
         learns = others if recipe.model.train_text_encoder else 0
         frozen, trained = others - learns, own + learns
-    references = 1 if recipe.data.tasks.get("ti2i", 0) + recipe.data.tasks.get("recon", 0) > 0 else 0
-    needed = estimate(recipe, transformer.config, frozen, trained, dtype, tokens_of_batch(recipe, references))
+    tokens = tokens_of_batch(recipe, references_of(recipe.data))
+    needed = estimate(recipe, transformer.config, frozen, trained, dtype, tokens)
     check(needed, available(device))
     return needed
 
@@ -146,17 +157,19 @@ def peak_of(name: str) -> float | None:
     return PEAK_TFLOPS[max(found, key=len)] * 1e12 if found else None
 
 
-def step_flops(transformer: Any, images: Sequence[int], texts: Sequence[int]) -> float:
+def step_flops(transformer: Any, images: Sequence[int], texts: Sequence[int], *, adapters: bool = False) -> float:
     """Floating-point operations of forward and backward of the transformer for samples of so many tokens.
 
     Three times the forward pass: 2 operations for each weight of a token's own stream, and 4 L^2 width for attention in
-    each layer, L the tokens of a sample; modulation and embeddings, a few per cent, are left out.
+    each layer, L the tokens of a sample; modulation and embeddings, a few per cent, are left out. Where adapters learn,
+    weights have no gradients: once less for the products with weights.
     """
     width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
     layers = transformer["num_layers"]
     matrices = 2 * 12 * width * width * layers
-    total = sum((i + t) * matrices + 4 * (i + t) ** 2 * width * layers for i, t in zip(images, texts))
-    return 3.0 * total
+    by_weights = sum(i + t for i, t in zip(images, texts)) * matrices
+    attention = sum(4 * (i + t) ** 2 * width * layers for i, t in zip(images, texts))
+    return (2.0 if adapters else 3.0) * by_weights + 3.0 * attention
 
 
 def _gb(size: int) -> str:

@@ -2,7 +2,9 @@
 
 import pytest
 from trainer_helpers import small_recipe
+from typer.testing import CliRunner
 
+from qwen_image_fast.cli import app
 from qwen_image_fast.training.memory import peak_of
 from qwen_image_fast.training.parallel.layout import Sizes
 from qwen_image_fast.training.parallel.plan import choose, model_of, plan_of
@@ -52,10 +54,49 @@ def test_the_choice_fits_and_uses_all_gpus(gpus):
     assert any(plan.samples == 8 for plan in plans) == (plans[0].samples == 8)
 
 
+def test_adapters_need_their_states_alone(released):
+    recipe = full("lora.rank=32", "batch=8", "accumulate=1")
+    model, (plan, *others) = choose(recipe, 8, 80, "H100")
+    assert model.adapters == 60 * 4 * 32 * 2 * 3072  # to_q, to_k, to_v, to_out.0
+    shards = plan.sizes.dp_shard * plan.sizes.cp
+    assert plan.states == pytest.approx((2 * released.total + 20 * model.adapters) / shards)
+    assert plan.fsdp_bytes < 0.6 * plan_of(full("batch=8"), released, plan.sizes, 989e12).fsdp_bytes
+    assert all(p.sizes.tp == 1 for p in [plan, *others])
+
+
+def test_edits_in_a_mixture_count(released):
+    parts = ["{source: squares}", "{source: squares, name: edits, tasks: {ti2i: 1.0}}"]
+    plans = [plan_of(full(f"data.mixture=[{', '.join(parts[:n])}]"), released, Sizes(1, 8, 1, 1), 1e15) for n in (1, 2)]
+    assert plans[1].activations > 1.5 * plans[0].activations
+
+
 def test_a_named_layout_is_checked_alone():
     changes = ("batch=16", "parallel.tp=4", "parallel.dp_replicate=2", "parallel.dp_shard=8")
     _, plans = choose(full(*changes), 64, 80, "H100")
     assert [plan.sizes for plan in plans] == [Sizes(2, 8, 1, 4)]
+
+
+@pytest.mark.parametrize("gpus", [8, 1024])
+def test_the_command_prints_a_plan(gpus):
+    result = CliRunner().invoke(app, ["train", "full/text-to-image", "--plan", "--gpus", str(gpus)])
+    assert result.exit_code == 0
+    assert f"{gpus} x H100, 80 GB each; transformer of 20.43 B parameters in 60 blocks" in result.output
+    for words in (
+        "GB a GPU",
+        "sent by a GPU in a step, GB: FSDP",
+        "seconds of a step: compute",
+        "assumed, not measured",
+    ):
+        assert words in result.output
+    assert ("samples, not the recipe's" in result.output) == (gpus == 1024)
+
+
+def test_every_stage_of_a_curriculum_has_a_plan():
+    result = CliRunner().invoke(app, ["train", "curriculum/report", "--plan", "--gpus", "64", "--memory", "141"])
+    assert result.exit_code == 0
+    for stage in ("256 px, without text, 200000 steps", "1328 px, balanced, with editing, 40000 steps"):
+        assert stage in result.output
+    assert result.output.count("use it: parallel.dp_replicate=") == 5
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 
 The model, per micro-batch (P: weights of a rank's tensor-parallel part, S = dp_shard x cp, R = dp_replicate):
 
-    states      20 P / S bytes: float32 weights, gradients, two moments, average
+    states      20 P / S bytes: float32 weights, gradients, two moments, average; with adapters those are of A alone,
+                their parameters, and the weights are 2 P / S
     gathered    two units of weights in 16 bit, one of gradients in 16 and in 32 bit, and the root in 16 bit
     activations `memory.estimate`'s count for each token of the rank; of the 22 values 15 are split by tp
     FSDP        (2 + 2 + 4) P (S - 1) / S bytes: weights gathered twice in 16 bit, gradients scattered in 32 bit;
-                and 8 P / S (R - 1) / R for the all-reduce of replicas
+                and 8 P / S (R - 1) / R for the all-reduce of replicas; gradients of adapters alone are 4 A and 8 A
     TP          for each block and stream 4 all-reduces of tokens x width x 2 bytes, each 2 (tp - 1) / tp of that
     Ulysses     for each block 8 exchanges (q, k, v, output; forward, backward) of (cp - 1) / cp of tokens x width x 2
     compute     `memory.step_flops` / (peak x assumed MFU)
@@ -27,7 +28,15 @@ from rich.console import Console
 from rich.table import Table
 
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
-from qwen_image_fast.training.memory import PEAK_TFLOPS, step_flops, tokens_of_batch, transformer_config
+from qwen_image_fast.training.curriculum import Curriculum
+from qwen_image_fast.training.memory import (
+    PEAK_TFLOPS,
+    adapter_weights,
+    references_of,
+    step_flops,
+    tokens_of_batch,
+    transformer_config,
+)
 from qwen_image_fast.training.parallel.layout import Sizes, check_recipe_parallel, sizes_of
 from qwen_image_fast.training.recipe import FlowRecipe, RecipeError, RunRecipe
 
@@ -41,7 +50,8 @@ KEPT, KEPT_SPLIT = 22, 15
 
 @dataclass(frozen=True)
 class Model:
-    """Weights of the transformer: all, of a block, of those what tp splits and the modulation, outside blocks."""
+    """Weights of the transformer: all, of a block, of those what tp splits and the modulation, outside blocks, and of
+    its adapters."""
 
     config: Any
     total: int
@@ -49,6 +59,7 @@ class Model:
     block_split: int
     modulation: int
     root: int
+    adapters: int
 
     @property
     def width(self) -> int:
@@ -108,7 +119,7 @@ def model_of(recipe: FlowRecipe) -> Model:
     total = sum(p.numel() for p in transformer.parameters())
     each = sum(sizes.values())
     root = total - each * len(transformer.transformer_blocks)
-    return Model(transformer.config, total, each, split, modulation, root)
+    return Model(transformer.config, total, each, split, modulation, root, adapter_weights(transformer, recipe.lora))
 
 
 def plan_of(recipe: FlowRecipe, model: Model, sizes: Sizes, peak: float) -> Plan:
@@ -121,8 +132,8 @@ def plan_of(recipe: FlowRecipe, model: Model, sizes: Sizes, peak: float) -> Plan
     block = model.block - model.block_split * (1 - 1 / sizes.tp)
     weights = model.root + layers * block
 
-    references = 1 if recipe.data.tasks.get("ti2i", 0) + recipe.data.tasks.get("recon", 0) > 0 else 0
-    tokens = tokens_of_batch(recipe, references) / recipe.batch  # of a sample, the largest
+    lora, learn = recipe.lora.rank > 0, model.adapters or weights
+    tokens = tokens_of_batch(recipe, references_of(recipe.data)) / recipe.batch  # of a sample, the largest
     rows = per_rank * tokens / sizes.cp  # of a rank
     kept = KEPT - KEPT_SPLIT * (1 - 1 / sizes.tp)
     values = layers * 2 + kept if checkpointing else layers * kept
@@ -131,21 +142,24 @@ def plan_of(recipe: FlowRecipe, model: Model, sizes: Sizes, peak: float) -> Plan
 
     again = 1.5 if checkpointing else 1.0
     messages = rows * width * 2 * layers * accumulate * again
-    scattered = accumulate * 8 * weights * (shards - 1) / shards
-    replicated = accumulate * 8 * weights / shards * (1 - 1 / sizes.dp_replicate)
+    scattered = accumulate * (4 * weights + 4 * learn) * (shards - 1) / shards
+    replicated = accumulate * 8 * learn / shards * (1 - 1 / sizes.dp_replicate)
     tp = messages * 4 * 2 * (sizes.tp - 1) / sizes.tp
     cp = messages * 8 / sizes.tp * (sizes.cp - 1) / sizes.cp
     text = recipe.model.max_text_tokens
-    flops = step_flops(model.config, [int(tokens) - text] * (per_rank * accumulate), [text] * (per_rank * accumulate))
-    flops *= (4 / 3 if checkpointing else 1.0) / (sizes.tp * sizes.cp)
+    samples = per_rank * accumulate
+    flops = step_flops(model.config, [int(tokens) - text] * samples, [text] * samples, adapters=lora)
+    if checkpointing:  # the forward pass once more
+        flops += step_flops(model.config, [int(tokens) - text] * samples, [text] * samples) / 3
+    flops /= sizes.tp * sizes.cp
 
     def speed(ranks: int) -> float:
         return NVLINK if ranks <= MACHINE else NETWORK
 
     return Plan(
         sizes, batch, accumulate,
-        states=20 * weights / shards,
-        gathered=unit * (2 * 2 + 2 + 4) + model.root * 2 if shards > 1 else weights * 2 + unit * 6,
+        states=(20 * learn + 2 * weights * lora) / shards,
+        gathered=_gathered(unit, weights, model.root, shards, lora),
         activations=values * width * rows * 2,
         frozen=frozen + RUNTIME,
         fsdp_bytes=scattered + replicated, tp_bytes=tp, cp_bytes=cp,
@@ -154,6 +168,12 @@ def plan_of(recipe: FlowRecipe, model: Model, sizes: Sizes, peak: float) -> Plan
         tp_s=tp / speed(sizes.tp),
         cp_s=cp / speed(sizes.tp * sizes.cp),
     )  # fmt: skip
+
+
+def _gathered(unit: float, weights: float, root: int, shards: int, lora: bool) -> float:
+    if lora:
+        return unit * 2 * 2 + root * 2
+    return unit * (2 * 2 + 2 + 4) + root * 2 if shards > 1 else weights * 2 + unit * 6
 
 
 def layouts(gpus: int, heads: int) -> Iterator[Sizes]:
@@ -190,7 +210,8 @@ def choose(recipe: RunRecipe, gpus: int, memory_gb: float, gpu: str) -> tuple[Mo
         check_recipe_parallel(recipe, sizes, heads)
         found = [plan_of(recipe, model, sizes, peak)]
     else:
-        found = [plan_of(recipe, model, sizes, peak) for sizes in layouts(gpus, heads)]
+        possible = [sizes for sizes in layouts(gpus, heads) if not recipe.lora.rank or sizes.tp == 1]
+        found = [plan_of(recipe, model, sizes, peak) for sizes in possible]
     fitting = [p for p in found if p.memory <= memory_gb * 1e9]
     if not fitting:
         least = min(found, key=lambda p: p.memory)
@@ -210,14 +231,28 @@ def _parts(plan: Plan) -> str:
     )
 
 
-def print_plan(recipe: RunRecipe, gpus: int, memory_gb: float, gpu: str, console: Console) -> None:
-    """The best layout in full, four others as lines, and the assumptions."""
-    model, plans = choose(recipe, gpus, memory_gb, gpu)
-    best = plans[0]
+def print_plan(run: Curriculum, gpus: int, memory_gb: float, gpu: str, console: Console) -> None:
+    """Of every stage the best layout in full and four others as lines; the assumptions."""
+    stages = [(stage, *choose(stage.recipe, gpus, memory_gb, gpu)) for stage in run.stages]
+    model = stages[0][1]
     console.print(
         f"{gpus} x {gpu}, {memory_gb:g} GB each; transformer of {model.total / 1e9:.2f} B parameters in {model.layers} "
         "blocks"
     )
+    for stage, _, plans in stages:
+        if len(stages) > 1:
+            console.print(f"\n{stage.name}, {stage.recipe.steps} steps", style="bold")
+        _print_stage(stage.recipe, plans, console)
+    console.print(
+        f"assumed, not measured: {MFU:.0%} of {PEAK_TFLOPS[gpu]:g} TFLOP/s, {NVLINK / 1e9:.0f} GB/s within {MACHINE} "
+        f"GPUs, {NETWORK / 1e9:.0f} GB/s between machines; formulas: training/parallel/plan.py"
+    )
+    if len(stages) > 1:
+        console.print("all stages of a run have one layout: take one that fits in each")
+
+
+def _print_stage(recipe: RunRecipe, plans: list[Plan], console: Console) -> None:
+    best = plans[0]
     layout = "layout (dp_replicate x dp_shard x cp x tp)"
     table = Table(layout, "batch x accumulate", "GB a GPU", "s a step", "samples/s")
     for p in plans[:5]:
@@ -235,10 +270,6 @@ def print_plan(recipe: RunRecipe, gpus: int, memory_gb: float, gpu: str, console
     console.print(
         f"seconds of a step: compute {best.compute_s:.2f}, tensor parallel {best.tp_s:.2f}, Ulysses {best.cp_s:.2f}; "
         f"FSDP {best.fsdp_s:.2f} beside them"
-    )
-    console.print(
-        f"assumed, not measured: {MFU:.0%} of {PEAK_TFLOPS[gpu]:g} TFLOP/s, {NVLINK / 1e9:.0f} GB/s within {MACHINE} "
-        f"GPUs, {NETWORK / 1e9:.0f} GB/s between machines; formulas: training/parallel/plan.py"
     )
     s = best.sizes
     console.print(

@@ -50,11 +50,11 @@ def train(
     """Train by a recipe; the result is in OUT/model, logs and checkpoints beside it. Under torchrun: by all."""
     with _explained():
         if plan:
+            from qwen_image_fast.training.curriculum import read_curriculum
             from qwen_image_fast.training.parallel.plan import print_plan
-            from qwen_image_fast.training.recipe import read_recipe
             from qwen_image_fast.training.run import find_recipe
 
-            print_plan(read_recipe(find_recipe(recipe), overrides or ()), gpus, memory, gpu, Console(width=120))
+            print_plan(read_curriculum(find_recipe(recipe), overrides or ()), gpus, memory, gpu, Console(width=120))
             return
         from qwen_image_fast.training.run import train as run
 
