@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qwen_image_fast.checkpoint import json_bytes, save_state
+from qwen_image_fast.training.parallel.layout import Parallel, full, local, part_of
 from qwen_image_fast.training.randomness import normal
 from qwen_image_fast.training.recipe import LoraRecipe, RecipeError
 
+ADAPTER, BASE = ".lora_", ".base."  # in the names of adapters, and of the weights below one
 WEIGHTS, PEFT_WEIGHTS, PEFT_CONFIG = "pytorch_lora_weights", "adapter_model", "adapter_config.json"
 
 
 class LoraLinear(nn.Module):
-    """A linear layer and its adapter. A starts like PEFT's (Kaiming uniform), B at zero: the layer starts unchanged.
+    """A linear layer and its adapter. `reset_lora` starts A like PEFT's (Kaiming uniform) and B at
+    zero: the layer starts unchanged.
 
     Args:
         base: the layer, which stays frozen. rank, alpha: of the adapter. A, B: float32, as in PEFT.
@@ -32,7 +34,6 @@ class LoraLinear(nn.Module):
         place = {"device": base.weight.device, "dtype": torch.float32}
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, **place)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, **place)
-        nn.init.zeros_(self.lora_B.weight)
 
     @property
     def weight(self) -> Tensor:
@@ -44,11 +45,9 @@ class LoraLinear(nn.Module):
         return self.base(x) + self.scale * F.linear(low, self.lora_B.weight.to(x.dtype))
 
 
-def add_lora(model: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int = 0) -> list[str]:
-    """Wrap the linear layers whose names end in one of `targets`; returns their names.
-
-    A is uniform in +-sqrt(6 / (1 + 5) / in_features), drawn from (seed, name of the layer).
-    """
+def add_lora(model: nn.Module, recipe: LoraRecipe, seed: int = 0) -> list[str]:
+    """Wrap the linear layers whose names end in one of `recipe.targets`; returns their names."""
+    targets = recipe.targets
     names = [
         name
         for name, module in model.named_modules()
@@ -60,13 +59,22 @@ def add_lora(model: nn.Module, rank: int, alpha: float, targets: Sequence[str], 
     for name in names:
         base = model.get_submodule(name)
         assert isinstance(base, nn.Linear)
-        wrapped = LoraLinear(base, rank, alpha)
-        shape = tuple(wrapped.lora_A.weight.shape)
-        uniform = 2 * torch.special.ndtr(normal(shape, seed, f"lora {name}")) - 1
-        with torch.no_grad():
-            wrapped.lora_A.weight.copy_(uniform / math.sqrt(base.in_features))
-        model.set_submodule(name, wrapped)
+        model.set_submodule(name, LoraLinear(base, recipe.rank, recipe.alpha))
+    reset_lora(model, seed)
     return names
+
+
+@torch.no_grad()
+def reset_lora(model: nn.Module, seed: int) -> None:
+    """A: uniform in +-sqrt(6 / (1 + 5) / in_features), drawn from (seed, name of the layer). B: 0."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            a = module.lora_A.weight
+            uniform = 2 * torch.special.ndtr(normal(tuple(a.shape), seed, f"lora {name}")) - 1
+            (rows, columns), (row, column) = part_of(a)
+            own = uniform[row : row + rows, column : column + columns]
+            local(a).copy_(own / math.sqrt(module.base.in_features))
+            local(module.lora_B.weight).zero_()
 
 
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
@@ -79,15 +87,19 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def save_lora(model: Any, folder: Path, recipe: LoraRecipe) -> None:
+def save_lora(model: Any, folder: Path, recipe: LoraRecipe, parallel: Parallel | None = None) -> None:
     """Write the adapters twice: for diffusers and everything that reads its layout, and for PEFT.
+
+    Of several ranks every one calls it and rank 0 writes.
 
     `pytorch_lora_weights.safetensors` has keys "transformer.<layer>.lora_A.weight" and B times alpha / rank, since a
     file without alpha is read with scale 1; an alpha tensor would make diffusers take the file for one of another tool.
     `adapter_model.safetensors` and `adapter_config.json` are PEFT's: keys "base_model.model.<layer>...", alpha in the
     configuration.
     """
-    state, scale = lora_state(model), recipe.alpha / recipe.rank
+    state, scale = {n: full(t).cpu() for n, t in lora_state(model).items()}, recipe.alpha / recipe.rank
+    if parallel is not None and not parallel.main:
+        return
     scaled = {f"transformer.{n}": t * scale if ".lora_B." in n else t for n, t in state.items()}
     save_state(scaled, folder, base_name=WEIGHTS)
     config = {"peft_type": "LORA", "r": recipe.rank, "lora_alpha": recipe.alpha, "target_modules": recipe.targets}

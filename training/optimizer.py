@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from qwen_image_fast.training.lora import ADAPTER
 from qwen_image_fast.training.parallel.layout import holders, local
 from qwen_image_fast.training.recipe import OptimizerRecipe
 
@@ -24,6 +25,13 @@ def freeze_dead(transformer: Any) -> list[str]:
     for name in names:
         last.get_parameter(name).requires_grad_(False)
     return names
+
+
+def choose_trainable(transformer: Any, *, adapters: bool) -> None:
+    """Let all weights learn, or the adapters alone; never those that the loss does not depend on."""
+    for name, p in transformer.named_parameters():
+        p.requires_grad_(ADAPTER in name or not adapters)
+    freeze_dead(transformer)
 
 
 def learning_rate(recipe: OptimizerRecipe, step: int, steps: int) -> float:

@@ -28,7 +28,7 @@ from qwen_image_fast.training.curriculum import Carry, Curriculum, one_stage
 from qwen_image_fast.training.ema import EMA
 from qwen_image_fast.training.fields import differences
 from qwen_image_fast.training.memory import peak_flops
-from qwen_image_fast.training.mixture import Watched
+from qwen_image_fast.training.mixture import Change, Watched
 from qwen_image_fast.training.optimizer import Optimizer, learning_rate
 from qwen_image_fast.training.parallel.checkpoints import Writer, load_parts, named
 from qwen_image_fast.training.parallel.layout import Parallel
@@ -339,21 +339,23 @@ class Trainer:
                 yield batches, time.perf_counter() - start
 
     def _tickets(self, log: Any) -> Iterator[Ticket]:
-        """Orders for the micro-batches to come. A change of the mixture begins with the first step not yet ordered.
-
-        Several ranks, which could see a change at different steps, do not look for one.
-        """
+        """Orders for the micro-batches to come. A change of the mixture begins with the first step not yet ordered."""
         watched, numbers = Watched(self.folder), itertools.count()
         for step in range(self.step, self.run_of.steps):
+            changes = self._changes(watched, step, log)
+            for micro in range(self.run_of.stages[self.run_of.number(step)].recipe.accumulate):
+                yield Ticket(next(numbers), step, micro, changes)
+
+    def _changes(self, watched: Watched, step: int, log: Any) -> tuple[Change, ...]:
+        """Those of the mixture until `step`; of several ranks, which order alike, the first looks and tells."""
+        if self.parallel is None or self.parallel.main:
             try:
-                look = self.parallel is None
-                change = watched.look(step, self.run_of.weights(step, watched.changes)) if look else None
+                change = watched.look(step, self.run_of.weights(step, watched.changes))
                 if change:
                     log.say(f"the mixture changes from step {step} on: {dict(change.weights)}")
             except RecipeError as error:
                 log.say(f"{error}; the run goes on as before")
-            for micro in range(self.run_of.stages[self.run_of.number(step)].recipe.accumulate):
-                yield Ticket(next(numbers), step, micro, watched.changes)
+        return watched.changes if self.parallel is None else self.parallel.from_main(watched.changes)
 
 
 class Meter:

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import yaml
 
-from qwen_image_fast.training.recipe import to_dict
-
 HERE = Path(__file__).parent
 
 
-def write_recipe(recipe, path):
+def write_recipe(tree, path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(to_dict(recipe)), encoding="utf-8")
+    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")  # a draw of tasks goes by their order
     return str(path)
 
 
@@ -54,6 +52,6 @@ def run_jobs(jobs, ranks=2):
     return found
 
 
-def losses(folder):
+def losses(folder, key="loss"):
     lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line[key] for line in lines if key in line]

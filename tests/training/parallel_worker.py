@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 
@@ -9,7 +10,7 @@ from qwen_image_fast.training import run
 from qwen_image_fast.training.parallel import shard
 from qwen_image_fast.training.parallel.layout import local
 
-FILL = shard.fill
+FILL, TRAIN_STEP = shard.fill, run.Trainer.train_step
 
 
 def counted(into):
@@ -29,11 +30,25 @@ def read_so_far():
         return int(file.readline().split()[1])  # rchar: bytes of read(2) and its kin
 
 
+def asking(mixture):
+    """`train_step`, before which the first rank asks for another mixture at a step: (step, folder, text)."""
+    step, folder, text = mixture
+
+    def train_step(trainer, batches):
+        if trainer.step == step and trainer.parallel.main:
+            Path(folder, "mixture.yaml").write_text(text)
+        return TRAIN_STEP(trainer, batches)
+
+    return train_step
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for job in json.loads(sys.argv[1]):
         read = {}
         shard.fill = counted(read)
+        mixture = job.pop("mixture", None)
+        run.Trainer.train_step = asking(mixture) if mixture else TRAIN_STEP
         trainer = run.train(**job)
         held = sum(local(p).nbytes for p in trainer.task.transformer.parameters())
         found = {"bytes_read": trainer.task.bytes_read, "bytes_held": held, **read}

@@ -97,12 +97,12 @@ def test_an_adapter_starts_without_effect_and_only_it_trains(folder, tmp_path):
     run.run()
     assert all(not torch.equal(w, before[n]) for n, w in weights(run).items() if "lora_B" in n and "blocks.0" in n)
     other = small_transformer()
-    add_lora(other, 4, 16.0, recipe.lora.targets)
+    add_lora(other, recipe.lora)
     load_lora(other, tmp_path / "model")
     assert torch.equal(lora_state(other)["transformer_blocks.0.attn.to_q.lora_A.weight"],
                        run.ema.average["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"])  # fmt: skip
     with pytest.raises(RecipeError, match="lora.targets must be ends of names of linear layers, got 'to_x'"):
-        add_lora(small_transformer(), 4, 16.0, ["to_x"])
+        add_lora(small_transformer(), LoraRecipe(4, targets=["to_x"]))
 
 
 @pytest.mark.parametrize("reader", ["diffusers", "peft"])
@@ -116,7 +116,7 @@ def test_others_read_the_files(tmp_path, reader):
     with torch.no_grad():
         plain = ours(x, txt, None, **arguments).sample
     lora = LoraRecipe(rank=4, alpha=6.0)
-    add_lora(ours, lora.rank, lora.alpha, lora.targets)
+    add_lora(ours, lora)
     with_random_b(ours)
     save_lora(ours, tmp_path, lora)
     if reader == "peft":

@@ -3,18 +3,28 @@
 import json
 import os
 import signal
+import subprocess
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from parallel_helpers import HERE, finish, launch, losses, run_jobs, write_recipe
-from trainer_helpers import small_recipe, small_transformer, start
+from PIL import Image
+from safetensors.torch import load_file
+from torch.distributed.run import get_args_parser
+from trainer_helpers import small_recipe, small_transformer, small_tree, start
 
 from qwen_image_fast import QwenImagePipeline
 from qwen_image_fast.training import checkpoint as checkpoints
+from qwen_image_fast.training.curriculum import build_curriculum
 from qwen_image_fast.training.parallel.layout import Sizes, check_recipe_parallel, sizes_of
-from qwen_image_fast.training.recipe import ParallelRecipe, RecipeError
+from qwen_image_fast.training.recipe import ParallelRecipe, RecipeError, read_recipe, to_dict
+from qwen_image_fast.training.run import find_recipe, make_task
+from qwen_image_fast.training.trainer import Trainer
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "distributed"
 LAYOUTS = {"fsdp": {}, "tp": {"tp": 2}, "ulysses": {"cp": 2}}
 STEPS = 20
 # Of weights, for an lr of 2e-3: Adam makes steps of rounding errors where a gradient is zero (the biases of keys).
@@ -24,7 +34,45 @@ TOLERANCE = 2e-4
 def job(folder, path, steps=STEPS, layout=None, **changes):
     changes |= {f"parallel__{name}": value for name, value in (layout or {}).items()}
     recipe = small_recipe(folder, steps=steps, **{"checkpoint__every": 10, "optimizer__clip": 0.5, **changes})
-    return {"recipe_path": write_recipe(recipe, path.with_suffix(f".{steps}.yaml")), "folder": str(path)}
+    return {"recipe_path": write_recipe(to_dict(recipe), path.with_suffix(f".{steps}.yaml")), "folder": str(path)}
+
+
+ADAPTERS = {"lora__rank": 4, "lora__targets": ["to_q", "to_add_out", "img_mod.1"], "model__train_text_encoder": False}
+CHANGE = (3, "{large: 0}")
+
+
+def stages(folder):
+    """Squares, then squares and edits of two sizes, with pictures and validation at the end of each stage."""
+    tree = small_tree(folder) | {"producers": {"backend": "processes", "ahead": 1}}
+    tree["model"] |= {"train_text_encoder": False}
+    tree["log"] |= {"sample_every": 100, "validate_every": 100, "prompts": ["red square, top left"]}
+    tree["stages"] = [
+        {"name": "small", "steps": 2},
+        {
+            "name": "mixed", "steps": 5, "optimizer": {"lr": 1e-3},
+            "data": {
+                "mixture": [
+                    {"name": "edits", "options": {"size": 32}, "tasks": {"ti2i": 0.6, "recon": 0.4}},
+                    {"name": "large", "options": {"size": 48}},
+                ],
+                "buckets": [[32, 32], [48, 48]],
+            },
+        },
+    ]  # fmt: skip
+    return tree
+
+
+def alone(trainer):
+    """A run of one process that asks for another mixture as those of two do."""
+    step, folder = trainer.train_step, trainer.folder
+
+    def train_step(batches):
+        if trainer.step == CHANGE[0]:
+            (folder / "mixture.yaml").write_text(CHANGE[1])
+        return step(batches)
+
+    trainer.train_step = train_step
+    trainer.run()
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +85,15 @@ def runs(folder, tmp_path_factory):
     again = {"resume": True, "allow_changes": True}
     for steps, layout in ((4, LAYOUTS["fsdp"]), (7, LAYOUTS["tp"]), (10, LAYOUTS["ulysses"])):
         jobs.append(job(folder, base / "moved", steps, layout) | again)
+    adapters = small_recipe(folder, steps=4, **ADAPTERS)
+    start(adapters, base / "adapters-1").run()
+    jobs.append(job(folder, base / "adapters-2", 2, LAYOUTS["fsdp"], optimizer__clip=1.0, **ADAPTERS))
+    jobs.append(job(folder, base / "adapters-2", 4, LAYOUTS["ulysses"], optimizer__clip=1.0, **ADAPTERS) | again)
+    staged = build_curriculum(stages(folder))
+    alone(Trainer(staged, make_task(staged, base / "stages-1"), base / "stages-1"))
+    path = write_recipe(stages(folder), base / "stages.yaml")
+    mixture = (CHANGE[0], str(base / "stages-2"), CHANGE[1])
+    jobs.append({"recipe_path": path, "folder": str(base / "stages-2"), "mixture": mixture})
     return base, run_jobs(jobs)
 
 
@@ -54,6 +111,29 @@ def test_a_run_goes_on_under_any_other_layout(runs, folder):
     recipe = small_recipe(folder, steps=STEPS, checkpoint__every=10, optimizer__clip=0.5)
     start(recipe, base / "moved", resume=True, allow_changes=True).run()  # from Ulysses to one process
     torch.testing.assert_close(losses(base / "moved"), losses(base / "single"), rtol=1e-5, atol=0)
+
+
+def test_adapters_learn_on_several_processes_as_on_one(runs):
+    """Two steps of FSDP2, then two of Ulysses from its checkpoint."""
+    base, _ = runs
+    torch.testing.assert_close(losses(base / "adapters-2"), losses(base / "adapters-1"), rtol=1e-5, atol=0)
+    for name in ("pytorch_lora_weights", "adapter_model"):
+        one, two = (load_file(base / f"adapters-{n}" / "model" / f"{name}.safetensors") for n in (1, 2))
+        torch.testing.assert_close(two, one, rtol=1e-2, atol=TOLERANCE)
+
+
+def test_stages_edits_pictures_and_a_new_mixture_are_those_of_one_process(runs):
+    base, _ = runs
+    one, two = base / "stages-1", base / "stages-2"
+    assert (two / "mixture.jsonl").read_text() == (one / "mixture.jsonl").read_text()
+    for key in ("loss", "validation_loss", "stage"):
+        assert len(losses(one, key)) == {"validation_loss": 2}.get(key, 7)
+        torch.testing.assert_close(losses(two, key), losses(one, key), rtol=1e-5, atol=0)
+    pictures = sorted(path.name for path in (one / "samples").iterdir())
+    assert len(pictures) == 2
+    for name in pictures:
+        a, b = (np.asarray(Image.open(path / "samples" / name), int) for path in (one, two))
+        assert abs(a - b).max() <= 1
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -104,6 +184,30 @@ def test_a_killed_trainer_loses_the_steps_since_its_checkpoint(runs, folder, tmp
     torch.testing.assert_close(losses(tmp_path / "killed"), losses(base / "single"), rtol=1e-5, atol=0)
 
 
+SRUN = """#!/bin/bash
+printf '%s\\n' "$@" > "$ASKED"
+"""
+
+
+def test_the_slurm_example_starts_what_it_names(tmp_path):
+    """With stand-ins for Slurm's commands: the processes that torchrun is asked for are those of the layout."""
+    for name, script in (("srun", SRUN), ("scontrol", "#!/bin/bash\nprintf 'node1\\nnode2\\n'\n")):
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ASKED": str(tmp_path / "asked"), "MODEL": "model",
+             "DATA": "data", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]"}  # fmt: skip
+    subprocess.run(["bash", EXAMPLES / "slurm.sh"], env=os.environ | given, check=True)
+    program, *asked = (tmp_path / "asked").read_text().splitlines()
+    options = get_args_parser().parse_args(asked)
+    assert program == "torchrun" and options.module and options.training_script == "qwen_image_fast.training"
+    assert options.rdzv_endpoint == "node1:29500" and options.rdzv_id == "7"
+    name, *changes = options.training_script_args
+    recipe = read_recipe(find_recipe(name), changes[: changes.index("--out")])
+    sizes = sizes_of(recipe.parallel, int(options.nnodes) * int(options.nproc_per_node))
+    check_recipe_parallel(recipe, sizes, 24)
+    assert sizes == Sizes(2, 8, 1, 1) and changes[-1] == "--resume"
+
+
 @pytest.mark.parametrize(
     "parallel, world, words",
     [
@@ -122,10 +226,18 @@ def test_a_product_that_is_not_the_number_of_processes_is_refused(parallel, worl
     [
         (Sizes(1, 1, 2, 4), {}, r"parallel must have a tp x cp that divides the 20 attention heads, got 8"),
         (Sizes(1, 3, 1, 1), {}, r"batch must be a multiple of dp_replicate x dp_shard, 3, .* got 4"),
-        (Sizes(1, 2, 1, 1), {"lora__rank": 2, "model__train_text_encoder": False}, r"lora.rank must be 0 on several"),
+        (
+            Sizes(1, 1, 1, 2),
+            {"lora__rank": 2, "model__train_text_encoder": False},
+            r"lora.rank must be 0 where parallel.tp",
+        ),
         (Sizes(1, 2, 1, 1), {"optimizer__name": "muon"}, r"optimizer.name must be adamw on several processes"),
-        (Sizes(1, 2, 1, 1), {"log__sample_every": 5}, r"log.sample_every must be 0 on several processes"),
         (Sizes(1, 2, 1, 1), {"model__compile": True}, r"model.compile must be false"),
+        (
+            Sizes(1, 2, 1, 1),
+            {"data__tasks": {"ti2i": 1.0}},
+            r"model.train_text_encoder must be false where",
+        ),
     ],
 )
 def test_what_cannot_be_split_is_refused(sizes, changes, words):

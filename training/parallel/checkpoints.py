@@ -58,7 +58,7 @@ class Writer:
         tensors = named(state, like)
         writer = HuggingFaceStorageWriter(str(building), save_distributed=True)
         with checkpoints.explained(self.folder, state.step):
-            future = dcp.async_save(tensors, storage_writer=writer, process_group=self.parallel.host_group)
+            future = dcp.async_save(tensors, storage_writer=writer, process_group=self.parallel.writer_group)
         assert isinstance(future, Future)
         self.pending = future, state, building
 

@@ -10,16 +10,10 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from qwen_image_fast.checkpoint import BASE_NAME, atomic_write, json_bytes
 from qwen_image_fast.tensor_files import write_in_order
-from qwen_image_fast.training.parallel.layout import Parallel
-
-
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, on every rank."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+from qwen_image_fast.training.parallel.layout import Parallel, full
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:

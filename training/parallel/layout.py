@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from qwen_image_fast.training.recipe import FlowRecipe, ParallelRecipe, RecipeError, RunRecipe
 
@@ -74,13 +75,15 @@ def check_recipe_parallel(recipe: RunRecipe, sizes: Sizes, heads: int) -> None:
          "the samples of a micro-batch", recipe.batch)  # fmt: skip
     must(heads % (sizes.tp * sizes.cp) == 0, "parallel", f"have a tp x cp that divides the {heads} attention heads",
          sizes.tp * sizes.cp)  # fmt: skip
-    must(not recipe.lora.rank, "lora.rank", "be 0 on several processes", recipe.lora.rank)
+    must(not (recipe.lora.rank and sizes.tp > 1), "lora.rank", "be 0 where parallel.tp is above 1: adapters are not "
+         "split by heads, use dp_shard and cp", recipe.lora.rank)  # fmt: skip
+    edits = any(part.tasks.get(task) for part in recipe.data.parts for task in ("ti2i", "recon"))
+    must(not (edits and recipe.model.train_text_encoder and sizes.dp > 1), "model.train_text_encoder", "be false where "
+         "data.tasks has ti2i or recon and dp_replicate x dp_shard is above 1: ranks with other samples would call the "
+         "split text encoder more often or less", True)  # fmt: skip
     must(not recipe.model.compile, "model.compile", "be false on several processes", True)
     must(recipe.optimizer.name == "adamw", "optimizer.name", "be adamw on several processes: Muon needs whole matrices",
          recipe.optimizer.name)  # fmt: skip
-    for name in ("sample_every", "ocr_samples"):
-        value = getattr(recipe.log, name)
-        must(not value, f"log.{name}", "be 0 on several processes: draw from the exported model instead", value)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ class Parallel:
 
     Attributes:
         mesh: (dp_replicate, fsdp, tp), fsdp = dp_shard x cp: gradients are summed over the first two.
-        cp_group, tp_group: the ranks that share this rank's samples. host_group: gloo, all ranks, for checkpoints.
+        cp_group, tp_group: the ranks that share this rank's samples. host_group: gloo, all ranks. writer_group: such a
+            group for the thread that writes checkpoints; of two threads on one group, operations would be mixed up.
     """
 
     sizes: Sizes
@@ -99,6 +103,7 @@ class Parallel:
     cp_group: dist.ProcessGroup
     tp_group: dist.ProcessGroup
     host_group: dist.ProcessGroup
+    writer_group: dist.ProcessGroup
 
     @property
     def cp_rank(self) -> int:
@@ -133,6 +138,12 @@ class Parallel:
         dist.all_gather_object(found, value, group=self.host_group)
         return found
 
+    def from_main(self, value: Any) -> Any:
+        """`value` of rank 0."""
+        found = [value]
+        dist.broadcast_object_list(found, 0, group=self.host_group)
+        return found[0]
+
     def gather_samples(self, entries: list[Any]) -> list[Any]:
         """Entries about samples, of all ranks that have different ones."""
         together = self.sizes.cp * self.sizes.tp
@@ -164,13 +175,26 @@ def start(sizes: Sizes, device: torch.device, timeout: float) -> Parallel:
     ranks = torch.arange(sizes.world).view(sizes.dp, sizes.cp, sizes.tp)
     together = [row.tolist() for row in ranks.transpose(1, 2).reshape(-1, sizes.cp)]
     cp_group, _ = dist.new_subgroups_by_enumeration(together, timeout=timedelta(seconds=timeout))
-    host_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-    return Parallel(sizes, dist.get_rank(), device, mesh, cp_group, mesh.get_group("tp"), host_group)
+    host_group, writer_group = (dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) for _ in range(2))
+    return Parallel(sizes, dist.get_rank(), device, mesh, cp_group, mesh.get_group("tp"), host_group, writer_group)
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, on every rank."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def part_of(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape of this rank's block of a tensor, and where it begins."""
+    if not isinstance(tensor, DTensor):
+        return tuple(tensor.shape), (0,) * tensor.ndim
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(shape), tuple(offset)
 
 
 def holders(tensor: Tensor, world: int) -> int:

@@ -1,8 +1,9 @@
 """A model that no rank ever holds whole: built on the meta device, split, then filled by slices of the files.
 
 FSDP2 (`fully_shard`) keeps 1 / (dp_shard x cp) of every weight on a rank in float32, gathers one block at a time in
-the compute type, and sums gradients in float32. Units: the two modulation layers of a block, which run first of all;
-the rest of the block; the rest of the model.
+the compute type, and sums gradients in float32. Units: each modulation layer of a block, which runs first of all; the
+rest of the block; the rest of the model. Both modulation layers as one unit would be gathered for the backward pass by
+the gradient of the second one's output, which with adapters it may not have.
 """
 
 from __future__ import annotations
@@ -14,37 +15,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from qwen_image_fast.checkpoint import find_weights, read_config
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.tensor_files import Entry, read_header, read_into
-from qwen_image_fast.training.optimizer import freeze_dead
-from qwen_image_fast.training.parallel.layout import Parallel
+from qwen_image_fast.training.lora import ADAPTER, BASE, add_lora, reset_lora
+from qwen_image_fast.training.optimizer import choose_trainable
+from qwen_image_fast.training.parallel.layout import Parallel, local, part_of
 from qwen_image_fast.training.parallel.tensor import parallelize
+from qwen_image_fast.training.recipe import FlowRecipe
 
 
-def load_transformer(folder: Path, parallel: Parallel, dtype: torch.dtype) -> tuple[Any, int]:
-    """The transformer of a diffusers-layout folder, split over the ranks, trainable; and the bytes that were read.
+def load_transformer(folder: Path, recipe: FlowRecipe, parallel: Parallel, dtype: torch.dtype) -> tuple[Any, int]:
+    """The transformer of a diffusers-layout folder, split over the ranks; and the bytes that were read.
 
     Args:
-        dtype: of the computation; the weights are float32.
+        recipe: says what learns: all of it, or adapters. dtype: of the computation and of frozen weights; those that
+            learn are float32.
     """
     config = read_config(folder, QwenImageTransformer2DModel.config_name)
     files = find_weights(folder, QwenImageTransformer2DModel.weights_name)
     with torch.device("meta"):
-        transformer: Any = QwenImageTransformer2DModel.from_config(config).float()
-    freeze_dead(transformer)
+        transformer: Any = QwenImageTransformer2DModel.from_config(config)
+    transformer.to(dtype if recipe.lora.rank else torch.float32)
+    if recipe.lora.rank:
+        add_lora(transformer, recipe.lora)
+    choose_trainable(transformer, adapters=recipe.lora.rank > 0)
     if parallel.sizes.tp > 1:
         parallelize(transformer, parallel.mesh["tp"])
     for block in transformer.transformer_blocks:
-        _shard([block.img_mod[1], block.txt_mod[1]], parallel, dtype)
-        _shard(block, parallel, dtype)
+        for unit in (block.img_mod[1], block.txt_mod[1], block):
+            _shard(unit, parallel, dtype)
     shard_root(transformer, parallel, dtype)
     for method in ("modulation", "embed_text", "forward_packed"):
         register_fsdp_forward_method(transformer, method)
     transformer.to_empty(device=parallel.device)
+    reset_lora(transformer, recipe.seed)
     return transformer, fill(transformer, files)
 
 
@@ -58,12 +64,12 @@ def shard_root(model: nn.Module, parallel: Parallel, dtype: torch.dtype) -> None
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _shard(modules: Any, parallel: Parallel, dtype: torch.dtype) -> None:
+def _shard(module: nn.Module, parallel: Parallel, dtype: torch.dtype) -> None:
     names = ("dp_replicate", "fsdp") if parallel.sizes.dp_replicate > 1 else "fsdp"
     policy = MixedPrecisionPolicy()
     if dtype != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    fully_shard(modules, mesh=parallel.mesh[names], mp_policy=policy)
+    fully_shard(module, mesh=parallel.mesh[names], mp_policy=policy)
 
 
 def reshard(model: nn.Module) -> None:
@@ -75,7 +81,7 @@ def reshard(model: nn.Module) -> None:
 
 @torch.no_grad()
 def fill(model: nn.Module, files: Iterable[Path]) -> int:
-    """Read this rank's part of every parameter; returns the bytes read.
+    """Read this rank's part of every parameter but those of adapters; returns the bytes read.
 
     Rows that are contiguous in the file are read at once, a part of the columns row by row: nothing else is touched.
 
@@ -85,7 +91,7 @@ def fill(model: nn.Module, files: Iterable[Path]) -> int:
     entries: dict[str, Entry] = {}
     for path in files:
         entries |= read_header(path)
-    wanted = dict(model.named_parameters())
+    wanted = {n.replace(BASE, "."): p for n, p in model.named_parameters() if ADAPTER not in n}
     wrong = sorted(wanted.keys() ^ entries.keys())
     wrong += [n for n, p in wanted.items() if n in entries and tuple(p.shape) != entries[n].shape]
     if wrong:
@@ -95,12 +101,9 @@ def fill(model: nn.Module, files: Iterable[Path]) -> int:
         )
     total = 0
     for name, p in wanted.items():
-        shape, offset = tuple(p.shape), (0,) * p.ndim
-        if isinstance(p, DTensor):
-            shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-        part = read_slice(entries[name], tuple(shape), tuple(offset))
+        part = read_slice(entries[name], *part_of(p))
         total += part.nbytes
-        (p.to_local() if isinstance(p, DTensor) else p).copy_(part)
+        local(p).copy_(part)
     return total
 
 

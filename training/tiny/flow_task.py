@@ -19,7 +19,7 @@ from qwen_image_fast.training.curriculum import Curriculum, one_stage
 from qwen_image_fast.training.lora import add_lora, save_lora
 from qwen_image_fast.training.memory import step_flops
 from qwen_image_fast.training.objectives.flow import FlowSample, flow_losses
-from qwen_image_fast.training.optimizer import freeze_dead
+from qwen_image_fast.training.optimizer import choose_trainable
 from qwen_image_fast.training.parallel.export import export_model, full_state
 from qwen_image_fast.training.parallel.layout import Parallel
 from qwen_image_fast.training.parallel.shard import load_transformer, shard_root
@@ -59,7 +59,8 @@ class FlowTask:
         parts: dict[str, Any] = {}
         if parallel is not None:
             parallel.barrier()
-            parts["transformer"], self.bytes_read = load_transformer(self.folder / "transformer", parallel, self.dtype)
+            weights = self.folder / "transformer"
+            parts["transformer"], self.bytes_read = load_transformer(weights, recipe, parallel, self.dtype)
         if recipe.model.vae:
             parts["vae"] = AutoencoderKLQwenImage.from_pretrained(recipe.model.vae, device=self.device)
         parts_of_data = [part for stage in self.run.stages for part in stage.recipe.data.parts]
@@ -74,14 +75,12 @@ class FlowTask:
         # torch's backward of 16-bit attention is slow on the CPU, and a text encoder that learns is a small one.
         on_cpu = recipe.model.train_text_encoder and self.device.type == "cpu"
         self.text_encoder: Any = self.pipe.text_encoder.to(torch.float32 if on_cpu else self.dtype)
-        for frozen in (self.pipe.vae, self.text_encoder, self.transformer):
+        for frozen in (self.pipe.vae, self.text_encoder):
             frozen.requires_grad_(False)
         self.modules: dict[str, nn.Module] = {"transformer": self.transformer}
-        if recipe.lora.rank:
-            add_lora(self.transformer, recipe.lora.rank, recipe.lora.alpha, recipe.lora.targets, seed=recipe.seed)
-        else:
-            self.transformer.requires_grad_(True)
-            freeze_dead(self.transformer)
+        if recipe.lora.rank and parallel is None:
+            add_lora(self.transformer, recipe.lora, recipe.seed)
+        choose_trainable(self.transformer, adapters=recipe.lora.rank > 0)
         if recipe.model.train_text_encoder:
             self.text_encoder.requires_grad_(True)
             if parallel is not None:
@@ -133,7 +132,8 @@ class FlowTask:
         texts = self.texts(batch)
         losses = flow_losses(self.transformer, self.to_latents(batch), texts, self.parallel)
         images = [sum(f * h * w for f, h, w in raw.shapes) for raw in batch]
-        flops = step_flops(self.transformer.config, images, [len(text) for text in texts])
+        lengths, adapters = [len(text) for text in texts], self.recipe.lora.rank > 0
+        flops = step_flops(self.transformer.config, images, lengths, adapters=adapters)
         return Losses(losses.mean(), losses, sum(images), {}, flops)
 
     def to_latents(self, batch: list[RawSample]) -> list[FlowSample]:
@@ -225,7 +225,7 @@ class FlowTask:
     def export(self, folder: Path) -> None:
         """The pipeline's folder with the trained parts, or the LoRA files alone."""
         if self.recipe.lora.rank:
-            save_lora(self.transformer, folder, self.recipe.lora)
+            save_lora(self.transformer, folder, self.recipe.lora, self.parallel)
             return
         parallel, trained = self.parallel, self.text_encoder if self.recipe.model.train_text_encoder else None
         if parallel is not None:
