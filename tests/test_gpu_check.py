@@ -1,6 +1,7 @@
 """The GPU check where there is no GPU: its stages, its results file, the page made of it, and the measuring code."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -112,6 +113,17 @@ def test_the_sanitizer_is_pointed_at_our_kernels(monkeypatch, help, option):
     check = gpu_check.Check(Path())
     monkeypatch.setattr(check, "process", lambda *a: help)
     assert gpu_check.only_our_kernels(check) == option
+
+
+def test_the_sanitizer_sees_every_op():
+    """On CUDA alone: no case of another device, which would only take its time."""
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *gpu_check.SANITIZED]
+    lines = subprocess.run(command, cwd=gpu_check.ROOT, capture_output=True, text=True).stdout.splitlines()
+    files = {line.partition("::")[0] for line in lines if "::" in line}
+    names = {re.sub("(_backward)?_cuda$", "", f.stem) for f in (gpu_check.ROOT / "csrc/kernels").glob("*_cuda.cu")}
+    assert {f"tests/ops/test_{n}.py" for n in (*names, "fp8_rows", "conv2d")} <= files
+    assert "tests/gpu/test_linear_gpu.py" in files
+    assert not [line for line in lines if "emulated" in line or "[cpu" in line]
 
 
 def test_no_test_is_no_pass(monkeypatch):
