@@ -90,6 +90,20 @@ def test_memory_limit_chooses_the_strips(monkeypatch):
     assert rows[0] is None and rows[1] > rows[2] >= 1
 
 
+def test_no_block_sees_more_rows_than_a_strip(monkeypatch):
+    """Not even at the end, where all rows are completed that the layers lag behind."""
+    ours, _ = pair()
+    seen = []
+    for doublings, block in enumerate(ours.decoder.up_blocks):
+        block.register_forward_pre_hook(
+            lambda _, args, doublings=doublings: seen.append((doublings, args[0].shape[2] / 2**doublings))
+        )
+    in_strips(monkeypatch, ours, 3).decode(latents(1, 4, 1, 17, 2))
+    assert max(rows for _, rows in seen) == 3
+    for doublings in range(4):
+        assert sum(rows for level, rows in seen if level == doublings) == 17
+
+
 def test_memory_stays_under_the_limit():
     benchmarks = pytest.importorskip("benchmarks.harness")
     with torch.no_grad():

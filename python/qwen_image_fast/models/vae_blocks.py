@@ -368,9 +368,25 @@ class Decoder(nn.Module):
         x = self.mid_block(x, stream)
         if strip is None:
             return self._enlarge(x, stream)
-        return run_in_strips(self._enlarge, x, strip, x.shape[2] * 2 ** (len(self.up_blocks) - 1))
+        height = x.shape[2] * 2 ** (len(self.up_blocks) - 1)
+        return run_in_strips(lambda rows, stream: self._enlarge_rows(rows, stream, strip), x, strip, height)
 
     def _enlarge(self, x: Tensor, stream: Stream) -> Tensor:
         for block in self.up_blocks:
             x = block(x, stream)
         return norm_and_convolve(self.norm_out, self.conv_out, x, stream)
+
+    def _enlarge_rows(self, x: Tensor, stream: RowStream, strip: int, first: int = 0) -> Tensor:
+        """`_enlarge` from block `first` on, a strip at a time: `strip` rows, doubled as often as those of `x` were.
+
+        The last strip completes all rows that the layers lag behind, together more than a strip at full resolution.
+        """
+        if first == len(self.up_blocks):
+            return norm_and_convolve(self.norm_out, self.conv_out, x, stream)
+        block, last = self.up_blocks[first], stream.last_strip
+        out: list[Tensor] = []
+        parts = x.split(strip * 2**first, dim=2)
+        for i, part in enumerate(parts):
+            stream.last_strip = last and i == len(parts) - 1
+            out.append(self._enlarge_rows(block(part, stream), stream, strip, first + 1))
+        return torch.cat(out, dim=2)
