@@ -8,7 +8,7 @@ import torch
 import transformers
 from data_pictures import noise, photo_record
 
-from qwen_image_fast.tiny import write_untrained
+from qwen_image_fast.tiny import SHIPPED, write_untrained
 from qwen_image_fast.training.data import annotate as module
 from qwen_image_fast.training.data import pipeline
 from qwen_image_fast.training.data.annotation import PROMPT, SYSTEM
@@ -93,6 +93,10 @@ def test_qwen_of_a_folder(tmp_path, monkeypatch):
     assert "JSON" in noisy and "it cannot be decoded" in page, noisy
 
 
-def test_no_captioner_in_a_folder(tmp_path):
+@pytest.mark.parametrize("missing", ["model.safetensors", "config.json", "preprocessor_config.json"])
+def test_no_captioner_in_a_folder(missing, tmp_path):
+    folder = shutil.copytree(SHIPPED / "processor", tmp_path / "captioner")
+    shutil.copytree(SHIPPED / "text_encoder", folder, dirs_exist_ok=True)
+    (folder / missing).unlink()
     with pytest.raises(FileNotFoundError, match="there is no Qwen2.5-VL in .*: give its Hugging Face folder"):
-        module.captioner(AnnotateRecipe([SourceRecipe("x")], model=str(tmp_path)))
+        module.captioner(AnnotateRecipe([SourceRecipe("x")], model=str(folder)))

@@ -230,6 +230,7 @@ def load_captioner(folder: str | Path, *, torch_dtype: torch.dtype | None = None
     """transformers' whole `Qwen2_5_VLForConditionalGeneration`, head and all, which can write captions."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
+    read_config(folder, "config.json")  # without one, transformers builds its default, of 7 B random weights
     dtype = "auto" if torch_dtype is None else torch_dtype
     model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, torch_dtype=dtype)
     return model.to(device).eval()
