@@ -8,6 +8,7 @@ from qwen_image_fast import QwenImageEditPlusPipeline, QwenImagePipeline
 from qwen_image_fast.tiny import SHIPPED
 from qwen_image_fast.training.evaluation.cases import TextCase, held_out_edits, psnr_outside
 from qwen_image_fast.training.evaluation.evaluate_edit import edited_by
+from qwen_image_fast.training.synthesis.generator import make
 from qwen_image_fast.training.synthesis.recipe import tiny
 from qwen_image_fast.training.synthesis.words import is_held_out
 from qwen_image_fast.training.tiny.ship import LARGEST, ship
@@ -65,6 +66,26 @@ def test_it_writes_words_that_it_never_saw(drawer):
     results = list(evaluate(draw, cases, tiny(128), Reader(), batch=8))
     assert sum(r.score.words_right for r in results) >= LEAST_WORDS, [r.read for r in results]
     assert sum(bool(r.colours_right) for r in results) >= 7
+
+
+def test_it_changes_texts_to_words_that_it_never_saw(editor):
+    pytest.importorskip("rapidocr")
+    from qwen_image_fast.training.evaluation.evaluate_edit import evaluate_edits
+    from qwen_image_fast.training.evaluation.ocr import Reader
+
+    pairs = held_out_edits(tiny(128, max_letters=6, max_lines=1, random_strings=0.0), 8, "text", seed=1)
+    results = list(evaluate_edits(edited_by(editor, seed=0, **CALL), pairs, Reader(), batch=8))
+    assert sum(r.score.exact for r in results) >= LEAST_WORDS, [(r.pair.instruction, r.read) for r in results]
+    assert np.median([r.outside for r in results]) > 28
+
+
+def test_its_vae_keeps_renderings(editor):
+    unseen = [make(tiny(128, split="held_out"), 0, i).image for i in range(8)]
+    pixels = torch.from_numpy(np.stack(unseen)).permute(0, 3, 1, 2).unsqueeze(2) / 127.5 - 1
+    with torch.no_grad():
+        back = editor.vae.decode(editor.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+    errors = ((back - pixels) / 2).square().flatten(1).mean(1)
+    assert (-10 * errors.log10()).mean() > 28
 
 
 def test_an_edit_leaves_the_rest_alone(editor):
