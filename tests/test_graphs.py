@@ -167,6 +167,21 @@ def test_changes_of_the_transformer(pipe, capture, change):
     assert capture.captures == 1 + anew and len(pipe.cuda_graphs) == 1
 
 
+def test_lora_of_the_pipeline(pipe, capture):
+    """A graph reads an adapter's matrices where they lie: another adapter, weight or rank has others."""
+    torch.manual_seed(0)
+    for name, rank in (("a", 2), ("b", 2), ("c", 4)):
+        key = "transformer_blocks.0.attn.to_q.lora_{}.weight"
+        lora = {key.format("A"): torch.randn(rank, 192), key.format("B"): torch.randn(192, rank) / 50}
+        pipe.load_lora_weights(lora, adapter_name=name)
+    changes = (("a", 1.0), ("b", 1.0), ("c", 1.0), ("c", 0.5), ([], []))
+    for number, change in enumerate(changes):
+        pipe.set_adapters(*change)
+        assert torch.equal(latents(pipe), without_graphs(pipe)) and capture.captures == number + 1
+    latents(pipe)
+    assert capture.captures == len(changes)
+
+
 def test_lora(pipe, capture):
     """Added, scaled, switched off, merged: each time the images are those without graphs."""
     peft = pytest.importorskip("peft")

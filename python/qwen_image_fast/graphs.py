@@ -117,7 +117,8 @@ def transformer_state(transformer: Any) -> Hashable:
         if id(module) in outside:
             continue
         found.append((type(module), module.training, *module._forward_hooks, None, *module._forward_pre_hooks))
-        found += [(p.data_ptr(), p.dtype) for p in module._parameters.values() if p is not None]
+        read = (*module._parameters.values(), *getattr(module, "mix", ()))  # `mix`: the matrices of our own LoRAs
+        found += [(p.data_ptr(), p.dtype, p.shape) for p in read if p is not None]
         if hasattr(module, "lora_A"):
             found.append(
                 (tuple(sorted(module.scaling.items())), tuple(module.active_adapters), module.disable_adapters,
