@@ -125,7 +125,8 @@ def free_modulation_weights(model, table: Modulation) -> int:
         return 0
     layers = modulation_layers(model)
     for name, layer in layers.items():
-        if type(layer) is not nn.Linear:
+        # An adapter of `lora.py`, which has a `mix`, reads the weights again before it changes.
+        if type(layer) is not nn.Linear and not hasattr(layer, "mix"):
             raise ValueError(
                 f"free_modulation_weights: {name} must be a plain Linear, got {type(layer).__name__}; "
                 "fuse or remove the adapter on it first"
@@ -168,3 +169,5 @@ def restore_modulation_weights(model) -> None:
             parameter.data = value.data
     tables.freed = False
     tables.tables.clear()
+    if "_lora" in model.__dict__:
+        model.__dict__["_lora"].fuse_again(modulation_layers(model))

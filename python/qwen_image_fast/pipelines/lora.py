@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from qwen_image_fast.checkpoint import resolve_folder
-from qwen_image_fast.models.lora import adapters_of, parse_lora, read_lora
+from qwen_image_fast.models.lora import adapters_of
+from qwen_image_fast.models.lora_files import parse_lora, read_lora
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler, named_schedule
 
 
@@ -23,9 +24,10 @@ class LoraMixin:
     def load_lora_weights(
         self,
         source: str | os.PathLike | Mapping[str, Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
         *,
         weight_name: str | None = None,
-        adapter_name: str | None = None,
         **hub,
     ) -> str:
         """Load an adapter and activate it beside the active ones; returns its name, by default default_0 and so on.
@@ -33,12 +35,15 @@ class LoraMixin:
         Args:
             source: a safetensors file, a folder or hub repository that holds one, or the tensors themselves; keys of
                 PEFT, diffusers, ComfyUI, kohya or Lightning. weight_name: the file in the folder.
+            hotswap: put it in the place of the loaded adapter `adapter_name`, with its weight.
             hub: revision, cache_dir, token, local_files_only.
 
         Raises:
             FileNotFoundError, ValueError: no file, or one that does not fit the transformer; what is wrong is named.
         """
         adapters = adapters_of(self.transformer)
+        if hotswap and adapter_name not in adapters.loaded:
+            raise ValueError(f"load_lora_weights: adapter_name must be loaded to be swapped, got {adapter_name!r}")
         if adapter_name is None:
             adapter_name = next(
                 n for k in range(len(adapters.loaded) + 1) if (n := f"default_{k}") not in adapters.loaded
@@ -49,12 +54,15 @@ class LoraMixin:
             path = Path(source).expanduser()
             path = path if path.is_file() else resolve_folder(source, **hub)
             layers = read_lora(path, self.transformer, weight_name)
-        adapters.add(adapter_name, layers)
+        (adapters.replace if hotswap else adapters.add)(adapter_name, layers)
         return adapter_name
 
-    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] = 1.0) -> None:
-        """Make exactly these adapters active, with one weight for all or one for each."""
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
+        """Make exactly these adapters active, with one weight for all (default 1) or one for each."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        adapter_weights = 1.0 if adapter_weights is None else adapter_weights
         weights = [adapter_weights] * len(names) if isinstance(adapter_weights, (int, float)) else list(adapter_weights)
         if len(weights) != len(names):
             raise ValueError(f"adapter_weights must be one for all or one for each of {len(names)}, got {len(weights)}")
@@ -67,8 +75,12 @@ class LoraMixin:
         return {"transformer": list(adapters_of(self.transformer).loaded)}
 
     def disable_lora(self) -> None:
-        """No adapter is active; `set_adapters` brings them back."""
-        self.set_adapters([])
+        """No adapter is active, until `enable_lora` or `set_adapters`."""
+        adapters_of(self.transformer).disable()
+
+    def enable_lora(self) -> None:
+        """Make the adapters active again that were when `disable_lora` was called."""
+        adapters_of(self.transformer).enable()
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Forget adapters."""
@@ -79,12 +91,25 @@ class LoraMixin:
         adapters = adapters_of(self.transformer)
         adapters.remove(list(adapters.loaded))
 
-    def fuse_lora(self, lora_scale: float = 1.0, adapter_names: Sequence[str] | None = None) -> None:
-        """Add active adapters to the weights, which costs nothing while sampling."""
+    def fuse_lora(
+        self,
+        components: Sequence[str] = ("transformer",),
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> None:
+        """Add active adapters, or those named, to the weights, which costs nothing while sampling.
+
+        Args:
+            components, safe_fusing: for diffusers' signature; only the transformer has adapters, and files with NaN are
+                refused in any case.
+        """
+        _check_components(components)
         adapters_of(self.transformer).fuse(lora_scale, adapter_names)
 
-    def unfuse_lora(self) -> None:
+    def unfuse_lora(self, components: Sequence[str] = ("transformer",)) -> None:
         """Take fused adapters out of the weights again, up to rounding; load the model again for the same bits."""
+        _check_components(components)
         adapters_of(self.transformer).unfuse()
 
     def use_schedule(self, name: str) -> dict[str, Any]:
@@ -99,3 +124,8 @@ class LoraMixin:
         config, arguments = named_schedule(name)
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config, **config)
         return arguments
+
+
+def _check_components(components: Sequence[str]) -> None:
+    if list(components) != ["transformer"]:
+        raise ValueError(f"components must be ['transformer'], which alone has adapters, got {components!r}")
