@@ -1,0 +1,62 @@
+"""The pipelines' methods take what diffusers' take: names, order and defaults."""
+
+import inspect
+
+import diffusers
+import pytest
+
+import qwen_image_fast
+
+NAMES = [name for name in qwen_image_fast.__all__ if name.startswith("QwenImage") and name.endswith("Pipeline")]
+OWN = {"seed", "progress", "preserve_size", "condition_area", "grid_positions"}
+# Defaults that mean the same: lists as tuples, and a scale that no released model uses.
+SAME = {
+    "callback_on_step_end_tensor_inputs": (["latents"], ("latents",)),
+    "components": (["transformer"], ("transformer",)),
+    "guidance_scale": (1.0, None),
+}
+
+
+def parameters(function):
+    """Those that diffusers has, with the default; `**kwargs` and our own by keyword only are left out."""
+    found = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in found if p.kind is p.POSITIONAL_OR_KEYWORD}
+
+
+def assert_same(ours, theirs):
+    ours, theirs = parameters(ours), parameters(theirs)
+    assert list(ours) == list(theirs)
+    for name, default in theirs.items():
+        assert ours[name] == default or (default, ours[name]) == SAME.get(name), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pipelines(name):
+    ours, theirs = getattr(qwen_image_fast, name), getattr(diffusers, name)
+    assert_same(ours.__call__, theirs.__call__)
+    assert_same(ours.__init__, theirs.__init__)
+    more = {p.name for p in inspect.signature(ours.__call__).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    assert {"seed", "progress"} <= more <= OWN
+
+
+def test_all_pipelines_of_diffusers_are_there():
+    """Qwen-Image-2.1 is another model; modular pipelines are the drop-in's."""
+    theirs = {n for n in dir(diffusers) if n.startswith("QwenImage") and n.endswith("Pipeline")}
+    assert {n for n in theirs if "Modular" not in n and "21" not in n} == set(NAMES)
+
+
+LORA = [
+    "fuse_lora", "unfuse_lora", "unload_lora_weights", "set_adapters", "enable_lora", "disable_lora", "delete_adapters",
+    "get_active_adapters", "get_list_adapters",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_lora(name):
+    assert_same(getattr(qwen_image_fast.QwenImagePipeline, name), getattr(diffusers.QwenImagePipeline, name))
+
+
+def test_load_lora_weights():
+    """The first parameter has a shorter name here."""
+    ours, theirs = (parameters(p.QwenImagePipeline.load_lora_weights) for p in (qwen_image_fast, diffusers))
+    assert list(ours.items())[2:] == list(theirs.items())[2:]
