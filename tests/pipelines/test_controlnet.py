@@ -105,6 +105,21 @@ def test_several_nets_add_up(edit_folder, union):
     torch.testing.assert_close(ours(two, **call), ours(one, **call), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["a union net", "several nets"])
+def test_several_controls_of_several_prompts(edit_folder, union, kind):
+    """An entry for each control, in which every prompt has a picture of its own or shares one."""
+    net = union[0] if kind == "a union net" else [union[0], nets(seed=1)[0]]
+    pipe = QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=net)
+    depth, (first, second) = picture(200, 30), (picture(64, 48, 1), picture(20, 50, 2))
+    call = {"controlnet_conditioning_scale": [0.5, 0.8], "num_inference_steps": 2}
+    batch = ours(pipe, prompt=PROMPTS, control_image=[depth, [first, second]], width=[64, 32], height=[48, 80],
+                 seed=[5, 6], **call)  # fmt: skip
+    for k, (own, width, height) in enumerate(((first, 64, 48), (second, 32, 80))):
+        alone = ours(pipe, prompt=PROMPTS[k], control_image=[depth, own], width=width, height=height, seed=5 + k,
+                     **call)  # fmt: skip
+        torch.testing.assert_close(batch[k], alone[0], rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_inpainting_equals_diffusers(edit_folder, size):
     """diffusers draws the picture's latents from the global generator: both take the mode here."""
@@ -150,7 +165,7 @@ def test_bfloat16_errs_at_most_twice_as_much(edit_folder, extra):
         tokens = (height // 16) * (width // 16)
         noise = torch.randn(1, tokens, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
         call = {"control_image": picture(61, 37, seed), "width": width, "height": height}
-        call |= {"control_mask": white_box(width, height)} if extra else {}
+        call |= {"control_mask": white_box(61, 37)} if extra else {}
         call = {**SIZE, "prompt": PROMPTS[0], "negative_prompt": "bad", **call, "latents": noise}
         assert_errs_at_most_twice_as_much(*(pipe(**call).images for pipe in pipes))
 
@@ -185,9 +200,18 @@ def test_errors(edit_folder, pair):
         TypeError, match="controlnet must be a QwenImageControlNetModel of this package, or several, got"
     ):
         QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=nets()[1])
-    other = QwenImageControlNetModel(**{**config(), "num_attention_heads": 2})
-    with pytest.raises(ValueError, match="controlnet must be of the transformer's family: width 192 and 64 channels"):
-        QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=other)
+    changes = {"num_attention_heads": 2, "in_channels": 16, "joint_attention_dim": 64, "axes_dims_rope": (4, 10, 34)}
+    for name, value in changes.items():
+        other = QwenImageControlNetModel(**{**config(), name: value})
+        with pytest.raises(ValueError, match=f"must be of the transformer's family: {name} must be .*, got "):
+            QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=other)
+    with pytest.raises(ValueError, match="controlnet must be one or several, got none"):
+        QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=[])
+    with pytest.raises(ValueError, match="must have the transformer's dtype and device, torch.bfloat16 on cpu, got to"):
+        half = QwenImageControlNetPipeline.from_pretrained(
+            edit_folder, torch_dtype=torch.bfloat16, controlnet=nets()[0]
+        )
+        ours(half, prompt="x", control_image=picture(32, 32))
     with pytest.raises(ValueError, match="controlnet must fit the pipeline, got an inpainting ControlNet"):
         pipe = QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=nets(extra=4)[0])
         ours(pipe, prompt="x", control_image=picture(32, 32))
@@ -196,6 +220,15 @@ def test_errors(edit_folder, pair):
     pipe = QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=[nets()[0], nets()[0]])
     with pytest.raises(ValueError, match="control_image must hold one for each of the 2 ControlNets, got 1"):
         ours(pipe, prompt="x", control_image=[picture(32, 32)])
+    for name, value, text in (
+        ("controlnet_conditioning_scale", [1.0, 2.0], "one for all or one for each control picture, 1, got 2"),
+        ("controlnet_conditioning_scale", float("nan"), "a finite number, got nan"),
+        ("control_guidance_end", "1", "a finite number, got '1'"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be {text}"):
+            ours(pair[0], prompt="x", control_image=picture(32, 32), **{name: value})
     pipe = QwenImageControlNetInpaintPipeline.from_pretrained(edit_folder, controlnet=nets(extra=4)[0])
     with pytest.raises(ValueError, match="control_mask must be given, got None"):
         ours(pipe, prompt="x", control_image=picture(32, 32))
+    with pytest.raises(ValueError, match="control_mask must have the size of its image, 32x32, or its aspect ratio, g"):
+        ours(pipe, prompt="x", control_image=picture(32, 32), control_mask=white_box(32, 20))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from qwen_image_fast.pipelines.conditions import encode_distribution, normalized
 from qwen_image_fast.pipelines.generation import GenerationPipeline, Request, per_prompt
 from qwen_image_fast.pipelines.images import resize, to_rgb, to_tensor
 from qwen_image_fast.pipelines.latents import pack_latents
+from qwen_image_fast.pipelines.masks import check_ratio
 from qwen_image_fast.sampling import Residuals, Sample
 
 
@@ -40,17 +42,19 @@ class ControlPipeline(GenerationPipeline):
             scheduler, vae, text_encoder, tokenizer, transformer, free_modulation_weights=free_modulation_weights
         )
         self.controlnet = controlnet
+        if not self.controlnets:
+            raise ValueError("controlnet must be one or several, got none")
         for net in self.controlnets:
             if not isinstance(net, QwenImageControlNetModel):
                 kind = f"{type(net).__module__}.{type(net).__name__}"
                 raise TypeError(
                     f"controlnet must be a QwenImageControlNetModel of this package, or several, got {kind}"
                 )
-            if net.inner_dim != transformer.inner_dim or net.config.in_channels != transformer.config.in_channels:
-                raise ValueError(
-                    f"controlnet must be of the transformer's family: width {transformer.inner_dim} and "
-                    f"{transformer.config.in_channels} channels, got {net.inner_dim} and {net.config.in_channels}"
-                )
+            if (own := _family(net)) != (expected := _family(transformer)):
+                different = {name: (value, own[name]) for name, value in expected.items() if own[name] != value}
+                raise ValueError("controlnet must be of the transformer's family: " + "; ".join(
+                    f"{name} must be {value}, got {got}" for name, (value, got) in different.items()
+                ))  # fmt: skip
 
     @property
     def controlnets(self) -> list[QwenImageControlNetModel]:
@@ -70,14 +74,13 @@ class ControlPipeline(GenerationPipeline):
     def _run(
         self, request: Request, height, width, control_image, control_mask, scale, start, end
     ) -> QwenImagePipelineOutput | tuple:
-        cond, uncond = self._conditions(request)
+        nets, images = self._controls(control_image, self._count(request))
+        weights = zip(*(_numbers(name, value, len(nets)) for name, value in (
+            ("controlnet_conditioning_scale", scale), ("control_guidance_start", start), ("control_guidance_end", end)
+        )))  # fmt: skip
         sizes = self._sizes(request, height, width)
+        cond, uncond = self._conditions(request)
         generator, seeds = self._generators(request, len(cond))
-        several = isinstance(control_image, (list, tuple)) and len(control_image) > 1 and self._count(request) == 1
-        images = list(control_image) if several or len(self.controlnets) > 1 else [control_image]
-        nets = self.controlnets if len(self.controlnets) > 1 else self.controlnets * len(images)
-        if len(nets) != len(images):
-            raise ValueError(f"control_image must hold one for each of the {len(nets)} ControlNets, got {len(images)}")
         with self._stage("encode"):
             tokens = [self._control_tokens(request, net, image, control_mask, sizes, generator)
                       for net, image in zip(nets, images)]  # fmt: skip
@@ -86,15 +89,31 @@ class ControlPipeline(GenerationPipeline):
             for i, (x, (h, w)) in enumerate(zip(self._noise(request, sizes, generator), sizes))
         ]
         steps = request.num_inference_steps if request.sigmas is None else len(request.sigmas)
-        weights = zip(*(per_prompt(name, value, len(nets)) for name, value in (
-            ("controlnet_conditioning_scale", scale), ("control_guidance_start", start), ("control_guidance_end", end)
-        )))  # fmt: skip
         controls = [
             Control(net, t, [w * (first <= i / steps and (i + 1) / steps <= last) for i in range(steps)])
             for net, t, (w, first, last) in zip(nets, tokens, weights)
         ]
         result = self._denoise(request, samples, control=lambda levels: control_residuals(controls, samples, levels))
         return self._finish(request, result, sizes, seeds)
+
+    def _controls(self, control_image, prompts: int) -> tuple[list[QwenImageControlNetModel], list]:
+        """The ControlNet and the pictures of each control: several ControlNets, or a union one several times."""
+        nets = self.controlnets
+        for net in nets:
+            if (net.dtype, net.device) != (self.dtype, self.device):
+                raise ValueError(
+                    f"controlnet must have the transformer's dtype and device, {self.dtype} on {self.device}, got "
+                    f"{net.dtype} on {net.device}; pipe.to(...) moves all parts"
+                )
+        if len(nets) == 1:
+            given = control_image if isinstance(control_image, (list, tuple)) else []
+            several = (len(given) > 1 and prompts == 1) or any(isinstance(one, (list, tuple)) for one in given)
+            images = list(given) if several else [control_image]
+            return nets * len(images), images
+        if not isinstance(control_image, (list, tuple)) or len(control_image) != len(nets):
+            got = len(control_image) if isinstance(control_image, (list, tuple)) else type(control_image).__name__
+            raise ValueError(f"control_image must hold one for each of the {len(nets)} ControlNets, got {got}")
+        return nets, list(control_image)
 
     def _control_tokens(self, request, net, image, mask, sizes, generator) -> Tensor:
         """The packed condition of all images: normalised latents, drawn from the VAE's distribution; with a mask of
@@ -105,9 +124,11 @@ class ControlPipeline(GenerationPipeline):
             raise ValueError(f"controlnet must fit the pipeline, got {what}")
         each, count = request.num_images_per_prompt, self._count(request)
         pictures = [to_rgb("control_image", one) for one in per_prompt("control_image", image, count)]
-        masks = (
-            None if mask is None else [to_rgb("control_mask", one) for one in per_prompt("control_mask", mask, count)]
-        )
+        masks = None
+        if mask is not None:
+            masks = [to_rgb("control_mask", one) for one in per_prompt("control_mask", mask, count)]
+            for own, picture in zip(masks, pictures):
+                check_ratio("control_mask", own, picture)
         single = generator is None or isinstance(generator, torch.Generator)
         rows, scale = [], self.vae_scale_factor
         for k, (h, w) in enumerate(sizes):
@@ -124,6 +145,23 @@ class ControlPipeline(GenerationPipeline):
                 latents = torch.cat([latents, kept.to(latents)], 1)
             rows.append(pack_latents(latents)[0].to(self.device, self.dtype))
         return torch.cat(rows)
+
+
+def _family(model) -> dict[str, object]:
+    """What a transformer and its ControlNets have in common."""
+    same = ("num_attention_heads", "attention_head_dim", "in_channels", "joint_attention_dim", "axes_dims_rope")
+    return {name: tuple(v) if isinstance(v := model.config[name], (list, tuple)) else v for name in same}
+
+
+def _numbers(name: str, value, controls: int) -> list[float]:
+    """One for all control pictures, or one for each."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * controls
+    if len(values) != controls:
+        raise ValueError(f"{name} must be one for all or one for each control picture, {controls}, got {len(values)}")
+    for v in values:
+        if not isinstance(v, (int, float)) or not math.isfinite(v):
+            raise ValueError(f"{name} must be a finite number, got {v!r}")
+    return values
 
 
 def control_residuals(controls: Sequence[Control], samples: Sequence[Sample], levels: Tensor) -> Residuals:

@@ -52,8 +52,10 @@ class QwenImageControlNetPipeline(ControlPipeline):
         """Make images. Further arguments: `QwenImagePipeline.__call__`.
 
         Args:
-            control_image: a picture, resized to the image's size; for several prompts one for all or one for each; for
-                one prompt several for a union ControlNet; with several ControlNets one entry for each of them.
+            control_image: a picture, resized to the image's size; for several prompts one for all or one for each.
+                Several controls of a union ControlNet, or several ControlNets: a list with an entry for each, itself
+                one picture for all prompts or a list with one for each (for several prompts of a union ControlNet,
+                lists).
             controlnet_conditioning_scale, control_guidance_start, control_guidance_end: weight of a control picture,
                 and the share of the steps at which it begins and ends; one for all or one for each.
 
@@ -107,7 +109,8 @@ class QwenImageControlNetInpaintPipeline(ControlPipeline):
         """Make images. Further arguments: `QwenImageControlNetPipeline.__call__`.
 
         Args:
-            control_image: the picture; control_mask: white where it is made anew. One for all prompts or one for each.
+            control_image: the picture; control_mask: white where it is made anew, of the picture's size or aspect
+                ratio. One for all prompts or one for each.
 
         Raises:
             ValueError, TypeError: bad arguments, in one sentence; also when the result is not finite.

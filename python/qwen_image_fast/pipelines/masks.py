@@ -1,4 +1,4 @@
-"""Inpainting a crop around the mask: where to cut, how to fill it up, and how to put the result back.
+"""Masks: whether they fit, and inpainting a crop around one: where to cut, how to fill it up and put the result back.
 
 The geometry is that of diffusers' `VaeImageProcessor`, to the pixel.
 """
@@ -9,6 +9,15 @@ import numpy as np
 from PIL import Image, ImageOps
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+def check_ratio(name: str, mask: Image.Image, picture: Image.Image) -> None:
+    """ValueError unless the mask has the picture's aspect ratio; one pixel of rounding in either side is the same."""
+    if abs(mask.width * picture.height - mask.height * picture.width) > max(*mask.size, *picture.size):
+        raise ValueError(
+            f"{name} must have the size of its image, {picture.width}x{picture.height}, or its aspect ratio, "
+            f"got {mask.width}x{mask.height}"
+        )
 
 
 def crop_region(mask: Image.Image, width: int, height: int, pad: int) -> Box:

@@ -15,7 +15,7 @@ from qwen_image_fast.pipelines.conditions import encode_distribution, first_step
 from qwen_image_fast.pipelines.generation import GenerationPipeline, Request, per_prompt
 from qwen_image_fast.pipelines.images import Picture, resize, to_rgb, to_tensor
 from qwen_image_fast.pipelines.latents import pack_latents
-from qwen_image_fast.pipelines.masks import Box, crop_region, paste_back, resize_and_fill
+from qwen_image_fast.pipelines.masks import Box, check_ratio, crop_region, paste_back, resize_and_fill
 from qwen_image_fast.sampling import Sample
 
 logger = logging.getLogger(__name__)
@@ -36,12 +36,7 @@ class StartingPipeline(GenerationPipeline):
             raise ValueError("mask_image must be given, got None")
         masks = [to_rgb("mask_image", one) for one in per_prompt("mask_image", mask_image, len(pictures))]
         for mask, picture in zip(masks, pictures):
-            # One pixel of rounding in either side is the same ratio.
-            if abs(mask.width * picture.height - mask.height * picture.width) > max(*mask.size, *picture.size):
-                raise ValueError(
-                    f"mask_image must have the size of its image, {picture.width}x{picture.height}, or its aspect "
-                    f"ratio, got {mask.width}x{mask.height}"
-                )
+            check_ratio("mask_image", mask, picture)
         return [resize(mask, *picture.size) for mask, picture in zip(masks, pictures)]
 
     def _change(
