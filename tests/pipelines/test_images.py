@@ -42,13 +42,51 @@ def test_conversions():
     assert [to_rgb("x", saved(sixteen, "PNG")).getpixel((k, 0))[0] for k in range(3)] == [0, 128, 255]
     unit = Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32))
     assert [to_rgb("x", unit).getpixel((k, 0))[0] for k in range(3)] == [0, 128, 255]
+    for mode in "IF":  # as PIL converts 8-bit grey
+        assert to_rgb("x", Image.new("L", (3, 2), 77).convert(mode)).getpixel((0, 0)) == (77, 77, 77)
     upright = to_rgb("x", exif_rotated())
     assert upright.size == (4, 6) and upright.getpixel((3, 0)) == (0, 0, 255)
     frames = saved(Image.new("RGB", (4, 4), "red"), "GIF", save_all=True, append_images=[Image.new("RGB", (4, 4))])
-    frames.seek(1)
     assert frames.is_animated and to_rgb("x", frames).getpixel((0, 0)) == (255, 0, 0)
+    frames.seek(1)
+    assert to_rgb("x", frames).getpixel((0, 0)) == (0, 0, 0) == to_rgba("x", frames).getpixel((0, 0))[:3]
     alpha = to_rgba("x", Image.new("RGBA", (3, 2), (255, 0, 0, 9)))
     assert alpha.getpixel((0, 0)) == (255, 0, 0, 9) and to_rgba("x", RED).getpixel((0, 0)) == (200, 10, 20, 255)
+
+
+GREY = Image.fromarray(np.array([[7, 9]], dtype=np.uint8))
+WIDE_GREY = Image.fromarray(np.array([[7 * 257, 9 * 257]], dtype=np.uint16))
+CLEAR = {
+    "palette": saved(GREY.convert("P"), "PNG", transparency=9),
+    "palette with alpha": saved(GREY.convert("P"), "PNG", transparency=bytes([255] * 9 + [0])),
+    "grey": saved(GREY, "PNG", transparency=9),
+    "16-bit grey": saved(WIDE_GREY, "PNG", transparency=9 * 257),
+    "16-bit grey, big-endian": saved(Image.frombytes("I;16B", (2, 1), bytes([7, 7, 9, 9])), "TIFF"),
+    "RGB": saved(GREY.convert("RGB"), "PNG", transparency=(9, 9, 9)),
+    "grey with alpha": Image.merge("LA", (GREY, GREY.point(lambda v: 255 * (v < 9)))),
+}
+
+
+@pytest.mark.parametrize("kind", CLEAR)
+def test_one_clear_pixel(kind):
+    """Beside an opaque one of grey 7."""
+    picture = CLEAR[kind]
+    clear = kind != "16-bit grey, big-endian"
+    assert [to_rgb("x", picture).getpixel((k, 0))[0] for k in range(2)] == [7, 255 if clear else 9]
+    assert to_rgba("x", picture).getpixel((0, 0)) == (7, 7, 7, 255)
+    assert to_rgba("x", picture).getpixel((1, 0)) == (9, 9, 9, 0 if clear else 255)
+
+
+def test_formats():
+    """What a file may be; MPO is what many phones write, APNG and WebP may be animated."""
+    for fmt in ("PNG", "WEBP", "GIF", "MPO", "TIFF"):
+        frames = [RED.copy(), Image.new("RGB", (6, 4), "blue")]  # saving leaves settings behind in a picture
+        options = {"lossless": True} if fmt == "WEBP" else {}
+        picture = saved(frames[0], fmt, save_all=True, append_images=frames[1:], **options)
+        assert picture.n_frames == 2
+        assert np.abs(np.int16(to_rgb("x", picture)) - np.int16(RED)).max() <= 3, fmt
+        assert picture.tell() == 0
+    assert to_rgb("x", saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")).getpixel((4, 4))[1:] == (0, 0)
 
 
 def test_arrays_and_tensors():
@@ -59,10 +97,21 @@ def test_arrays_and_tensors():
     ):  # fmt: skip
         assert np.abs(np.int16(to_rgb("x", image)) - np.int16(pixels)).max() <= 1
     assert to_rgb("x", np.ones((2, 3, 1), dtype=np.uint8)).size == (3, 2)
+    assert to_rgb("x", torch.ones(2, 3)).size == to_rgb("x", torch.ones(1, 2, 3)).size == (3, 2)
+    gradient = torch.rand(3, 2, 4, requires_grad=True)
+    assert to_rgb("x", gradient).tobytes() == to_rgb("x", gradient.detach().numpy().transpose(1, 2, 0)).tobytes()
+    assert to_rgb("x", pixels[::-1, ::-1]).tobytes() == RED.rotate(180).tobytes()
     assert to_rgb("x", np.array([[True, False]])).getpixel((0, 0)) == (255, 255, 255)
 
 
+def cut_short():
+    file = io.BytesIO()
+    Image.effect_noise((200, 200), 90).save(file, format="JPEG")
+    return Image.open(io.BytesIO(file.getvalue()[:2000]))
+
+
 ERRORS = [
+    (cut_short(), ValueError, "x could not be read as a picture: image file is truncated"),
     (None, TypeError, "x must be a PIL image, an array or a tensor, got NoneType"),
     ("a.png", TypeError, "got str"),
     (Image.new("RGB", (0, 4)), ValueError, "x must have pixels, got 0x4"),

@@ -16,21 +16,15 @@ Picture = Any  # a PIL image, array or tensor
 def to_rgb(name: str, image: Picture) -> Image.Image:
     """An upright 8-bit RGB picture.
 
-    A PIL image: turned as its EXIF entry says; the first frame of an animation; transparency over white; 16-bit and
-    floating-point grey scaled to 8 bits; palette, grey and CMYK converted. An array [H, W], [H, W, 1], [H, W, 3] or
-    [H, W, 4], or a tensor [C, H, W]: uint8, or floating point in [0, 1].
+    A PIL image: turned as its EXIF entry says; of an animation the frame it stands at, which is the first of a file
+    just opened; transparency over white; 16-bit, 32-bit and floating-point grey scaled to 8 bits; palette, grey and
+    CMYK converted. An array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], or a tensor [H, W] or [C, H, W]: uint8, or
+    floating point in [0, 1].
 
     Raises:
-        TypeError: something else. ValueError: no pixels, another shape, or values out of range.
+        TypeError: something else. ValueError: no pixels, another shape, values out of range, or a damaged file.
     """
-    picture = _to_pil(name, image)
-    if picture.width == 0 or picture.height == 0:
-        raise ValueError(f"{name} must have pixels, got {picture.width}x{picture.height}")
-    if getattr(picture, "is_animated", False):
-        picture.seek(0)
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith(("I;16", "I", "F")):
-        picture = _from_array(name, _grey_to_unit(picture))
+    picture = _upright(name, image)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -39,10 +33,8 @@ def to_rgb(name: str, image: Picture) -> Image.Image:
 
 def to_rgba(name: str, image: Picture) -> Image.Image:
     """As `to_rgb`, but with its transparency; opaque where there is none."""
-    picture = _to_pil(name, image)
-    if picture.width and picture.height and picture.has_transparency_data:
-        return ImageOps.exif_transpose(picture).convert("RGBA")
-    return to_rgb(name, picture).convert("RGBA")
+    picture = _upright(name, image)
+    return (picture if picture.has_transparency_data else picture.convert("RGB")).convert("RGBA")
 
 
 def to_mask(name: str, image: Picture) -> Image.Image:
@@ -50,13 +42,33 @@ def to_mask(name: str, image: Picture) -> Image.Image:
     return to_rgb(name, image).convert("L")
 
 
+def _upright(name: str, image: Picture) -> Image.Image:
+    """A PIL image with 8 bits a channel, turned as its EXIF entry says."""
+    picture = _to_pil(name, image)
+    if picture.width == 0 or picture.height == 0:
+        raise ValueError(f"{name} must have pixels, got {picture.width}x{picture.height}")
+    try:
+        picture = ImageOps.exif_transpose(picture)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{name} could not be read as a picture: {error}") from error
+    if picture.mode.startswith(("I", "F")):
+        deep, picture = picture, _from_array(name, _grey_to_unit(picture))
+        if (value := deep.info.get("transparency")) is not None:
+            picture.putalpha(Image.fromarray(np.uint8(255) * (np.asarray(deep) != value)))
+    return picture
+
+
 def _to_pil(name: str, image: Picture) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, Tensor):
-        if image.dim() != 3:
-            raise ValueError(f"{name} must be a tensor [channels, height, width], got the shape {tuple(image.shape)}")
-        image = image.detach().cpu().movedim(0, -1)
+        if image.dim() not in (2, 3):
+            raise ValueError(
+                f"{name} must be a tensor [channels, height, width] or [height, width], got the shape "
+                f"{tuple(image.shape)}"
+            )
+        image = image.detach().cpu()
+        image = image.movedim(0, -1) if image.dim() == 3 else image
         image = (image.float() if image.is_floating_point() else image).numpy()
     if not isinstance(image, np.ndarray):
         raise TypeError(f"{name} must be a PIL image, an array or a tensor, got {type(image).__name__}")
@@ -81,10 +93,15 @@ def _from_array(name: str, array: np.ndarray) -> Image.Image:
 
 
 def _grey_to_unit(picture: Image.Image) -> np.ndarray:
-    """16-bit, 32-bit (which PIL makes of 16-bit files) or floating-point grey to [0, 1]."""
+    """16-bit grey to [0, 1]. Of 32-bit and floating-point grey the largest value tells what white is: 255 (as PIL
+    converts pictures), 65535, or of floating point 1."""
     array = np.asarray(picture).astype(np.float64)
-    top = 65535.0 if picture.mode != "F" or array.max(initial=0) > 1 else 1.0
-    return np.clip(array / top, 0, 1)
+    top, white = array.max(initial=0), 65535.0
+    if picture.mode == "F" and top <= 1:
+        white = 1.0
+    elif picture.mode in ("I", "F") and top <= 255:
+        white = 255.0
+    return np.clip(array / white, 0, 1)
 
 
 def area_size(area: int, width: int, height: int) -> tuple[int, int]:
