@@ -19,8 +19,12 @@ class Stub(BaseHTTPRequestHandler):
     answer: object = "a cat in the sun"
     status = 200
     seen: list = []  # noqa: RUF012
+    release = None
 
     def do_POST(self):
+        if self.release is not None:
+            self.release.wait(30)
+            return
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.seen.append((self.path, self.headers.get("Authorization"), body))
         self.send_response(self.status)
@@ -85,13 +89,30 @@ def test_what_the_server_may_do_wrong(server):
         server.answer = answer
         with pytest.raises(ValueError, match=text):
             enhance("cat")
-    server.status = 503
-    with pytest.raises(ConnectionError, match="could not answer: HTTP Error 503"):
-        enhance("cat")
+    for server.status in (500, 503):
+        with pytest.raises(ConnectionError, match=f"could not answer: HTTP Error {server.status}"):
+            enhance("cat")
     with pytest.raises(ConnectionError, match="could not answer"):
         OpenAIEnhancer("http://127.0.0.1:1/v1", "m", timeout=1)("cat")
     with pytest.raises(ValueError, match="base_url must begin with http"):
         OpenAIEnhancer("localhost:8000", "m")
+
+
+def test_a_server_that_hangs(server):
+    server.release = threading.Event()
+    try:
+        with pytest.raises(ConnectionError, match="could not answer: timed out"):
+            OpenAIEnhancer(server.url, "m", timeout=0.2)("cat")
+    finally:
+        server.release.set()
+
+
+@pytest.mark.parametrize("answer", [None, "", " \n", 3, ["a cat"]])
+def test_an_enhancer_of_your_own_must_return_a_text(tiny_folder, answer):
+    pipe = QwenImagePipeline.from_pretrained(tiny_folder)
+    pipe.prompt_enhancer = lambda prompt, pictures: answer
+    with pytest.raises(ValueError, match="prompt_enhancer: the answer must be a text, got "):
+        pipe("cat", **CALL)
 
 
 def test_a_local_model(tiny_folder):

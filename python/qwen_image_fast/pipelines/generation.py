@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from qwen_image_fast.chat import checked
 from qwen_image_fast.models.text_encoder import encode_prompts, pad_prompt_embeds
 from qwen_image_fast.pipelines.base import Pipeline, QwenImagePipelineOutput
 from qwen_image_fast.pipelines.latents import decode_latents, draw_noise, to_output
@@ -116,7 +117,10 @@ class GenerationPipeline(Pipeline):
             if self.prompt_enhancer is not None:
                 with self._stage("enhance"):
                     shown = pictures or [()] * count
-                    request.prompt = [self.prompt_enhancer(p, own) for p, own in zip(request.prompt, shown)]
+                    request.prompt = [
+                        checked("prompt_enhancer", self.prompt_enhancer(p, own))
+                        for p, own in zip(request.prompt, shown)
+                    ]
         with self._stage("text encoder"):
             cond = self._texts(request, "prompt", encode)
             uncond = None
