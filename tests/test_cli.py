@@ -15,6 +15,7 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from safetensors.torch import save_file
 from typer.core import TyperGroup
 from typer.testing import CliRunner
 
@@ -92,7 +93,9 @@ def test_a_picture_and_its_repetition(generate, tiny_folder):
         "max_sequence_length": 512,
         "dtype": "float32",
         "lightning": None,
+        "lora": None,
         "device": "cpu",
+        "command": "generate",
     }
     again = generate("--from-image", "cat.png", "--output", "again.png", model=None, size=None, steps=None)
     assert again.exit_code == 0, again.output
@@ -165,6 +168,26 @@ def test_lightning_has_its_own_schedule(generate):
     assert pixels("x.png") != pixels("plain.png")
     assert generate("--from-image", "x.png", "--output", "y.png", model=None, size=None, steps=None).exit_code == 0
     assert pixels("y.png") == pixels("x.png")
+
+
+def test_a_lora_is_repeated(generate):
+    key = "transformer_blocks.0.attn.to_q.lora_{}.weight"
+    Path("a=b").mkdir()
+    save_file({key.format("A"): torch.ones(2, 192), key.format("B"): torch.ones(192, 2)}, "a=b/x.safetensors")
+    assert generate("a cat", "--seed", 1, "--output", "plain.png").exit_code == 0
+    for name, lora in (("half", "a=b/x.safetensors=0.5"), ("whole", "a=b/x.safetensors")):
+        result = generate("a cat", "--seed", 1, "--lora", lora, "--output", f"{name}.png")
+        assert result.exit_code == 0, result.output
+        assert read_parameters(f"{name}.png")["lora"] == [lora]
+        again = generate("--from-image", f"{name}.png", "--output", f"{name}2.png", model=None, size=None, steps=None)
+        assert again.exit_code == 0, again.output
+        assert pixels(f"{name}2.png") == pixels(f"{name}.png") != pixels("plain.png")
+    assert pixels("half.png") != pixels("whole.png")
+    for name in os.listdir():
+        if name.endswith(".png"):
+            os.remove(name)
+    refused(generate("a cat", "--lora", "none.safetensors=x"), 2, "there is no folder none.safetensors=x")
+    refused(generate("a cat", "--lora", "a=b/x.safetensors=nan"), 2, "adapter_weights must be finite")
 
 
 def test_sizes():

@@ -23,11 +23,14 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     write_untrained(root / "edit", edit=True)
     write_untrained(root / "layered", edit=True)
+    write_untrained(root / "text_to_image")
     flags = {"use_additional_t_cond": True, "use_layer3d_rope": True, "num_layers": 2}
     torch.manual_seed(0)
     config = tiny_configs()
     small = {**config["transformer"], "num_layers": 2}
     qwen_image_fast.QwenImageTransformer2DModel(**{**small, **flags}).save_pretrained(root / "layered" / "transformer")
+    index = root / "layered" / "model_index.json"
+    index.write_text(index.read_text().replace("EditPlus", "Layered"))
     vae = qwen_image_fast.AutoencoderKLQwenImage(**{**config["vae"], "input_channels": 4})
     vae.save_pretrained(root / "layered" / "vae")
     net = {k: v for k, v in small.items() if k != "guidance_embeds"}
@@ -69,7 +72,7 @@ def test_edit_keeps_the_size_and_repeats_itself(models):
     assert "out.png  seed 3" in result.stdout and "vision" in result.stdout
     assert size("out.png") == (61, 37) and size("out-compare.png") == (61 + 8 + 61, 37)
     found = read_parameters("out.png")
-    expected = {"command": "edit", "prompt": "make it red", "images": ["a.png"], "mask": None, "width": 61}
+    expected = {"command": "edit", "prompt": "make it red", "image": ["a.png"], "mask": None, "width": 61}
     assert expected.items() <= found.items()
     pipe = qwen_image_fast.QwenImageEditPlusPipeline.from_pretrained(models / "edit", torch_dtype=torch.float32)
     call = {"negative_prompt": " ", "num_inference_steps": 2, "seed": 3, "progress": False}
@@ -77,7 +80,63 @@ def test_edit_keeps_the_size_and_repeats_itself(models):
     with Image.open("out.png") as written:
         assert written.tobytes() == image.tobytes()
     again = run("generate", "--from-image", "out.png")
-    assert again.exit_code == 2 and "was made by `edit`, from pictures that it does not hold" in again.stderr
+    assert again.exit_code == 2
+    assert "out.png was made by `edit`: `qwen-image-fast edit --from-image out.png` repeats it" in again.stderr
+
+
+def repeated(command, name, *args):
+    """The picture that `--from-image` alone makes of another, which it equals to the byte."""
+    result = CliRunner().invoke(app, [command, "--from-image", name, "--quiet", "--output", "again.png", *args])
+    assert result.exit_code == 0, result.output
+    (again,) = [n for n in result.stdout.split() if "compare" not in n]
+    return Path(again).read_bytes()
+
+
+def test_from_image_repeats_an_edit(models):
+    """With everything that was not a default; what is given once more wins."""
+    args = (
+        "--image",
+        "a.png",
+        "--image",
+        "b.jpg",
+        "--size",
+        "50x21",
+        "--cfg",
+        2,
+        "--negative-prompt",
+        "bad",
+        "--seed",
+        5,
+    )
+    assert run("edit", "swap them", *args, "--output", "two.png", model=models / "edit").exit_code == 0
+    assert repeated("edit", "two.png") == Path("two.png").read_bytes()
+    args = ("--image", "a.png", "--mask", "mask.png", "--strength", 0.5, "--output", "hole.png")
+    assert run("edit", "a hole", *args, model=models / "edit").exit_code == 0
+    assert repeated("edit", "hole.png") == Path("hole.png").read_bytes()
+    assert repeated("edit", "hole.png", "--seed", "7") != Path("hole.png").read_bytes()
+    Path("mask.png").rename("moved.png")
+    result = run("edit", "--from-image", "hole.png")
+    assert result.exit_code == 2
+    assert "no picture mask.png; if hole.png was made from a file that has moved, give --mask" in result.stderr
+    assert repeated("edit", "hole.png", "--mask", "moved.png") != b""
+
+
+def test_from_image_repeats_layers_with_their_caption(models, monkeypatch):
+    """A caption is drawn at random: the picture keeps it."""
+    captions = iter(["a red cat", "a blue dog"])
+    monkeypatch.setattr(
+        qwen_image_fast.QwenImageLayeredPipeline, "get_image_caption", lambda *args, **kwargs: next(captions)
+    )
+    args = ("--count", 1, "--exact-size", "--output", "layer.png")
+    assert run("layers", "a.png", *args, model=models / "layered").exit_code == 0
+    assert read_parameters("layer.png")["prompt"] == "a red cat"
+    assert repeated("layers", "layer.png") == Path("layer.png").read_bytes()
+
+
+def test_from_image_repeats_a_control(models):
+    args = ("--control", "a.png", "--net", models / "union", "--scale", 0.5, "--output", "out.png")
+    assert run("controlnet", "a cat", *args, model=models / "edit").exit_code == 0
+    assert repeated("controlnet", "out.png") == Path("out.png").read_bytes()
 
 
 def test_several_references_size_and_json(models):
@@ -147,6 +206,34 @@ def test_lora_and_lightning(models):
     assert read_parameters("some.png")["steps"] == 4 and read_parameters("some.png")["cfg"] == 1.0
 
 
+FORMATS = {"x.jpg": "CMYK", "x.webp": "RGB", "x.gif": "P", "x.png": "I;16", "y.png": "RGBA", "z.tif": "L"}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(models, name):
+    Image.new(FORMATS[name], (20, 9), None).save(name)
+    result = run("edit", "x", "--image", name, "--compare", "--output", "out.png", model=models / "edit")
+    assert result.exit_code == 0, result.output
+    assert size("out.png") == (20, 9) and size("out-compare.png") == (48, 9)
+
+
+def test_one_pixel(models):
+    Image.new("RGB", (1, 1)).save("one.png")
+    assert run("edit", "x", "--image", "one.png", "--output", "out.png", model=models / "edit").exit_code == 0
+    assert size("out.png") == (1, 1)
+
+
+def test_no_file_is_replaced_unasked(models):
+    Path("out-compare.png").write_text("mine")
+    args = ("--image", "a.png", "--output", "out.png", "--compare", "--quiet")
+    result = run("edit", "x", *args, model=models / "edit")
+    assert (
+        result.stdout.split() == ["out.png", "out-compare-0001.png"] and Path("out-compare.png").read_text() == "mine"
+    )
+    result = run("edit", "x", *args, "--overwrite", model=models / "edit")
+    assert result.stdout.split() == ["out.png", "out-compare.png"] and size("out-compare.png") == (61 + 8 + 61, 37)
+
+
 BAD = {
     "there is no picture none.png": ("edit", "x", "--image", "none.png"),
     "could not be read as a picture": ("edit", "x", "--image", "text.png"),
@@ -157,19 +244,46 @@ BAD = {
     "--control must be given once with --mask, got 2": (
         "controlnet", "x", "--control", "a.png", "--control", "b.jpg", "--mask", "mask.png",
     ),
+    "nothing to work on: give --image or --from-image": ("edit", "x"),
+    "nothing to work on: give --control or --from-image": ("controlnet", "x"),
+    "nothing to make: give a prompt or --from-image": ("edit", "--image", "a.png"),
+    "the prompt is empty": ("edit", " ", "--image", "a.png"),
+    "folder could not be read as a picture": ("edit", "x", "--image", "folder"),
+    "short.jpg could not be read as a picture": ("layers", "short.jpg"),
+    "huge.png could not be read as a picture: Image size (400000000 pixels) exceeds limit": ("layers", "huge.png"),
+    "--mask must have the size of its image, 61x37, or its aspect ratio, got 48x64": (
+        "edit", "x", "--image", "a.png", "--mask", "b.jpg",
+    ),
+    "strength must leave at least one of the 2 steps, got 0": (
+        "edit", "x", "--image", "a.png", "--mask", "mask.png", "--strength", 0,
+    ),
+    "--resolution must be 640 or 1024, got 512": ("layers", "a.png", "--resolution", 512),
+    "--model must hold a QwenImageLayeredPipeline, ": ("layers", "a.png"),
+    "multiples of 16, got 30 in 30x32; try 32x32": ("controlnet", "x", "--control", "a.png", "--size", "30x32"),
+    "a.png holds no parameters": ("edit", "--from-image", "a.png"),
     "there is no folder": ("controlnet", "x", "--control", "a.png", "--net", "no/such/folder"),
-    "must be a .png file in an existing folder": ("layers", "a.png", "--output", "missing/x.png"),
+    "must be a .png file in an existing folder": ("edit", "x", "--image", "a.png", "--output", "missing/x.png"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "args"), BAD.items(), ids=BAD.keys())
 def test_bad_input(models, text, args):
     Path("text.png").write_text("not a picture")
+    Path("folder").mkdir()
+    Path("short.jpg").write_bytes(Path("b.jpg").read_bytes()[:400])
+    if "huge" in text:
+        Image.new("1", (20000, 20000)).save("huge.png")
     before = sorted(os.listdir())
     result = run(*args, model=models / "edit")
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and text in result.stderr
     assert sorted(os.listdir()) == before
+
+
+@pytest.mark.parametrize("kind", ["text_to_image", "layered"])
+def test_a_model_that_does_not_edit(models, kind):
+    result = run("edit", "x", "--image", "a.png", model=models / kind)
+    assert result.exit_code == 2 and "--model must hold a QwenImageEditPlusPipeline or " in result.stderr
 
 
 def test_side_by_side_shows_transparency():

@@ -4,7 +4,7 @@ One iTXt chunk `parameters` holds a JSON object in UTF-8:
 
     {"software": "qwen-image-fast", "version": ..., "model": ..., "prompt": ..., "negative_prompt": ..., "width": ...,
      "height": ..., "steps": ..., "cfg": ..., "seed": ..., "max_sequence_length": ..., "dtype": ...,
-     "lightning": ..., "device": ...}
+     "lightning": ..., "lora": ..., "device": ..., "command": ..., and the options of that command}
 
 Readers that show PNG text show it as it is; only this package's own object is read back.
 """
@@ -38,6 +38,22 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "max_sequence_length": (int,),
     "dtype": (str,),
     "lightning": (int, type(None)),
+}
+# The same of what only some pictures have.
+MORE_FIELDS: dict[str, tuple[type, ...]] = {
+    "lora": (list, type(None)),
+    "command": (str,),
+    "image": (list, str),
+    "control": (list,),
+    "mask": (str, type(None)),
+    "strength": (int, float),
+    "size": (str, type(None)),
+    "megapixel": (bool,),
+    "count": (int,),
+    "resolution": (int,),
+    "exact": (bool,),
+    "net": (str,),
+    "scale": (int, float),
 }
 
 
@@ -73,9 +89,10 @@ def read_parameters(path: str | os.PathLike) -> dict[str, Any]:
         parameters = None
     if not isinstance(parameters, dict) or parameters.get("software") != SOFTWARE:
         raise ValueError(f"{path} holds the parameters of other software, not of {SOFTWARE}")
-    for name, types in FIELDS.items():
+    for name, types in {**FIELDS, **{n: t for n, t in MORE_FIELDS.items() if n in parameters}}.items():
         value = parameters.get(name)
-        if name not in parameters or not isinstance(value, types) or isinstance(value, bool):
+        texts = not isinstance(value, list) or all(isinstance(v, str) for v in value)
+        if name not in parameters or type(value) not in types or not texts:
             kinds = " or ".join("null" if t is type(None) else t.__name__ for t in types)
             raise ValueError(f"{path}: the parameter {name} must be {kinds}, got {value!r}")
     return parameters

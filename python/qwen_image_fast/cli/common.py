@@ -24,13 +24,25 @@ from rich.table import Table
 from rich.traceback import Traceback
 from typer.core import TyperGroup
 
-from qwen_image_fast import doctor
+from qwen_image_fast import doctor, png_metadata
 from qwen_image_fast.checkpoint import read_json, resolve_folder
 
 out = Console()
 err = Console(stderr=True)
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 MODEL_HELP = "Folder or hub name; tiny: the model that comes with the package."
+# What all pictures are made with.
+DEFAULTS: dict[str, Any] = {
+    "prompt": None,
+    "negative_prompt": " ",
+    "cfg": 4.0,
+    "steps": 50,
+    "seed": None,
+    "max_sequence_length": 512,
+    "dtype": "auto",
+    "lightning": None,
+    "lora": None,
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -112,6 +124,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing f
 Lightning = Annotated[int | None, typer.Option(help="4 or 8 steps, for weights or a LoRA of Lightning.")]
 FreeModulation = Annotated[bool, typer.Option("--free-modulation", help="Free these weights once used.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the files only, one per line.")]
+FromImage = Annotated[Path | None, typer.Option(help="Repeat this picture; options given here win.")]
 Lora = Annotated[list[str] | None, typer.Option(help="A LoRA: its file, folder or hub name, and =WEIGHT behind it.")]
 
 
@@ -150,20 +163,51 @@ def model_class(name: str) -> tuple[Path, str]:
     return folder, str(read_json(folder / "model_index.json").get("_class_name"))
 
 
-def load_pipeline(cls: Any, chosen: dict[str, Any], free_modulation: bool, lora: list[str] | None = None, **parts):
+def parameters(context: typer.Context, defaults: dict[str, Any], from_image: Path | None) -> dict[str, Any]:
+    """What a picture is made with: defaults, the picture to repeat, presets of Lightning and, above all, what is given.
+
+    A field of the picture that this version does not know is left out; a flag that is off is not given.
+    """
+    given = {}
+    for name, value in context.params.items():
+        if name in defaults and not (value is None or value is False or value in ([], ())):
+            value = list(map(str, value)) if isinstance(value, (list, tuple)) else value
+            given[name] = str(value) if isinstance(value, Path) else value
+    stored = {}
+    if from_image is not None:
+        with failing(BAD_INPUT, ValueError, OSError):
+            found = png_metadata.read_parameters(from_image)
+        if (command := found.get("command", "generate")) != context.info_name:
+            again = f"qwen-image-fast {command} --from-image {from_image}"
+            raise CommandError(f"{from_image} was made by `{command}`: `{again}` repeats it")
+        stored = {name: found[name] for name in defaults if name in found}
+    presets = {"steps": given["lightning"], "cfg": 1.0} if "lightning" in given else {}
+    return {"command": context.info_name, **defaults, **stored, **presets, **given}
+
+
+def load_pipeline(cls: Any, chosen: dict[str, Any], free_modulation: bool, **parts):
     """A pipeline of the model in `chosen`, on its device and in its dtype, with LoRAs and the Lightning schedule."""
     models = {"torch_dtype": torch_dtype(chosen["dtype"]), "device": chosen["device"]}
     pipe = cls.from_pretrained(named(chosen["model"]), **models, free_modulation_weights=free_modulation, **parts)
     weights = {}
-    for text in lora or []:
-        source, _, weight = text.partition("=")
-        with failing(BAD_INPUT, ValueError, FileNotFoundError):
-            weights[pipe.load_lora_weights(source)] = float(weight or 1)
-    if weights:
-        pipe.set_adapters(list(weights), list(weights.values()))
+    with failing(BAD_INPUT, ValueError, FileNotFoundError):
+        for text in chosen["lora"] or []:
+            source, weight = _lora(text)
+            weights[pipe.load_lora_weights(source)] = weight
+        if weights:
+            pipe.set_adapters(list(weights), list(weights.values()))
     if chosen["lightning"] is not None:
         pipe.use_schedule(f"lightning-{chosen['lightning']}")
     return pipe
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """The source and the weight of "style.safetensors=0.8"; a name may hold an = itself."""
+    source, _, weight = text.rpartition("=")
+    try:
+        return source or text, float(weight) if source else 1.0
+    except ValueError:
+        return text, 1.0
 
 
 def settle(chosen: dict[str, Any], device: str) -> None:
@@ -176,6 +220,21 @@ def settle(chosen: dict[str, Any], device: str) -> None:
     if chosen["dtype"] == "auto":
         chosen["dtype"] = "float32" if chosen["device"] == "cpu" else "bfloat16"
     torch_dtype(chosen["dtype"])
+
+
+def check_prompt(prompt: str | None, others: str) -> None:
+    if prompt is None:
+        raise CommandError(f"nothing to make: give a prompt{others} or --from-image")
+    if not prompt.strip():
+        raise CommandError("the prompt is empty")
+
+
+def check_size(width: int, height: int) -> tuple[int, int]:
+    """Sides of text to image."""
+    if bad := [side for side in (width, height) if side < 16 or side % 16]:
+        near = "x".join(str(max(16, round(side / 16) * 16)) for side in (width, height))
+        raise CommandError(f"width and height must be multiples of 16, got {bad[0]} in {width}x{height}; try {near}")
+    return width, height
 
 
 def size_of(text: str) -> tuple[int, int] | None:

@@ -11,28 +11,57 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from qwen_image_fast import __version__, png_metadata
 from qwen_image_fast.cli import common
 from qwen_image_fast.cli.common import BAD_INPUT, CommandError, failing
+from qwen_image_fast.pipelines.conditions import first_step
 from qwen_image_fast.pipelines.images import to_rgba
+from qwen_image_fast.pipelines.masks import check_ratio
 
-DEFAULTS: dict[str, Any] = {
-    "negative_prompt": " ",
-    "cfg": 4.0,
-    "steps": 50,
-    "seed": None,
-    "max_sequence_length": 512,
-    "dtype": "auto",
-    "lightning": None,
+EDIT: dict[str, Any] = {
+    **common.DEFAULTS,
+    "model": "Qwen/Qwen-Image-Edit-2511",
+    "image": None,
+    "mask": None,
+    "strength": 1.0,
+    "size": None,
+    "megapixel": False,
 }
+LAYERS: dict[str, Any] = {
+    **common.DEFAULTS,
+    "prompt": "",
+    "model": "Qwen/Qwen-Image-Layered",
+    "image": None,
+    "count": 4,
+    "resolution": 640,
+    "exact": False,
+}
+CONTROLNET: dict[str, Any] = {
+    **common.DEFAULTS,
+    "model": "Qwen/Qwen-Image",
+    "net": "InstantX/Qwen-Image-ControlNet-Union",
+    "control": None,
+    "mask": None,
+    "scale": 1.0,
+    "size": None,
+}
+EDITING_MODELS = ("QwenImageEditPlusPipeline", "QwenImageEditPipeline", "QwenImageEditInpaintPipeline")
 Compare = Annotated[bool, typer.Option("--compare", help="Also write what went in and what came out side by side.")]
+Images = Annotated[list[Path] | None, typer.Option(help="A picture; several times for several references.")]
+Controls = Annotated[
+    list[Path] | None, typer.Option(help="Edges, depth, a pose ...; with --mask the picture itself; several times.")
+]
 Size = Annotated[str | None, typer.Option(help="WxH, any size.", show_default="that of the last picture")]
+Strength = Annotated[
+    float | None, typer.Option(min=0, max=1, help="With a mask: share of the steps taken.", show_default="1")
+]
 
 
 def edit(
     context: typer.Context,
-    prompt: Annotated[str, typer.Argument(help="What to do.")],
-    image: Annotated[list[Path], typer.Option(help="A picture; several times for several references.")],
+    prompt: Annotated[str | None, typer.Argument(help="What to do.")] = None,
+    image: Images = None,
+    from_image: common.FromImage = None,
     mask: Annotated[Path | None, typer.Option(help="Change only what is white in this picture.")] = None,
-    strength: Annotated[float, typer.Option(min=0, max=1, help="With a mask: share of the steps taken.")] = 1.0,
-    model: Annotated[str, typer.Option(help=common.MODEL_HELP)] = "Qwen/Qwen-Image-Edit-2511",
+    strength: Strength = None,
+    model: Annotated[str | None, typer.Option(help=common.MODEL_HELP, show_default=EDIT["model"])] = None,
     negative_prompt: common.Negative = None,
     cfg: common.Cfg = None,
     size: Size = None,
@@ -54,13 +83,18 @@ def edit(
     """Edit pictures by an instruction; the result keeps the exact size."""
     import qwen_image_fast as q
 
-    chosen = _chosen(context, device, images=[str(p) for p in image], mask=mask and str(mask), strength=strength)
-    pictures = [_open(path) for path in image]
-    call: dict[str, Any] = {"image": pictures, "preserve_size": not megapixel, **_size(size)}
-    _, name = common.model_class(model)
+    chosen = common.parameters(context, EDIT, from_image)
+    common.check_prompt(chosen["prompt"], "")
+    common.settle(chosen, device)
+    pictures = _pictures("image", chosen["image"], from_image)
+    call: dict[str, Any] = {"image": pictures, "preserve_size": not chosen["megapixel"], **_size(chosen["size"])}
+    name = _model_of(chosen, EDITING_MODELS)
     cls: Any = q.QwenImageEditPlusPipeline
-    if mask is not None:
-        cls, call["mask_image"], call["strength"] = q.QwenImageEditInpaintPipeline, _open(mask), strength
+    if chosen["mask"] is not None:
+        cls, call["strength"] = q.QwenImageEditInpaintPipeline, chosen["strength"]
+        call["mask_image"] = _mask(chosen["mask"], pictures, from_image)
+        with failing(BAD_INPUT, ValueError):
+            first_step(chosen["steps"], chosen["strength"])
     elif name == "QwenImageEditPipeline":
         cls = q.QwenImageEditPipeline
     if cls is not q.QwenImageEditPlusPipeline:
@@ -68,11 +102,11 @@ def edit(
             raise CommandError(f"--image must be given once for this model or with --mask, got {len(pictures)}")
         call["image"] = pictures[0]
     # No result is larger than the size asked for or the last picture.
-    width, height = (call["width"], call["height"]) if size else pictures[-1].size
+    width, height = (call["width"], call["height"]) if chosen["size"] else pictures[-1].size
     files = _files(output, overwrite, images, images * (width * height * 3 + 1024))
     seconds: dict[str, float] = {}
     with common.timed(seconds, "load"):
-        pipe = common.load_pipeline(cls, chosen, free_modulation, lora)
+        pipe = common.load_pipeline(cls, chosen, free_modulation)
     found = _run(pipe, chosen, seconds, {**call, "num_images_per_prompt": images}, progress=not (quiet or as_json))
     made = []
     for result, own_seed in zip(found.images, found.seeds, strict=True):
@@ -82,12 +116,15 @@ def edit(
 
 def layers(
     context: typer.Context,
-    image: Annotated[Path, typer.Argument(help="The picture to take apart.")],
-    prompt: Annotated[str, typer.Option(help="Its caption; without one, the model writes it.")] = "",
-    count: Annotated[int, typer.Option(min=1, help="Layers.")] = 4,
-    resolution: Annotated[int, typer.Option(help="640 or 1024: side of a square of the same area.")] = 640,
+    image: Annotated[Path | None, typer.Argument(help="The picture to take apart.")] = None,
+    from_image: common.FromImage = None,
+    prompt: Annotated[str | None, typer.Option(help="Its caption; without one, the model writes it.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Layers.", show_default="4")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="640 or 1024: side of a square of the same area.", show_default="640")
+    ] = None,
     exact: Annotated[bool, typer.Option("--exact-size", help="Keep the picture's size instead.")] = False,
-    model: Annotated[str, typer.Option(help="Folder or hub name.")] = "Qwen/Qwen-Image-Layered",
+    model: Annotated[str | None, typer.Option(help="Folder or hub name.", show_default=LAYERS["model"])] = None,
     negative_prompt: common.Negative = None,
     cfg: common.Cfg = None,
     steps: common.Steps = None,
@@ -105,15 +142,21 @@ def layers(
     """Take a picture apart into transparent layers, back to front."""
     import qwen_image_fast as q
 
-    chosen = _chosen(context, device, images=[str(image)], layers=count, resolution=resolution)
-    picture = _open(image)
-    common.model_class(model)
-    files = _files(output, overwrite, count, count * resolution**2 * 4)
+    chosen = common.parameters(context, LAYERS, from_image)
+    common.settle(chosen, device)
+    if chosen["resolution"] not in (640, 1024):
+        raise CommandError(f"--resolution must be 640 or 1024, got {chosen['resolution']}")
+    (picture,) = _pictures("image", chosen["image"] and [chosen["image"]], from_image)
+    _model_of(chosen, ("QwenImageLayeredPipeline",))
+    count = chosen["count"]
+    pixels = picture.width * picture.height if chosen["exact"] else chosen["resolution"] ** 2
+    files = _files(output, overwrite, count, count * pixels * 4)
     seconds: dict[str, float] = {}
     with common.timed(seconds, "load"):
-        pipe = common.load_pipeline(q.QwenImageLayeredPipeline, chosen, free_modulation, lora)
-    call = {"image": picture, "layers": count, "resolution": resolution, "preserve_size": exact}
+        pipe = common.load_pipeline(q.QwenImageLayeredPipeline, chosen, free_modulation)
+    call = {"image": picture, "layers": count, "resolution": chosen["resolution"], "preserve_size": chosen["exact"]}
     found = _run(pipe, chosen, seconds, call, progress=not (quiet or as_json))
+    chosen["prompt"] = found.prompts[0]  # the caption, if the model wrote it
     made = []
     for k, layer in enumerate(found.images[0]):
         beside = [picture, *found.images[0][:-1]] if compare and k == count - 1 else None
@@ -123,12 +166,13 @@ def layers(
 
 def controlnet(
     context: typer.Context,
-    prompt: Annotated[str, typer.Argument(help="What the picture shows.")],
-    control: Annotated[list[Path], typer.Option(help="Edges, depth, a pose ...; with --mask the picture itself.")],
+    prompt: Annotated[str | None, typer.Argument(help="What the picture shows.")] = None,
+    control: Controls = None,
+    from_image: common.FromImage = None,
     mask: Annotated[Path | None, typer.Option(help="Inpainting: make anew what is white in this picture.")] = None,
-    scale: Annotated[float, typer.Option(min=0, help="Weight of the control pictures.")] = 1.0,
-    net: Annotated[str, typer.Option(help="ControlNet, folder or hub name.")] = "InstantX/Qwen-Image-ControlNet-Union",
-    model: Annotated[str, typer.Option(help="Folder or hub name.")] = "Qwen/Qwen-Image",
+    scale: Annotated[float | None, typer.Option(min=0, help="Weight of the control.", show_default="1")] = None,
+    net: Annotated[str | None, typer.Option(help="Folder or hub name.", show_default=CONTROLNET["net"])] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub name.", show_default=CONTROLNET["model"])] = None,
     negative_prompt: common.Negative = None,
     cfg: common.Cfg = None,
     size: Annotated[str | None, typer.Option(help="WxH, multiples of 16.", show_default="that of the control")] = None,
@@ -149,24 +193,27 @@ def controlnet(
     """Make pictures led by control pictures, or inpaint with an inpainting ControlNet."""
     import qwen_image_fast as q
 
-    chosen = _chosen(context, device, images=[str(p) for p in control], mask=mask and str(mask), net=net, scale=scale)
-    pictures = [_open(path) for path in control]
-    sides = _size(size) or dict(zip(("width", "height"), (max(16, n // 16 * 16) for n in pictures[0].size)))
-    if mask is not None and len(pictures) != 1:
+    chosen = common.parameters(context, CONTROLNET, from_image)
+    common.check_prompt(chosen["prompt"], "")
+    common.settle(chosen, device)
+    pictures = _pictures("control", chosen["control"], from_image)
+    if chosen["mask"] is not None and len(pictures) != 1:
         raise CommandError(f"--control must be given once with --mask, got {len(pictures)}")
+    sides = _size(chosen["size"]) or dict(zip(("width", "height"), (max(16, n // 16 * 16) for n in pictures[0].size)))
+    common.check_size(**sides)
     shown = pictures if len(pictures) > 1 else pictures[0]
-    call: dict[str, Any] = {"control_image": shown, "controlnet_conditioning_scale": scale, **sides}
+    call: dict[str, Any] = {"control_image": shown, "controlnet_conditioning_scale": chosen["scale"], **sides}
     cls: Any = q.QwenImageControlNetPipeline
-    if mask is not None:
-        cls, call["control_mask"] = q.QwenImageControlNetInpaintPipeline, _open(mask)
-    common.model_class(model)
+    if chosen["mask"] is not None:
+        cls, call["control_mask"] = q.QwenImageControlNetInpaintPipeline, _mask(chosen["mask"], pictures, from_image)
+    common.model_class(chosen["model"])
     files = _files(output, overwrite, images, images * sides["width"] * sides["height"] * 3)
     seconds: dict[str, float] = {}
     with common.timed(seconds, "load"):
         with failing(BAD_INPUT, FileNotFoundError, NotADirectoryError):
             place = {"torch_dtype": common.torch_dtype(chosen["dtype"]), "device": chosen["device"]}
-            loaded = q.QwenImageControlNetModel.from_pretrained(net, **place)
-        pipe = common.load_pipeline(cls, chosen, free_modulation, lora, controlnet=loaded)
+            loaded = q.QwenImageControlNetModel.from_pretrained(chosen["net"], **place)
+        pipe = common.load_pipeline(cls, chosen, free_modulation, controlnet=loaded)
     found = _run(pipe, chosen, seconds, {**call, "num_images_per_prompt": images}, progress=not (quiet or as_json))
     made = []
     for result, own_seed in zip(found.images, found.seeds, strict=True):
@@ -174,26 +221,38 @@ def controlnet(
     common.report_made(made, chosen, seconds, quiet, as_json)
 
 
-def _chosen(context: typer.Context, device: str, **more) -> dict[str, Any]:
-    """The parameters of the pictures: defaults, presets of Lightning, what was given, and `more`."""
-    given = {name: value for name, value in context.params.items() if name in DEFAULTS and value is not None}
-    lightning = given.get("lightning")
-    presets = {} if lightning is None else {"steps": lightning, "cfg": 1.0}
-    own = {"command": context.info_name, "model": context.params["model"], "prompt": context.params["prompt"]}
-    chosen = {**DEFAULTS, **presets, **given, **own, **more}
-    common.settle(chosen, device)
-    return chosen
+def _pictures(option: str, paths: list[str] | None, from_image: Path | None) -> list[Image.Image]:
+    if not paths:
+        raise CommandError(f"nothing to work on: give --{option} or --from-image")
+    return [_open(path, option, from_image) for path in paths]
 
 
-def _open(path: Path) -> Image.Image:
+def _mask(path: str, pictures: list[Image.Image], from_image: Path | None) -> Image.Image:
+    mask = _open(path, "mask", from_image)
+    with failing(BAD_INPUT, ValueError):
+        check_ratio("--mask", mask, pictures[0])
+    return mask
+
+
+def _open(path: str, option: str, from_image: Path | None) -> Image.Image:
+    """The first frame, upright."""
     try:
         with Image.open(path) as image:
             image.load()
             return ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
-        raise CommandError(f"there is no picture {path}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        source = "" if from_image is None else f"; if {from_image} was made from a file that has moved, give --{option}"
+        raise CommandError(f"there is no picture {path}{source}") from error
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise CommandError(f"{path} could not be read as a picture: {error}") from error
+
+
+def _model_of(chosen: dict[str, Any], classes: tuple[str, ...]) -> str:
+    """The pipeline class of the model, which must be one of these."""
+    _, name = common.model_class(chosen["model"])
+    if name not in classes:
+        raise CommandError(f"--model must hold a {' or '.join(classes)}, {chosen['model']} holds a {name}")
+    return name
 
 
 def _size(text: str | None) -> dict[str, int]:
@@ -234,8 +293,8 @@ def _write(files, image: Image.Image, seed: int, chosen: dict[str, Any], say: bo
     made = [{"file": str(path), "seed": seed, "prompt": chosen["prompt"]}]
     if beside is not None:
         together = side_by_side([*beside, image])
-        other = path.with_name(f"{path.stem}-compare.png")
-        png_metadata.write_png(other, together, {**chosen, **own})
+        named = path.with_name(f"{path.stem}-compare.png")
+        other = png_metadata.OutputFiles(named, files.overwrite, 1).write(together, {**chosen, **own})
         made.append({"file": str(other), "seed": seed, "prompt": chosen["prompt"]})
     if say:
         for m in made:

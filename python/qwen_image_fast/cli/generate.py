@@ -21,25 +21,14 @@ RATIOS = {
     "3:2": (1584, 1056),
     "2:3": (1056, 1584),
 }
-DEFAULTS: dict[str, Any] = {
-    "model": "Qwen/Qwen-Image",
-    "negative_prompt": " ",
-    "cfg": 4.0,
-    "width": 1024,
-    "height": 1024,
-    "steps": 50,
-    "seed": None,
-    "max_sequence_length": 512,
-    "dtype": "auto",
-    "lightning": None,
-}
+DEFAULTS: dict[str, Any] = {**common.DEFAULTS, "model": "Qwen/Qwen-Image", "width": 1024, "height": 1024}
 
 
 def generate(
     context: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="What the picture shows.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="One prompt per line; # starts a comment line.")] = None,
-    from_image: Annotated[Path | None, typer.Option(help="Repeat this picture; options given here win.")] = None,
+    from_image: common.FromImage = None,
     model: Annotated[str | None, typer.Option(help=common.MODEL_HELP, show_default="Qwen/Qwen-Image")] = None,
     negative_prompt: common.Negative = None,
     cfg: common.Cfg = None,
@@ -60,13 +49,13 @@ def generate(
     as_json: common.JSON = False,
 ) -> None:
     """Make pictures and write them as PNG, with the parameters inside."""
-    given = {name: value for name, value in context.params.items() if name in DEFAULTS and value is not None}
-    stored = _stored(from_image)
-    presets = {} if lightning is None else {"steps": lightning, "cfg": 1.0}
-    chosen = DEFAULTS | stored | presets | given
+    if prompt is not None and prompts_file is not None:
+        raise CommandError("give either a prompt or --prompts-file, got both")
+    chosen = common.parameters(context, DEFAULTS, from_image)
     if size is not None:
         chosen["width"], chosen["height"] = parse_size(size)
-    prompts = _prompts(prompt, prompts_file, stored)
+    common.check_size(chosen["width"], chosen["height"])
+    prompts = _prompts(prompts_file, chosen["prompt"])
     common.settle(chosen, device)
     count = len(prompts) * images
     with failing(BAD_INPUT, ValueError):
@@ -76,7 +65,7 @@ def generate(
     show = not (quiet or as_json)
     seconds: dict[str, float] = {}
     with common.timed(seconds, "load"):
-        pipe = _load(chosen, free_modulation, lora)
+        pipe = _load(chosen, free_modulation)
     made: list[dict[str, Any]] = []
     for first in range(0, len(prompts), batch):
         together = prompts[first : first + batch]
@@ -104,21 +93,7 @@ def generate(
     common.report_made(made, chosen, seconds, quiet, as_json)
 
 
-def _stored(from_image: Path | None) -> dict[str, Any]:
-    """The parameters of the picture to repeat; a field this version does not know is left out."""
-    if from_image is None:
-        return {}
-    with failing(BAD_INPUT, ValueError, OSError):
-        found = png_metadata.read_parameters(from_image)
-    if (command := found.get("command", "generate")) != "generate":
-        raise CommandError(f"{from_image} was made by `{command}`, from pictures that it does not hold")
-    found["width"], found["height"] = _check_size(found["width"], found["height"])
-    return {name: found[name] for name in ("prompt", *DEFAULTS) if name in found}
-
-
-def _prompts(prompt: str | None, prompts_file: Path | None, stored: dict[str, Any]) -> list[str]:
-    if prompt is not None and prompts_file is not None:
-        raise CommandError("give either a prompt or --prompts-file, got both")
+def _prompts(prompts_file: Path | None, prompt: str | None) -> list[str]:
     if prompts_file is not None:
         try:
             lines = prompts_file.read_text(encoding="utf-8-sig").split("\n")
@@ -128,12 +103,8 @@ def _prompts(prompt: str | None, prompts_file: Path | None, stored: dict[str, An
         if not prompts:
             raise CommandError(f"{prompts_file} holds no prompt")
         return prompts
-    prompt = stored.get("prompt") if prompt is None else prompt
-    if prompt is None:
-        raise CommandError("nothing to make: give a prompt, --prompts-file or --from-image")
-    if not prompt.strip():
-        raise CommandError("the prompt is empty")
-    return [prompt]
+    common.check_prompt(prompt, ", --prompts-file")
+    return [str(prompt)]
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -142,18 +113,11 @@ def parse_size(text: str) -> tuple[int, int]:
         return RATIOS[text]
     if (size := common.size_of(text)) is None:
         raise CommandError(f"--size must be WIDTHxHEIGHT or one of {', '.join(RATIOS)}, got {text}")
-    return _check_size(*size)
+    return common.check_size(*size)
 
 
-def _check_size(width: int, height: int) -> tuple[int, int]:
-    if bad := [side for side in (width, height) if side < 16 or side % 16]:
-        near = "x".join(str(max(16, round(side / 16) * 16)) for side in (width, height))
-        raise CommandError(f"width and height must be multiples of 16, got {bad[0]} in {width}x{height}; try {near}")
-    return width, height
-
-
-def _load(chosen: dict[str, Any], free_modulation: bool, lora: list[str] | None):
+def _load(chosen: dict[str, Any], free_modulation: bool):
     from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
 
     common.model_class(chosen["model"])
-    return common.load_pipeline(QwenImagePipeline, chosen, free_modulation, lora)
+    return common.load_pipeline(QwenImagePipeline, chosen, free_modulation)
