@@ -3,8 +3,10 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 # Run from anywhere: `benchmarks` lives in the root of the repository, which pytest does not put on the path.
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -191,3 +193,15 @@ def test_run_writes_results(tmp_path, capsys):
     assert "bars" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run.main(["no-such-suite"])
+
+
+def test_drift_of_edits_is_measured():
+    """A text that has been moved by known steps, on a ground that became a little darker."""
+    from benchmarks import editing_drift
+
+    pixels = np.full((40, 60, 3), 250, dtype=np.uint8)
+    pixels[15:25, 20:40:3] = (200, 0, 0)
+    first = Image.fromarray(pixels)
+    found = editing_drift.compare(first, Image.fromarray(np.roll(pixels, (2, -1), (0, 1)) - 1))
+    assert (round(found["down"], 1), round(found["right"], 1)) == (2, -1)
+    assert found["psnr_away"] == pytest.approx(20 * np.log10(255))
