@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import typer
 from PIL import Image, ImageDraw
+from synthesis_helpers import languages, mixed, needs_chinese, only
 from typer.testing import CliRunner
-
-pytest.importorskip("fontTools", reason="glyph coverage is read by fontTools")
 
 from qwen_image_fast.training.synthesis import (
     FontError,
@@ -20,7 +19,6 @@ from qwen_image_fast.training.synthesis import (
     fonts,
     generator,
     make,
-    make_edit,
     photos,
     preview,
     pure,
@@ -32,47 +30,9 @@ from qwen_image_fast.training.synthesis import (
     write_preview,
 )
 from qwen_image_fast.training.synthesis import complex as complex_layouts
-from qwen_image_fast.training.synthesis.recipe import STRATEGIES
 
-
-def _has_chinese() -> bool:
-    try:
-        return bool(tiny(64, ("zh",)).faces("zh"))
-    except FontError:
-        return False
-
-
-chinese = pytest.param(
-    "zh", marks=pytest.mark.skipif(not _has_chinese(), reason="no Chinese font: install Debian's fonts-wqy-microhei")
-)
-languages = pytest.mark.parametrize("language", ["en", chinese])
+pytestmark = pytest.mark.usefixtures("one_photograph")
 RENDERED = {"pure": pure, "compositional": compositional, "complex": complex_layouts}
-
-
-@pytest.fixture(scope="session")
-def photograph(tmp_path_factory):
-    path = tmp_path_factory.mktemp("photographs") / "noise.png"
-    coarse = np.random.default_rng(0).integers(0, 255, (12, 20, 3), dtype=np.uint8)
-    Image.fromarray(coarse).resize((320, 192), Image.Resampling.BICUBIC).save(path)
-    return str(path), "coloured clouds", "彩云"
-
-
-@pytest.fixture(autouse=True)
-def _without_scikit_image(monkeypatch, photograph):
-    """One made-up photograph stands for those in scikit-image's wheel."""
-    find = photos.find_photos
-    monkeypatch.setattr(compositional, "find_photos", lambda folder: find(folder) if folder else (photograph,))
-
-
-def only(strategy: str, **changes) -> SynthesisRecipe:
-    values = {name: float(name == strategy) for name in STRATEGIES} | {"sizes": ((160, 160),)} | changes
-    return SynthesisRecipe(**values)
-
-
-def mixed(language: str) -> SynthesisRecipe:
-    return only(
-        "pure", shapes=0.5, compositional=1.0, complex=1.0, languages=(language,), sizes=((160, 160), (192, 144))
-    )
 
 
 def same(first, second) -> bool:
@@ -96,13 +56,6 @@ def test_a_sample_depends_on_seed_and_index_only(language):
     assert all(same(a, b) for a, b in zip(forwards, reversed(backwards)))
     assert len({s.caption for s in forwards}) == 12
     assert not any(same(make(recipe, 8, index), forwards[index]) for index in range(12))
-
-
-def test_pairs_depend_on_seed_and_index_only():
-    recipe = mixed("en")
-    for index in range(8):
-        first, second = make_edit(recipe, 3, index), make_edit(recipe, 3, index)
-        assert first.instruction == second.instruction and np.array_equal(first.target, second.target)
 
 
 def test_processes_give_the_same_samples_in_order():
@@ -203,7 +156,7 @@ def test_fixed_captions_begin_with_the_text():
         assert one.caption == f'"{one.lines[0]}" in {ink} on a {ground} ground'
 
 
-@pytest.mark.skipif(not _has_chinese(), reason="no Chinese font: install Debian's fonts-wqy-microhei")
+@needs_chinese
 def test_chinese_captions():
     for index in range(10):
         made = make(tiny(64, ("zh",), natural=0.0, max_lines=1), 0, index)
@@ -269,73 +222,6 @@ def test_font_errors(tmp_path, monkeypatch):
         fonts.find_fonts((str(tmp_path),))
     with pytest.raises(FontError, match="no font was found: pip install matplotlib"):
         fonts.find_fonts(system=False)
-
-
-# Editing pairs
-
-
-@languages
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_pairs_differ_only_inside_the_mask(strategy, language):
-    recipe = only(strategy, languages=(language,))
-    kinds = set()
-    for index in range(40):
-        pair = make_edit(recipe, 0, index)
-        kinds.add(pair.kind)
-        changed = (pair.source != pair.target).any(-1)
-        assert not (changed & ~pair.mask).any(), (index, pair.instruction)
-        assert changed.any() != (pair.kind == "reconstruct"), (index, pair.instruction)
-        assert pair.mask.any() != (pair.kind == "reconstruct")
-        quoted = quoted_texts(pair.instruction)
-        assert set(quoted) <= {*pair.source_lines, *pair.target_lines}
-        if pair.kind == "text":
-            *old, new = quoted
-            if old:
-                assert old[0] in pair.source_lines and old[0] not in pair.target_lines
-            else:  # "change the text to": there is only one
-                assert len(pair.source_lines) == 1
-            assert new in pair.target_lines and new not in pair.source_lines
-        elif pair.kind not in ("add", "remove"):
-            assert pair.source_lines == pair.target_lines
-    expected = {
-        "shapes": {"colour", "ground", "add", "remove", "move", "reconstruct"},
-        "pure": {"text", "colour", "ground", "add", "remove", "move", "reconstruct"},
-    }
-    assert kinds == expected.get(strategy, {"text", "colour", "reconstruct"})
-
-
-def test_kinds_of_edits_are_chosen_by_the_recipe():
-    recipe = only("pure", edits=("text", "text", "colour"))
-    kinds = [make_edit(recipe, 0, index).kind for index in range(60)]
-    assert set(kinds) == {"text", "colour"} and kinds.count("text") > kinds.count("colour")
-    with pytest.raises(ValueError, match="edits must be of"):
-        only("pure", edits=("txt",))
-    with pytest.raises(ValueError, match="edits must not be text alone"):
-        only("shapes", edits=("text",))
-
-
-@pytest.mark.skipif(not _has_chinese(), reason="no Chinese font: install Debian's fonts-wqy-microhei")
-def test_edits_have_languages_of_their_own():
-    recipe = tiny(64, ("en", "en", "zh"), edit_languages=("en",))
-    made = [make(recipe, 0, index).language for index in range(60)]
-    assert 0 < made.count("zh") < made.count("en")
-    assert {make_edit(recipe, 0, index).language for index in range(20)} == {"en"}
-    with pytest.raises(ValueError, match="edit_languages must be en, zh, both or empty"):
-        tiny(64, edit_languages=("fr",))
-
-
-@pytest.mark.parametrize("rows", [16, 0])
-def test_elements_of_pairs_stand_on_rows(rows):
-    recipe = tiny(128, edits=("text",), max_lines=1, rows=rows)
-    changed = [np.flatnonzero(make_edit(recipe, 0, index).mask.any(1)) for index in range(30)]
-    middles = np.array([(lines[0] + lines[-1] + 1) / 2 for lines in changed])
-    assert (abs(middles / 16 - np.round(middles / 16)).max() < 0.1) == bool(rows)
-
-
-@pytest.mark.parametrize("size", [32, 64])
-def test_tiny_pairs(size):
-    pairs = [make_edit(tiny(size), 0, index) for index in range(40)]
-    assert {pair.kind for pair in pairs} >= {"text", "colour", "ground", "add", "remove", "reconstruct"}
 
 
 # Photographs
