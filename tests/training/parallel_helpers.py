@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 def write_recipe(tree, path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")  # a draw of tasks goes by their order
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return str(path)
 
 

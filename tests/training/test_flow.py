@@ -10,7 +10,7 @@ from qwen_image_fast.training.objectives.flow import FlowSample, flow_losses, lo
 from qwen_image_fast.training.optimizer import freeze_dead
 from qwen_image_fast.training.randomness import epoch_position, generator, normal
 from qwen_image_fast.training.recipe import DataRecipe, RecipeError
-from qwen_image_fast.training.tiny.batches import FlowBatches
+from qwen_image_fast.training.tiny.batches import FlowBatches, choose
 from qwen_image_fast.training.tiny.sources import Squares, fit, make_source, nearest_bucket
 
 
@@ -193,3 +193,12 @@ def test_synthesis_is_a_source_of_images_and_edits():
     ):
         with pytest.raises(RecipeError, match=sentence):
             make_source(data)
+
+
+def test_the_order_of_the_tasks_decides_nothing():
+    weights = {"recon": 0.2, "ti2i": 0.5, "t2i": 0.3}
+    drawn = [choose(generator(0, "task", sample=i), weights) for i in range(200)]
+    assert drawn == [choose(generator(0, "task", sample=i), dict(sorted(weights.items()))) for i in range(200)]
+    assert {task: drawn.count(task) for task in weights} == pytest.approx(
+        {t: 200 * w for t, w in weights.items()}, abs=20
+    )

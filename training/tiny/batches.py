@@ -15,7 +15,7 @@ from qwen_image_fast.training.data.screen import Rejected
 from qwen_image_fast.training.mixture import Change, Order, Segment
 from qwen_image_fast.training.objectives.flow import logit_normal
 from qwen_image_fast.training.randomness import epoch_position, generator, key, normal
-from qwen_image_fast.training.recipe import FlowRecipe, RecipeError
+from qwen_image_fast.training.recipe import TASKS, FlowRecipe, RecipeError
 from qwen_image_fast.training.tiny.latents import LatentCache
 from qwen_image_fast.training.tiny.sources import Sample, Source, fit, nearest_bucket
 
@@ -196,7 +196,8 @@ class FlowBatches:
 
 
 def choose(draws: np.random.Generator, weights: Mapping[str, float]) -> str:
-    """One of the names, with a probability in proportion to its weight."""
+    """One of the tasks, with a probability in proportion to its weight; in whatever order they are written."""
+    weights = {task: weights[task] for task in TASKS if task in weights}
     total = sum(weights.values())
     if total == 0:
         raise RecipeError("recipe: data.tasks must give t2i or recon a weight: the cache has samples that are no edits")
