@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -126,8 +125,6 @@ def load(path: Path) -> Checkpoint:
             from qwen_image_fast.training.parallel.checkpoints import load_whole
 
             tensors = load_whole(path)
-            steps = [n.removesuffix("exp_avg") + "step" for n in tensors if n.endswith("/exp_avg")]
-            tensors |= {name: torch.tensor(float(record["step"])) for name in steps}
         else:
             tensors = load_file(path / f"{STATE}.safetensors")
     except Exception as error:

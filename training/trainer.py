@@ -30,7 +30,7 @@ from qwen_image_fast.training.fields import differences
 from qwen_image_fast.training.memory import peak_flops
 from qwen_image_fast.training.mixture import Change, Watched
 from qwen_image_fast.training.optimizer import Optimizer, learning_rate
-from qwen_image_fast.training.parallel.checkpoints import Writer, load_parts, named
+from qwen_image_fast.training.parallel.checkpoints import Writer, load_parts, named, sizes
 from qwen_image_fast.training.parallel.layout import Parallel
 from qwen_image_fast.training.parallel.shard import reshard
 from qwen_image_fast.training.producer.store import BatchMaker, Store, Ticket
@@ -155,13 +155,17 @@ class Trainer:
 
     def _blank(self, path: Path) -> checkpoints.Checkpoint:
         """What this rank has of a checkpoint, the tensors not yet filled."""
-        record, masters = read_json(path / checkpoints.RECORD), self.optimizer.masters
-        empty = [{n: torch.zeros_like(m).detach() for n, m in masters.items()} for _ in range(4)]
-        states = {f"{n}/{key}": e[n] for e, key in zip(empty, ("exp_avg", "exp_avg_sq")) for n in masters}
-        states |= {f"{n}/step": torch.tensor(float(record["step"])) for n in masters}
-        return checkpoints.Checkpoint(
-            record["step"], record["recipe"], record["ema_updates"], empty[2], empty[3], states
-        )
+        record, stored, masters = read_json(path / checkpoints.RECORD), sizes(path), self.optimizer.masters
+        weights, average = ({n: torch.zeros_like(m).detach() for n, m in masters.items()} for _ in range(2))
+        # A parameter that has had no gradient has no states.
+        kinds = {"exp_avg": torch.zeros_like, "exp_avg_sq": torch.zeros_like, "step": lambda _: torch.zeros(())}
+        states = {
+            f"{n}/{key}": empty(m.detach())
+            for n, m in masters.items()
+            for key, empty in kinds.items()
+            if f"optimizer/{n}/{key}" in stored
+        }
+        return checkpoints.Checkpoint(record["step"], record["recipe"], record["ema_updates"], weights, average, states)
 
     def save(self) -> Path:
         """Write a checkpoint; of several ranks, in the background. Returns its folder."""

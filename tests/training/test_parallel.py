@@ -49,7 +49,7 @@ def stages(folder):
     tree["stages"] = [
         {"name": "small", "steps": 2},
         {
-            "name": "mixed", "steps": 5, "optimizer": {"lr": 1e-3},
+            "name": "mixed", "steps": 5, "optimizer": {"lr": 1e-3}, "carry": {"optimizer": False},
             "data": {
                 "mixture": [
                     {"name": "edits", "options": {"size": 32}, "tasks": {"ti2i": 0.6, "recon": 0.4}},
@@ -129,6 +129,9 @@ def test_stages_edits_pictures_and_a_new_mixture_are_those_of_one_process(runs):
     for key in ("loss", "validation_loss", "stage"):
         assert len(losses(one, key)) == {"validation_loss": 2}.get(key, 7)
         torch.testing.assert_close(losses(two, key), losses(one, key), rtol=1e-5, atol=0)
+    for path in (one, two):  # 7 steps, and 5 since the optimiser began anew
+        state = checkpoints.load(checkpoints.latest(path / "checkpoints"))
+        assert state.step == 7 and {float(t) for n, t in state.optimizer.items() if n.endswith("/step")} == {5.0}
     pictures = sorted(path.name for path in (one / "samples").iterdir())
     assert len(pictures) == 2
     for name in pictures:

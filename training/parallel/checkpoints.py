@@ -79,19 +79,19 @@ class Writer:
 
 
 def named(state: Checkpoint, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint under its name in the files. The step counters of AdamW are the run's step."""
+    """Every tensor of a checkpoint under its name in the files."""
     tensors = {f"weights/{n}": whole(t, like[n]) for n, t in state.weights.items()}
     tensors |= {f"ema/{n}": whole(t, like[n]) for n, t in state.ema.items()}
     for full, tensor in state.optimizer.items():
         name, _, key = full.rpartition("/")
-        if key != "step":
-            tensors[f"optimizer/{full}"] = whole(tensor, like[name])
+        # AdamW's step counter, the same on all ranks, is that of the parameter: it starts anew with the states.
+        tensors[f"optimizer/{full}"] = tensor if key == "step" else whole(tensor, like[name])
     return tensors
 
 
 def load_parts(path: Path, tensors: dict[str, Tensor], parallel: Parallel) -> None:
     """Fill `tensors` (of `named`) from a checkpoint of any layout. ValueError: it does not fit, or is damaged."""
-    stored = _sizes(path)
+    stored = sizes(path)
     check(path, {n: t.shape for n, t in tensors.items()}, stored)
     reader = HuggingFaceStorageReader(str(path))
     try:
@@ -103,7 +103,7 @@ def load_parts(path: Path, tensors: dict[str, Tensor], parallel: Parallel) -> No
 def load_whole(path: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint in parts, in this process."""
     reader = HuggingFaceStorageReader(str(path))
-    found = {name: torch.empty(size, dtype=torch.float32) for name, size in _sizes(path).items()}
+    found = {name: torch.empty(size, dtype=torch.float32) for name, size in sizes(path).items()}
     dcp.load(dict(found), storage_reader=reader, no_dist=True)
     return found
 
@@ -121,7 +121,8 @@ def check(path: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> N
         )
 
 
-def _sizes(path: Path) -> dict[str, torch.Size]:
+def sizes(path: Path) -> dict[str, torch.Size]:
+    """What a checkpoint holds, by its name in the files."""
     try:
         metadata = HuggingFaceStorageReader(str(path)).read_metadata()
     except Exception as error:
