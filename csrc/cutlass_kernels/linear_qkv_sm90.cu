@@ -2,8 +2,11 @@
 
 namespace qif {
 
+int linear_qkv_small_sm90(const LinearGroup& group, void* stream);
+
 int linear_qkv_sm90(const LinearGroup& group, void* stream) {
-  return gemm::run_sm90<LinearEpilogue::kNone, 6>(group, static_cast<cudaStream_t>(stream));
+  if (group.tile) return linear_qkv_small_sm90(group, stream);
+  return gemm::run_sm90<LinearEpilogue::kNone, 6, gemm::LargeTile>(group, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace qif

@@ -446,14 +446,12 @@ struct LinearSm90 : LinearTypes<E, T, Groups, Tiling>::Kernel {
   }
 };
 
-template <LinearEpilogue E, int Groups>
+// Called from one file for each size of tiles, so that several compilers share the work: two kernels take one most of a
+// minute.
+template <LinearEpilogue E, int Groups, class Tiling>
 int run_sm90(const LinearGroup& group, cudaStream_t stream) {
-  const bool half = group.dtype == kFloat16;
-  if (group.tile == 0)
-    return half ? LinearSm90<E, cutlass::half_t, Groups, LargeTile>::run(group, stream)
-                : LinearSm90<E, cutlass::bfloat16_t, Groups, LargeTile>::run(group, stream);
-  return half ? LinearSm90<E, cutlass::half_t, Groups, SmallTile>::run(group, stream)
-              : LinearSm90<E, cutlass::bfloat16_t, Groups, SmallTile>::run(group, stream);
+  return group.dtype == kFloat16 ? LinearSm90<E, cutlass::half_t, Groups, Tiling>::run(group, stream)
+                                 : LinearSm90<E, cutlass::bfloat16_t, Groups, Tiling>::run(group, stream);
 }
 
 }  // namespace gemm

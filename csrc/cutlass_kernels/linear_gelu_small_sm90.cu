@@ -1,0 +1,9 @@
+#include "cutlass_kernels/linear_sm90.cuh"
+
+namespace qif {
+
+int linear_gelu_small_sm90(const LinearGroup& group, void* stream) {
+  return gemm::run_sm90<LinearEpilogue::kGelu, 2, gemm::SmallTile>(group, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace qif
