@@ -9,6 +9,7 @@ medians of event timings with caches overwritten before each sample. Without a G
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -73,14 +74,24 @@ class Clock:
 
 
 def ops(heads: int = 24, side: int = 64, compile: bool = True, rounds: int = 30) -> Iterator[Record]:
-    """Every op with its bandwidth, and that of a copy of as many bytes."""
-    clock, settings = Clock(), Settings(device())
+    """Every op with its bandwidth, and that of a copy of as many bytes; then in bf16 what torch compiles."""
+    clock, settings, records = Clock(), Settings(device()), []
     for dtype in (torch.bfloat16, torch.float32):
         for s in bench_ops.subjects(settings, dtype, heads, side, TEXT[0]):
-            yield measured_op(s, dtype, clock, compile and dtype == torch.bfloat16, rounds)
+            records.append(measured_op(s, dtype, clock, rounds))
+            yield records[-1]
+    if not compile:
+        return
+    for s, record in zip(bench_ops.subjects(settings, torch.bfloat16, heads, side, TEXT[0]), records):
+        fused = compiled(s.theirs)
+        with torch.no_grad():
+            record["forward ms"]["torch compiled"] = ms = clock(lambda f=fused, s=s: f(*s.inputs), rounds)
+        if s.flops:
+            record["forward TFLOP/s"]["torch compiled"] = s.flops / ms / 1e9
+        yield record
 
 
-def measured_op(s: bench_ops.Subject, dtype: torch.dtype, clock: Clock, compile: bool, rounds: int) -> Record:
+def measured_op(s: bench_ops.Subject, dtype: torch.dtype, clock: Clock, rounds: int) -> Record:
     record: Record = {"op": s.op, "dtype": dtype_name(dtype), "label": s.label, "bytes": s.bytes, "flops": s.flops}
     sides = {"ours": s.ours, "torch": s.theirs}
     if s.kernel and cuda() and dtype in (torch.float16, torch.bfloat16):
@@ -90,9 +101,6 @@ def measured_op(s: bench_ops.Subject, dtype: torch.dtype, clock: Clock, compile:
             n: difference(fn(*s.inputs), s.theirs(*s.inputs)) for n, fn in sides.items() if n != "torch"
         }
         times = {name: clock(lambda f=fn: f(*s.inputs), rounds) for name, fn in sides.items()}
-        if compile:
-            fused = compiled(s.theirs)
-            times["torch compiled"] = clock(lambda: fused(*s.inputs), rounds)
         times["copy"] = copy_time(s.bytes, clock, rounds)
     record["forward ms"] = times
     leaves = [t.detach().clone().requires_grad_() for t in s.inputs]
@@ -127,27 +135,35 @@ def copy_time(moved: int, clock: Clock, rounds: int) -> float:
 
 
 def block(sides=(64, 32, 83), heads: int = 24, rounds: int = 20, compile: bool = True) -> Iterator[Record]:
-    """A middle block in bf16 at 1024, 512 and 1328 pixels, and its matrix products and attention alone."""
+    """A middle block in bf16 at 1024, 512 and 1328 pixels, and its matrix products and attention alone.
+
+    diffusers' block is compiled when all else is measured.
+    """
     from qwen_image_fast.models.transformer_forward import run_block
 
-    clock, weights = Clock(), None
+    clock, weights, measured = Clock(), None, []
     for side in sides:
         pair = bench_block.BlockPair(device(), heads, (side, side), TEXT[0], weights, dtype=torch.bfloat16)
         weights = pair.weights
         with torch.no_grad():
             pair.normalise()
-            fused = compiled(pair.theirs) if compile else None
             runs: dict[str, Callable[[], Any]] = {
                 "ours": lambda p=pair: p.run_ours(run_block, p.mods),
                 "diffusers": lambda p=pair: p.run_diffusers(p.theirs),
                 "products alone": pair.products,
             }
-            if fused is not None:
-                runs["diffusers compiled"] = lambda p=pair, f=fused: p.run_diffusers(f)
             record: Record = {"pixels": side * 16, "difference": difference(runs["ours"](), runs["diffusers"]())}
             times = {name: clock(fn, rounds) for name, fn in runs.items()}
-            record |= {"block ms": times, "TFLOP/s": {n: pair.flops / t / 1e9 for n, t in times.items()}}
-            yield record
+        record |= {"block ms": times, "TFLOP/s": {n: pair.flops / t / 1e9 for n, t in times.items()}}
+        measured.append((pair, record))
+        yield record
+    for pair, record in measured if compile else ():
+        fused = compiled(pair.theirs)
+        with torch.no_grad():
+            ms = clock(lambda p=pair, f=fused: p.run_diffusers(f), rounds)
+        record["block ms"]["diffusers compiled"] = ms
+        record["TFLOP/s"]["diffusers compiled"] = pair.flops / ms / 1e9
+        yield record
 
 
 # ---- the transformer ---------------------------------------------------------------------------------------------
@@ -261,14 +277,15 @@ def transformer(
                 "difference": difference(list(ours()), pair.by_diffusers()),
             }  # fmt: skip
             count = sum(flops(side * side + n, pair.ours.inner_dim, layers) for n in TEXT)
-            times = {"ours": clock(ours, rounds, 1)}
+            times = {"ours": clock(ours, rounds, 1), "diffusers": clock(pair.by_diffusers, rounds, 1)}
             record["memory"] = {"ours": peak(ours), "diffusers": peak(pair.by_diffusers)}
-            if cuda():
-                times["ours, CUDA graph"] = clock(graphed(ours), rounds, 1)
-            times["diffusers"] = clock(pair.by_diffusers, rounds, 1)
             record |= {"pair ms": times, "TFLOP/s": {n: count / t / 1e9 for n, t in times.items()}}
             records[side] = record
             yield record
+            if cuda():
+                times["ours, CUDA graph"] = ms = clock(graphed(ours), rounds, 1)
+                record["TFLOP/s"]["ours, CUDA graph"] = count / ms / 1e9
+                yield record
     if compile:
         pair.theirs.compile_repeated_blocks(dynamic=False)
     for side, record in records.items() if compile else ():
@@ -333,7 +350,9 @@ def write(records: Iterator[Record], target: Path) -> None:
     for record in records:
         if not any(r is record for r in seen):
             seen.append(record)
-        target.write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")
+        part = target.with_suffix(".part")
+        part.write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, target)
         print(json.dumps(record), flush=True)
 
 

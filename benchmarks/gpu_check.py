@@ -1,15 +1,18 @@
 """Build for the GPU of this machine, test, sanitize and measure: `make gpu-check`, in under nine minutes, offline.
 
 Needs nvcc, a CUDA torch and what the package depends on; what is missing of the latter is taken from `gpu-wheels/`
-(`make gpu-wheels`). Every stage has a time budget; the results file is rewritten after each, and a failed
-stage does not keep the next from running.
+(`make gpu-wheels`). Every stage has a time budget, to which the time that earlier ones left is added; the results file
+is rewritten after each, and a failed stage does not keep the next from running, unless there is nothing to run.
 
     python -m benchmarks.gpu_check [stage ...] [--output FOLDER]
+
+Stages that are named share the nine minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -20,17 +23,28 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "gpu"
 SITE = BUILD / "site"
 RESULTS = Path(__file__).parent / "results"
-TAIL = 6000  # characters of a failed stage's output that the results keep
+WHEELS = ROOT / "gpu-wheels"
+SECONDS = 540
+ENDS = 2000, 6000  # characters of a failed command's output that the results keep, from its start and its end
+
+# What is asked for of the wheels besides what pyproject.toml names; CUTLASS's headers without what its Python needs.
+TOOLS = ("diffusers", "cmake>=3.20", "ninja", "pybind11>=2.12", "pytest>=8")
+CUTLASS = "nvidia_cutlass", "cutlass_library"  # the wheel, and the module that shows that it is there
+CUDA = Path("/usr/local/cuda/bin")  # where it is often not on the path
+NO_TESTS = 5  # pytest's exit status where all were left out
 
 # The CUDA cases of the op tests; the sanitizer slows them down a hundredfold, so it gets one dtype and some shapes.
 OP_TESTS = ("tests/ops", "-k", "cuda and not emulated and not test_library")
@@ -43,7 +57,7 @@ SANITIZED = (
 
 @dataclass
 class Stage:
-    """`seconds` is a limit, after which the stage is stopped; `run` returns what the results say of it.
+    """`seconds` is its share of the time, after which it is stopped; `run` returns what the results say of it.
 
     `shows`: what is known of a GPU once it has passed there (docs/gpu-status.md lists what is not).
     """
@@ -55,7 +69,17 @@ class Stage:
 
 
 class Failed(Exception):
-    pass
+    """`record`: what the results say of the stage all the same."""
+
+    def __init__(self, reason: str, **record: Any):
+        super().__init__(reason)
+        self.record = record
+
+
+def ends(text: str) -> str:
+    """The first failure of a run is at its start, what became of it at its end."""
+    head, tail = ENDS
+    return text if len(text) <= head + tail else f"{text[:head]}\n[...]\n{text[-tail:]}"
 
 
 class Check:
@@ -64,19 +88,20 @@ class Check:
         self.output, self.add = output, add
         self.results: dict[str, Any] = {"date": datetime.date.today().isoformat(), "stages": {}}
         self.file: Path | None = None
-        self.limit = 0.0
+        self.limit = time.monotonic()  # when the stages so far must have ended
 
     # ---- processes ----------------------------------------------------------------------------------------------
 
     def environment(self) -> dict[str, str]:
         paths = [str(ROOT / "python"), str(ROOT), *([str(SITE)] if SITE.exists() else [])]
+        paths += filter(None, [os.environ.get("PYTHONPATH")])
         # The tests ask torch for deterministic algorithms, which cuBLAS only has with a fixed workspace.
         fixed = {"HF_HUB_OFFLINE": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONUNBUFFERED": "1"}
-        programs = [str(SITE / "bin"), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+        programs = [str(SITE / "bin"), os.environ.get("PATH", ""), str(CUDA)]
         return {**os.environ, "PATH": os.pathsep.join(programs), "PYTHONPATH": os.pathsep.join(paths), **fixed}
 
-    def process(self, *command: object, env: dict[str, str] | None = None) -> str:
-        """Output of a command; raises with its end when it fails or runs out of the stage's time.
+    def process(self, *command: object, env: dict[str, str] | None = None, good: tuple[int, ...] = (0,)) -> str:
+        """Output of a command; raises with it when its exit status is none of `good` or the stage's time is over.
 
         All processes that it started are stopped then: a compiler or a program under the sanitizer would take the time
         and the GPU of the next stages. Output goes through a file, which no process that lives on can keep open.
@@ -88,22 +113,23 @@ class Check:
                     [str(c) for c in command], cwd=ROOT, env={**self.environment(), **(env or {})}, stdout=output,
                     stderr=subprocess.STDOUT, start_new_session=True,
                 )  # fmt: skip
-            except FileNotFoundError:
-                raise Failed(f"{command[0]} was not found") from None
+            except OSError as error:
+                raise Failed(f"{command[0]} was not found, or cannot be run: {error}") from None
             try:
                 code = process.wait(left)
             except BaseException as error:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):  # a hanging GPU can hold a process for ever
+                    process.wait(10)
                 if not isinstance(error, subprocess.TimeoutExpired):
                     raise
                 code = None
             output.seek(0)
             text = output.read()
         if code is None:
-            raise Failed(f"out of time\n{text[-TAIL:]}")
-        if code:
-            raise Failed(f"exit status {code}\n{text[-TAIL:]}")
+            raise Failed(f"out of time\n{ends(text)}")
+        if code not in good:
+            raise Failed(f"exit status {code}\n{ends(text)}")
         return text
 
     def python(self, *arguments: object, **keywords: Any) -> str:
@@ -123,17 +149,19 @@ class Check:
         part.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
         os.replace(part, self.file)
 
-    def stage(self, stage: Stage) -> bool:
+    def stage(self, stage: Stage, seconds: float) -> bool:
         start = time.monotonic()
-        self.limit = start + stage.seconds
+        self.limit += seconds
         record: dict[str, Any] = {"status": "passed"}
         try:
             record |= stage.run(self)
         except Failed as failure:
-            record |= {"status": "failed", "output": str(failure)}
+            record |= {"status": "failed", "output": str(failure)} | failure.record
+        except Exception:  # of this file, on a machine that no one thought of
+            record |= {"status": "failed", "output": traceback.format_exc()}
         record["seconds"] = round(time.monotonic() - start, 1)
         self.results["stages"][stage.name] = record
-        if stage.name != "machine":
+        if "gpu" in self.results:
             self.save()
         print(f"{stage.name}: {record['status']} in {record['seconds']} s {record.get('summary', '')}", flush=True)
         if record["status"] == "failed":
@@ -153,31 +181,37 @@ print(json.dumps({"gpu": p.name, "capability": [p.major, p.minor], "memory": p.t
 
 def machine(check: Check) -> dict[str, Any]:
     """What is here, and the wheels of what is not."""
-    wheels = sorted((ROOT / "gpu-wheels").glob("*.whl"))
-    missing = [w for w in wheels if not installed(w)]
-    if missing:
-        options = ("--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", SITE)
-        check.python("-m", "pip", "install", "-q", "--disable-pip-version-check", *options, *missing)
     found = json.loads(check.python("-c", PROBE).splitlines()[-1])
     major, minor = found.pop("capability")
     found["architecture"] = f"{major}{minor}" + ("a" if major >= 9 else "")
+    check.results |= found | {"nvcc": "unknown", "driver": "unknown"}
     nvcc = re.search(r"release ([\d.]+)", check.process("nvcc", "--version"))
     driver = check.process("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").strip().splitlines()[0]
-    check.results |= found | {"nvcc": nvcc[1] if nvcc else "unknown", "driver": driver}
-    return {"summary": f"{found['gpu']}, torch {found['torch']}", "wheels": [w.name.split("-")[0] for w in missing]}
+    check.results |= {"nvcc": nvcc[1] if nvcc else "unknown", "driver": driver}
+    return {"summary": f"{found['gpu']}, torch {found['torch']}", "wheels": install_missing(check)}
 
 
-def installed(wheel: Path) -> bool:
-    """Whether Python finds the wheel's package in this version or a newer one."""
-    name, version = wheel.name.split("-")[:2]
-    try:
-        return release(metadata.version(name.replace("_", "-"))) >= release(version)
-    except metadata.PackageNotFoundError:
-        return False
+def install_missing(check: Check) -> list[str]:
+    """Into a folder of the build, from the wheels that were brought along: names of what is missing here or too old.
 
-
-def release(version: str) -> list[int]:
-    return [int(n) for n in re.findall(r"\d+", version.partition("+")[0])]
+    pip says what; it leaves what is installed, which fits together, as it is.
+    """
+    if not WHEELS.exists():
+        return []
+    pip = ("-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-index")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    needed = re.findall(r'"(.+?)"', re.search(r"^dependencies = \[(.*?)\]", project, re.M | re.S)[1])
+    report = SITE.with_name("wheels.json")
+    report.parent.mkdir(parents=True, exist_ok=True)
+    check.python(*pip, "--dry-run", "--report", report, "--find-links", WHEELS, *needed, *TOOLS)
+    urls = [p["download_info"]["url"] for p in json.loads(report.read_text(encoding="utf-8"))["install"]]
+    missing = [Path(unquote(urlsplit(u).path)) for u in urls]
+    headers, module = CUTLASS
+    if "True" in check.python("-c", f"import importlib.util as i; print(i.find_spec('{module}') is None)"):
+        missing += WHEELS.glob(f"{headers}-*.whl")
+    if missing:
+        check.python(*pip, "--no-deps", "--no-compile", "--upgrade", "--target", SITE, *missing)
+    return [w.name.split("-")[0] for w in missing]
 
 
 def build(check: Check) -> dict[str, Any]:
@@ -196,13 +230,32 @@ def build(check: Check) -> dict[str, Any]:
     return {"summary": f"for {', '.join(info['cuda_architectures'])}"}
 
 
-def pytest(*arguments: str) -> Callable[[Check], dict[str, Any]]:
+def pytest(folder: str | Path, *arguments: str) -> Callable[[Check], dict[str, Any]]:
+    """Each file of tests in a process of its own, some at a time: after an illegal access a process has no GPU left."""
+
+    def one(check: Check, file: Path) -> str:
+        command = ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", file, *arguments)
+        try:
+            return check.python(*command, good=(0, NO_TESTS)).strip().splitlines()[-1]
+        except Failed as failure:
+            return f"failed: {failure}"
+
     def run(check: Check) -> dict[str, Any]:
-        output = check.python("-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
-        summary = output.strip().splitlines()[-1]
-        if not re.search(r"\d+ passed", summary):
-            raise Failed(f"no test ran\n{output[-TAIL:]}")
-        return {"summary": summary}
+        files = sorted((ROOT / folder).glob("test_*.py"))
+        with ThreadPoolExecutor(max(2, min(8, (os.cpu_count() or 2) // 2))) as pool:
+            said = dict(zip((f.name for f in files), pool.map(lambda f: one(check, f), files)))
+        counts: Counter[str] = Counter()
+        for text in said.values():
+            for n, what in re.findall(r"(\d+) (passed|failed|error|skipped)", text.splitlines()[-1]):
+                counts[what] += int(n)
+        summary = ", ".join(
+            f"{counts[what]} {what}" for what in ("passed", "failed", "error", "skipped") if counts[what]
+        )
+        if bad := [f"{name} {text}" for name, text in said.items() if text.startswith("failed: ")]:
+            raise Failed("\n\n".join(bad), summary=summary)
+        if counts["passed"] <= counts["skipped"]:
+            raise Failed("few tests ran, or none\n" + "\n".join(f"{n}: {t}" for n, t in said.items()), summary=summary)
+        return {"summary": summary, "files": said}
 
     return run
 
@@ -218,7 +271,7 @@ def sanitizer(tool: str) -> Callable[[Check], dict[str, Any]]:
         )  # fmt: skip
         found = re.search(r"(ERROR SUMMARY: .*|RACECHECK SUMMARY: .*)", output)
         if not re.search(r"\d+ passed", output) or found is None:
-            raise Failed(f"no test ran\n{output[-TAIL:]}")
+            raise Failed(f"no test ran\n{ends(output)}")
         return {"summary": found[1]}
 
     return run
@@ -246,22 +299,22 @@ def bench(suite: str) -> Callable[[Check], dict[str, Any]]:
     return run
 
 
-# In this order; the seconds add up to less than nine minutes.
+# In this order.
 STAGES = [
-    Stage("machine", 30, machine),
-    Stage("build", 95, build),
+    Stage("machine", 25, machine),
+    Stage("build", 130, build),
     Stage(
         "op tests",
-        60,
+        50,
         pytest(*OP_TESTS),
         "every op and its gradients, attention by our kernel and by torch's, FP8 rows",
     ),
-    Stage("model tests", 40, pytest("tests/gpu"), "models, pipeline, grouped linear layers, CUDA graphs, side streams"),
+    Stage("model tests", 35, pytest("tests/gpu"), "models, pipeline, grouped linear layers, CUDA graphs, side streams"),
     Stage("gemms", 30, bench("gemms"), "TFLOP/s of the linear layers, by CUTLASS and by cuBLASLt"),
-    Stage("ops", 45, bench("ops"), "bandwidth of each op, TFLOP/s of attention"),
+    Stage("ops", 40, bench("ops"), "bandwidth of each op, TFLOP/s of attention"),
     Stage("block", 20, bench("block"), "time of one block against diffusers"),
-    Stage("transformer", 70, bench("transformer"), "time and memory of the 60-layer transformer against diffusers"),
-    Stage("vae", 30, bench("vae"), "time of the VAE at 1024 pixels against diffusers; its layers by cuDNN and CUTLASS"),
+    Stage("transformer", 65, bench("transformer"), "time and memory of the 60-layer transformer against diffusers"),
+    Stage("vae", 25, bench("vae"), "time of the VAE at 1024 pixels against diffusers; its layers by cuDNN and CUTLASS"),
     Stage("training", 30, bench("training"), "time, memory and model FLOP utilisation of forward and backward"),
     Stage("memcheck", 45, sanitizer("memcheck"), "no invalid access to memory"),
     Stage("racecheck", 45, sanitizer("racecheck"), "no race on shared memory"),
@@ -275,12 +328,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if unknown := set(options.stages) - {s.name for s in STAGES}:
         parser.error(f"stages must be of {', '.join(s.name for s in STAGES)}, got {', '.join(sorted(unknown))}")
+    chosen = [s for s in STAGES if not options.stages or s.name in (*options.stages, "machine")]
+    share = SECONDS / sum(s.seconds for s in chosen)
     check = Check(options.output, add=bool(options.stages))
     passed = True
-    for stage in STAGES:
-        if options.stages and stage.name not in (*options.stages, "machine"):
-            continue
-        passed = check.stage(stage) and passed
+    for stage in chosen:
+        passed = check.stage(stage, stage.seconds * share) and passed
         if not passed and stage.name in ("machine", "build"):
             break
     if check.file is not None:

@@ -21,8 +21,9 @@ Written by `make gpu-status` from the files that `make gpu-check` leaves under `
 NOTHING = """
 Nothing yet: no results file of a GPU exists. Until one does, what is known of the CUDA kernels (those that
 [budget.json](../tests/compile_cuda/budget.json) names) is that nvcc compiles them for sm_80, sm_90a and sm_100a without
-spills (`make cuda-compile`), and that they pass the op tests on an emulator on the CPU (`tests/emulator`), with
-accesses to memory and barriers checked. No timing, occupancy or bandwidth on a GPU is known.
+spills (`make cuda-compile`), that a build for the three links and can be imported without a driver, and that they pass
+the op tests on an emulator on the CPU (`tests/emulator`), with accesses to memory and barriers checked. No timing,
+occupancy or bandwidth on a GPU is known.
 
 The kernels made from CUTLASS's templates (`csrc/cutlass_kernels`) have only been compiled: the emulator does not run
 them. What Python hands to them, the order of their tiles and the choice between them and cuBLASLt are tested on the
@@ -32,10 +33,11 @@ off unless `ops.linear_kernels("cutlass")` asks for them.
 """
 FOOT = """
 To fill this page in: on a machine with a GPU, nvcc and a CUDA build of torch run `make gpu-check`, then
-`make gpu-status`. It takes at most nine minutes; every stage has a limit of its own, and the results file is written
-after each. Without a network there, run `make gpu-wheels` elsewhere first (`GPU_PYTHON=3.12` names the Python of that
+`make gpu-status`. It takes at most nine minutes; every stage has a share of them, and the results file is written after
+each. Without a network there, run `make gpu-wheels` elsewhere first (`GPU_PYTHON=3.12` names the Python of that
 machine) and take the folder `gpu-wheels` along: it holds all that is needed besides torch, CMake and CUTLASS's headers
-among it. `python -m benchmarks.gpu_check ops training` runs some stages alone, after a build.
+among it, in 95 MB; with `GPU_HAS='cmake numpy pillow transformers'` 30 MB are left. What is installed there is kept
+where it is new enough. `python -m benchmarks.gpu_check ops training` runs some stages alone, after a build.
 """
 
 

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,9 @@ def test_results_are_written_as_they_come(tmp_path, monkeypatch, capsys):
     def broken(check):
         check.python("-c", "print('the reason'); raise SystemExit(3)")
 
+    def strange(check):
+        return {"summary": json.loads("{")}
+
     def slow(check):
         started = tmp_path / "started"
         time_out_once(monkeypatch, started.exists)
@@ -43,20 +47,53 @@ def test_results_are_written_as_they_come(tmp_path, monkeypatch, capsys):
         seen.extend(json.loads(check.file.read_text())["stages"])
         return {"summary": "ok"}
 
-    stages = [fake("machine", machine), fake("broken", broken), fake("slow", slow), fake("last", last)]
+    stages = [
+        fake("machine", machine), fake("broken", broken), fake("strange", strange), fake("slow", slow),
+        fake("last", last),
+    ]  # fmt: skip
     monkeypatch.setattr(gpu_check, "STAGES", stages)
     assert gpu_check.main(["--output", str(tmp_path)]) == 1
     (file,) = tmp_path.glob("*-some-gpu-1.json")
     result = json.loads(file.read_text())["stages"]
-    assert [r["status"] for r in result.values()] == ["passed", "failed", "failed", "passed"]
+    assert [r["status"] for r in result.values()] == ["passed", "failed", "failed", "failed", "passed"]
+    assert "JSONDecodeError" in result["strange"]["output"]
     assert "exit status 3" in result["broken"]["output"] and "the reason" in result["broken"]["output"]
     assert "out of time" in result["slow"]["output"] and "so far" in result["slow"]["output"]
-    assert set(seen) == {"machine", "broken", "slow"}
+    assert set(seen) == {"machine", "broken", "strange", "slow"}
     # One stage again: the others' results stay.
-    monkeypatch.setattr(gpu_check, "STAGES", [*stages[:2], fake("slow", lambda check: {}), stages[3]])
+    monkeypatch.setattr(gpu_check, "STAGES", [*stages[:3], fake("slow", lambda check: {}), stages[4]])
     assert gpu_check.main(["slow", "--output", str(tmp_path)]) == 0
     statuses = {name: r["status"] for name, r in json.loads(file.read_text())["stages"].items()}
-    assert statuses == {"machine": "passed", "broken": "failed", "slow": "passed", "last": "passed"}
+    assert statuses == {
+        "machine": "passed", "broken": "failed", "strange": "failed", "slow": "passed", "last": "passed"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("names", [[], ["second"]])
+def test_the_stages_share_the_time(tmp_path, monkeypatch, names):
+    """A stage that ends early leaves its time to the next; those that are named have all of it."""
+    limits = []
+    stages = [
+        gpu_check.Stage(n, 60, lambda check: limits.append(check.limit) or {}) for n in ("machine", "second", "third")
+    ]
+    monkeypatch.setattr(gpu_check, "STAGES", stages)
+    start = time.monotonic()
+    assert gpu_check.main([*names, "--output", str(tmp_path)]) == 0
+    share = gpu_check.SECONDS / len(limits)
+    assert len(limits) == (2 if names else 3) and limits[0] - share >= start
+    assert [b - a for a, b in zip(limits, limits[1:])] == pytest.approx([share] * (len(limits) - 1))
+
+
+def test_a_gpu_without_a_compiler_leaves_a_results_file(tmp_path, monkeypatch):
+    found = '{"gpu": "Some GPU", "capability": [9, 0], "memory": 1, "torch": "2", "cuda": "13"}'
+    monkeypatch.setattr(gpu_check.Check, "python", lambda check, *a: f"a warning\n{found}\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(gpu_check, "CUDA", tmp_path)
+    assert gpu_check.main(["--output", str(tmp_path)]) == 1
+    (file,) = tmp_path.glob("*-some-gpu.json")
+    result = json.loads(file.read_text())
+    assert list(result["stages"]) == ["machine"] and "nvcc was not found" in result["stages"]["machine"]["output"]
+    assert result["architecture"] == "90a"
 
 
 def time_out_once(monkeypatch, condition):
@@ -91,18 +128,66 @@ def test_nothing_runs_without_a_gpu(tmp_path):
     assert gpu_check.main(["--output", str(tmp_path)]) == 1 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("found", "needed"), [("2.4.6", False), ("2.10.0", False), ("2.4", True), ("1.26.4", True), (None, True)]
-)
-def test_wheels_that_a_machine_needs(monkeypatch, found, needed):
-    def version(name):
-        assert name == "some-package"
-        if found is None:
-            raise gpu_check.metadata.PackageNotFoundError
-        return found
+def wheel(folder, name, requires=""):
+    """The least that pip installs."""
+    info = f"{name}-1.0.dist-info"
+    files = {
+        f"{name}.py": "here = True\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{requires}",
+    }  # fmt: skip
+    files[f"{info}/RECORD"] = "".join(f"{f},,\n" for f in (*files, f"{info}/RECORD"))
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+        for path, text in files.items():
+            archive.writestr(path, text)
 
-    monkeypatch.setattr(gpu_check.metadata, "version", version)
-    assert gpu_check.installed(Path("gpu-wheels/some_package-2.4.6-cp312-cp312-linux.whl")) is not needed
+
+def test_wheels_of_what_is_missing(tmp_path, monkeypatch):
+    """What is asked for and what that needs, not what is there; a wheel that was left at home is named."""
+    wheels = tmp_path / "wheels with a space"
+    wheels.mkdir()
+    wheel(wheels, "qif_first", "Requires-Dist: qif_second\nRequires-Dist: torch\n")
+    wheel(wheels, "qif_second")
+    wheel(wheels, "torch")  # older than that which is installed
+    wheel(wheels, "qif_headers")
+    monkeypatch.setattr(gpu_check, "WHEELS", wheels)
+    monkeypatch.setattr(gpu_check, "SITE", tmp_path / "site")
+    monkeypatch.setattr(gpu_check, "TOOLS", ("qif-first", "pytest>=8"))
+    monkeypatch.setattr(gpu_check, "CUTLASS", ("qif_headers", "qif_headers"))
+    check = gpu_check.Check(tmp_path)
+    check.limit += 600
+    assert sorted(gpu_check.install_missing(check)) == ["qif_first", "qif_headers", "qif_second"]
+    assert {p.name for p in (tmp_path / "site").glob("*.py")} == {"qif_first.py", "qif_headers.py", "qif_second.py"}
+    assert gpu_check.install_missing(check) == []
+    monkeypatch.setattr(gpu_check, "TOOLS", ("qif-third",))
+    with pytest.raises(gpu_check.Failed, match="No matching distribution found for qif-third"):
+        gpu_check.install_missing(check)
+
+
+def test_a_crash_in_one_file_of_tests_leaves_the_others(tmp_path):
+    sources = {
+        "crash": "import os\ndef test_gpu():\n    os._exit(134)\n",
+        "good": "def test_gpu():\n    pass\ndef test_other():\n    assert 0\n",
+        "bad": "def test_gpu():\n    assert 1 == 2\ndef test_gpu_2():\n    pass\n",
+        "none": "def test_other():\n    assert 0\n",
+    }
+    for name, text in sources.items():
+        (tmp_path / f"test_{name}.py").write_text(text)
+    check = gpu_check.Check(tmp_path)
+    check.limit += 600
+    run = gpu_check.pytest(tmp_path, "-k", "gpu and not other")
+    with pytest.raises(gpu_check.Failed, match="(?s)test_bad.py failed: exit status 1.*assert 1 == 2.*test_crash.py"):
+        run(check)
+    (tmp_path / "test_crash.py").unlink()
+    with pytest.raises(gpu_check.Failed) as failure:
+        run(check)
+    assert failure.value.record == {"summary": "2 passed, 1 failed"}
+    (tmp_path / "test_bad.py").unlink()
+    found = run(check)
+    assert found["summary"] == "1 passed" and list(found["files"]) == ["test_good.py", "test_none.py"]
+    (tmp_path / "test_none.py").write_text("import pytest\ndef test_gpu():\n    pytest.skip('no GPU')\n")
+    with pytest.raises(gpu_check.Failed, match="(?s)few tests ran.*1 skipped"):
+        run(check)
 
 
 @pytest.mark.parametrize(
@@ -126,11 +211,20 @@ def test_the_sanitizer_sees_every_op():
     assert not [line for line in lines if "emulated" in line or "[cpu" in line]
 
 
-def test_no_test_is_no_pass(monkeypatch):
-    check = gpu_check.Check(Path())
-    monkeypatch.setattr(check, "python", lambda *a: "36 deselected in 0.1s")
-    with pytest.raises(gpu_check.Failed, match="no test ran"):
-        gpu_check.pytest("tests/ops")(check)
+def test_long_output_keeps_the_first_failure_and_the_summary():
+    text = "first" + "x" * 20000 + "last"
+    assert gpu_check.ends(text).startswith("first") and gpu_check.ends(text).endswith("last")
+    assert len(gpu_check.ends(text)) < 9000 and gpu_check.ends("short") == "short"
+
+
+def test_what_was_measured_before_a_failure_is_kept(tmp_path):
+    def records():
+        yield {"case": 1}
+        raise RuntimeError("an illegal memory access")
+
+    with pytest.raises(RuntimeError):
+        gpu_bench.write(records(), tmp_path / "some.json")
+    assert json.loads((tmp_path / "some.json").read_text()) == [{"case": 1}]
 
 
 TINY = {"attention_head_dim": 64, "num_attention_heads": 2, "joint_attention_dim": 32, "axes_dims_rope": (8, 28, 28)}
