@@ -280,6 +280,10 @@ def test_chinese_clip_of_a_folder(tmp_path):
     scorer = captions.clip_scorer(str(tmp_path))
     first, second = (scorer(photos()["chelsea.png"], text) for text in ("一只猫", "猫猫"))
     assert -1 <= first <= 1 and first == scorer(photos()["chelsea.png"], "一只猫") != second
+    # 52 tokens with the first and the last, of the 512 that there are places for.
+    short, full, cut = (scorer(photos()["chelsea.png"], "只" * n + "猫") for n in (48, 49, 60))
+    assert full == scorer(photos()["chelsea.png"], "只" * 49 + "猫只只") != short
+    assert cut == scorer(photos()["chelsea.png"], "只" * 50) != full
 
 
 @pytest.mark.parametrize(

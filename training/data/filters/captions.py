@@ -98,6 +98,9 @@ class InvalidCaption(Filter):
         return Verdict(score)
 
 
+CHINESE_CLIP_TOKENS = 52  # the context of its authors' tokenizer (github.com/OFA-Sys/Chinese-CLIP)
+
+
 class Scorer(Protocol):
     """Anything that says how well a text fits an image of uint8 [height, width, 3]; larger is better."""
 
@@ -132,11 +135,17 @@ class ClipScorer:
     def __call__(self, image: np.ndarray, text: str) -> float:
         import torch
 
-        # SigLIP was trained on texts padded to the full length and pools the last place; its tokenizer knows no length.
-        longest = self._model.config.text_config.max_position_embeddings
+        # Texts as in training, which not every tokenizer knows. Chinese-CLIP saw 52 tokens, but has places for more.
+        # SigLIP saw small letters, padded to the full length without a mask; it pools the last place.
+        config = self._model.config
+        longest, mask = config.text_config.max_position_embeddings, True
+        if config.model_type == "chinese_clip":
+            longest = min(longest, CHINESE_CLIP_TOKENS)
+        elif config.model_type in ("siglip", "siglip2"):
+            text, mask = text.lower(), False
         inputs = self._processor(
             images=np.ascontiguousarray(image), text=[text], return_tensors="pt", padding="max_length", truncation=True,
-            max_length=longest,
+            max_length=longest, return_attention_mask=mask,
         )  # fmt: skip
         with torch.inference_mode():
             output = self._model(**inputs)
