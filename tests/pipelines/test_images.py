@@ -9,7 +9,7 @@ from PIL import Image
 
 from qwen_image_fast import QwenImageEditPlusPipeline
 from qwen_image_fast.models.rope import sample_rope
-from qwen_image_fast.pipelines.images import area_size, to_rgb, to_rgba
+from qwen_image_fast.pipelines.images import area_size, to_mask, to_rgb, to_rgba
 
 
 def saved(image, fmt, **options):
@@ -75,6 +75,15 @@ def test_one_clear_pixel(kind):
     assert [to_rgb("x", picture).getpixel((k, 0))[0] for k in range(2)] == [7, 255 if clear else 9]
     assert to_rgba("x", picture).getpixel((0, 0)) == (7, 7, 7, 255)
     assert to_rgba("x", picture).getpixel((1, 0)) == (9, 9, 9, 0 if clear else 255)
+
+
+def test_a_mask_painted_on_a_clear_layer():
+    """What is clear stays, whatever colour it has."""
+    mask = Image.new("RGBA", (3, 1), (255, 255, 255, 0))
+    mask.putpixel((1, 0), (255, 255, 255, 255))
+    mask.putpixel((2, 0), (0, 0, 0, 0))
+    assert [to_mask("x", mask).getpixel((k, 0))[0] for k in range(3)] == [0, 255, 0]
+    assert to_mask("x", Image.new("1", (3, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_formats():

@@ -135,6 +135,15 @@ def test_a_mask_of_another_size_is_resized(edit_folder):
     assert torch.equal(got, ours(pipe, **{**call, "mask_image": small}, seed=0))
 
 
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_a_mask_on_a_clear_layer_is_that_on_black(edit_folder, name):
+    call = call_of(name, (64, 48))
+    clear = Image.new("RGBA", (64, 48), (255, 255, 255, 0))
+    clear.paste("white", mask=call["mask_image"])
+    pipe = load(name, edit_folder)
+    assert torch.equal(ours(pipe, **{**call, "mask_image": clear}, seed=0), ours(pipe, **call, seed=0))
+
+
 @pytest.mark.parametrize("size", [(200, 120), (120, 200), (64, 64)], ids=str)
 @pytest.mark.parametrize("box", [(0.1, 0.2, 0.4, 0.25), (0, 0, 0.2, 0.9), (0.8, 0.3, 0.95, 0.4)], ids=str)
 def test_crop_geometry_equals_diffusers(size, box):

@@ -25,7 +25,7 @@ from qwen_image_fast.models.text_encoder import (
 )
 from qwen_image_fast.models.vision import IMAGE_TOKEN, Seen, VisionProcessor, encode_pictures, look
 from qwen_image_fast.pipelines.images import Picture, area_size, pad_to_multiple, resize, shrink, to_rgb, to_tensor
-from qwen_image_fast.pipelines.latents import pack_latents
+from qwen_image_fast.pipelines.latents import latent_statistics, pack_latents
 
 CONDITION_AREA = 384 * 384  # of Edit-Plus' pictures for Qwen2.5-VL
 VAE_AREA = 1024 * 1024
@@ -133,10 +133,7 @@ def encode_distribution(vae: Any, pixels: Tensor):
 
 def normalized(vae: Any, latents: Tensor) -> Tensor:
     """(latents - mean) / std for each channel of [1, z, 1, H, W]."""
-    mean, std = (
-        torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    mean, std = latent_statistics(vae, latents)
     return (latents - mean) / std
 
 

@@ -15,7 +15,7 @@ from qwen_image_fast.models.packing import pack
 from qwen_image_fast.pipelines.base import CONTROLNET, QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import encode_distribution, normalized
 from qwen_image_fast.pipelines.generation import GenerationPipeline, Request, per_prompt
-from qwen_image_fast.pipelines.images import resize, to_rgb, to_tensor
+from qwen_image_fast.pipelines.images import resize, to_mask, to_rgb, to_tensor
 from qwen_image_fast.pipelines.latents import pack_latents
 from qwen_image_fast.pipelines.masks import check_ratio
 from qwen_image_fast.sampling import Residuals, Sample
@@ -126,7 +126,7 @@ class ControlPipeline(GenerationPipeline):
         pictures = [to_rgb("control_image", one) for one in per_prompt("control_image", image, count)]
         masks = None
         if mask is not None:
-            masks = [to_rgb("control_mask", one) for one in per_prompt("control_mask", mask, count)]
+            masks = [to_mask("control_mask", one) for one in per_prompt("control_mask", mask, count)]
             for own, picture in zip(masks, pictures):
                 check_ratio("control_mask", own, picture)
         single = generator is None or isinstance(generator, torch.Generator)

@@ -24,22 +24,18 @@ def to_rgb(name: str, image: Picture) -> Image.Image:
     Raises:
         TypeError: something else. ValueError: no pixels, another shape, values out of range, or a damaged file.
     """
-    picture = _upright(name, image)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+    return _over("white", _upright(name, image))
+
+
+def to_mask(name: str, image: Picture) -> Image.Image:
+    """As `to_rgb`, but transparency over black: what is clear in a mask does not change."""
+    return _over("black", _upright(name, image))
 
 
 def to_rgba(name: str, image: Picture) -> Image.Image:
     """As `to_rgb`, but with its transparency; opaque where there is none."""
     picture = _upright(name, image)
     return (picture if picture.has_transparency_data else picture.convert("RGB")).convert("RGBA")
-
-
-def to_mask(name: str, image: Picture) -> Image.Image:
-    """A grey picture, white where something is to change."""
-    return to_rgb(name, image).convert("L")
 
 
 def _upright(name: str, image: Picture) -> Image.Image:
@@ -56,6 +52,13 @@ def _upright(name: str, image: Picture) -> Image.Image:
         if (value := deep.info.get("transparency")) is not None:
             picture.putalpha(Image.fromarray(np.uint8(255) * (np.asarray(deep) != value)))
     return picture
+
+
+def _over(ground: str, picture: Image.Image) -> Image.Image:
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture)
+    return picture.convert("RGB")
 
 
 def _to_pil(name: str, image: Picture) -> Image.Image:

@@ -48,13 +48,19 @@ def draw_noise(
     return [draw(1, size, g)[0] for size, g in zip(sizes, generator, strict=True)]
 
 
+def latent_statistics(vae, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of the VAE's latents [1, channels, 1, H, W]."""
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1).to(like)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std
+
+
 def decode_latents(vae, tokens: Tensor, height: int, width: int) -> Tensor:
     """One image's tokens [L, 4 C] -> [channels, 8 height, 8 width] in [-1, 1]; height and width in latent pixels."""
     latents = unpack_latents(tokens[None], height, width).to(vae.dtype)
-    mean, std = (
-        torch.tensor(values).view(1, -1, 1, 1, 1).to(latents)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    mean, std = latent_statistics(vae, latents)
     return vae.decode(latents * std + mean, return_dict=False)[0][0, :, 0]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import encode_distribution, first_step, fit, mask_tokens, normalized
 from qwen_image_fast.pipelines.generation import GenerationPipeline, Request, per_prompt
-from qwen_image_fast.pipelines.images import Picture, resize, to_rgb, to_tensor
+from qwen_image_fast.pipelines.images import Picture, resize, to_mask, to_rgb, to_tensor
 from qwen_image_fast.pipelines.latents import pack_latents
 from qwen_image_fast.pipelines.masks import Box, check_ratio, crop_region, paste_back, resize_and_fill
 from qwen_image_fast.sampling import Sample
@@ -34,7 +34,7 @@ class StartingPipeline(GenerationPipeline):
         """One mask for each picture, in its size; a mask of the same aspect ratio is resized."""
         if mask_image is None:
             raise ValueError("mask_image must be given, got None")
-        masks = [to_rgb("mask_image", one) for one in per_prompt("mask_image", mask_image, len(pictures))]
+        masks = [to_mask("mask_image", one) for one in per_prompt("mask_image", mask_image, len(pictures))]
         for mask, picture in zip(masks, pictures):
             check_ratio("mask_image", mask, picture)
         return [resize(mask, *picture.size) for mask, picture in zip(masks, pictures)]
