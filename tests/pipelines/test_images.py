@@ -156,6 +156,12 @@ CALLS = {
     r"prompt must not contain <\|image_pad\|>": {"prompt": "a <|image_pad|>"},
     r"image\[0\] must be a PIL image, an array or a tensor, got str": {"image": ["a.png"]},
     "height and width must be at least 16, got 9x40": {"preserve_size": False, "height": 40, "width": 9},
+    "true_cfg_scale must be a finite number, got nan": {"true_cfg_scale": float("nan")},
+    "true_cfg_scale must be a finite number, got '4'": {"true_cfg_scale": "4"},
+    "condition_area must be at least 1, got 0": {"condition_area": 0},
+    r"must return latents of the shapes \[\(1, 64\)\], got \[\(0, 64\)\]": {
+        "callback_on_step_end": lambda pipe, step, t, values: {"latents": values["latents"][:, :0]}
+    },
     "max_sequence_length must be in 1..1024, got 2000": {"max_sequence_length": 2000},
     "image must have an aspect ratio of at most 200, got 1x300 pixels": {"image": Image.new("RGB", (1, 300))},
 }

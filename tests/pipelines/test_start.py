@@ -109,6 +109,18 @@ def test_a_mixed_batch_equals_single_runs(edit_folder, name):
     assert torch.equal(again[0], batch[0]) and torch.equal(again[1], batch[1]) and not torch.equal(again[2], batch[2])
 
 
+def test_batches_of_pictures(edit_folder):
+    """As arrays and tensors, as diffusers takes them."""
+    pipe, call = load(NAMES[1], edit_folder), call_of(NAMES[1], (48, 32))
+    images, mask = [picture(48, 32, seed) for seed in range(2)], call["mask_image"]
+    call |= {"prompt": [PROMPT, "x"], "width": 48, "height": 32}
+    expected = ours(pipe, **{**call, "image": images}, seed=[0, 1])
+    arrays = np.stack([np.asarray(image) for image in images])
+    tensors = torch.from_numpy(arrays).movedim(-1, 1) / 255
+    for image, shown in ((arrays, np.asarray(mask)[None, :, :, None]), (tensors, mask)):
+        assert torch.equal(ours(pipe, **{**call, "image": image, "mask_image": shown}, seed=[0, 1]), expected)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_default_keeps_the_exact_size(edit_folder, name):
     call = {**call_of(name, (61, 37)), "output_type": "pil", "preserve_size": True}
@@ -190,6 +202,9 @@ ERRORS = {
         "mask_image": white_box(64, 20)
     },
     r"strength must be in \[0, 1\], got 1.5": {"strength": 1.5},
+    r"strength must be in \[0, 1\], got '1'": {"strength": "1"},
+    "padding_mask_crop must be an integer of at least 0, got -3": {"padding_mask_crop": -3},
+    "image must be one for all or one for each prompt, 1, got 2": {"image": torch.rand(2, 3, 64, 64)},
     "strength must leave at least one of the 4 steps, got 0": {"strength": 0},
     "output_type must be 'pil' with padding_mask_crop": {"padding_mask_crop": 3},
     "mask_image must have white pixels where padding_mask_crop is given": {

@@ -53,6 +53,8 @@ def prepare_reference(image: Image.Image, *, preserve_size: bool, condition_area
     Otherwise both are resized as in diffusers, smaller pictures too: to `condition_area` and to one megapixel, sides
     rounded to multiples of 32, which changes the aspect ratio a little.
     """
+    if condition_area < 1:
+        raise ValueError(f"condition_area must be at least 1, got {condition_area}")
     if preserve_size:
         return Reference(shrink(image, condition_area), pad_to_multiple(image, multiple))
     condition = resize(image, *area_size(condition_area, *image.size))
@@ -146,8 +148,8 @@ def encode_reference_latents(vae: Any, images: Sequence[Image.Image]) -> Referen
 
 def first_step(steps: int, strength: float) -> int:
     """The first of `steps` steps that is taken when an image is changed with `strength` in [0, 1]; 1: all of them."""
-    if not 0 <= strength <= 1:
-        raise ValueError(f"strength must be in [0, 1], got {strength}")
+    if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
+        raise ValueError(f"strength must be in [0, 1], got {strength!r}")
     begin = int(max(steps - min(steps * strength, steps), 0))
     if begin >= steps:
         raise ValueError(f"strength must leave at least one of the {steps} steps, got {strength}")

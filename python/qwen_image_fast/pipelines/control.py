@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from qwen_image_fast.models.controlnet import QwenImageControlNetModel
 from qwen_image_fast.models.packing import pack
 from qwen_image_fast.pipelines.base import CONTROLNET, QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import encode_distribution, normalized
-from qwen_image_fast.pipelines.generation import GenerationPipeline, Request, per_prompt
+from qwen_image_fast.pipelines.generation import GenerationPipeline, Request, check_number, per_prompt
 from qwen_image_fast.pipelines.images import resize, to_mask, to_rgb, to_tensor
 from qwen_image_fast.pipelines.latents import pack_latents
 from qwen_image_fast.pipelines.masks import check_ratio
@@ -159,8 +158,7 @@ def _numbers(name: str, value, controls: int) -> list[float]:
     if len(values) != controls:
         raise ValueError(f"{name} must be one for all or one for each control picture, {controls}, got {len(values)}")
     for v in values:
-        if not isinstance(v, (int, float)) or not math.isfinite(v):
-            raise ValueError(f"{name} must be a finite number, got {v!r}")
+        check_number(name, v)
     return values
 
 

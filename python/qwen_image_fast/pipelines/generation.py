@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -70,6 +71,7 @@ class GenerationPipeline(Pipeline):
             value = getattr(request, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value}")
+        check_number("true_cfg_scale", request.true_cfg_scale)
         if request.output_type not in _OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(_OUTPUT_TYPES)}, got {request.output_type}")
         names = request.callback_on_step_end_tensor_inputs
@@ -277,7 +279,12 @@ class GenerationPipeline(Pipeline):
                 "prompt_embeds": lambda: pad_prompt_embeds([t.embeds for t in cond])[0],
             }
             changed = callback(self, step, torch.tensor(timestep), {name: values[name]() for name in names}) or {}
-            return list(changed["latents"]) if "latents" in changed else None
+            if "latents" not in changed:
+                return None
+            got, expected = ([tuple(x.shape) for x in own] for own in (changed["latents"], latents))
+            if got != expected:
+                raise ValueError(f"callback_on_step_end must return latents of the shapes {expected}, got {got}")
+            return list(changed["latents"])
 
         return on_step
 
@@ -312,8 +319,15 @@ class GenerationPipeline(Pipeline):
         return QwenImagePipelineOutput(images, seeds, request.prompt) if request.return_dict else (images,)
 
 
+def check_number(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
 def per_prompt(name: str, value: Any, prompts: int) -> list[Any]:
-    """A list or tuple with an entry for each prompt, or one value for all of them."""
+    """A list, a tuple or a batch of pictures with an entry for each prompt, or one value for all of them."""
+    if getattr(value, "ndim", 0) == 4:
+        value = list(value) if len(value) != 1 else value[0]
     if not isinstance(value, (list, tuple)):
         return [value] * prompts
     if len(value) != prompts:

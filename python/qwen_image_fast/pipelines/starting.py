@@ -62,6 +62,8 @@ class StartingPipeline(GenerationPipeline):
         boxes: list[Box] = []
         if padding_mask_crop is not None:
             assert masks is not None
+            if not isinstance(padding_mask_crop, int) or padding_mask_crop < 0:
+                raise ValueError(f"padding_mask_crop must be an integer of at least 0, got {padding_mask_crop}")
             if request.output_type != "pil":
                 raise ValueError(f"output_type must be 'pil' with padding_mask_crop, got {request.output_type!r}")
             boxes = [crop_region(m, w, h, padding_mask_crop) for m, (h, w) in zip(masks, pixels)]
