@@ -24,6 +24,7 @@ from benchmarks.harness import (
 )
 from qwen_image_fast import ops
 from qwen_image_fast.models.packing import pack
+from qwen_image_fast.ops.linear_amx import AVAILABLE
 
 SUITE = "ops"
 FUSED = ("layer_norm_modulate", "gate_residual_norm_modulate", "qk_norm_rope", "guided_step")
@@ -58,6 +59,8 @@ def subjects(settings: Settings, dtype: torch.dtype, heads: int = 24, side: int 
         layer_norm_modulate, gate_residual_norm_modulate, qk_norm_rope, gelu_tanh, guided_step, channel_norm_silu
     ):  # fmt: skip
         yield function(settings.device, dtype, heads, side, txt)
+    if AVAILABLE and settings.device == "cpu" and dtype == torch.float32:
+        yield linear_amx(dtype, heads, side)
     yield joint_attention(settings.device, dtype, heads, side, (txt,))
     yield joint_attention(settings.device, dtype, heads, side, (txt, txt // 4))
 
@@ -170,6 +173,19 @@ def channel_norm_silu(device, dtype, heads, side, txt) -> Subject:
 
     label = f"{pixels} x {pixels} x {channels}"
     return Subject("channel_norm_silu", label, [x, gamma], ops.channel_norm_silu, theirs, 2 * x.nbytes)
+
+
+def linear_amx(dtype, heads, side) -> Subject:
+    rows, width = side * side, heads * 128
+    x, weight, bias = (random("cpu", dtype, *s) for s in ((rows, width), (width, width), (width,)))
+    weight /= width**0.5
+
+    def ours(x, weight, bias):
+        return ops.linear_amx([x], [weight], [bias])[0]
+
+    label = f"{rows} x {width}, {width} columns"
+    moved = 2 * x.nbytes + weight.nbytes
+    return Subject("linear_amx", label, [x, weight, bias], ours, F.linear, moved, 2 * rows * width * width)
 
 
 def joint_attention(device, dtype, heads, side, txt: tuple[int, ...]) -> Subject:

@@ -1,6 +1,7 @@
 // The Python module _C: one function per op and direction, and with CUDA one more of each (bindings_cuda.cpp).
 #include <omp.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <sstream>
 #include <stdexcept>
@@ -68,6 +69,11 @@ static py::dict build_info() {
   info["cpu_kernels"] = sets;
   info["cpu_best"] = isa_name(best_isa);
   info["cpu_in_use"] = isa_name(chosen_isa);
+#if defined(QIF_AMX)
+  info["amx"] = amx_available();
+#else
+  info["amx"] = false;
+#endif
   info["openmp_threads"] = omp_get_max_threads();
   py::list architectures;
 #if defined(QIF_CUDA_ARCHITECTURES)
@@ -99,6 +105,13 @@ PYBIND11_MODULE(_C, m) {
   define(m, "channel_norm_silu_backward", channel_norm_silu_backward, channel_norm_silu_backward_cpu);
   define(m, "conv3x3_forward", conv3x3, conv3x3_forward_cpu);
   define(m, "picture_statistics", picture_statistics, picture_statistics_cpu);
+#if defined(QIF_AMX)
+  m.def("amx_products", [](const std::vector<AmxArguments>& products) {
+    const std::vector<AmxProduct> p = amx_products(products);
+    py::gil_scoped_release release;
+    return amx_products(p.data(), static_cast<int64_t>(p.size()));
+  });
+#endif
 #if defined(QIF_CUDA_ARCHITECTURES)
   define_cuda(m);
   define_cutlass(m);

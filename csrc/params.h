@@ -13,6 +13,7 @@
 #include "kernels/guided_step.h"
 #include "kernels/joint_attention.h"
 #include "kernels/layer_norm_modulate.h"
+#include "kernels/linear_amx.h"
 #include "kernels/linear_group.h"
 #include "kernels/picture_statistics.h"
 #include "kernels/qk_norm_rope.h"
@@ -237,6 +238,18 @@ inline LinearGroup linear_group(const std::vector<LinearArguments>& linears, int
         gate_stride, pointer<int32_t>(offsets), segments};
   }
   return group;
+}
+
+// One product as Python passes it: (a, strides of a, b, strides of b, bias, out, rows, columns, depth).
+using AmxArguments =
+    std::tuple<Address, int64_t, int64_t, Address, int64_t, int64_t, Address, Address, int64_t, int64_t, int64_t>;
+
+inline std::vector<AmxProduct> amx_products(const std::vector<AmxArguments>& products) {
+  std::vector<AmxProduct> found;
+  for (const auto& [a, a_row, a_depth, b, b_row, b_depth, bias, out, rows, columns, depth] : products)
+    found.push_back({pointer<float>(a), a_row, a_depth, pointer<float>(b), b_row, b_depth, pointer<float>(bias),
+                     pointer<float>(out), rows, columns, depth});
+  return found;
 }
 
 inline PictureStatistics picture_statistics(Address rgb, Address luma, Address histogram, Address sums, int64_t height,

@@ -133,9 +133,10 @@ def test_machine_names_no_host_or_path():
 
 def test_ops():
     from benchmarks import bench_ops
+    from qwen_image_fast.ops.linear_amx import AVAILABLE
 
     cases = list(bench_ops.cases(SMOKE, heads=2, side=6, txt=8))
-    assert len(cases) == 30 and all(c.agrees for c in cases), [c for c in cases if not c.agrees]
+    assert len(cases) == 30 + 2 * AVAILABLE and all(c.agrees for c in cases), [c for c in cases if not c.agrees]
     assert [b.verdict for b in bench_ops.bars(cases)].count("not measured") == 0
 
 

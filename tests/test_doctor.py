@@ -54,7 +54,9 @@ def test_json_covers_every_op_dtype_and_instruction_set():
     tested = {(v["op"], v["kernels"], v["dtype"]) for v in report["self_test"]}
     dtypes = ("float32", "bfloat16", "float16")
     own = {(op, s, d) for op, (_, own) in doctor.CASES.items() if own for s in instruction_sets() for d in dtypes}
-    assert tested == own | {(op, "torch", d) for op, (_, own) in doctor.CASES.items() if not own for d in dtypes}
+    of_torch = {(op, "torch", d) for op, (_, own) in doctor.CASES.items() if not own for d in dtypes}
+    amx = {("linear_amx", "amx", "float32")} if _C.build_info()["amx"] else set()
+    assert tested == own | of_torch | amx
     assert all(0 < v["worst"] <= 1 for v in report["self_test"])
 
 
@@ -215,7 +217,10 @@ def test_doctor_says_why_torch_sees_no_gpu(monkeypatch):
 def test_doctor_says_what_computes_linear_layers(monkeypatch):
     monkeypatch.setattr(_linear, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(_linear, "_AMX", False)
     assert _linear.describe_linear("cpu") == "torch's products"
+    monkeypatch.setattr(_linear, "_AMX", True)
+    assert _linear.describe_linear("cpu") == "torch's products; large ones in float32 on AMX (linear_amx)"
     monkeypatch.setattr(_linear.lib, "_has_cuda", False)
     assert "this build has no CUTLASS kernels" in _linear.describe_linear("cuda")
     monkeypatch.setattr(_linear.lib, "_has_cuda", True)

@@ -142,6 +142,8 @@ def self_test() -> list[Verdict]:
                     dtypes = DTYPES if kernels != "cutlass" else DTYPES[1:]
                     with ops.linear_kernels("cutlass" if kernels == "cutlass" else "torch"):
                         verdicts += [_judge(name, kernels, device, dtype) for dtype in dtypes]
+            if info["amx"]:  # for large products alone
+                verdicts.append(_judge("linear_amx", "amx", "cpu", torch.float32, rows=2000, width=384))
         finally:
             _C.set_isa(info["cpu_in_use"])
     return verdicts
@@ -158,10 +160,11 @@ def _unwritten_is_nan() -> Iterator[None]:
         torch.set_deterministic_debug_mode(before)
 
 
-def _judge(name: str, kernels: str, device: str, dtype: torch.dtype) -> Verdict:
+def _judge(name: str, kernels: str, device: str, dtype: torch.dtype, rows: int = 45, width: int = 192) -> Verdict:
     kind = str(dtype).removeprefix("torch.")
     try:
-        args, times = inputs(name, 45, 192, dtype, device), ALLOWED.get(name, 2.0) if dtype == torch.float32 else 2.0
+        args = inputs(name, rows, width, dtype, device)
+        times = ALLOWED.get(name, 2.0) if dtype == torch.float32 else 2.0
         worst, problem = _compare(*functions(name), args, times, same_bits=kernels != "torch")
     except Exception as error:  # a kernel that raises is a failed test, not a failed program
         worst, problem = math.inf, f"{type(error).__name__}: {error}"
@@ -287,7 +290,7 @@ def verdict_table(verdicts: list[Verdict]) -> Table:
     """One line per op, one column per set of kernels: the worst error as a share of what is allowed."""
     columns = list(dict.fromkeys(v.kernels for v in verdicts))
     table = Table("op", *columns, "verdict", title="Self-test: forward and gradients against the references")
-    table.title_justify = "left"
+    table.collapse_padding, table.title_justify = True, "left"
     table.caption = f"error / allowed error, worst of {', '.join(dict.fromkeys(v.dtype for v in verdicts))}"
     table.caption_justify = "left"
     for name in dict.fromkeys(v.op for v in verdicts):

@@ -107,6 +107,7 @@ CASES: dict[str, tuple[Callable[[Value, int, int], list], bool]] = {
     "gelu_tanh": (_gelu_tanh, True),
     "guided_step": (_guided_step, True),
     "joint_attention": (_joint_attention, False),
+    "linear_amx": (_linear, False),
     "linear_qkv": (_linear, False),
     "linear_gelu": (_linear, False),
     "linear_gate_residual": (_linear_gate_residual, False),
@@ -114,7 +115,7 @@ CASES: dict[str, tuple[Callable[[Value, int, int], list], bool]] = {
     "conv3x3": (_conv3x3, True),
     "conv2d": (_conv2d, False),
 }
-CPU_ONLY = ("conv3x3",)
+CPU_ONLY = ("conv3x3", "linear_amx")
 # In float32 an op may err so many times as much as its reference. Winograd's convolution has the looser tier: its
 # result errs 2.4 times as much here, the largest element of the gradient of x 8 times. In 16 bit it keeps to the rule.
 ALLOWED = {"conv3x3": 10.0}

@@ -1,4 +1,5 @@
-"""Linear layers of the image and text streams together: one launch where `ops.linear_kernels` chooses so.
+"""Linear layers of the image and text streams together: one launch on CUDA where `ops.linear_kernels` chooses so, one
+call on CPUs with AMX.
 
 Anything that makes a layer more than its weight and bias (an adapter, a hook, a quantised or parametrised weight,
 autocast) keeps it a module that is called.
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_image_fast.ops._linear import fused
+from qwen_image_fast.ops.linear_amx import linear_amx, worthwhile
 from qwen_image_fast.ops.linear_gate_residual import linear_gate_residual
 from qwen_image_fast.ops.linear_gelu import linear_gelu
 from qwen_image_fast.ops.linear_qkv import linear_qkv
@@ -22,6 +24,13 @@ def project(layers: Sequence[Any], x: Sequence[Tensor]) -> list[Tensor]:
     """layer_i(x_i), for layers of one shape."""
     if in_one_launch("linear_qkv", layers, x):
         return linear_qkv(x, *_parameters(layers))
+    return each(layers, x)
+
+
+def each(layers: Sequence[Any], x: Sequence[Tensor]) -> list[Tensor]:
+    """layer_i(x_i), for any layers: as modules, or all by AMX."""
+    if x[0].is_cpu and all(map(_plain, layers, x)) and worthwhile(x, [layer.weight for layer in layers]):
+        return linear_amx(x, *_parameters(layers))
     return [layer(t) for layer, t in zip(layers, x)]
 
 

@@ -339,7 +339,7 @@ def finish_block(
     if stream_linear.in_one_launch("linear_gelu", expand, normed):
         hidden = stream_linear.gelu(expand, normed)
     else:
-        hidden = [gelu_tanh(layer(t), inplace=True) for layer, t in zip(expand, normed)]
+        hidden = [gelu_tanh(t, inplace=True) for t in stream_linear.each(expand, normed)]
     return list(map(Stream, *gated_norm(x, reduce, hidden, [m.gate2 for m in mods], following, offsets)))
 
 
@@ -356,7 +356,7 @@ def gated_norm(
         x = stream_linear.gate_residual(layers, residual, y, gate, offsets)
         return x, [layer_norm_modulate(t, f[0], f[1], o) for t, f, o in zip(x, following, offsets)]
     pairs = [
-        gate_residual_norm_modulate(r, layer(t), g, f[0], f[1], o)
-        for r, layer, t, g, f, o in zip(residual, layers, y, gate, following, offsets)
+        gate_residual_norm_modulate(r, t, g, f[0], f[1], o)
+        for r, t, g, f, o in zip(residual, stream_linear.each(layers, y), gate, following, offsets)
     ]
     return [x for x, _ in pairs], [normed for _, normed in pairs]

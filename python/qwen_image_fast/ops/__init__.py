@@ -10,6 +10,7 @@ from qwen_image_fast.ops.gelu_tanh import gelu_tanh
 from qwen_image_fast.ops.guided_step import guided_step
 from qwen_image_fast.ops.joint_attention import joint_attention
 from qwen_image_fast.ops.layer_norm_modulate import layer_norm_modulate
+from qwen_image_fast.ops.linear_amx import linear_amx
 from qwen_image_fast.ops.linear_gate_residual import linear_gate_residual
 from qwen_image_fast.ops.linear_gelu import linear_gelu
 from qwen_image_fast.ops.linear_qkv import linear_qkv
@@ -27,6 +28,7 @@ __all__ = [
     "has_kernels",
     "joint_attention",
     "layer_norm_modulate",
+    "linear_amx",
     "linear_gate_residual",
     "linear_gelu",
     "linear_kernels",

@@ -51,12 +51,17 @@ _plain_types = (Tensor, torch.nn.Parameter)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
+def watched() -> bool:
+    """Whether torch traces or a mode looks on, which should see the operators that the modules call."""
+    return torch.compiler.is_compiling() or bool(_dispatch_modes())
+
+
 def call_directly(*tensors: Tensor | None) -> bool:
     """Whether the kernel may be called without the dispatcher: eager, no gradient needed, no mode or subclass watching.
 
     The two ways give the same bits; the direct one skips the dispatcher and autograd.
     """
-    if torch.compiler.is_compiling() or _dispatch_modes():
+    if watched():
         return False
     grad = torch.is_grad_enabled()
     return all(t is None or (type(t) in _plain_types and not (grad and t.requires_grad)) for t in tensors)

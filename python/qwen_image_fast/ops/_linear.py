@@ -23,6 +23,7 @@ TABLE = Path(__file__).with_name("linear_table.json")
 CHOICES = ("table", "torch", "cutlass", "cutlass large", "cutlass small")
 TILES = {"cutlass large": 0, "cutlass small": 1}
 _choice = "table"
+_AMX: bool = _C.build_info()["amx"]
 # {"sm_90": {"linear_gelu 3072 -> 12288": {"1024": "cutlass large"}}}
 _faster: dict[str, dict[str, dict[str, str]]] = json.loads(TABLE.read_text(encoding="utf-8"))["faster"]
 
@@ -38,6 +39,7 @@ def linear_kernels(choice: str) -> Iterator[None]:
             "cutlass" for all that is on CUDA in float16 or bfloat16, with tiles by size, or "cutlass large" (128 x 256)
             and "cutlass small" (128 x 128); what these kernels cannot take is an error. Tensors on the CPU always
             use torch's products.
+            Float32 layers on CPUs with AMX run in linear_amx unless this is "torch".
     """
     global _choice
     if choice not in CHOICES:
@@ -47,6 +49,10 @@ def linear_kernels(choice: str) -> Iterator[None]:
         yield
     finally:
         _choice = before
+
+
+def choice() -> str:
+    return _choice
 
 
 def fused(op: str, x: Sequence[Tensor], weight: Sequence[Tensor]) -> bool:
@@ -85,7 +91,7 @@ def architecture(device: int) -> str:
 def describe_linear(device: str) -> str:
     """What computes the linear layers of the transformer there, in words for the doctor."""
     if device != "cuda":
-        return "torch's products"
+        return "torch's products" + ("; large ones in float32 on AMX (linear_amx)" if _AMX else "")
     if not lib._has_cuda:
         return "cuBLASLt through torch; this build has no CUTLASS kernels"
     name = architecture(torch.cuda.current_device())
