@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -22,8 +23,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-STAGING_BYTES = 8 << 20  # what a conversion or a copy to an accelerator holds on the host besides the result
 READERS = 4  # threads; one alone is bound by the copy out of the page cache
+STAGING_BYTES = 4 << 20  # what each holds on the host besides the result, to convert or to copy to an accelerator
 
 
 class Entry(NamedTuple):
@@ -59,35 +60,38 @@ def read_header(path: str | os.PathLike) -> dict[str, Entry]:
 
 def read_tensors(entries: Mapping[str, Entry], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
     """The tensors on `device`, floating-point ones as `dtype` (None: as stored)."""
-    tensors, converted = {}, []
-    # One buffer for all: allocated for each tensor, it would leave holes between the tensors that stay.
-    staging = torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
+    tensors: dict[str, Tensor] = {}
+    # Few buffers for all: allocated for each tensor, they would leave holes between the tensors that stay.
+    free: SimpleQueue[Tensor] = SimpleQueue()
+    for _ in range(READERS):
+        free.put(torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda"))
     with ThreadPoolExecutor(READERS) as pool:
         reads = []
         for name, entry in entries.items():
             kind = dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype
             tensors[name] = torch.empty(entry.shape, dtype=kind, device=device)
-            if device.type == "cpu" and kind == entry.dtype:
-                reads.append(pool.submit(_read, entry, tensors[name]))
-            else:
-                converted.append(name)
-        for name in converted:
-            _read(entries[name], tensors[name], staging.view(entries[name].dtype))
+            staged = device.type != "cpu" or kind != entry.dtype
+            reads.append(pool.submit(_read, entry, tensors[name], free if staged else None))
         for read in reads:
             read.result()
     return tensors
 
 
-def _read(entry: Entry, out: Tensor, staging: Tensor | None = None) -> None:
-    """Read a tensor, in parts through `staging` where it is given."""
+def _read(entry: Entry, out: Tensor, free: SimpleQueue[Tensor] | None) -> None:
+    """Read a tensor, in parts through one of the `free` buffers where they are given."""
     with open(entry.path, "rb", buffering=0) as file:
         file.seek(entry.start)
-        if staging is None:
+        if free is None:
             read_into(file, out)
             return
-        for part in out.view(-1).split(staging.numel()):
-            read_into(file, staging[: part.numel()])
-            part.copy_(staging[: part.numel()])
+        staging = free.get()
+        try:
+            typed = staging.view(entry.dtype)
+            for part in out.view(-1).split(typed.numel()):
+                read_into(file, typed[: part.numel()])
+                part.copy_(typed[: part.numel()])
+        finally:
+            free.put(staging)
 
 
 def _byte_view(tensor: Tensor) -> memoryview:
