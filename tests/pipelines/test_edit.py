@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import AREA, assert_errs_at_most_twice_as_much, picture, reference, seeded
+from reference import AREA, Processor, assert_errs_at_most_twice_as_much, picture, reference, seeded
 
 import qwen_image_fast
-from qwen_image_fast import QwenImageEditPipeline, QwenImageEditPlusPipeline
+from qwen_image_fast import LocalEnhancer, QwenImageEditPipeline, QwenImageEditPlusPipeline
+from qwen_image_fast.models.text_encoder import load_captioner
 from qwen_image_fast.pipelines import conditions
 from qwen_image_fast.pipelines.conditions import encode_edit_prompts
+from qwen_image_fast.pipelines.prompt_enhancer import POLISH
 
 NAMES = ["QwenImageEditPipeline", "QwenImageEditPlusPipeline"]
 PROMPT = "turn the sky blue"
@@ -239,3 +241,38 @@ def test_an_edit_needs_a_picture(edit_folder):
 def test_a_text_to_image_folder_is_named(tiny_folder):
     with pytest.raises(FileNotFoundError, match="no processor folder .* editing needs an editing model's folder"):
         QwenImageEditPipeline.from_pretrained(tiny_folder)
+
+
+class ChatProcessor(Processor):
+    """With Qwen's chat template."""
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        assert (tokenize, add_generation_prompt) == (False, True)
+        text = ""
+        for message in messages:
+            content = message["content"]
+            parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            shown = "".join(p.get("text", "<|vision_start|><|image_pad|><|vision_end|>") for p in parts)
+            text += f"<|im_start|>{message['role']}\n{shown}<|im_end|>\n"
+        return text + "<|im_start|>assistant\n"
+
+
+def test_a_local_model_sees_the_pictures_of_an_edit(edit_folder, monkeypatch):
+    """Untrained, it answers tokens that depend on all that it sees; the edit is then that of its answer."""
+    pipe = QwenImageEditPlusPipeline.from_pretrained(edit_folder)
+    model = load_captioner(edit_folder / "text_encoder")
+    enhance = LocalEnhancer(
+        model, pipe.tokenizer, ChatProcessor(pipe.tokenizer, edit_folder / "processor"), max_new_tokens=6
+    )
+    seen = []
+    generate = type(model).generate
+    monkeypatch.setattr(model, "generate", lambda **inputs: seen.append(inputs) or generate(model, **inputs))
+    call = {"image": [picture(32, 32), picture(48, 32, 1)], "seed": 0, "num_inference_steps": 2, "progress": False}
+    pipe.prompt_enhancer = enhance
+    out = pipe(prompt=PROMPT, output_type="latent", **call)
+    (inputs,) = seen
+    text = pipe.tokenizer.decode(inputs["input_ids"][0])
+    assert POLISH in text and PROMPT in text and len(inputs["image_grid_thw"]) == 2
+    pipe.prompt_enhancer = None
+    assert torch.equal(pipe(prompt=out.prompts[0], output_type="latent", **call).images, out.images)
+    assert out.prompts[0] not in ("", PROMPT)

@@ -1,6 +1,7 @@
 """The pipelines' methods take what diffusers' take: names, order and defaults."""
 
 import inspect
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -43,6 +44,20 @@ def test_all_pipelines_of_diffusers_are_there():
     """Qwen-Image-2.1 is another model; modular pipelines are the drop-in's."""
     theirs = {n for n in dir(diffusers) if n.startswith("QwenImage") and n.endswith("Pipeline")}
     assert {n for n in theirs if "Modular" not in n and "21" not in n} == set(NAMES)
+
+
+def test_the_feature_table_of_the_readme_lists_all():
+    readme = Path(__file__).parents[2] / "README.md"
+    table = "".join(line for line in readme.read_text(encoding="utf-8").splitlines() if line.startswith("|"))
+    assert [name for name in NAMES if f"`{name}`" not in table] == []
+
+
+def test_pipelines_are_short_and_share_one_loop():
+    folder = Path(qwen_image_fast.__file__).parent / "pipelines"
+    lines = {p.name: p.read_text(encoding="utf-8").splitlines() for p in folder.glob("*.py")}
+    shared = "generation.py"
+    assert {name: len(text) for name, text in lines.items() if len(text) > 250 and name != shared} == {}
+    assert [name for name, text in lines.items() if any(" denoise(" in line for line in text)] == [shared]
 
 
 LORA = [
