@@ -10,8 +10,8 @@ from torch import Tensor
 
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.control import ControlPipeline
-from qwen_image_fast.pipelines.generation import Request
 from qwen_image_fast.pipelines.images import Picture
+from qwen_image_fast.pipelines.request import Request
 
 
 class QwenImageControlNetPipeline(ControlPipeline):

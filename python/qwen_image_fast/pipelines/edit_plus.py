@@ -11,8 +11,8 @@ from torch import Tensor
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import CONDITION_AREA
 from qwen_image_fast.pipelines.editing import EditingPipeline
-from qwen_image_fast.pipelines.generation import Request
 from qwen_image_fast.pipelines.images import Picture, to_rgb
+from qwen_image_fast.pipelines.request import Request
 
 
 class QwenImageEditPlusPipeline(EditingPipeline):

@@ -15,8 +15,9 @@ from qwen_image_fast.pipelines.conditions import (
     encode_seen,
     prepare_reference,
 )
-from qwen_image_fast.pipelines.generation import GenerationPipeline, Request
+from qwen_image_fast.pipelines.generation import GenerationPipeline
 from qwen_image_fast.pipelines.images import area_size
+from qwen_image_fast.pipelines.request import Request
 from qwen_image_fast.sampling import Sample
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
-from qwen_image_fast.pipelines.generation import Request
 from qwen_image_fast.pipelines.images import Picture
+from qwen_image_fast.pipelines.request import Request
 from qwen_image_fast.pipelines.starting import StartingPipeline
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
-from qwen_image_fast.pipelines.generation import GenerationPipeline, Request
+from qwen_image_fast.pipelines.generation import GenerationPipeline
+from qwen_image_fast.pipelines.request import Request
 from qwen_image_fast.sampling import Sample
 
 

@@ -1,0 +1,130 @@
+"""Prompts to the conditions of every image: enhancement, encoding, given embeddings, guidance."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qwen_image_fast.chat import checked
+from qwen_image_fast.models.text_encoder import encode_prompts, pad_prompt_embeds
+from qwen_image_fast.pipelines.base import Pipeline
+from qwen_image_fast.pipelines.request import Request
+from qwen_image_fast.sampling import Text
+
+logger = logging.getLogger(__name__)
+
+
+class PromptPipeline(Pipeline):
+    """The part of a call from prompts, or their embeddings, to conditions."""
+
+    def encode_prompt(
+        self, prompt: str | Sequence[str], max_sequence_length: int = 1024
+    ) -> tuple[Tensor, Tensor | None]:
+        """Padded embeddings [prompts, tokens, width] and their mask (None: no padding), as diffusers returns them."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        with torch.no_grad():
+            return pad_prompt_embeds(
+                encode_prompts(self.text_encoder, self.tokenizer, prompts, max_sequence_length=max_sequence_length)
+            )
+
+    def _count(self, request: Request) -> int:
+        """The number of prompts."""
+        prompt, embeds = request.prompt, request.prompt_embeds
+        if (prompt is None) == (embeds is None):
+            raise ValueError(f"give either prompt or prompt_embeds, got {'neither' if prompt is None else 'both'}")
+        if embeds is not None and not len(embeds):
+            raise ValueError("prompt_embeds must hold at least one prompt, got none")
+        return len(_prompts("prompt", prompt) if embeds is None else embeds)
+
+    def _conditions(
+        self,
+        request: Request,
+        encode: Callable[[Sequence[str]], list[Tensor]] | None = None,
+        pictures: Sequence[Sequence[Image.Image]] = (),
+    ) -> tuple[list[Text], list[Text] | None]:
+        """The conditions of every image, the images of a prompt side by side: with, and without the prompt.
+
+        `encode` makes the states of texts, as many as there are prompts; default: the text-to-image template. The
+        prompt enhancer, if there is one, sees each prompt with its `pictures`.
+        """
+        count = self._count(request)
+        if request.prompt is not None:
+            request.prompt = _prompts("prompt", request.prompt)
+            if self.prompt_enhancer is not None:
+                with self._stage("enhance"):
+                    shown = pictures or [()] * count
+                    request.prompt = [
+                        checked("prompt_enhancer", self.prompt_enhancer(p, own))
+                        for p, own in zip(request.prompt, shown)
+                    ]
+        with self._stage("text encoder"):
+            cond = self._texts(request, "prompt", encode)
+            uncond = None
+            given = request.negative_prompt is not None or request.negative_prompt_embeds is not None
+            if given and request.true_cfg_scale > 1:
+                uncond = self._texts(request, "negative_prompt", encode, count)
+            elif given:
+                scale = request.true_cfg_scale
+                logger.warning("negative_prompt has no effect: true_cfg_scale is %s, guidance needs more than 1", scale)
+            elif request.true_cfg_scale > 1:
+                message = 'true_cfg_scale=%s has no effect without a negative_prompt; " " will do'
+                logger.warning(message, request.true_cfg_scale)
+        each = range(request.num_images_per_prompt)
+        return [t for t in cond for _ in each], None if uncond is None else [t for t in uncond for _ in each]
+
+    def _texts(self, request: Request, name: str, encode, count: int | None = None) -> list[Text]:
+        """The condition of every prompt, from text or from given embeddings; with `count`, one is enough for all."""
+        prompt, embeds = getattr(request, name), getattr(request, f"{name}_embeds")
+        if prompt is not None and embeds is not None:
+            raise ValueError(f"give either {name} or {name}_embeds, got both")
+        values: Any = _prompts(name, prompt) if embeds is None else self._given(request, name, embeds)
+        if count is not None and len(values) not in (1, count):
+            raise ValueError(f"{name} must be one for all or one for each prompt, {count}, got {len(values)}")
+        if count is not None and len(values) != count:
+            values = values * count
+        if embeds is not None:
+            return values
+        if encode is None:
+            limit = request.max_sequence_length
+            states = encode_prompts(self.text_encoder, self.tokenizer, values, max_sequence_length=limit)
+        else:
+            states = encode(values)
+        return [Text(t.to(self.device, self.dtype)) for t in states]
+
+    def _given(self, request: Request, name: str, embeds) -> list[Text]:
+        mask, limit = getattr(request, f"{name}_embeds_mask"), request.max_sequence_length
+        width = self.transformer.config.joint_attention_dim
+        if isinstance(embeds, Tensor) and embeds.dim() != 3:
+            raise ValueError(f"{name}_embeds must have the shape [prompts, tokens, width], got {tuple(embeds.shape)}")
+        if mask is not None and (not isinstance(embeds, Tensor) or mask.shape != embeds.shape[:2]):
+            raise ValueError(f"{name}_embeds_mask must have the first two dimensions of {name}_embeds")
+        texts = []
+        for i, e in enumerate(embeds):
+            if not e.is_floating_point() or e.dim() != 2 or e.shape[-1] != width:
+                raise ValueError(f"{name}_embeds must be floating point, {width} wide, got {e.dtype} {tuple(e.shape)}")
+            if not torch.isfinite(e).all():
+                raise ValueError(f"{name}_embeds must be finite, got NaN or infinity in entry {i}")
+            e = (e if self.uses_vision else e[:limit]).to(self.device, self.dtype)
+            positions = None
+            if mask is not None:
+                positions = mask[i, : len(e)].to(e.device).nonzero().flatten()
+                e = e[positions]
+            texts.append(Text(e, positions))
+        return texts
+
+
+def _prompts(name: str, prompt: Any) -> list[str]:
+    if not isinstance(prompt, (str, list, tuple)):
+        raise TypeError(f"{name} must be a str or a list of str, got {type(prompt).__name__}")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise ValueError(f"{name} must hold at least one prompt, got an empty list")
+    for i, text in enumerate(prompts):
+        if not isinstance(text, str):
+            raise TypeError(f"{name}[{i}] must be a str, got {type(text).__name__}")
+    return prompts
