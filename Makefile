@@ -52,7 +52,7 @@ lint: $(VENV)/dev
 cuda-compile:
 	$(PYTHON) -m tests.compile_cuda --jobs $(JOBS)
 
-# On a machine with a GPU, nvcc and a CUDA torch in $(PYTHON): build, tests, sanitizer, benchmarks, in under 9 minutes.
+# On a machine with a GPU, nvcc and a CUDA torch in $(PYTHON): build, tests, sanitizer, benchmarks, in 9 minutes at most.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
 

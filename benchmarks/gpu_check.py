@@ -1,12 +1,10 @@
 """Build for the GPU of this machine, test, sanitize and measure: `make gpu-check`, in under nine minutes, offline.
 
 Needs nvcc, a CUDA torch and what the package depends on; what is missing of the latter is taken from `gpu-wheels/`
-(`make gpu-wheels`). Every stage has a time budget, to which the time that earlier ones left is added; the results file
-is rewritten after each, and a failed stage does not keep the next from running, unless there is nothing to run.
+(`make gpu-wheels`). Every stage has a share of the time that the ones before it left; the results file is rewritten
+after each, and a failed stage does not keep the next from running, unless there is nothing to run.
 
     python -m benchmarks.gpu_check [stage ...] [--output FOLDER]
-
-Stages that are named share the nine minutes.
 """
 
 from __future__ import annotations
@@ -57,13 +55,15 @@ SANITIZED = (
 
 @dataclass
 class Stage:
-    """`seconds` is its share of the time, after which it is stopped; `run` returns what the results say of it.
+    """`run` returns what the results say of it; `share` is its part of the time, after which it is stopped.
+
+    A share of 0 means that nothing runs without this stage: it may take all the time.
 
     `shows`: what is known of a GPU once it has passed there (docs/gpu-status.md lists what is not).
     """
 
     name: str
-    seconds: int
+    share: int
     run: Callable[[Check], dict[str, Any]]
     shows: str = ""
 
@@ -88,7 +88,7 @@ class Check:
         self.output, self.add = output, add
         self.results: dict[str, Any] = {"date": datetime.date.today().isoformat(), "stages": {}}
         self.file: Path | None = None
-        self.limit = time.monotonic()  # when the stages so far must have ended
+        self.limit = 0.0  # when the stage must have ended
 
     # ---- processes ----------------------------------------------------------------------------------------------
 
@@ -151,7 +151,7 @@ class Check:
 
     def stage(self, stage: Stage, seconds: float) -> bool:
         start = time.monotonic()
-        self.limit += seconds
+        self.limit = start + seconds
         record: dict[str, Any] = {"status": "passed"}
         try:
             record |= stage.run(self)
@@ -301,8 +301,8 @@ def bench(suite: str) -> Callable[[Check], dict[str, Any]]:
 
 # In this order.
 STAGES = [
-    Stage("machine", 25, machine),
-    Stage("build", 130, build),
+    Stage("machine", 0, machine),
+    Stage("build", 0, build),
     Stage(
         "op tests",
         50,
@@ -329,12 +329,13 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := set(options.stages) - {s.name for s in STAGES}:
         parser.error(f"stages must be of {', '.join(s.name for s in STAGES)}, got {', '.join(sorted(unknown))}")
     chosen = [s for s in STAGES if not options.stages or s.name in (*options.stages, "machine")]
-    share = SECONDS / sum(s.seconds for s in chosen)
+    end = time.monotonic() + SECONDS
     check = Check(options.output, add=bool(options.stages))
     passed = True
-    for stage in chosen:
-        passed = check.stage(stage, stage.seconds * share) and passed
-        if not passed and stage.name in ("machine", "build"):
+    for i, stage in enumerate(chosen):
+        part = stage.share / sum(s.share for s in chosen[i:]) if stage.share else 1
+        passed = check.stage(stage, (end - time.monotonic()) * part) and passed
+        if not passed and not stage.share:
             break
     if check.file is not None:
         print(f"results: {check.file}")
