@@ -15,6 +15,7 @@ from qwen_image_fast.schedulers import named_schedule
 
 LAYERS = ["transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_out.0", "transformer_blocks.4.img_mlp.net.2"]
 MODULATION = [*LAYERS, "transformer_blocks.2.img_mod.1", "norm_out.linear"]
+TIME_STEP = ["time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_2"]
 CALL = {"prompt": "a cat", "height": 32, "width": 48, "num_inference_steps": 2, "output_type": "latent"}
 
 
@@ -151,10 +152,14 @@ def test_fuse_and_unfuse(pipe):
     torch.testing.assert_close(draw(pipe), before, rtol=0, atol=5e-5)
 
 
-def test_modulation_tables_follow_the_adapter(pipe):
-    """Tables of a schedule are kept; a LoRA on the modulation must not meet those without it."""
+@pytest.mark.parametrize("layers", [MODULATION[-2:], TIME_STEP], ids=["modulation", "time step"])
+def test_modulation_tables_follow_the_adapter(pipe, tiny_folder, layers):
+    """Tables of a schedule are kept; a LoRA on what makes them must not meet those without it."""
     before = draw(pipe)
-    pipe.load_lora_weights(state(pairs(pipe, MODULATION[-2:])), adapter_name="a")
+    pipe.load_lora_weights(state(pairs(pipe, layers)), adapter_name="a")
+    theirs = reference("QwenImagePipeline", tiny_folder)
+    theirs.load_lora_weights(state(pairs(pipe, layers)))
+    torch.testing.assert_close(draw(pipe), theirs(**CALL, generator=seeded(0)).images, rtol=0, atol=5e-5)
     changed = draw(pipe)
     assert (changed - before).abs().max() > 1e-3 and torch.equal(draw(pipe), changed)
     pipe.set_adapters("a", 0.5)
@@ -166,13 +171,16 @@ def test_modulation_tables_follow_the_adapter(pipe):
     torch.testing.assert_close(draw(pipe), before, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("layers", [MODULATION, TIME_STEP], ids=["modulation", "time step"])
 @pytest.mark.parametrize("change", ["fused", "fused and forgotten", "unfused", "active", "switched off"])
-def test_adapters_on_released_modulation_weights(tiny_folder, pipe, tmp_path, change):
+def test_adapters_on_released_modulation_weights(tiny_folder, pipe, layers, change):
     """What was fused is there again when another schedule, or saving, reads the weights from the folder."""
     freed = QwenImagePipeline.from_pretrained(tiny_folder, free_modulation_weights=True)
     for p in (freed, pipe):
         for seed, name in enumerate("ab"):
-            p.load_lora_weights(state(pairs(pipe, MODULATION, seed=seed)), adapter_name=name)
+            p.load_lora_weights(state(pairs(pipe, layers, seed=seed)), adapter_name=name)
+        if change != "active":
+            draw(p)
         if "fused" in change:
             p.fuse_lora()
         draw(p)

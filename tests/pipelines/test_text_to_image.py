@@ -161,7 +161,8 @@ def test_seeds_are_reported_and_repeatable(pair):
 def test_modulation_is_computed_once_per_schedule(tiny_folder):
     pipe = QwenImagePipeline.from_pretrained(tiny_folder)
     calls = []
-    pipe.transformer.transformer_blocks[0].img_mod[1].register_forward_hook(lambda *a: calls.append(1))
+    modulation = pipe.transformer.modulation
+    pipe.transformer.modulation = lambda *levels: calls.append(1) or modulation(*levels)
     first = ours(pipe, PROMPTS[0], negative_prompt=" ", seed=0)
     assert torch.equal(first, ours(pipe, PROMPTS[0], negative_prompt=" ", seed=0)) and len(calls) == 1
     ours(pipe, PROMPTS[0], seed=0, num_inference_steps=2)
@@ -275,6 +276,16 @@ ERRORS = {
 def test_errors(pair, text, change):
     with pytest.raises((ValueError, TypeError), match=text):
         ours(pair[0], **{"prompt": PROMPTS[0], **change})
+
+
+def test_a_hook_on_the_modulation_is_seen(tiny_folder):
+    """Though the vectors of the schedule are known without it; and gone again with it."""
+    pipe = QwenImagePipeline.from_pretrained(tiny_folder)
+    before = ours(pipe, PROMPTS[0], seed=0)
+    hook = pipe.transformer.transformer_blocks[1].img_mod[1].register_forward_hook(lambda m, a, out: out * 1.1)
+    assert not torch.equal(ours(pipe, PROMPTS[0], seed=0), before)
+    hook.remove()
+    assert torch.equal(ours(pipe, PROMPTS[0], seed=0), before)
 
 
 def test_nan_weights_are_named(tiny_folder):

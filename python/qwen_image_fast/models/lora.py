@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .modulation import modulation_layers, restore_modulation_weights
+from .modulation import modulation_layers, restore_modulation_weights, table_layers
 
 
 class Adapter(NamedTuple):
@@ -164,8 +164,8 @@ class LoraAdapters:
             target.copy_(total)
 
     def _need(self, paths: Collection[str]) -> None:
-        """Read released modulation weights again where an adapter changes them."""
-        if self.model.modulation_tables.freed and not modulation_layers(self.model).keys().isdisjoint(paths):
+        """Read released modulation weights again where an adapter changes what they make."""
+        if self.model.modulation_tables.freed and not table_layers(self.model).keys().isdisjoint(paths):
             restore_modulation_weights(self.model)
 
     def _mix(self, path: str) -> None:

@@ -89,15 +89,21 @@ def modulation_layers(model) -> dict[str, Any]:
     return layers
 
 
+def table_layers(model) -> dict[str, Any]:
+    """All linear layers that a table depends on: those that make the vectors, and those of the time step."""
+    time = [f"time_text_embed.timestep_embedder.linear_{k}" for k in (1, 2)]
+    return {**modulation_layers(model), **{name: model.get_submodule(name) for name in time}}
+
+
 def versions(model) -> tuple:
-    """The state of every tensor a table depends on; empty if a layer is not a plain one (a LoRA on it).
+    """The state of every tensor a table depends on; empty if a layer is not a plain one (a LoRA or a hook on it).
 
     Identity and version of each, and a checksum of their values: a write through `.data` leaves no other trace.
     """
-    layers = modulation_layers(model)
-    if any(type(layer) is not nn.Linear for layer in layers.values()):
-        return ()
-    tensors = [p for layer in layers.values() for p in layer.parameters()]
+    for layer in table_layers(model).values():
+        if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+            return ()
+    tensors = [p for layer in modulation_layers(model).values() for p in layer.parameters()]
     tensors += list(model.time_text_embed.parameters())
     written = tuple((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in tensors)
     return (written, checksum(tensors))
@@ -123,8 +129,7 @@ def free_modulation_weights(model, table: Modulation) -> int:
     tables = model.modulation_tables
     if tables.freed:
         return 0
-    layers = modulation_layers(model)
-    for name, layer in layers.items():
+    for name, layer in table_layers(model).items():
         # An adapter of `lora.py`, which has a `mix`, reads the weights again before it changes.
         if type(layer) is not nn.Linear and not hasattr(layer, "mix"):
             raise ValueError(
@@ -132,7 +137,7 @@ def free_modulation_weights(model, table: Modulation) -> int:
                 "fuse or remove the adapter on it first"
             )
     freed = 0
-    for layer in layers.values():
+    for layer in modulation_layers(model).values():
         for p in layer.parameters():
             freed += p.numel() * p.element_size()
             p.data = p.data.new_empty(0)
