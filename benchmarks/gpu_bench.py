@@ -120,6 +120,7 @@ def measured_op(s: bench_ops.Subject, dtype: torch.dtype, clock: Clock, rounds: 
     if s.flops:
         record["forward TFLOP/s"] = {n: s.flops / t / 1e9 for n, t in times.items() if n != "copy"}
         record["backward TFLOP/s"] = {n: 2.5 * s.flops / t / 1e9 for n, t in backward.items()}
+    if s.op == "joint_attention":
         record["kernels"] = describe_attention(device(), dtype)
     record["backward ms"] = backward
     return record
