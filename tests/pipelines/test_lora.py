@@ -299,6 +299,28 @@ def test_lightning_by_name(pipe, name, steps):
         pipe.use_schedule("turbo")
 
 
+@pytest.mark.parametrize("named", ["in the source", "by weight_name"])
+def test_one_file_of_a_hub_repository_is_downloaded(pipe, tmp_path, monkeypatch, named):
+    """Repositories of LoRAs hold many, of gigabytes each."""
+    asked = []
+    monkeypatch.setattr(
+        "qwen_image_fast.pipelines.lora.resolve_folder",
+        lambda name, allow_patterns, **hub: asked.append((name, allow_patterns, hub)) or tmp_path,
+    )
+    (tmp_path / "v1").mkdir()
+    for name in ("v1/4-steps.safetensors", "other.safetensors"):
+        save_file(state(pairs(pipe)), tmp_path / name)
+    if named == "in the source":
+        pipe.load_lora_weights("owner/Lightning/v1/4-steps.safetensors", revision="main")
+    else:
+        pipe.load_lora_weights("owner/Lightning", weight_name="v1/4-steps.safetensors", revision="main")
+    patterns = ["v1/4-steps.safetensors", "*adapter_config.json"]
+    assert asked == [("owner/Lightning", patterns, {"revision": "main"})]
+    with pytest.raises(FileNotFoundError, match="there is no folder ./x.safetensors, and it is not a hub name"):
+        monkeypatch.undo()
+        pipe.load_lora_weights("./x.safetensors")
+
+
 def test_errors(pipe, tmp_path):
     good = state(pairs(pipe))
     first = next(iter(good))

@@ -125,7 +125,9 @@ Lightning = Annotated[int | None, typer.Option(help="4 or 8 steps, for weights o
 FreeModulation = Annotated[bool, typer.Option("--free-modulation", help="Free these weights once used.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the files only, one per line.")]
 FromImage = Annotated[Path | None, typer.Option(help="Repeat this picture; options given here win.")]
-Lora = Annotated[list[str] | None, typer.Option(help="A LoRA: its file, folder or hub name, and =WEIGHT behind it.")]
+Lora = Annotated[
+    list[str] | None, typer.Option(help="A LoRA: its file, folder or hub name (owner/name/file.safetensors), =WEIGHT.")
+]
 
 
 def torch_dtype(name: str) -> torch.dtype:

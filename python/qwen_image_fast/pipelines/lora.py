@@ -33,8 +33,9 @@ class LoraMixin:
         """Load an adapter and activate it beside the active ones; returns its name, by default default_0 and so on.
 
         Args:
-            source: a safetensors file, a folder or hub repository that holds one, or the tensors themselves; keys of
-                PEFT, diffusers, ComfyUI, kohya or Lightning. weight_name: the file in the folder.
+            source: a safetensors file, a folder or hub repository that holds one, a file there
+                ("owner/name/file.safetensors"), or the tensors themselves; keys of PEFT, diffusers, ComfyUI, kohya or
+                Lightning. weight_name: the file in the folder; no other is downloaded.
             hotswap: put it in the place of the loaded adapter `adapter_name`, with its weight.
             hub: revision, cache_dir, token, local_files_only.
 
@@ -52,7 +53,8 @@ class LoraMixin:
             layers = parse_lora(source, self.transformer)
         else:
             path = Path(source).expanduser()
-            path = path if path.is_file() else resolve_folder(source, **hub)
+            if not path.exists():
+                path, weight_name = _of_hub(os.fspath(source), weight_name, hub)
             layers = read_lora(path, self.transformer, weight_name)
         (adapters.replace if hotswap else adapters.add)(adapter_name, layers)
         return adapter_name
@@ -124,6 +126,15 @@ class LoraMixin:
         config, arguments = named_schedule(name)
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config, **config)
         return arguments
+
+
+def _of_hub(source: str, weight_name: str | None, hub: Mapping[str, Any]) -> tuple[Path, str | None]:
+    """The folder of "owner/name" or "owner/name/file.safetensors", and the file in it, if that is known."""
+    owner, name, file = (*source.split("/", 2), "", "")[:3]
+    if weight_name is None and file.endswith(".safetensors") and owner not in ("", ".", "..", "~"):
+        source, weight_name = f"{owner}/{name}", file
+    files = ["*.safetensors"] if weight_name is None else [weight_name]
+    return resolve_folder(source, allow_patterns=[*files, "*adapter_config.json"], **hub), weight_name
 
 
 def _check_components(components: Sequence[str]) -> None:
