@@ -82,6 +82,12 @@ def test_edits_show_their_pictures(server, tmp_path):
     assert Image.open(io.BytesIO(data)).tobytes() == images[0].tobytes()
 
 
+def test_a_photograph_is_sent_smaller(server):
+    OpenAIEnhancer(server.url, "m")("brighter", [Image.new("RGB", (4000, 3000))])
+    shown = server.seen[0][2]["messages"][1]["content"][0]["image_url"]["url"]
+    assert Image.open(io.BytesIO(base64.b64decode(shown.partition(",")[2]))).size == (1184, 896)
+
+
 def test_what_the_server_may_do_wrong(server):
     enhance = OpenAIEnhancer(server.url, "m")
     for answer, text in ((b"no json", "must answer with a chat completion"), (b"[]", "must answer with a chat"),

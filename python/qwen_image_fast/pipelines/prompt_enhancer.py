@@ -5,6 +5,7 @@
 The Qwen-Image models were trained on long captions, and short prompts gain from being written out like them; for edits
 the instruction is made unambiguous with the pictures in view (Qwen-Image report, arXiv 2508.02324, sections 3.3, 5.2).
 An enhancer is any callable `(prompt, pictures) -> prompt`; `pictures` are the RGB references, none for text to image.
+Those here show a picture of more than a megapixel at about one.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any
 
 from PIL import Image
 
-from qwen_image_fast.chat import ChatEndpoint, LocalChat
+from qwen_image_fast.chat import Chat, ChatEndpoint, LocalChat
+from qwen_image_fast.pipelines.images import shrink
 
+SHOWN_AREA = 1024 * 1024  # pixels: a photograph of 12 megapixels would be tens of megabytes in a request
 PromptEnhancer = Callable[[str, Sequence[Image.Image]], str]
 
 REWRITE = (
@@ -39,6 +42,10 @@ def instruction_for(pictures: Sequence[Image.Image]) -> str:
     return POLISH if pictures else REWRITE
 
 
+def _ask(chat: Chat, prompt: str, pictures: Sequence[Image.Image]) -> str:
+    return chat(instruction_for(pictures), prompt, [shrink(picture, SHOWN_AREA) for picture in pictures])
+
+
 class OpenAIEnhancer:
     """Any endpoint with OpenAI's chat completions.
 
@@ -58,7 +65,7 @@ class OpenAIEnhancer:
         Raises:
             ConnectionError: the endpoint was not reached or refused. ValueError: its answer holds no text.
         """
-        return self._chat(instruction_for(pictures), prompt, pictures)
+        return _ask(self._chat, prompt, pictures)
 
 
 class LocalEnhancer:
@@ -75,4 +82,4 @@ class LocalEnhancer:
 
     def __call__(self, prompt: str, pictures: Sequence[Image.Image] = ()) -> str:
         """The enhanced prompt; ValueError where the model answers nothing."""
-        return self._chat(instruction_for(pictures), prompt, pictures)
+        return _ask(self._chat, prompt, pictures)
