@@ -82,6 +82,14 @@ def ends(text: str) -> str:
     return text if len(text) <= head + tail else f"{text[:head]}\n[...]\n{text[-tail:]}"
 
 
+def stop(session: int) -> None:
+    """Every process of a session: ninja gives each compiler a group of its own. Twice, as one may just have begun."""
+    for file in (f for _ in range(2) for f in Path("/proc").glob("[0-9]*/stat")):
+        with contextlib.suppress(OSError):  # it has just ended
+            if int(file.read_text().rpartition(")")[2].split()[3]) == session:
+                os.kill(int(file.parent.name), signal.SIGKILL)
+
+
 class Check:
     def __init__(self, output: Path, add: bool = False):
         """`add`: keep what the results file of this day and GPU says of other stages."""
@@ -118,7 +126,7 @@ class Check:
             try:
                 code = process.wait(left)
             except BaseException as error:
-                os.killpg(process.pid, signal.SIGKILL)
+                stop(process.pid)
                 with contextlib.suppress(subprocess.TimeoutExpired):  # a hanging GPU can hold a process for ever
                     process.wait(10)
                 if not isinstance(error, subprocess.TimeoutExpired):

@@ -123,9 +123,10 @@ def time_out_once(monkeypatch, condition):
 
 
 def test_a_stage_out_of_time_leaves_no_process_behind(tmp_path, monkeypatch):
-    """A grandchild that holds the output open, like a compiler under ninja or a program under the sanitizer."""
+    """A grandchild that holds the output open, in a group of its own like a compiler under ninja."""
     check, started = gpu_check.Check(tmp_path), tmp_path / "started"
-    grandchild = f"import os, time; print(os.getpid(), flush=True); open({str(started)!r}, 'w'); time.sleep(600)"
+    grandchild = "import os, time; os.setpgrp(); print(os.getpid(), flush=True); "
+    grandchild += f"open({str(started)!r}, 'w'); time.sleep(600)"
     time_out_once(monkeypatch, started.exists)
     with pytest.raises(gpu_check.Failed, match="^out of time\n[0-9]+") as failure:
         check.python("-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])")
