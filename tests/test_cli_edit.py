@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,22 @@ def test_a_photograph_and_the_model_of_the_package():
         assert np.asarray(out).std() > 1
         assert both.crop((0, 0, 50, 90)).tobytes() == ImageOps.exif_transpose(given).tobytes()
     assert read_parameters("out.png")["model"] == "tiny"
+
+
+def test_the_readmes_commands_for_the_tiny_model():
+    """A red word is drawn, then made blue."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in readme.splitlines() if line.startswith("qwen-image-fast") and "--model tiny" in line]
+    colours = []
+    for line in lines:
+        _, *args = shlex.split(line, comments=True)
+        result = CliRunner().invoke(app, [*args, "--steps", "10", "--seed", "1", "--json"])
+        assert result.exit_code == 0, result.output
+        with Image.open(json.loads(result.stdout)["files"][0]) as image:
+            pixels = np.asarray(image, dtype=int).reshape(-1, 3)
+        ink = pixels[pixels.min(1) < 128].mean(0)
+        colours.append("red" if ink[0] > ink[2] + 80 else "blue" if ink[2] > ink[0] + 80 else ink)
+    assert colours == ["red", "blue"]
 
 
 def test_a_mask(models):
