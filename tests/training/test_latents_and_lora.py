@@ -7,8 +7,11 @@ import pytest
 import torch
 from trainer_helpers import small_recipe, small_transformer, start, weights
 
+import qwen_image_fast
+from qwen_image_fast.models.lora import adapters_of
+from qwen_image_fast.models.lora_files import read_lora
 from qwen_image_fast.models.text_encoder import T2I_DROP, T2I_TEMPLATE, encode_prompts
-from qwen_image_fast.training.lora import add_lora, load_lora, lora_state, save_lora
+from qwen_image_fast.training.lora import PEFT_WEIGHTS, WEIGHTS, add_lora, load_lora, lora_state, save_lora
 from qwen_image_fast.training.producer.encode import encode_captions
 from qwen_image_fast.training.randomness import normal
 from qwen_image_fast.training.recipe import LoraRecipe, RecipeError
@@ -105,11 +108,13 @@ def test_an_adapter_starts_without_effect_and_only_it_trains(folder, tmp_path):
         add_lora(small_transformer(), LoraRecipe(4, targets=["to_x"]))
 
 
-@pytest.mark.parametrize("reader", ["diffusers", "peft"])
+@pytest.mark.parametrize("reader", ["diffusers", "peft", WEIGHTS, PEFT_WEIGHTS])
 def test_others_read_the_files(tmp_path, reader):
+    """And our own pipelines both of them."""
     diffusers, peft = pytest.importorskip("diffusers"), pytest.importorskip("peft")
     ours = small_transformer()
-    theirs = diffusers.QwenImageTransformer2DModel(**ours.config)
+    library = diffusers if reader in ("diffusers", "peft") else qwen_image_fast
+    theirs = library.QwenImageTransformer2DModel(**ours.config)
     theirs.load_state_dict(ours.state_dict())
     x, txt = (normal(shape, 0, "input") for shape in ((1, 4, 64), (1, 5, 128)))
     arguments = {"timestep": torch.tensor([0.5]), "img_shapes": [[(1, 2, 2)]]}
@@ -121,6 +126,8 @@ def test_others_read_the_files(tmp_path, reader):
     save_lora(ours, tmp_path, lora)
     if reader == "peft":
         theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
+    elif library is qwen_image_fast:
+        adapters_of(theirs).add("a", read_lora(tmp_path, theirs, f"{reader}.safetensors"))
     else:
         state = diffusers.QwenImagePipeline.lora_state_dict(tmp_path, weight_name="pytorch_lora_weights.safetensors")
         diffusers.QwenImagePipeline.load_lora_into_transformer(state, theirs)
