@@ -78,10 +78,11 @@ class LoraAdapters:
         """Put another adapter in the place of a loaded one, with its weight."""
         self._check([name], self.loaded)
         self._check_not_fused([name])
-        weights = self.weights
+        weights, resting = self.weights, self.resting
         self.activate({n: w for n, w in weights.items() if n != name})
         self.loaded[name] = dict(layers)
         self.activate(weights)
+        self.resting = resting
 
     def activate(self, weights: Mapping[str, float]) -> None:
         """Make exactly these adapters active."""
