@@ -196,7 +196,11 @@ def machine(check: Check) -> dict[str, Any]:
     nvcc = re.search(r"release ([\d.]+)", check.process("nvcc", "--version"))
     driver = check.process("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").strip().splitlines()[0]
     check.results |= {"nvcc": nvcc[1] if nvcc else "unknown", "driver": driver}
-    return {"summary": f"{found['gpu']}, torch {found['torch']}", "wheels": install_missing(check)}
+    summary = f"{found['gpu']}, torch {found['torch']}"
+    try:
+        return {"summary": summary, "wheels": install_missing(check)}
+    except Failed as failure:  # much of what follows needs none of them
+        return {"summary": f"{summary}; wheels could not be installed: {failure}"}
 
 
 def install_missing(check: Check) -> list[str]:
@@ -209,6 +213,7 @@ def install_missing(check: Check) -> list[str]:
     pip = ("-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-index")
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     needed = re.findall(r'"(.+?)"', re.search(r"^dependencies = \[(.*?)\]", project, re.M | re.S)[1])
+    needed = [n for n in needed if not n.startswith("torch")]  # it is here, whatever its own metadata asks for
     report = SITE.with_name("wheels.json")
     report.parent.mkdir(parents=True, exist_ok=True)
     check.python(*pip, "--dry-run", "--report", report, "--find-links", WHEELS, *needed, *TOOLS)
