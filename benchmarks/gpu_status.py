@@ -161,8 +161,11 @@ def least_of_copy(r: dict[str, Any]) -> float | None:
 
 
 def sanitizers_failed(r: dict[str, Any]) -> float | None:
-    ran = [r["stages"][s]["status"] for s in ("memcheck", "racecheck") if s in r["stages"]]
-    return float(sum(status != "passed" for status in ran)) if len(ran) == 2 else None
+    """None where one did not run to its end: it was not there, or out of time."""
+    stages = [r["stages"][s] for s in ("memcheck", "racecheck") if s in r["stages"]]
+    failed = [s for s in stages if s["status"] == "failed" and s.get("output", "").startswith("exit status")]
+    ended = len(failed) + sum(s["status"] == "passed" for s in stages)
+    return float(len(failed)) if ended == 2 else None
 
 
 BLOCK_OPS = ("layer_norm_modulate", "gate_residual_norm_modulate", "qk_norm_rope", "gelu_tanh")

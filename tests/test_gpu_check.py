@@ -354,6 +354,10 @@ def test_bars():
         ["at least 1.15", "1.1", "missed |"], ["at least 88", "87", "missed |"], ["at most 0", "0", "met |"],
     ]  # fmt: skip
     assert gpu_status.bars([{**result, "gpu": "A100"}]) == gpu_status.bars([])
+    found, missing = ({"status": "failed", "output": o} for o in ("exit status 9\n", "compute-sanitizer was not found"))
+    for racecheck, failed in ((found, 1), (missing, None)):
+        stages = {"memcheck": {"status": "passed"}, "racecheck": racecheck}
+        assert gpu_status.sanitizers_failed({"stages": stages}) == failed
 
 
 def test_page_is_up_to_date():
