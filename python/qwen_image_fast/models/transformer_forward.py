@@ -217,22 +217,25 @@ class TransformerForward:
         its own.
         """
         samples, txt_rows = txt.shape[:2]
-        shapes, targets = str(img_shapes), self.target_images(img_shapes)
-        version = None if mask is None or mask.is_inference() else mask._version
-        key = (shapes, targets, samples, img_rows, txt_rows, txt.device, None if mask is None else id(mask), version)
-        cache = self.__dict__.setdefault("_layouts", {})
-        if key not in cache or torch.compiler.is_compiling():
+        targets = self.target_images(img_shapes)
+
+        def make() -> PackedLayout:
             config = self.config
-            layout = pack_padded(
+            return pack_padded(
                 img_shapes, img_rows, mask, txt_rows, samples, axes_dim=config.axes_dims_rope,
                 layer3d=config.use_layer3d_rope, zero_cond_t=config.zero_cond_t, targets=targets,
                 device=txt.device,
             )  # fmt: skip
-            if torch.compiler.is_compiling():
-                return layout
+
+        if torch.compiler.is_compiling():
+            return make()
+        version = None if mask is None or mask.is_inference() else mask._version
+        key = (str(img_shapes), targets, samples, img_rows, txt_rows, txt.device, None if mask is None else id(mask), version)
+        cache = self.__dict__.setdefault("_layouts", {})
+        if key not in cache:
             while len(cache) >= 8:
                 cache.pop(next(iter(cache)))
-            cache[key] = (layout, mask)
+            cache[key] = (make(), mask)
         return cache[key][0]
 
     def _check_inputs(self, hidden_states, encoder_hidden_states, timestep, img_shapes, guidance) -> tuple[int, int]:
