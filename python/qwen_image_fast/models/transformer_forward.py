@@ -230,7 +230,8 @@ class TransformerForward:
         if torch.compiler.is_compiling():
             return make()
         version = None if mask is None or mask.is_inference() else mask._version
-        key = (str(img_shapes), targets, samples, img_rows, txt_rows, txt.device, None if mask is None else id(mask), version)
+        known = None if mask is None else id(mask)
+        key = (str(img_shapes), targets, samples, img_rows, txt_rows, txt.device, known, version)
         cache = self.__dict__.setdefault("_layouts", {})
         if key not in cache:
             while len(cache) >= 8:
