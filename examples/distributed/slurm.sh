@@ -12,7 +12,8 @@ set -euo pipefail
 MODEL=${MODEL:?the folder of Qwen-Image}
 DATA=${DATA:?a folder of pictures with captions}
 RUN=${RUN:-outputs/full}                    # on a file system that every node sees
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${hosts%%$'\n'*}                       # the first
 
 # What `qwen-image-fast train full/text-to-image --plan --gpus 64 --memory 80` prints, or your own layout.
 srun torchrun \
