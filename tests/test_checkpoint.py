@@ -206,6 +206,16 @@ def test_conversion_rounds_once_and_spares_integers(tmp_path, toy, keyword, monk
     assert all(p.requires_grad for p in back.parameters())
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_in_inference_mode(tmp_path, toy, dtype):
+    """As released modulation weights are read again, in the middle of a pipeline's call."""
+    toy.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        back = Toy.from_pretrained(tmp_path, torch_dtype=dtype)
+    for name, p in toy.named_parameters():
+        assert torch.equal(back.get_parameter(name), p if dtype is None else p.to(dtype))
+
+
 def test_weights_own_their_memory(tmp_path, toy):
     toy.save_pretrained(tmp_path)
     back = Toy.from_pretrained(tmp_path)

@@ -69,7 +69,8 @@ def read_tensors(entries: Mapping[str, Entry], dtype: torch.dtype | None, device
         reads = []
         for name, entry in entries.items():
             kind = dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype
-            tensors[name] = torch.empty(entry.shape, dtype=kind, device=device)
+            with torch.inference_mode(False):  # the threads are not in inference mode and could not write
+                tensors[name] = torch.empty(entry.shape, dtype=kind, device=device)
             staged = device.type != "cpu" or kind != entry.dtype
             reads.append(pool.submit(_read, entry, tensors[name], free if staged else None))
         for read in reads:
