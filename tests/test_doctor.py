@@ -217,9 +217,9 @@ def test_doctor_says_why_torch_sees_no_gpu(monkeypatch):
 def test_doctor_says_what_computes_linear_layers(monkeypatch):
     monkeypatch.setattr(_linear, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(_linear, "_AMX", False)
+    monkeypatch.setattr(_linear, "AMX", False)
     assert _linear.describe_linear("cpu") == "torch's products"
-    monkeypatch.setattr(_linear, "_AMX", True)
+    monkeypatch.setattr(_linear, "AMX", True)
     assert _linear.describe_linear("cpu") == "torch's products; large ones in float32 on AMX (linear_amx)"
     monkeypatch.setattr(_linear.lib, "_has_cuda", False)
     assert "this build has no CUTLASS kernels" in _linear.describe_linear("cuda")

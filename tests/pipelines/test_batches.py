@@ -23,6 +23,12 @@ BATCHES = {
     "QwenImageInpaintPipeline": MASKED,
     "QwenImageEditInpaintPipeline": MASKED,
     "QwenImageLayeredPipeline": {"image": rgba},
+    "QwenImageControlNetInpaintPipeline": {
+        "control_image": picture,
+        "control_mask": MASKED["mask_image"],
+        "width": [48, 32],
+        "height": [32, 64],
+    },
     "QwenImageControlNetPipeline": {"control_image": picture, "width": [48, 32], "height": [32, 64]},
 }
 
@@ -33,7 +39,7 @@ def test_images_equal_those_made_alone(edit_folder, name):
     if "Layered" in name:
         parts = {key: ours for key, (ours, _) in models(torch.bfloat16).items()}
     elif "ControlNet" in name:
-        parts = {"controlnet": nets(dtype=torch.bfloat16)[0]}
+        parts = {"controlnet": nets(extra=4 if "Inpaint" in name else 0, dtype=torch.bfloat16)[0]}
     cls = getattr(qwen_image_fast, name)
     pipe = cls.from_pretrained(edit_folder, torch_dtype=torch.bfloat16, **parts)
     shared = {"negative_prompt": "bad", "num_inference_steps": 2, "output_type": "latent", "progress": False}

@@ -151,6 +151,7 @@ CALLS = {
     "image must hold pictures for all prompts, or one list for each of the 1 prompts, got 2 entries": {
         "image": [[RED], RED]
     },
+    "image must hold fewer than 4096 pictures for a prompt, got 4096": {"image": [RED] * 4096},
     "height must be a positive integer, got 0": {"height": 0},
     "height must be one for all or one for each prompt, 1, got 2": {"height": [16, 32]},
     r"prompt must not contain <\|image_pad\|>": {"prompt": "a <|image_pad|>"},

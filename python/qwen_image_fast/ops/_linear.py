@@ -23,7 +23,7 @@ TABLE = Path(__file__).with_name("linear_table.json")
 CHOICES = ("table", "torch", "cutlass", "cutlass large", "cutlass small")
 TILES = {"cutlass large": 0, "cutlass small": 1}
 _choice = "table"
-_AMX: bool = _C.build_info()["amx"]
+AMX: bool = _C.build_info()["amx"]
 # {"sm_90": {"linear_gelu 3072 -> 12288": {"1024": "cutlass large"}}}
 _faster: dict[str, dict[str, dict[str, str]]] = json.loads(TABLE.read_text(encoding="utf-8"))["faster"]
 
@@ -91,7 +91,7 @@ def architecture(device: int) -> str:
 def describe_linear(device: str) -> str:
     """What computes the linear layers of the transformer there, in words for the doctor."""
     if device != "cuda":
-        return "torch's products" + ("; large ones in float32 on AMX (linear_amx)" if _AMX else "")
+        return "torch's products" + ("; large ones in float32 on AMX (linear_amx)" if AMX else "")
     if not lib._has_cuda:
         return "cuBLASLt through torch; this build has no CUTLASS kernels"
     name = architecture(torch.cuda.current_device())

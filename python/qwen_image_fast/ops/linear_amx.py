@@ -13,7 +13,7 @@ from qwen_image_fast.ops import _linear
 from qwen_image_fast.ops._library import _C, pointer
 
 _OP = "linear_amx"
-AVAILABLE = _linear._AMX
+AVAILABLE = _linear.AMX
 # Rows, columns and depth from which on the unit was faster than torch on the one kind of machine measured.
 SMALLEST = 384
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from qwen_image_fast.models.rope import POSITIONS
 from qwen_image_fast.models.vision import VisionProcessor, look
 from qwen_image_fast.pipelines.base import PROCESSOR, QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import (
@@ -47,6 +48,8 @@ class EditingPipeline(GenerationPipeline):
         grid_positions: bool,
     ) -> QwenImagePipelineOutput | tuple:
         """The call, from the RGB references of each prompt on."""
+        if (most := max(map(len, images), default=0)) >= POSITIONS:  # said here, before minutes of encoding
+            raise ValueError(f"image must hold fewer than {POSITIONS} pictures for a prompt, got {most}")
         options: dict[str, Any] = {"preserve_size": preserve_size, "condition_area": condition_area}
         options["multiple"] = self.size_multiple
         # A picture that several prompts share stays one object: it is encoded once.
