@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from benchmarks.harness import describe_machine, slug
 from qwen_image_fast import QwenImageEditPlusPipeline, QwenImagePipeline
+from qwen_image_fast.folders import SHIPPED
 from qwen_image_fast.pipelines.images import pad_to_multiple, to_tensor
 from qwen_image_fast.pipelines.latents import to_output
-from qwen_image_fast.tiny import SHIPPED
 
 ROOT = Path(__file__).resolve().parent.parent
 # A word and the size that the drawn picture is cut to; two of them are no multiple of 16.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from qwen_image_fast.checkpoint import atomic_write, json_bytes
-from qwen_image_fast.tiny import SHIPPED
+from qwen_image_fast.folders import SHIPPED
 
 STEPS = 20
 LAYOUTS = {"FSDP2 x 2": ["parallel.dp_shard=2"], "TP x 2": ["parallel.tp=2"], "Ulysses x 2": ["parallel.cp=2"]}

@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 from benchmarks.bench_vae import LAYERS
 from benchmarks.harness import Settings, Timing, describe_machine, dtype_name, measure, slug
+from qwen_image_fast.folders import SHIPPED
 from qwen_image_fast.models import vae_conv
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.ops import channel_norm_silu, conv3x3, pack_conv3x3
 from qwen_image_fast.ops.conv3x3 import conv3x3_reference
-from qwen_image_fast.tiny import SHIPPED
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PICTURE = ROOT / "benchmarks" / "results", ROOT / "docs" / "images" / "vae-photographs.png"

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwen_image_fast import QwenImageEditPlusPipeline, QwenImagePipeline
-from qwen_image_fast.tiny import SHIPPED
+from qwen_image_fast.folders import SHIPPED
 
 STEPS = 20
 ROUNDS = 3

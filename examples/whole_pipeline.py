@@ -30,7 +30,7 @@ import typer
 from PIL import Image, ImageFilter
 
 from qwen_image_fast import QwenImagePipeline
-from qwen_image_fast.tiny import SHIPPED
+from qwen_image_fast.folders import SHIPPED
 from qwen_image_fast.training.data.annotate import annotate
 from qwen_image_fast.training.data.cli import filter_command
 from qwen_image_fast.training.data.recipe import AnnotateRecipe, SourceRecipe

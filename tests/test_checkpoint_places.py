@@ -13,12 +13,8 @@ import torch
 from checkpoint_harness import BASE, Toy, assert_same, names, new_toy
 from huggingface_hub import errors
 
-from qwen_image_fast import checkpoint
-from qwen_image_fast.checkpoint import (
-    atomic_write,
-    resolve_folder,
-    save_state,
-)
+from qwen_image_fast.checkpoint import atomic_write, save_state
+from qwen_image_fast.folders import SHIPPED, resolve_folder
 
 
 @pytest.fixture
@@ -32,21 +28,54 @@ def toy():
 def test_local_folders(tmp_path):
     assert resolve_folder(tmp_path) == resolve_folder(str(tmp_path)) == tmp_path
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(NotADirectoryError, match="model.safetensors is a file; pass the folder that holds it"):
+    with pytest.raises(NotADirectoryError, match="model.safetensors is a file; name the folder that holds it"):
         resolve_folder(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c", "~/nothing-here", "../no-such-folder"])
 def test_paths_never_reach_the_hub(name, monkeypatch):
-    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
     with pytest.raises(FileNotFoundError, match=f"no folder {re.escape(name)}, and it is not a hub name"):
         resolve_folder(name)
 
 
+def test_the_model_of_the_package(tmp_path, monkeypatch):
+    """By its name, unless a folder is called so; `~` is the home folder."""
+    monkeypatch.chdir(tmp_path)
+    assert resolve_folder("tiny") == SHIPPED
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_folder("tiny") == Path("tiny") and resolve_folder("~/tiny") == tmp_path / "tiny"
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("tinny", "tiny"),
+        ("Tiny", "tiny"),
+        ("my-modl", "my-model"),
+        ("./my-modl", "my-model"),
+        ("a/b/modl", "a/b/model"),
+    ],
+)
+def test_the_nearest_name_is_offered(tmp_path, monkeypatch, name, meant):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").mkdir()
+    (tmp_path / "a" / "b" / "model").mkdir(parents=True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    with pytest.raises(FileNotFoundError, match=rf"^there is no folder {name}, .*; did you mean {meant}\?$"):
+        resolve_folder(name)
+
+
+def test_the_nearest_name_of_a_hub_repository_that_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "model").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"^runs/modl is neither .*; did you mean runs/model\?$"):
+        resolve_folder("runs/modl", cache_dir=tmp_path, local_files_only=True)
+
+
 def test_hub_name_that_is_not_cached(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match="owner/model is neither a local folder nor cached, .* pass a local path"
-    ):
+    with pytest.raises(FileNotFoundError, match="owner/model is neither a local folder nor cached, .* name a folder"):
         resolve_folder("owner/model", cache_dir=tmp_path, local_files_only=True)
     with pytest.raises(FileNotFoundError, match="a--b/model is neither a local folder nor a valid hub name"):
         resolve_folder("a--b/model", cache_dir=tmp_path, local_files_only=True)
@@ -77,7 +106,7 @@ def test_errors_of_the_hub(monkeypatch, error, kind, message):
     def fail(*args, **kwargs):
         raise error.__new__(error)
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(kind, match=message):
         resolve_folder("owner/model", revision="v9")
 
@@ -90,7 +119,7 @@ def test_only_the_files_of_one_variant_are_downloaded(tmp_path, toy, variant, mo
 
     asked = {}
     toy.save_pretrained(tmp_path / "transformer", variant=variant)
-    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     Toy.from_pretrained("owner/model", subfolder="transformer", variant=variant, revision="v1", token="t")
     assert (asked["name"], asked["revision"], asked["token"]) == ("owner/model", "v1", "t")
     dot = f".{variant}" if variant else ""
@@ -105,7 +134,9 @@ def test_only_the_files_of_one_variant_are_downloaded(tmp_path, toy, variant, mo
 
 
 def test_pickles_are_never_downloaded(monkeypatch):
-    monkeypatch.setattr(checkpoint, "snapshot_download", lambda name, **k: asked.append(k["allow_patterns"]) or "/")
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **k: asked.append(k["allow_patterns"]) or "/"
+    )
     asked = []
     resolve_folder("owner/model")
     files = ["model.bin", "a/model.pt", "x.ckpt", "code.py", "vae/d.safetensors", "tokenizer/merges.txt", "a/c.jinja"]

@@ -23,63 +23,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from huggingface_hub import errors, snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 
+from qwen_image_fast.folders import PathLike, read_json, resolve_folder
 from qwen_image_fast.tensor_files import DTYPE_NAMES, Entry, read_header, read_tensors, tensor_writer
 
-PathLike = str | os.PathLike
-DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 BASE_NAME = "diffusion_pytorch_model"
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 # Fields of released configurations that the constructor of the class no longer has and that change nothing.
 LEGACY_FIELDS = {"QwenImageTransformer2DModel": {"pooled_projection_dim"}}
-
-
-def resolve_folder(
-    name_or_path: PathLike,
-    *,
-    revision: str | None = None,
-    cache_dir: PathLike | None = None,
-    token: str | None = None,
-    local_files_only: bool | None = None,
-    allow_patterns: Iterable[str] | None = None,
-) -> Path:
-    """The local folder of a model: `name_or_path` itself where it is a folder, else a download of that hub repository.
-
-    `allow_patterns` (default: safetensors, json, txt, sentencepiece and jinja files) limits what is downloaded.
-    `local_files_only` uses the cache alone, as does huggingface_hub's own offline switch. Raises FileNotFoundError,
-    NotADirectoryError, or ConnectionError where the hub could not be reached.
-    """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise NotADirectoryError(f"resolve_folder: {path} is a file; pass the folder that holds it")
-    name = os.fspath(name_or_path)
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise FileNotFoundError(f"resolve_folder: there is no folder {name}, and it is not a hub name like owner/model")
-
-    not_here = "is neither a local folder nor cached, and the hub was not reached; download it or pass a local path"
-    failures: dict[type[Exception], tuple[type[OSError], str]] = {  # a class before its base
-        errors.GatedRepoError: (PermissionError, "asks to accept its terms on the hub: do so, then pass a token"),
-        errors.RepositoryNotFoundError: (FileNotFoundError, "is neither a local folder nor a readable hub repository"),
-        errors.RevisionNotFoundError: (FileNotFoundError, f"has no revision {revision} on the hub"),
-        errors.LocalEntryNotFoundError: (FileNotFoundError, not_here),
-        errors.HFValidationError: (FileNotFoundError, "is neither a local folder nor a valid hub name"),
-        errors.HfHubHTTPError: (ConnectionError, "could not be downloaded from the hub"),
-    }
-    hub: dict[str, Any] = {
-        "revision": revision,
-        "cache_dir": cache_dir,
-        "token": token,
-        "local_files_only": bool(local_files_only),
-    }
-    try:
-        return Path(str(snapshot_download(name, allow_patterns=list(allow_patterns or DOWNLOAD_PATTERNS), **hub)))
-    except tuple(failures) as error:
-        kind, what = next(value for cls, value in failures.items() if isinstance(error, cls))
-        raise kind(f"resolve_folder: {name} {what}") from error
 
 
 def pretrained_folder(name_or_path: PathLike, subfolder: str | None, files: Iterable[str], **hub) -> Path:
@@ -90,17 +43,6 @@ def pretrained_folder(name_or_path: PathLike, subfolder: str | None, files: Iter
         there = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())) or "none"
         raise FileNotFoundError(f"from_pretrained: {root} has no subfolder {subfolder!r}; subfolders there: {there}")
     return root / subfolder if subfolder else root
-
-
-def read_json(path: PathLike) -> dict[str, Any]:
-    """The object in a json file; ValueError where the file is not valid json or not an object."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # also undecodable bytes
-        raise ValueError(f"{path} is not valid json ({error}); download or write it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a json object, got {type(value).__name__}")
-    return value
 
 
 def json_bytes(value: Mapping) -> bytes:

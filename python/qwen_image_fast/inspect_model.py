@@ -21,7 +21,8 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from qwen_image_fast.checkpoint import BASE_NAME, find_weights, read_json, resolve_folder
+from qwen_image_fast.checkpoint import BASE_NAME, find_weights
+from qwen_image_fast.folders import local_folder, read_json, resolve_folder
 from qwen_image_fast.tensor_files import DTYPES, read_header
 
 GPU_SIZES = (8, 12, 16, 24, 48, 80, 141)
@@ -110,7 +111,7 @@ def inspect_model(name_or_path: str | os.PathLike) -> Model:
         ValueError: the folder is no diffusers-layout folder, or its model_index.json is damaged.
     """
     folder = resolve_folder(name_or_path, allow_patterns=["*.json"])
-    hub_name = None if Path(name_or_path).expanduser().is_dir() else os.fspath(name_or_path)
+    hub_name = os.fspath(name_or_path) if local_folder(name_or_path) is None else None
     if (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json")
         names = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and all(v)}

@@ -21,9 +21,6 @@ from .checkpoint import save_state
 from .models.text_encoder import EDIT_PLUS_PICTURE, EDIT_TEMPLATE, T2I_TEMPLATE
 from .models.vision import VisionProcessor
 
-# The trained tiny model that comes with the package, in the layout of `QwenImageEditPlusPipeline`.
-SHIPPED = Path(__file__).parent / "checkpoints" / "tiny"
-
 _SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",

@@ -14,9 +14,9 @@ from vae_harness import (
     without_float32_upsample,
 )
 
+from qwen_image_fast.folders import SHIPPED
 from qwen_image_fast.models import vae_conv
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
-from qwen_image_fast.tiny import SHIPPED
 
 data = pytest.importorskip("skimage.data")
 

@@ -8,7 +8,8 @@ import torch
 import transformers
 from data_pictures import noise, photo_record
 
-from qwen_image_fast.tiny import SHIPPED, write_untrained
+from qwen_image_fast.folders import SHIPPED
+from qwen_image_fast.tiny import write_untrained
 from qwen_image_fast.training.data import annotate as module
 from qwen_image_fast.training.data import pipeline
 from qwen_image_fast.training.data.annotation import PROMPT, SYSTEM

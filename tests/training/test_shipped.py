@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qwen_image_fast import QwenImageEditPlusPipeline, QwenImagePipeline
-from qwen_image_fast.tiny import SHIPPED
+from qwen_image_fast.folders import SHIPPED
 from qwen_image_fast.training.evaluation.cases import TextCase, held_out_edits, psnr_outside
 from qwen_image_fast.training.evaluation.evaluate_edit import edited_by
 from qwen_image_fast.training.synthesis.generator import make

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from qwen_image_fast.tiny import SHIPPED
+from qwen_image_fast.folders import SHIPPED
 
 app = typer.Typer(help="Measure what a model can do.", no_args_is_help=True)
 

@@ -25,7 +25,7 @@ from rich.traceback import Traceback
 from typer.core import TyperGroup
 
 from qwen_image_fast import doctor, png_metadata
-from qwen_image_fast.checkpoint import read_json, resolve_folder
+from qwen_image_fast.folders import read_json, resolve_folder
 
 out = Console()
 err = Console(stderr=True)
@@ -149,17 +149,10 @@ def device_name(name: str) -> str:
     return name
 
 
-def named(model: str) -> str:
-    """A folder or hub name; "tiny", where no folder is called so, is the model that comes with the package."""
-    from qwen_image_fast.tiny import SHIPPED
-
-    return str(SHIPPED) if model == "tiny" and not Path(model).exists() else model
-
-
 def model_class(name: str) -> tuple[Path, str]:
     """The folder of a pipeline with only its index for certain, and the class that the index names."""
     with failing(FAILED, ConnectionError, PermissionError), failing(BAD_INPUT, FileNotFoundError, NotADirectoryError):
-        folder = resolve_folder(named(name), allow_patterns=["model_index.json"])
+        folder = resolve_folder(name, allow_patterns=["model_index.json"])
     if not (folder / "model_index.json").is_file():
         raise CommandError(f"{name} is not a pipeline's folder: it has no model_index.json")
     return folder, str(read_json(folder / "model_index.json").get("_class_name"))
@@ -190,7 +183,7 @@ def parameters(context: typer.Context, defaults: dict[str, Any], from_image: Pat
 def load_pipeline(cls: Any, chosen: dict[str, Any], free_modulation: bool, **parts):
     """A pipeline of the model in `chosen`, on its device and in its dtype, with LoRAs and the Lightning schedule."""
     models = {"torch_dtype": torch_dtype(chosen["dtype"]), "device": chosen["device"]}
-    pipe = cls.from_pretrained(named(chosen["model"]), **models, free_modulation_weights=free_modulation, **parts)
+    pipe = cls.from_pretrained(chosen["model"], **models, free_modulation_weights=free_modulation, **parts)
     weights = {}
     with failing(BAD_INPUT, ValueError, FileNotFoundError):
         for text in chosen["lora"] or []:

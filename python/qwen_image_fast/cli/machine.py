@@ -15,7 +15,6 @@ from qwen_image_fast.cli.common import (
     JSON,
     CommandError,
     failing,
-    named,
     out,
     print_error,
     print_json,
@@ -35,7 +34,7 @@ def inspect(
         failing(FAILED, ConnectionError, PermissionError),
         failing(BAD_INPUT, FileNotFoundError, NotADirectoryError, ValueError),
     ):
-        found = inspect_model.inspect_model(named(model))
+        found = inspect_model.inspect_model(model)
     if as_json:
         print_json(inspect_model.as_json(found, margin))
     else:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qwen_image_fast.checkpoint import resolve_folder
+from qwen_image_fast.folders import resolve_folder
 from qwen_image_fast.models.lora import adapters_of
 from qwen_image_fast.models.lora_files import parse_lora, read_lora
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler, named_schedule
