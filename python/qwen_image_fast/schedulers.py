@@ -17,14 +17,16 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from qwen_image_fast.checkpoint import atomic_write, check_config, json_bytes, pretrained_folder, read_config
 from qwen_image_fast.models.base import Config, record_config
+from qwen_image_fast.models.outputs import Output
 
 
 def calculate_shift(
@@ -57,7 +59,8 @@ def named_schedule(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return lightning_config(), {"num_inference_steps": known[name], "true_cfg_scale": 1.0}
 
 
-class SchedulerOutput(NamedTuple):
+@dataclass
+class SchedulerOutput(Output):
     """The sample after one step."""
 
     prev_sample: torch.Tensor

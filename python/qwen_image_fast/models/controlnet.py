@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qwen_image_fast.models.base import PretrainedModel, record_config
 from qwen_image_fast.models.modulation import Modulation
+from qwen_image_fast.models.outputs import Output
 from qwen_image_fast.models.packing import PackedLayout, pack_padded
 from qwen_image_fast.models.transformer import (
     QwenImageTransformerBlock,
@@ -29,7 +30,7 @@ from qwen_image_fast.ops.layer_norm_modulate import layer_norm_modulate
 
 
 @dataclass
-class QwenImageControlNetOutput:
+class QwenImageControlNetOutput(Output):
     controlnet_block_samples: list[Tensor]
 
 

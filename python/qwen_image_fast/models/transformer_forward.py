@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qwen_image_fast.models import stream_linear
 from qwen_image_fast.models.modulation import Modulation
+from qwen_image_fast.models.outputs import Output
 from qwen_image_fast.models.packing import PackedLayout, pack_padded
 from qwen_image_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from qwen_image_fast.ops.gelu_tanh import gelu_tanh
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Transformer2DModelOutput:
+class Transformer2DModelOutput(Output):
     sample: Tensor
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, get_args
+from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from qwen_image_fast.models.base import PretrainedModel, record_config
+from qwen_image_fast.models.outputs import Output
 from qwen_image_fast.models.vae_blocks import CausalConv3d, Decoder, Encoder
 from qwen_image_fast.models.vae_checks import check_latents, check_pixels, error
 from qwen_image_fast.models.vae_conv import Convolution, forget_packed_weights
@@ -68,11 +70,13 @@ class DiagonalGaussianDistribution:
         return 0.5 * terms.flatten(1).sum(1)
 
 
-class EncoderOutput(NamedTuple):
+@dataclass
+class EncoderOutput(Output):
     latent_dist: DiagonalGaussianDistribution
 
 
-class DecoderOutput(NamedTuple):
+@dataclass
+class DecoderOutput(Output):
     sample: Tensor
 
 
@@ -288,7 +292,7 @@ class AutoencoderKLQwenImage(PretrainedModel):
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
         """Encode `sample`, then decode the mode of its latents, or a random draw if `sample_posterior` is set."""
-        (latent_dist,) = self.encode(sample)
+        latent_dist = self.encode(sample)[0]
         z = latent_dist.sample(generator) if sample_posterior else latent_dist.mode()
         return self.decode(z, return_dict=return_dict)
 

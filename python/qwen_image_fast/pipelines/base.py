@@ -17,6 +17,7 @@ from qwen_image_fast.checkpoint import atomic_write, json_bytes
 from qwen_image_fast.folders import read_json, resolve_folder
 from qwen_image_fast.graphs import StepGraphs
 from qwen_image_fast.models.controlnet import QwenImageControlNetModel
+from qwen_image_fast.models.outputs import Output
 from qwen_image_fast.models.text_encoder import load_captioner, load_text_encoder
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
@@ -38,8 +39,9 @@ PROCESSOR: dict[str, list[str]] = {"processor": ["transformers", "Qwen2VLProcess
 
 
 @dataclass
-class QwenImagePipelineOutput:
-    """images: a list, prompt-major (latents of equal sizes: one tensor). seeds: of every image. prompts: as encoded."""
+class QwenImagePipelineOutput(Output):
+    """images: prompt-major; PIL images in a list, arrays, tensors and latents of one size stacked, else in a list.
+    seeds: of every image. prompts: as encoded."""
 
     images: Any
     seeds: list[int | None] = field(default_factory=list)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwen_image_fast.models.text_encoder import pad_prompt_embeds
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
-from qwen_image_fast.pipelines.latents import decode_latents, draw_noise, to_output
+from qwen_image_fast.pipelines.latents import decode_latents, draw_noise, stacked, to_output
 from qwen_image_fast.pipelines.prompts import PromptPipeline
 from qwen_image_fast.pipelines.request import OUTPUT_TYPES, TENSOR_INPUTS, Request, check_number, per_prompt
 from qwen_image_fast.sampling import Sample, Text, denoise
@@ -173,7 +173,7 @@ class GenerationPipeline(PromptPipeline):
     ) -> QwenImagePipelineOutput | tuple:
         """Decode latents of these sizes; `crops`: pixel height and width that are kept of each, from the top left."""
         if request.output_type == "latent":
-            images: Any = torch.stack(tokens) if len(set(sizes)) == 1 else tokens
+            images = tokens
         else:
             images = []
             with self._stage("decode"):
@@ -182,4 +182,9 @@ class GenerationPipeline(PromptPipeline):
                     pixels = decode_latents(self.vae, t, h, w)
                     pixels = pixels if crop is None else pixels[:, : crop[0], : crop[1]]
                     images.append(to_output(pixels, request.output_type))
-        return QwenImagePipelineOutput(images, seeds, request.prompt) if request.return_dict else (images,)
+        return self._output(request, images, seeds)
+
+    @staticmethod
+    def _output(request: Request, images: list[Any], seeds: list[int | None]) -> QwenImagePipelineOutput | tuple:
+        found = stacked(images)
+        return QwenImagePipelineOutput(found, seeds, request.prompt) if request.return_dict else (found,)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -62,6 +64,15 @@ def decode_latents(vae, tokens: Tensor, height: int, width: int) -> Tensor:
     latents = unpack_latents(tokens[None], height, width).to(vae.dtype)
     mean, std = latent_statistics(vae, latents)
     return vae.decode(latents * std + mean, return_dict=False)[0][0, :, 0]
+
+
+def stacked(images: list[Any]) -> Any:
+    """Arrays or tensors of one shape as one, with a first axis more; anything else as it is."""
+    if not images or len({getattr(image, "shape", None) for image in images}) != 1:
+        return images
+    if isinstance(images[0], Tensor):
+        return torch.stack(images)
+    return np.stack(images) if isinstance(images[0], np.ndarray) else images
 
 
 def to_output(image: Tensor, output_type: str):

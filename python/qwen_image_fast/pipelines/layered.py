@@ -20,7 +20,7 @@ from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import encode_reference_latents, fit
 from qwen_image_fast.pipelines.editing import EditingPipeline
 from qwen_image_fast.pipelines.images import Picture, area_size, resize, to_rgba
-from qwen_image_fast.pipelines.latents import decode_latents, to_output
+from qwen_image_fast.pipelines.latents import decode_latents, stacked, to_output
 from qwen_image_fast.pipelines.request import Request, per_prompt
 from qwen_image_fast.sampling import Sample
 
@@ -75,7 +75,7 @@ class QwenImageLayeredPipeline(EditingPipeline):
             latents: packed noise of all layers and the whole picture, which comes first.
 
         Returns:
-            For every image the list of its layers, back to front, RGBA.
+            For every image its layers, back to front, RGBA; as arrays or tensors stacked, PIL images in a list.
 
         Raises:
             ValueError, TypeError: bad arguments, in one sentence; also when the result is not finite.
@@ -129,7 +129,7 @@ class QwenImageLayeredPipeline(EditingPipeline):
             for i, (t, (h, w)) in enumerate(zip(tokens, sizes)):
                 crop = pixels[i // each] if preserve_size else (h * self.vae_scale_factor, w * self.vae_scale_factor)
                 planes = [decode_latents(self.vae, layer, h, w) for layer in t.chunk(layers + 1)[1:]]
-                images.append([to_output(p[:, : crop[0], : crop[1]], request.output_type) for p in planes])
+                images.append(stacked([to_output(p[:, : crop[0], : crop[1]], request.output_type) for p in planes]))
         return QwenImagePipelineOutput(images, seeds, request.prompt) if request.return_dict else (images,)
 
     def get_image_caption(self, picture: Image.Image, use_en_prompt: bool = True) -> str:

@@ -59,7 +59,8 @@ class QwenImagePipeline(GenerationPipeline):
             latents: packed noise [images, tokens, channels], or a list of [tokens, channels].
             prompt_embeds, prompt_embeds_mask (and negative): [prompts, tokens, width] and what counts in them, or a
                 list of unpadded [tokens, width].
-            output_type: "pil", "np" (float32 [H, W, C] in [0, 1]), "pt" ([C, H, W]) or "latent" (packed tokens).
+            output_type: "pil" (a list), "np" (float32 [images, H, W, C] in [0, 1]), "pt" ([images, C, H, W]) or
+                "latent" (packed [images, tokens, channels]); a list where sizes differ.
             callback_on_step_end: f(pipe, step, timestep, {"latents": ...}) -> dict, as in diffusers.
             max_sequence_length: prompt tokens kept, at most 1024.
             guidance_scale, attention_kwargs: accepted for diffusers' signature; no released model uses them.
