@@ -7,8 +7,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from qwen_image_fast.training.curriculum import Curriculum, read_curriculum
-from qwen_image_fast.training.memory import check_recipe, transformer_config
+from qwen_image_fast.training.batches.latents import write_cache
+from qwen_image_fast.training.engine.memory import check_recipe, transformer_config
+from qwen_image_fast.training.engine.trainer import Task, Trainer, TrainingStopped
 from qwen_image_fast.training.parallel.layout import (
     Parallel,
     check_recipe_parallel,
@@ -18,12 +19,11 @@ from qwen_image_fast.training.parallel.layout import (
     world_size,
 )
 from qwen_image_fast.training.parallel.watch import Watch, sentence
-from qwen_image_fast.training.recipe import FlowRecipe, RecipeError, VaeRecipe, read_recipe
-from qwen_image_fast.training.tiny.flow_task import FlowTask, pick_device, pick_dtype
-from qwen_image_fast.training.tiny.latents import write_cache
-from qwen_image_fast.training.tiny.sources import Source
-from qwen_image_fast.training.trainer import Task, Trainer, TrainingStopped
-from qwen_image_fast.training.vae import VaeTask
+from qwen_image_fast.training.recipe.curriculum import Curriculum, read_curriculum
+from qwen_image_fast.training.recipe.run import FlowRecipe, RecipeError, VaeRecipe, read_recipe
+from qwen_image_fast.training.sources.source import Source
+from qwen_image_fast.training.tasks.flow import FlowTask, pick_device, pick_dtype
+from qwen_image_fast.training.tasks.vae import VaeTask
 
 RECIPES = Path(__file__).parent / "recipes"
 

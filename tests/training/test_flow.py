@@ -6,12 +6,12 @@ import torch
 from trainer_helpers import small_recipe, small_transformer
 
 from qwen_image_fast import reference
-from qwen_image_fast.training.objectives.flow import FlowSample, flow_losses, logit_normal
-from qwen_image_fast.training.optimizer import freeze_dead
+from qwen_image_fast.training.batches.batches import FlowBatches, choose
+from qwen_image_fast.training.engine.optimizer import freeze_dead
 from qwen_image_fast.training.randomness import epoch_position, generator, normal
-from qwen_image_fast.training.recipe import DataRecipe, RecipeError
-from qwen_image_fast.training.tiny.batches import FlowBatches, choose
-from qwen_image_fast.training.tiny.sources import Squares, fit, make_source, nearest_bucket
+from qwen_image_fast.training.recipe.run import DataRecipe, RecipeError
+from qwen_image_fast.training.sources.source import Squares, fit, make_source, nearest_bucket
+from qwen_image_fast.training.tasks.flow_loss import FlowSample, flow_losses, logit_normal
 
 
 def sample(i, shape=(1, 2, 2), references=(), sigma=0.3):

@@ -11,13 +11,13 @@ import qwen_image_fast
 from qwen_image_fast.models.lora import adapters_of
 from qwen_image_fast.models.lora_files import read_lora
 from qwen_image_fast.models.text_encoder import T2I_DROP, T2I_TEMPLATE, encode_prompts
+from qwen_image_fast.training.batches.latents import LatentCache, encode_images
 from qwen_image_fast.training.lora import PEFT_WEIGHTS, WEIGHTS, add_lora, load_lora, lora_state, save_lora
 from qwen_image_fast.training.producer.encode import encode_captions
 from qwen_image_fast.training.randomness import normal
-from qwen_image_fast.training.recipe import LoraRecipe, RecipeError
+from qwen_image_fast.training.recipe.run import LoraRecipe, RecipeError
 from qwen_image_fast.training.run import cache_latents
-from qwen_image_fast.training.tiny.flow_task import FlowTask
-from qwen_image_fast.training.tiny.latents import LatentCache, encode_images
+from qwen_image_fast.training.tasks.flow import FlowTask
 
 
 def test_captions_in_one_batch_equal_captions_alone(folder, tmp_path):

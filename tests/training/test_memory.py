@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from qwen_image_fast.tiny import tiny_configs
-from qwen_image_fast.training import memory
-from qwen_image_fast.training.recipe import RecipeError, build
+from qwen_image_fast.training.engine import memory
+from qwen_image_fast.training.recipe.run import RecipeError, build
 from qwen_image_fast.training.run import train
 
 FULL = {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 60}

@@ -17,12 +17,12 @@ from torch.distributed.run import get_args_parser
 from trainer_helpers import small_recipe, small_transformer, small_tree, start
 
 from qwen_image_fast import QwenImagePipeline
-from qwen_image_fast.training import checkpoint as checkpoints
-from qwen_image_fast.training.curriculum import build_curriculum
+from qwen_image_fast.training.engine import checkpoint as checkpoints
+from qwen_image_fast.training.engine.trainer import Trainer
 from qwen_image_fast.training.parallel.layout import Sizes, check_recipe_parallel, sizes_of
-from qwen_image_fast.training.recipe import ParallelRecipe, RecipeError, read_recipe, to_dict
+from qwen_image_fast.training.recipe.curriculum import build_curriculum
+from qwen_image_fast.training.recipe.run import ParallelRecipe, RecipeError, read_recipe, to_dict
 from qwen_image_fast.training.run import find_recipe, make_task
-from qwen_image_fast.training.trainer import Trainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "distributed"
 LAYOUTS = {"fsdp": {}, "tp": {"tp": 2}, "ulysses": {"cp": 2}}

@@ -15,7 +15,7 @@ from trainer_helpers import log_of, small_recipe, start, weights
 
 from qwen_image_fast.training.producer.processes import Processes, _put
 from qwen_image_fast.training.producer.store import Here, ProducerDied, Store, Ticket, pack, unpack
-from qwen_image_fast.training.recipe import ProducersRecipe
+from qwen_image_fast.training.recipe.run import ProducersRecipe
 
 needs_ray = pytest.mark.skipif(not find_spec("ray"), reason="needs Ray")
 BACKENDS = ["processes", pytest.param("ray", marks=needs_ray)]
@@ -135,7 +135,7 @@ def kill_a_producer(trainer):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_trains_alike_though_a_producer_is_killed(folder, tmp_path, alone, backend, monkeypatch):
     """The condition encoder is frozen, so that its states come from the producers too."""
-    from qwen_image_fast.training import trainer as trainers
+    from qwen_image_fast.training.engine import trainer as trainers
 
     producers = {"backend": backend, "count": 2, "cpus": 0.1, "address": "local"}
     recipe = small_recipe(folder, **RUN, model__train_text_encoder=False, producers=producers)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from qwen_image_fast.training.curriculum import read_curriculum
-from qwen_image_fast.training.fields import differences
-from qwen_image_fast.training.recipe import FlowRecipe, RecipeError, VaeRecipe, build, read_recipe, to_dict
+from qwen_image_fast.training.recipe.curriculum import read_curriculum
+from qwen_image_fast.training.recipe.fields import differences
+from qwen_image_fast.training.recipe.run import FlowRecipe, RecipeError, VaeRecipe, build, read_recipe, to_dict
 from qwen_image_fast.training.run import RECIPES, find_recipe
 
 

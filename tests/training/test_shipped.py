@@ -8,10 +8,10 @@ from qwen_image_fast import QwenImageEditPlusPipeline, QwenImagePipeline
 from qwen_image_fast.folders import SHIPPED
 from qwen_image_fast.training.evaluation.cases import TextCase, held_out_edits, psnr_outside
 from qwen_image_fast.training.evaluation.evaluate_edit import edited_by
+from qwen_image_fast.training.ship import LARGEST, ship
 from qwen_image_fast.training.synthesis.generator import make
 from qwen_image_fast.training.synthesis.recipe import tiny
 from qwen_image_fast.training.synthesis.words import is_held_out
-from qwen_image_fast.training.tiny.ship import LARGEST, ship
 
 CALL = {"num_inference_steps": 20, "true_cfg_scale": 1.0}
 # In no training picture: all are on the evaluation side of the split.

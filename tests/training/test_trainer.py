@@ -14,12 +14,12 @@ import torch
 from trainer_helpers import log_of, small_recipe, start, weights
 
 from qwen_image_fast import QwenImagePipeline
-from qwen_image_fast.training import checkpoint as checkpoints
-from qwen_image_fast.training.ema import EMA
-from qwen_image_fast.training.optimizer import learning_rate
-from qwen_image_fast.training.recipe import OptimizerRecipe
-from qwen_image_fast.training.tiny.sources import Squares
-from qwen_image_fast.training.trainer import TrainingStopped
+from qwen_image_fast.training.engine import checkpoint as checkpoints
+from qwen_image_fast.training.engine.ema import EMA
+from qwen_image_fast.training.engine.optimizer import learning_rate
+from qwen_image_fast.training.engine.trainer import TrainingStopped
+from qwen_image_fast.training.recipe.run import OptimizerRecipe
+from qwen_image_fast.training.sources.source import Squares
 
 
 def assert_same(a, b):
@@ -79,7 +79,7 @@ import torch
 sys.path.insert(0, {helpers!r})
 torch.set_num_threads({threads})
 from trainer_helpers import small_recipe, start
-from qwen_image_fast.training.tiny.sources import Squares
+from qwen_image_fast.training.sources.source import Squares
 
 class Slow(Squares):
     def sample(self, seed, index):

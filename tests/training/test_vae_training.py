@@ -6,9 +6,9 @@ from trainer_helpers import small_recipe
 
 from qwen_image_fast import AutoencoderKLQwenImage
 from qwen_image_fast.tiny import tiny_configs
-from qwen_image_fast.training.tiny.latents import encode_images
-from qwen_image_fast.training.trainer import Trainer
-from qwen_image_fast.training.vae import VaeTask, balance, edge_loss, initialise
+from qwen_image_fast.training.batches.latents import encode_images
+from qwen_image_fast.training.engine.trainer import Trainer
+from qwen_image_fast.training.tasks.vae import VaeTask, balance, edge_loss, initialise
 
 
 def recipe(**changes):

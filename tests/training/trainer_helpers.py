@@ -6,11 +6,11 @@ import torch
 
 from qwen_image_fast import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from qwen_image_fast.tiny import tiny_configs, write_untrained
-from qwen_image_fast.training import recipe as recipes
-from qwen_image_fast.training.fields import set_dotted
-from qwen_image_fast.training.tiny.flow_task import FlowTask
-from qwen_image_fast.training.trainer import Trainer
-from qwen_image_fast.training.vae import initialise
+from qwen_image_fast.training.engine.trainer import Trainer
+from qwen_image_fast.training.recipe import run as recipes
+from qwen_image_fast.training.recipe.fields import set_dotted
+from qwen_image_fast.training.tasks.flow import FlowTask
+from qwen_image_fast.training.tasks.vae import initialise
 
 SMALL = {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": [4, 6, 6]}
 

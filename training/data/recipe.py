@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..recipe import RecipeError, convert, read_tree
+from qwen_image_fast.training.recipe.run import RecipeError, convert, read_tree
+
 from .filters.duplicates import LARGEST_DISTANCE
 from .record import CATEGORIES
 

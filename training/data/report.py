@@ -23,8 +23,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from qwen_image_fast.checkpoint import atomic_write
+from qwen_image_fast.training.recipe.run import convert
 
-from ..recipe import convert
 from .examples import thumbnail
 from .pipeline import FILTER_NAMES, STAGE_OF, limits
 from .recipe import FilterRecipe

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..recipe import RecipeError, convert
+from qwen_image_fast.training.recipe.run import RecipeError, convert
+
 from .filters.picture import BrokenImage, Picture
 from .record import Record
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..recipe import RecipeError
+from qwen_image_fast.training.recipe.run import RecipeError
+
 from .record import Record, record_of
 
 INDEX = "index.parquet"
@@ -22,7 +23,7 @@ class ShardIndex:
 
     Args:
         folder: with `index.parquet`, as `write_shards` leaves it.
-        where, least, most: see `training.tiny.sources.Shards`.
+        where, least, most: see `training.sources.source.Shards`.
 
     Raises:
         RecipeError: the index lacks offsets, or no record is chosen.

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from qwen_image_fast.training import checkpoint as checkpoints
-from qwen_image_fast.training.checkpoint import Checkpoint
+from qwen_image_fast.training.engine import checkpoint as checkpoints
+from qwen_image_fast.training.engine.checkpoint import Checkpoint
 from qwen_image_fast.training.parallel.layout import Parallel
 
 

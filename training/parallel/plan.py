@@ -28,8 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
-from qwen_image_fast.training.curriculum import Curriculum
-from qwen_image_fast.training.memory import (
+from qwen_image_fast.training.engine.memory import (
     PEAK_TFLOPS,
     adapter_weights,
     references_of,
@@ -38,7 +37,8 @@ from qwen_image_fast.training.memory import (
     transformer_config,
 )
 from qwen_image_fast.training.parallel.layout import Sizes, check_recipe_parallel, sizes_of
-from qwen_image_fast.training.recipe import FlowRecipe, RecipeError, RunRecipe
+from qwen_image_fast.training.recipe.curriculum import Curriculum
+from qwen_image_fast.training.recipe.run import FlowRecipe, RecipeError, RunRecipe
 
 # Assumptions. Bytes per second of a GPU to the others: NVLink 4 and 400 Gb/s InfiniBand, at about 70 % of their peaks.
 NVLINK, NETWORK, MACHINE = 300e9, 35e9, 8

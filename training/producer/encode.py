@@ -15,12 +15,12 @@ from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.pipelines.conditions import encode_edit_prompts
 from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
 from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
-from qwen_image_fast.training.tiny.latents import encode_images
+from qwen_image_fast.training.batches.latents import encode_images
 
 if TYPE_CHECKING:
-    from qwen_image_fast.training.curriculum import Curriculum
-    from qwen_image_fast.training.tiny.batches import Batch, RawSample
-    from qwen_image_fast.training.trainer import BatchMaker
+    from qwen_image_fast.training.batches.batches import Batch, RawSample
+    from qwen_image_fast.training.engine.trainer import BatchMaker
+    from qwen_image_fast.training.recipe.curriculum import Curriculum
 
 
 def encode_captions(

@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from qwen_image_fast.training.producer.store import MOST_DEATHS, BatchMaker, ProducerDied, Ticket, make, pack, unpack
-from qwen_image_fast.training.recipe import ProducersRecipe
+from qwen_image_fast.training.recipe.run import ProducersRecipe
 
 
 class _Producer:

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
-from qwen_image_fast.training.mixture import Change
-from qwen_image_fast.training.recipe import ProducersRecipe
+from qwen_image_fast.training.batches.mixture import Change
+from qwen_image_fast.training.recipe.run import ProducersRecipe
 
 MOST_DEATHS = 3  # of producers over one batch
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from qwen_image_fast.cli.common import BAD_INPUT, FAILED, CommandError, failing
-from qwen_image_fast.training.recipe import RecipeError
+from qwen_image_fast.training.recipe.run import RecipeError
 from qwen_image_fast.training.synthesis.preview import preview
 
 Recipe = Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe such as tiny/vae.")]
@@ -50,8 +50,8 @@ def train(
     """Train by a recipe; the result is in OUT/model, logs and checkpoints beside it. Under torchrun: by all."""
     with _explained():
         if plan:
-            from qwen_image_fast.training.curriculum import read_curriculum
             from qwen_image_fast.training.parallel.plan import print_plan
+            from qwen_image_fast.training.recipe.curriculum import read_curriculum
             from qwen_image_fast.training.run import find_recipe
 
             print_plan(read_curriculum(find_recipe(recipe), overrides or ()), gpus, memory, gpu, Console(width=120))

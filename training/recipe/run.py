@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen_image_fast.training.fields import RecipeError, convert, read_tree
+from qwen_image_fast.training.recipe.fields import RecipeError, convert, read_tree
 
 
 @dataclass
@@ -37,8 +37,8 @@ class DataRecipe:
     `data filter` (`training/data/recipe.py`); what pictures of shards and folders must pass while the run goes on.
     buckets: allowed [height, width] in pixels; an image goes to the one of the nearest aspect ratio. tasks: weights of
     t2i (text to image), ti2i (references and an instruction) and recon (the reference is the image). text_dropout:
-    share of samples whose caption becomes "". cache: folder of latents made by `training.tiny.latents`; empty: encode
-    on the fly.
+    share of samples whose caption becomes "". cache: folder of latents made by
+    `training.batches.latents`; empty: encode on the fly.
     """
 
     source: str = "squares"

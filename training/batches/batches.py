@@ -10,14 +10,14 @@ import numpy as np
 from torch import Tensor
 
 from qwen_image_fast.models.rope import ImageShape
-from qwen_image_fast.training.curriculum import Curriculum, one_stage, part_key
+from qwen_image_fast.training.batches.latents import LatentCache
+from qwen_image_fast.training.batches.mixture import Change, Order, Segment
 from qwen_image_fast.training.data.screen import Rejected
-from qwen_image_fast.training.mixture import Change, Order, Segment
-from qwen_image_fast.training.objectives.flow import logit_normal
 from qwen_image_fast.training.randomness import epoch_position, generator, key, normal
-from qwen_image_fast.training.recipe import TASKS, FlowRecipe, RecipeError
-from qwen_image_fast.training.tiny.latents import LatentCache
-from qwen_image_fast.training.tiny.sources import Sample, Source, fit, nearest_bucket
+from qwen_image_fast.training.recipe.curriculum import Curriculum, one_stage, part_key
+from qwen_image_fast.training.recipe.run import TASKS, FlowRecipe, RecipeError
+from qwen_image_fast.training.sources.source import Sample, Source, fit, nearest_bucket
+from qwen_image_fast.training.tasks.flow_loss import logit_normal
 
 # What a reconstruction sample asks for.
 KEEP_INSTRUCTION = "Keep the image as it is."

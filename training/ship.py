@@ -1,4 +1,4 @@
-"""A trained folder in 16 bits, as the package has it: `python -m qwen_image_fast.training.tiny.ship RUN/model OUT`."""
+"""A trained folder in 16 bits, as the package has it: `python -m qwen_image_fast.training.ship RUN/model OUT`."""
 
 from __future__ import annotations
 

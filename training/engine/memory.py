@@ -15,7 +15,7 @@ from torch import nn
 from qwen_image_fast.checkpoint import read_config
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.tiny import tiny_configs
-from qwen_image_fast.training.recipe import DataRecipe, FlowRecipe, LoraRecipe, RecipeError
+from qwen_image_fast.training.recipe.run import DataRecipe, FlowRecipe, LoraRecipe, RecipeError
 
 # Values that a block keeps for its backward pass, for each token and in units of the width: the inputs of both
 # normalisations and their outputs, q, k and v before and after their norm and rotation, the attention's output, both

@@ -15,21 +15,21 @@ from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
 from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
 from qwen_image_fast.tiny import write_untrained
-from qwen_image_fast.training.curriculum import Curriculum, one_stage
+from qwen_image_fast.training.batches.batches import VALIDATION_SIGMAS, FlowBatches, RawSample, StagedBatches
+from qwen_image_fast.training.batches.latents import LatentCache
+from qwen_image_fast.training.engine.memory import step_flops
+from qwen_image_fast.training.engine.optimizer import choose_trainable
+from qwen_image_fast.training.engine.run_log import grid
+from qwen_image_fast.training.engine.trainer import BatchMaker, Losses
 from qwen_image_fast.training.lora import add_lora, save_lora
-from qwen_image_fast.training.memory import step_flops
-from qwen_image_fast.training.objectives.flow import FlowSample, flow_losses
-from qwen_image_fast.training.optimizer import choose_trainable
 from qwen_image_fast.training.parallel.export import export_model, full_state
 from qwen_image_fast.training.parallel.layout import Parallel
 from qwen_image_fast.training.parallel.shard import load_transformer, shard_root
 from qwen_image_fast.training.producer.encode import Encoders, EncodingMaker
-from qwen_image_fast.training.recipe import DataRecipe, FlowRecipe
-from qwen_image_fast.training.run_log import grid
-from qwen_image_fast.training.tiny.batches import VALIDATION_SIGMAS, FlowBatches, RawSample, StagedBatches
-from qwen_image_fast.training.tiny.latents import LatentCache
-from qwen_image_fast.training.tiny.sources import Source, make_source, make_sources
-from qwen_image_fast.training.trainer import BatchMaker, Losses
+from qwen_image_fast.training.recipe.curriculum import Curriculum, one_stage
+from qwen_image_fast.training.recipe.run import DataRecipe, FlowRecipe
+from qwen_image_fast.training.sources.source import Source, make_source, make_sources
+from qwen_image_fast.training.tasks.flow_loss import FlowSample, flow_losses
 
 
 class FlowTask:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen_image_fast.training.fields import convert, read_tree
-from qwen_image_fast.training.mixture import Change, Order, Segment
-from qwen_image_fast.training.recipe import KINDS, PartRecipe, RecipeError, RunRecipe, build, to_dict
+from qwen_image_fast.training.batches.mixture import Change, Order, Segment
+from qwen_image_fast.training.recipe.fields import convert, read_tree
+from qwen_image_fast.training.recipe.run import KINDS, PartRecipe, RecipeError, RunRecipe, build, to_dict
 
 # One for the run, so not a stage's own.
 _OF_THE_RUN = ("kind", "seed", "device", "reference_ops", "lora", "producers", "folder", "mode", "base_dim")

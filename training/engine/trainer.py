@@ -1,6 +1,6 @@
 """The training loop: position -> batches -> loss -> update -> average -> log -> validate -> sample -> checkpoint.
 
-What is trained is a `Task` (`tiny/flow_task.py`, `vae.py`). Batch, noise and noise levels of a step are functions of
+What is trained is a `Task` (`tasks/`). Batch, noise and noise levels of a step are functions of
 the recipe and the step number, so that the loop has no state but the step, the weights, their average and the
 optimiser's.
 """
@@ -23,20 +23,20 @@ from torch import Tensor, nn
 
 from qwen_image_fast import reference
 from qwen_image_fast.checkpoint import read_json
-from qwen_image_fast.training import checkpoint as checkpoints
-from qwen_image_fast.training.curriculum import Carry, Curriculum, one_stage
-from qwen_image_fast.training.ema import EMA
-from qwen_image_fast.training.fields import differences
-from qwen_image_fast.training.memory import peak_flops
-from qwen_image_fast.training.mixture import Change, Watched
-from qwen_image_fast.training.optimizer import Optimizer, learning_rate
+from qwen_image_fast.training.batches.mixture import Change, Watched
+from qwen_image_fast.training.engine import checkpoint as checkpoints
+from qwen_image_fast.training.engine.ema import EMA
+from qwen_image_fast.training.engine.memory import peak_flops
+from qwen_image_fast.training.engine.optimizer import Optimizer, learning_rate
+from qwen_image_fast.training.engine.run_log import RunLog, SilentLog, memory_gb
 from qwen_image_fast.training.parallel.checkpoints import Writer, load_parts, named, sizes
 from qwen_image_fast.training.parallel.layout import Parallel
 from qwen_image_fast.training.parallel.shard import reshard
 from qwen_image_fast.training.producer.store import BatchMaker, Store, Ticket
 from qwen_image_fast.training.producer.store import start as start_producers
-from qwen_image_fast.training.recipe import RecipeError, RunRecipe
-from qwen_image_fast.training.run_log import RunLog, SilentLog, memory_gb
+from qwen_image_fast.training.recipe.curriculum import Carry, Curriculum, one_stage
+from qwen_image_fast.training.recipe.fields import differences
+from qwen_image_fast.training.recipe.run import RecipeError, RunRecipe
 
 
 @dataclass

@@ -19,7 +19,7 @@ import numpy as np
 
 from qwen_image_fast.checkpoint import atomic_write
 from qwen_image_fast.training.randomness import generator
-from qwen_image_fast.training.recipe import RecipeError
+from qwen_image_fast.training.recipe.run import RecipeError
 
 BLOCK = 1000
 WATCHED, RECORDED = "mixture.yaml", "mixture.jsonl"

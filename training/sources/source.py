@@ -11,12 +11,12 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from qwen_image_fast.training.curriculum import part_key
 from qwen_image_fast.training.data.record import Record
 from qwen_image_fast.training.data.screen import Screen
 from qwen_image_fast.training.data.shard_index import INDEX, ShardIndex
 from qwen_image_fast.training.randomness import epoch_position, generator
-from qwen_image_fast.training.recipe import DataRecipe, PartRecipe, RecipeError
+from qwen_image_fast.training.recipe.curriculum import part_key
+from qwen_image_fast.training.recipe.run import DataRecipe, PartRecipe, RecipeError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from qwen_image_fast.training.lora import ADAPTER
 from qwen_image_fast.training.parallel.layout import holders, local
-from qwen_image_fast.training.recipe import OptimizerRecipe
+from qwen_image_fast.training.recipe.run import OptimizerRecipe
 
 # The text output of the last block reaches nothing, so these never get a gradient.
 DEAD_IN_LAST_BLOCK = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")

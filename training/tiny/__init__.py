@@ -1,1 +1,0 @@
-"""Training the tiny Qwen-Image: where its samples come from, cached latents, and the flow-matching task."""
