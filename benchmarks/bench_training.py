@@ -33,9 +33,10 @@ class TrainingPair:
 
         from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
         from qwen_image_fast.tiny import tiny_configs
-        from qwen_image_fast.training.engine.optimizer import Optimizer, freeze_dead
+        from qwen_image_fast.training.engine.optimizer import Optimizer
         from qwen_image_fast.training.recipe.run import OptimizerRecipe
-        from qwen_image_fast.training.tasks.flow_loss import FlowSample
+        from qwen_image_fast.training.tasks.flow import FlowSample
+        from qwen_image_fast.training.trainable import freeze_dead
 
         torch.manual_seed(SEED)
         config = tiny_configs()["transformer"]
@@ -62,7 +63,7 @@ class TrainingPair:
         self.groups = [[i for i, n in enumerate(references) if n == count] for count in sorted(set(references))]
 
     def by_ours(self) -> Tensor:
-        from qwen_image_fast.training.tasks.flow_loss import flow_losses
+        from qwen_image_fast.training.tasks.flow import flow_losses
 
         loss = flow_losses(self.ours, self.samples, self.texts).mean()
         return self.update(self.ours, loss)

@@ -19,6 +19,22 @@ LAYERS = [
     {"training"},
     {"cli"},
 ]
+# The rooms of training/, from the bottom up. A file may stand on another floor than its room.
+TRAINING = [
+    {"randomness"},
+    {"recipe"},
+    {"synthesis"},
+    {"evaluation"},
+    {"data"},
+    {"sources"},
+    {"batches"},
+    {"lora", "trainable", "parallel"},
+    {"producer"},
+    {"tasks"},
+    {"engine", "parallel.checkpoints", "parallel.plan"},
+    {"run", "ship"},
+    {"evaluation.cli", "data.cli"},
+]
 # What ops share; the rest of ops/ is one op a file.
 SHARED = ("_library", "_linear", "fp8_rows")
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
@@ -28,10 +44,34 @@ def layer(name: str) -> int:
     return next(i for i, names in enumerate(LAYERS) if name in names)
 
 
+def floor(name: str) -> int:
+    """Of a module of the training wing, by the longest name that `TRAINING` has."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        start = ".".join(parts[:length])
+        for number, rooms in enumerate(TRAINING):
+            if start in rooms:
+                return number
+    raise AssertionError(f"training/{name} stands in no room of this test")
+
+
+def at_run_time(tree: ast.Module) -> list[ast.AST]:
+    """All nodes but those under `if TYPE_CHECKING`."""
+    found, waiting = [], list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        found.append(node)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            waiting += node.orelse
+        else:
+            waiting += ast.iter_child_nodes(node)
+    return found
+
+
 def imports(path: Path) -> list[str]:
     """The package's own modules that a file imports, as dotted names below the package."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in at_run_time(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             package = ["qwen_image_fast", *path.relative_to(ROOT).parts[:-1]]
             base = package[: len(package) - node.level + 1] if node.level else []
@@ -54,6 +94,35 @@ def test_imports_go_down(path):
         assert layer(top) <= layer(own[0]), f"{'.'.join(own)} imports {module}"
         if own[0] == "ops" and top == "ops":
             assert rest[0] in SHARED or own[1] == "__init__", f"{'.'.join(own)} imports {module}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "training").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_training_goes_up(path):
+    """recipe <- sources <- batches <- tasks <- engine <- run, and what stands between them."""
+    own = ".".join(path.relative_to(ROOT / "training").with_suffix("").parts)
+    if own in ("__init__", "__main__"):
+        return
+    for module in imports(path):
+        top, _, name = module.partition(".")
+        if top == "training" and name:
+            assert floor(name) <= floor(own), f"training/{own} imports {name}"
+
+
+def test_no_circles():
+    """No file imports itself by way of others, imports inside of functions included."""
+    names = {}
+    for path in FILES:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph = {}
+    for name, path in names.items():
+        found = {m if m in names else m.rpartition(".")[0] for m in imports(path)}
+        graph[name] = (found & names.keys()) - {name}
+    while leaves := [name for name, needs in graph.items() if not needs & graph.keys()]:
+        for name in leaves:
+            del graph[name]
+    circle = {name: sorted(needs & graph.keys()) for name, needs in graph.items()}
+    assert not circle, f"circles among {circle}"
 
 
 def test_only_the_drop_in_knows_diffusers():

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from qwen_image_fast.checkpoint import json_bytes, save_state
 from qwen_image_fast.training.parallel.layout import Parallel, full, local, part_of
 from qwen_image_fast.training.randomness import normal
-from qwen_image_fast.training.recipe.run import LoraRecipe, RecipeError
+from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.recipe.flow import LoraRecipe
 
 ADAPTER, BASE = ".lora_", ".base."  # in the names of adapters, and of the weights below one
 WEIGHTS, PEFT_WEIGHTS, PEFT_CONFIG = "pytorch_lora_weights", "adapter_model", "adapter_config.json"

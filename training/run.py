@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from qwen_image_fast.training.batches.latents import write_cache
 from qwen_image_fast.training.engine.memory import check_recipe, transformer_config
-from qwen_image_fast.training.engine.trainer import Task, Trainer, TrainingStopped
+from qwen_image_fast.training.engine.trainer import Trainer, TrainingStopped
 from qwen_image_fast.training.parallel.layout import (
     Parallel,
     check_recipe_parallel,
@@ -20,9 +20,13 @@ from qwen_image_fast.training.parallel.layout import (
 )
 from qwen_image_fast.training.parallel.watch import Watch, sentence
 from qwen_image_fast.training.recipe.curriculum import Curriculum, read_curriculum
-from qwen_image_fast.training.recipe.run import FlowRecipe, RecipeError, VaeRecipe, read_recipe
-from qwen_image_fast.training.sources.source import Source
-from qwen_image_fast.training.tasks.flow import FlowTask, pick_device, pick_dtype
+from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.recipe.flow import FlowRecipe
+from qwen_image_fast.training.recipe.read import read_recipe
+from qwen_image_fast.training.recipe.vae import VaeRecipe
+from qwen_image_fast.training.sources.sample import Source
+from qwen_image_fast.training.tasks.flow import FlowTask
+from qwen_image_fast.training.tasks.task import Task, pick_device, pick_dtype
 from qwen_image_fast.training.tasks.vae import VaeTask
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -16,7 +16,8 @@ from torch import nn
 from qwen_image_fast.drop_in.obstacle import obstacle
 from qwen_image_fast.drop_in.pipeline import add_text_hook, remove_text_hook
 from qwen_image_fast.drop_in.report import Report
-from qwen_image_fast.drop_in.swap import Swapped, fast_class, swap, unswap, vae_classes
+from qwen_image_fast.drop_in.swap import fast_class, swap, unswap, vae_classes
+from qwen_image_fast.drop_in.swapped import Swapped
 from qwen_image_fast.drop_in.vae import FastCausalConv3d, FastResample
 from qwen_image_fast.drop_in.vae_flops import decoding_flops
 from qwen_image_fast.models.vae_conv import Convolution

@@ -11,17 +11,17 @@ import torch
 from data_pictures import noise
 from trainer_helpers import log_of, small_tree, weights
 
-from qwen_image_fast.training.batches.mixture import BLOCK, Change, Order, Segment, slots
+from qwen_image_fast.training.batches.mixture import BLOCK, Order, Segment, slots
 from qwen_image_fast.training.data.record import Record
 from qwen_image_fast.training.data.screen import Rejected
 from qwen_image_fast.training.data.shards import write_shards
 from qwen_image_fast.training.engine import checkpoint as checkpoints
 from qwen_image_fast.training.engine.trainer import Trainer
-from qwen_image_fast.training.recipe.curriculum import build_curriculum
-from qwen_image_fast.training.recipe.fields import set_dotted
-from qwen_image_fast.training.recipe.run import PartRecipe, RecipeError
+from qwen_image_fast.training.recipe.curriculum import Change, build_curriculum
+from qwen_image_fast.training.recipe.data import PartRecipe
+from qwen_image_fast.training.recipe.fields import RecipeError, set_dotted
 from qwen_image_fast.training.run import make_task, train
-from qwen_image_fast.training.sources.source import make_source
+from qwen_image_fast.training.sources.make import make_source
 
 
 def curriculum(folder, /, **changes):

@@ -24,7 +24,7 @@ from qwen_image_fast.training.data.collect import collect
 from qwen_image_fast.training.data.recipe import AnnotateRecipe, SourceRecipe, read_annotate_recipe
 from qwen_image_fast.training.data.record import Record
 from qwen_image_fast.training.data.shards import write_shards
-from qwen_image_fast.training.recipe.run import RecipeError
+from qwen_image_fast.training.recipe.fields import RecipeError
 
 GOOD = {
     "caption": 'A cup beside a sign that says "你好".', "image_type": "photograph", "image_style": "realistic",

@@ -17,7 +17,7 @@ from qwen_image_fast.training.data.filters.balance import Balance
 from qwen_image_fast.training.data.recipe import FilterRecipe, SourceRecipe, read_filter_recipe
 from qwen_image_fast.training.data.record import Record
 from qwen_image_fast.training.data.shards import write_shards
-from qwen_image_fast.training.recipe.run import RecipeError
+from qwen_image_fast.training.recipe.fields import RecipeError
 
 
 def corpus(folder):

@@ -6,12 +6,15 @@ import torch
 from trainer_helpers import small_recipe, small_transformer
 
 from qwen_image_fast import reference
-from qwen_image_fast.training.batches.batches import FlowBatches, choose
-from qwen_image_fast.training.engine.optimizer import freeze_dead
+from qwen_image_fast.training.batches.batches import FlowBatches, choose, logit_normal
 from qwen_image_fast.training.randomness import epoch_position, generator, normal
-from qwen_image_fast.training.recipe.run import DataRecipe, RecipeError
-from qwen_image_fast.training.sources.source import Squares, fit, make_source, nearest_bucket
-from qwen_image_fast.training.tasks.flow_loss import FlowSample, flow_losses, logit_normal
+from qwen_image_fast.training.recipe.data import DataRecipe
+from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.sources.buckets import fit, nearest_bucket
+from qwen_image_fast.training.sources.make import make_source
+from qwen_image_fast.training.sources.squares import Squares
+from qwen_image_fast.training.tasks.flow import FlowSample, flow_losses
+from qwen_image_fast.training.trainable import freeze_dead
 
 
 def sample(i, shape=(1, 2, 2), references=(), sigma=0.3):

@@ -15,7 +15,8 @@ from qwen_image_fast.training.batches.latents import LatentCache, encode_images
 from qwen_image_fast.training.lora import PEFT_WEIGHTS, WEIGHTS, add_lora, load_lora, lora_state, save_lora
 from qwen_image_fast.training.producer.encode import encode_captions
 from qwen_image_fast.training.randomness import normal
-from qwen_image_fast.training.recipe.run import LoraRecipe, RecipeError
+from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.recipe.flow import LoraRecipe
 from qwen_image_fast.training.run import cache_latents
 from qwen_image_fast.training.tasks.flow import FlowTask
 

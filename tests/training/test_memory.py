@@ -5,8 +5,10 @@ import torch
 
 from qwen_image_fast.tiny import tiny_configs
 from qwen_image_fast.training.engine import memory
-from qwen_image_fast.training.recipe.run import RecipeError, build
+from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.recipe.read import build
 from qwen_image_fast.training.run import train
+from qwen_image_fast.training.tasks import flops
 
 FULL = {"num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 60}
 
@@ -46,6 +48,6 @@ def test_available_memory_is_plausible():
 def test_operations_of_a_step():
     # One layer of width 1: 12 weights, 2 operations each, and attention over all pairs; three passes.
     config = {"num_attention_heads": 1, "attention_head_dim": 1, "num_layers": 1}
-    assert memory.step_flops(config, [3, 5], [1, 1]) == 3 * (24 * 4 + 4 * 16 + 24 * 6 + 4 * 36)
-    tiny = memory.step_flops(tiny_configs()["transformer"], [64], [20])
+    assert flops.step_flops(config, [3, 5], [1, 1]) == 3 * (24 * 4 + 4 * 16 + 24 * 6 + 4 * 36)
+    tiny = flops.step_flops(tiny_configs()["transformer"], [64], [20])
     assert 1.0e9 < tiny < 1.5e9

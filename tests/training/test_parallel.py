@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,9 @@ from qwen_image_fast.training.engine import checkpoint as checkpoints
 from qwen_image_fast.training.engine.trainer import Trainer
 from qwen_image_fast.training.parallel.layout import Sizes, check_recipe_parallel, sizes_of
 from qwen_image_fast.training.recipe.curriculum import build_curriculum
-from qwen_image_fast.training.recipe.run import ParallelRecipe, RecipeError, read_recipe, to_dict
+from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.recipe.read import read_recipe
+from qwen_image_fast.training.recipe.run import ParallelRecipe
 from qwen_image_fast.training.run import find_recipe, make_task
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "distributed"
@@ -34,7 +37,7 @@ TOLERANCE = 2e-4
 def job(folder, path, steps=STEPS, layout=None, **changes):
     changes |= {f"parallel__{name}": value for name, value in (layout or {}).items()}
     recipe = small_recipe(folder, steps=steps, **{"checkpoint__every": 10, "optimizer__clip": 0.5, **changes})
-    return {"recipe_path": write_recipe(to_dict(recipe), path.with_suffix(f".{steps}.yaml")), "folder": str(path)}
+    return {"recipe_path": write_recipe(asdict(recipe), path.with_suffix(f".{steps}.yaml")), "folder": str(path)}
 
 
 ADAPTERS = {"lora__rank": 4, "lora__targets": ["to_q", "to_add_out", "img_mod.1"], "model__train_text_encoder": False}

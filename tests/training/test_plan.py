@@ -5,11 +5,12 @@ from trainer_helpers import small_recipe
 from typer.testing import CliRunner
 
 from qwen_image_fast.cli import app
-from qwen_image_fast.training.engine.memory import peak_of
 from qwen_image_fast.training.parallel.layout import Sizes
 from qwen_image_fast.training.parallel.plan import choose, model_of, plan_of
-from qwen_image_fast.training.recipe.run import RecipeError, read_recipe
+from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.recipe.read import read_recipe
 from qwen_image_fast.training.run import find_recipe
+from qwen_image_fast.training.tasks.flops import peak_of
 
 
 def full(*changes):

@@ -13,8 +13,10 @@ import pytest
 import torch
 from trainer_helpers import log_of, small_recipe, start, weights
 
+from qwen_image_fast.training.producer.backend import Here, ProducerDied, Ticket
+from qwen_image_fast.training.producer.pack import pack, unpack
 from qwen_image_fast.training.producer.processes import Processes, _put
-from qwen_image_fast.training.producer.store import Here, ProducerDied, Store, Ticket, pack, unpack
+from qwen_image_fast.training.producer.store import Store
 from qwen_image_fast.training.recipe.run import ProducersRecipe
 
 needs_ray = pytest.mark.skipif(not find_spec("ray"), reason="needs Ray")

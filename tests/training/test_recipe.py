@@ -1,10 +1,14 @@
 """Recipes: YAML, dotted overrides, and sentences for everything that cannot work."""
 
+from dataclasses import asdict
+
 import pytest
 
 from qwen_image_fast.training.recipe.curriculum import read_curriculum
-from qwen_image_fast.training.recipe.fields import differences
-from qwen_image_fast.training.recipe.run import FlowRecipe, RecipeError, VaeRecipe, build, read_recipe, to_dict
+from qwen_image_fast.training.recipe.fields import RecipeError, differences
+from qwen_image_fast.training.recipe.flow import FlowRecipe
+from qwen_image_fast.training.recipe.read import build, read_recipe
+from qwen_image_fast.training.recipe.vae import VaeRecipe
 from qwen_image_fast.training.run import RECIPES, find_recipe
 
 
@@ -22,7 +26,7 @@ def test_overrides_reach_nested_fields(tmp_path):
     assert isinstance(recipe, FlowRecipe)
     assert (recipe.optimizer.lr, recipe.data.tasks, recipe.data.buckets) == (2e-4, {"ti2i": 0.5}, [[64, 32]])
     assert recipe.model.compile is True
-    assert build(to_dict(recipe)) == recipe
+    assert build(asdict(recipe)) == recipe
 
 
 def test_kind_chooses_the_dataclass():
@@ -67,6 +71,6 @@ def test_bad_overrides_and_files(tmp_path):
 
 
 def test_differences_name_the_fields():
-    old = to_dict(build({}))
+    old = asdict(build({}))
     assert differences(old, old) == []
-    assert differences(old, to_dict(build({"optimizer": {"lr": 0.5}}))) == ["optimizer.lr: 0.001 -> 0.5"]
+    assert differences(old, asdict(build({"optimizer": {"lr": 0.5}}))) == ["optimizer.lr: 0.001 -> 0.5"]

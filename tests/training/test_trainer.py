@@ -19,7 +19,7 @@ from qwen_image_fast.training.engine.ema import EMA
 from qwen_image_fast.training.engine.optimizer import learning_rate
 from qwen_image_fast.training.engine.trainer import TrainingStopped
 from qwen_image_fast.training.recipe.run import OptimizerRecipe
-from qwen_image_fast.training.sources.source import Squares
+from qwen_image_fast.training.sources.squares import Squares
 
 
 def assert_same(a, b):

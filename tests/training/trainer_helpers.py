@@ -7,7 +7,7 @@ import torch
 from qwen_image_fast import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from qwen_image_fast.tiny import tiny_configs, write_untrained
 from qwen_image_fast.training.engine.trainer import Trainer
-from qwen_image_fast.training.recipe import run as recipes
+from qwen_image_fast.training.recipe import curriculum as recipes
 from qwen_image_fast.training.recipe.fields import set_dotted
 from qwen_image_fast.training.tasks.flow import FlowTask
 from qwen_image_fast.training.tasks.vae import initialise

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from qwen_image_fast.models.rope import ImageShape
 from qwen_image_fast.training.batches.latents import LatentCache
-from qwen_image_fast.training.batches.mixture import Change, Order, Segment
+from qwen_image_fast.training.batches.mixture import Order, Segment, order_of
 from qwen_image_fast.training.data.screen import Rejected
 from qwen_image_fast.training.randomness import epoch_position, generator, key, normal
-from qwen_image_fast.training.recipe.curriculum import Curriculum, one_stage, part_key
-from qwen_image_fast.training.recipe.run import TASKS, FlowRecipe, RecipeError
-from qwen_image_fast.training.sources.source import Sample, Source, fit, nearest_bucket
-from qwen_image_fast.training.tasks.flow_loss import logit_normal
+from qwen_image_fast.training.recipe.curriculum import Change, Curriculum, one_stage
+from qwen_image_fast.training.recipe.data import TASKS, part_key
+from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.recipe.flow import FlowRecipe
+from qwen_image_fast.training.sources.buckets import fit, nearest_bucket
+from qwen_image_fast.training.sources.sample import Sample, Source
 
 # What a reconstruction sample asks for.
 KEEP_INSTRUCTION = "Keep the image as it is."
@@ -101,7 +103,7 @@ class FlowBatches:
 
     def use(self, changes: Sequence[Change]) -> None:
         """Follow changes of the mixture."""
-        self.order = self.run.order(changes)
+        self.order = order_of(self.run, changes)
 
     @property
     def source(self) -> Source | None:
@@ -193,6 +195,11 @@ class FlowBatches:
         """Text, images and shapes of sample `index` for `write_cache`; the image of a reconstruction once."""
         _, sample = self.drawn(self.recipe.seed, index)
         return sample.caption, *to_buckets([sample.image, *sample.references], self.recipe.data.buckets)
+
+
+def logit_normal(rng: np.random.Generator, mean: float = 0.0, std: float = 1.0) -> float:
+    """sigma = 1 / (1 + exp(-(mean + std n))), n standard normal (Qwen-Image report, arXiv 2508.02324, section 4.1)."""
+    return float(1.0 / (1.0 + np.exp(-(mean + std * rng.standard_normal()))))
 
 
 def choose(draws: np.random.Generator, weights: Mapping[str, float]) -> str:

@@ -19,18 +19,12 @@ import numpy as np
 
 from qwen_image_fast.checkpoint import atomic_write
 from qwen_image_fast.training.randomness import generator
-from qwen_image_fast.training.recipe.run import RecipeError
+from qwen_image_fast.training.recipe.curriculum import Change, Curriculum
+from qwen_image_fast.training.recipe.data import part_key
+from qwen_image_fast.training.recipe.fields import RecipeError
 
 BLOCK = 1000
 WATCHED, RECORDED = "mixture.yaml", "mixture.jsonl"
-
-
-@dataclass(frozen=True)
-class Change:
-    """From this step on (until the end of its stage) the parts have these weights."""
-
-    step: int
-    weights: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -73,6 +67,17 @@ class Order:
 
     def _block(self, k: int, block: int) -> np.ndarray:
         return _block(self.seed, self.segments[k].first, block, self.slots[k])
+
+
+def order_of(run: Curriculum, changes: Sequence[Change] = ()) -> Order:
+    """Where each sample of a run comes from. Stages that take from the same source go on in it."""
+    segments = []
+    for step in sorted({s.first for s in run.stages} | {c.step for c in changes if c.step < run.steps}):
+        weights = run.weights(step, changes)
+        parts = run.stages[run.number(step)].recipe.data.parts
+        keyed = tuple((part_key(part), weights[part.name]) for part in parts)
+        segments.append(Segment(run.sample_of(step), keyed))
+    return Order(run.stages[0].recipe.seed, segments)
 
 
 @lru_cache(maxsize=64)

@@ -20,7 +20,8 @@ def filter_command(recipe: Path, overrides: Sequence[str] | None, out: Path) -> 
 
     from .contact_sheet import RejectedSheet
     from .examples import Examples
-    from .pipeline import FILTER_NAMES, limits, run_filters
+    from .filters.order import FILTER_NAMES
+    from .pipeline import limits, run_filters
     from .recipe import read_filter_recipe
 
     chosen = read_filter_recipe(recipe, overrides or ())

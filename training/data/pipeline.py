@@ -21,29 +21,18 @@ from .disk import full_disk_is_a_sentence
 from .filters import captions, curation, duplicates, portrait, quality, refinement, text
 from .filters.balance import Balance
 from .filters.base import Filter
+from .filters.order import FILTER_NAMES, FILTERS, STAGE_OF
 from .filters.picture import Picture
 from .recipe import FilterRecipe
 from .record import Record
 from .shards import write_shards
 
-_FILTERS: tuple[type[Filter], ...] = (
-    curation.BrokenFile, curation.FileSize, curation.Resolution, curation.AspectRatio, duplicates.ExactDuplicate,
-    duplicates.NearDuplicate, curation.Nsfw,
-    quality.Rotation, quality.Clarity, quality.Luma, quality.Saturation, quality.RgbEntropy, quality.Texture,
-    captions.TokenLength, captions.InvalidCaption, captions.Alignment,
-    text.LanguageSplit, text.IntensiveText, text.SmallCharacters,
-    refinement.RefinedResolution, refinement.ImageQuality, refinement.Aesthetic, refinement.Codes, refinement.Border,
-    refinement.Watermark, refinement.AbnormalElement,
-    portrait.FaceMosaic,
-)  # fmt: skip
-FILTER_NAMES = (*(f.name for f in _FILTERS), "category_balance", "taxonomy")
-STAGE_OF = {**{f.name: f.stage for f in _FILTERS}, "category_balance": 6, "taxonomy": 7}
 AUDIT = pa.schema(
     [
         ("id", pa.string()), ("origin", pa.string()), ("source", pa.string()), ("category", pa.string()),
         ("height", pa.int32()), ("width", pa.int32()), ("text_language", pa.string()), ("kept", pa.bool_()),
         ("stage", pa.int8()), ("filter", pa.string()), ("reason", pa.string()),
-        *((f.name, pa.float64()) for f in _FILTERS),
+        *((f.name, pa.float64()) for f in FILTERS),
     ]
 )  # fmt: skip
 _AUDIT_ROWS = 4096
@@ -75,7 +64,7 @@ def limits(recipe: FilterRecipe) -> dict[str, tuple[float | None, float | None]]
         "aesthetic": (0.0, None), "border": (None, last.max_border), "watermark": (None, last.max_watermark),
         "face_mosaic": (None, recipe.balance.max_mosaic),
     }  # fmt: skip
-    return {f.name: found.get(f.name, (None, None)) for f in _FILTERS}
+    return {f.name: found.get(f.name, (None, None)) for f in FILTERS}
 
 
 def build_filters(
@@ -139,7 +128,7 @@ def build_filters(
         "abnormal_element": lambda: refinement.AbnormalElement(),
         "face_mosaic": lambda: portrait.FaceMosaic(*bounds["face_mosaic"]),
     }
-    wanted = [f.name for f in _FILTERS if f.stage in recipe.stages and f.name not in recipe.without]
+    wanted = [f.name for f in FILTERS if f.stage in recipe.stages and f.name not in recipe.without]
     return [made for name in wanted if (made := make[name]())]
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen_image_fast.training.recipe.run import RecipeError, convert, read_tree
+from qwen_image_fast.training.recipe.fields import RecipeError, convert, read_tree
 
 from .filters.duplicates import LARGEST_DISTANCE
+from .filters.order import FILTER_NAMES
 from .record import CATEGORIES
 
 
@@ -182,8 +183,6 @@ def read_filter_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Filte
 
 def validate(recipe: FilterRecipe) -> None:
     """RecipeError for what can be known before anything is read."""
-    from .pipeline import FILTER_NAMES
-
     balance = recipe.balance
     _check_sources(recipe.sources)
     _must(bool(recipe.stages) and set(recipe.stages) <= set(range(1, 8)), "stages", "be of 1 to 7", recipe.stages)

@@ -23,10 +23,11 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from qwen_image_fast.checkpoint import atomic_write
-from qwen_image_fast.training.recipe.run import convert
+from qwen_image_fast.training.recipe.fields import convert
 
 from .examples import thumbnail
-from .pipeline import FILTER_NAMES, STAGE_OF, limits
+from .filters.order import FILTER_NAMES, STAGE_OF
+from .pipeline import limits
 from .recipe import FilterRecipe
 from .record import Record
 

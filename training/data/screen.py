@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from qwen_image_fast.training.recipe.run import RecipeError, convert
+from qwen_image_fast.training.recipe.fields import RecipeError, convert
 
 from .filters.picture import BrokenImage, Picture
+from .recipe import FilterRecipe, SourceRecipe, validate
 from .record import Record
 
 # They compare records with each other, which only a pass over all of them can.
@@ -35,8 +36,6 @@ class Screen:
     """
 
     def __init__(self, filters: Mapping[str, Any]):
-        from .recipe import FilterRecipe, SourceRecipe, validate
-
         if "sources" in filters:
             raise RecipeError("recipe: data.filters must not have sources: they are those of the mixture")
         self.recipe = convert({**filters, "sources": []}, FilterRecipe, "")

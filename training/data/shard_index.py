@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_image_fast.training.recipe.run import RecipeError
+from qwen_image_fast.training.recipe.fields import RecipeError
 
 from .record import Record, record_of
 
@@ -23,7 +23,7 @@ class ShardIndex:
 
     Args:
         folder: with `index.parquet`, as `write_shards` leaves it.
-        where, least, most: see `training.sources.source.Shards`.
+        where, least, most: see `training.sources.shards.Shards`.
 
     Raises:
         RecipeError: the index lacks offsets, or no record is chosen.

@@ -122,7 +122,7 @@ def load(path: Path) -> Checkpoint:
     record = read_json(path / RECORD)
     try:
         if in_parts(path):
-            from qwen_image_fast.training.parallel.checkpoints import load_whole
+            from qwen_image_fast.training.engine.checkpoint_parts import load_whole
 
             tensors = load_whole(path)
         else:

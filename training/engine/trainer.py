@@ -13,67 +13,31 @@ import math
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwen_image_fast import reference
 from qwen_image_fast.checkpoint import read_json
-from qwen_image_fast.training.batches.mixture import Change, Watched
+from qwen_image_fast.training.batches.mixture import Watched
 from qwen_image_fast.training.engine import checkpoint as checkpoints
+from qwen_image_fast.training.engine.checkpoint_parts import sizes
 from qwen_image_fast.training.engine.ema import EMA
-from qwen_image_fast.training.engine.memory import peak_flops
 from qwen_image_fast.training.engine.optimizer import Optimizer, learning_rate
 from qwen_image_fast.training.engine.run_log import RunLog, SilentLog, memory_gb
-from qwen_image_fast.training.parallel.checkpoints import Writer, load_parts, named, sizes
+from qwen_image_fast.training.parallel.checkpoints import Writer, load_parts, named
 from qwen_image_fast.training.parallel.layout import Parallel
 from qwen_image_fast.training.parallel.shard import reshard
-from qwen_image_fast.training.producer.store import BatchMaker, Store, Ticket
+from qwen_image_fast.training.producer.backend import Ticket
+from qwen_image_fast.training.producer.store import Store
 from qwen_image_fast.training.producer.store import start as start_producers
-from qwen_image_fast.training.recipe.curriculum import Carry, Curriculum, one_stage
-from qwen_image_fast.training.recipe.fields import differences
-from qwen_image_fast.training.recipe.run import RecipeError, RunRecipe
-
-
-@dataclass
-class Losses:
-    """total: what is differentiated, a mean over samples. per_sample: [samples] float32, of the batch's samples.
-
-    flops: of forward and backward, where they are known. extra: further numbers for the log.
-    """
-
-    total: Tensor
-    per_sample: Tensor
-    tokens: int
-    extra: dict[str, float]
-    flops: float = 0.0
-
-
-class Task(Protocol):
-    """What a run trains."""
-
-    modules: dict[str, nn.Module]  # those with trainable weights, by the name they have in checkpoints
-    maker: BatchMaker
-    device: torch.device
-
-    def enter(self, number: int) -> None:
-        """Go on with a stage of the run."""
-
-    def loss(self, batch: Any) -> Losses: ...
-
-    def describe(self, batch: Any, index: int) -> str:
-        """A few words that let a person find sample `index`."""
-
-    def validate(self) -> dict[str, float]: ...
-
-    def sample_grid(self) -> np.ndarray | None: ...
-
-    def export(self, folder: Path) -> None:
-        """Write what was trained in the layout in which it is used; the modules hold the averaged weights."""
+from qwen_image_fast.training.recipe.curriculum import Carry, Change, Curriculum, one_stage
+from qwen_image_fast.training.recipe.fields import RecipeError, differences
+from qwen_image_fast.training.recipe.run import RunRecipe
+from qwen_image_fast.training.tasks.flops import peak_flops
+from qwen_image_fast.training.tasks.task import Task
 
 
 class TrainingStopped(RuntimeError):

@@ -16,7 +16,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -24,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from qwen_image_fast.training.engine import checkpoint as checkpoints
 from qwen_image_fast.training.engine.checkpoint import Checkpoint
+from qwen_image_fast.training.engine.checkpoint_parts import sizes
 from qwen_image_fast.training.parallel.layout import Parallel
 
 
@@ -100,14 +100,6 @@ def load_parts(path: Path, tensors: dict[str, Tensor], parallel: Parallel) -> No
         raise ValueError(f"resume: {path} is damaged ({error}); remove it to resume from the one before") from error
 
 
-def load_whole(path: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint in parts, in this process."""
-    reader = HuggingFaceStorageReader(str(path))
-    found = {name: torch.empty(size, dtype=torch.float32) for name, size in sizes(path).items()}
-    dcp.load(dict(found), storage_reader=reader, no_dist=True)
-    return found
-
-
 def check(path: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
     """The checkpoint holds what this run needs."""
     missing = sorted(wanted.keys() - stored.keys())
@@ -119,12 +111,3 @@ def check(path: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> N
             f"resume: {path} holds other weights than this recipe trains: {len(missing)} are missing, {len(extra)} "
             f"unexpected and {len(wrong)} of another shape, such as {some}"
         )
-
-
-def sizes(path: Path) -> dict[str, torch.Size]:
-    """What a checkpoint holds, by its name in the files."""
-    try:
-        metadata = HuggingFaceStorageReader(str(path)).read_metadata()
-    except Exception as error:
-        raise ValueError(f"resume: {path} is damaged ({error}); remove it to resume from the one before") from error
-    return {name: entry.size for name, entry in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]

@@ -19,7 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from qwen_image_fast.training.recipe.run import FlowRecipe, ParallelRecipe, RecipeError, RunRecipe
+from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.recipe.flow import FlowRecipe
+from qwen_image_fast.training.recipe.run import ParallelRecipe, RunRecipe
 
 
 def world_size() -> int:

@@ -10,7 +10,7 @@ The model, per micro-batch (P: weights of a rank's tensor-parallel part, S = dp_
                 and 8 P / S (R - 1) / R for the all-reduce of replicas; gradients of adapters alone are 4 A and 8 A
     TP          for each block and stream 4 all-reduces of tokens x width x 2 bytes, each 2 (tp - 1) / tp of that
     Ulysses     for each block 8 exchanges (q, k, v, output; forward, backward) of (cp - 1) / cp of tokens x width x 2
-    compute     `memory.step_flops` / (peak x assumed MFU)
+    compute     `flops.step_flops` / (peak x assumed MFU)
 
 Recomputing activations adds a third to the compute and half as much again to TP and Ulysses. FSDP runs beside the
 compute, TP and Ulysses wait: time = max(compute + TP + Ulysses, FSDP). A group of ranks that fits into a machine of
@@ -28,17 +28,13 @@ from rich.console import Console
 from rich.table import Table
 
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
-from qwen_image_fast.training.engine.memory import (
-    PEAK_TFLOPS,
-    adapter_weights,
-    references_of,
-    step_flops,
-    tokens_of_batch,
-    transformer_config,
-)
+from qwen_image_fast.training.engine.memory import adapter_weights, references_of, tokens_of_batch, transformer_config
 from qwen_image_fast.training.parallel.layout import Sizes, check_recipe_parallel, sizes_of
 from qwen_image_fast.training.recipe.curriculum import Curriculum
-from qwen_image_fast.training.recipe.run import FlowRecipe, RecipeError, RunRecipe
+from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.recipe.flow import FlowRecipe
+from qwen_image_fast.training.recipe.run import RunRecipe
+from qwen_image_fast.training.tasks.flops import PEAK_TFLOPS, step_flops
 
 # Assumptions. Bytes per second of a GPU to the others: NVLink 4 and 400 Gb/s InfiniBand, at about 70 % of their peaks.
 NVLINK, NETWORK, MACHINE = 300e9, 35e9, 8

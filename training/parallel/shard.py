@@ -19,11 +19,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from qwen_image_fast.checkpoint import find_weights, read_config
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.tensor_files import Entry, read_header, read_into
-from qwen_image_fast.training.engine.optimizer import choose_trainable
 from qwen_image_fast.training.lora import ADAPTER, BASE, add_lora, reset_lora
 from qwen_image_fast.training.parallel.layout import Parallel, local, part_of
 from qwen_image_fast.training.parallel.tensor import parallelize
-from qwen_image_fast.training.recipe.run import FlowRecipe
+from qwen_image_fast.training.recipe.flow import FlowRecipe
+from qwen_image_fast.training.trainable import choose_trainable
 
 
 def load_transformer(folder: Path, recipe: FlowRecipe, parallel: Parallel, dtype: torch.dtype) -> tuple[Any, int]:

@@ -19,7 +19,7 @@ from qwen_image_fast.training.batches.latents import encode_images
 
 if TYPE_CHECKING:
     from qwen_image_fast.training.batches.batches import Batch, RawSample
-    from qwen_image_fast.training.engine.trainer import BatchMaker
+    from qwen_image_fast.training.producer.backend import BatchMaker
     from qwen_image_fast.training.recipe.curriculum import Curriculum
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from qwen_image_fast.training.producer.store import MOST_DEATHS, BatchMaker, ProducerDied, Ticket, make, pack, unpack
+from qwen_image_fast.training.producer.backend import MOST_DEATHS, BatchMaker, ProducerDied, Ticket, make
+from qwen_image_fast.training.producer.pack import pack, unpack
 
 
 @dataclass

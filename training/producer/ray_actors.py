@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from qwen_image_fast.training.producer.store import MOST_DEATHS, BatchMaker, ProducerDied, Ticket, make, pack, unpack
+from qwen_image_fast.training.producer.backend import MOST_DEATHS, BatchMaker, ProducerDied, Ticket, make
+from qwen_image_fast.training.producer.pack import pack, unpack
 from qwen_image_fast.training.recipe.run import ProducersRecipe
 
 

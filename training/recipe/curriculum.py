@@ -8,19 +8,26 @@ always, the optimiser's state and the average as `carry` says. The learning rate
 from __future__ import annotations
 
 import dataclasses
-import json
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen_image_fast.training.batches.mixture import Change, Order, Segment
-from qwen_image_fast.training.recipe.fields import convert, read_tree
-from qwen_image_fast.training.recipe.run import KINDS, PartRecipe, RecipeError, RunRecipe, build, to_dict
+from qwen_image_fast.training.recipe.fields import RecipeError, convert, read_tree
+from qwen_image_fast.training.recipe.read import KINDS, build
+from qwen_image_fast.training.recipe.run import RunRecipe
 
 # One for the run, so not a stage's own.
 _OF_THE_RUN = ("kind", "seed", "device", "reference_ops", "lora", "producers", "folder", "mode", "base_dim")
+
+
+@dataclass(frozen=True)
+class Change:
+    """From this step on (until the end of its stage) the parts of the mixture have these weights."""
+
+    step: int
+    weights: tuple[tuple[str, float], ...]
 
 
 @dataclass
@@ -78,29 +85,14 @@ class Curriculum:
                 now = {**now, **{name: w for name, w in change.weights if name in now}}
         return now
 
-    def order(self, changes: Sequence[Change] = ()) -> Order:
-        """Where each sample comes from. Stages that take from the same source go on in it."""
-        segments = []
-        for step in sorted({s.first for s in self.stages} | {c.step for c in changes if c.step < self.steps}):
-            weights = self.weights(step, changes)
-            parts = self.stages[self.number(step)].recipe.data.parts
-            keyed = tuple((part_key(part), weights[part.name]) for part in parts)
-            segments.append(Segment(self.sample_of(step), keyed))
-        return Order(self.stages[0].recipe.seed, segments)
-
     def described(self) -> dict[str, Any]:
         """For a checkpoint: everything that decides what the run does, so without who makes its batches."""
         described = []
         for stage in self.stages:
-            tree = to_dict(stage.recipe)
+            tree = dataclasses.asdict(stage.recipe)
             del tree["producers"]
             described.append(tree if len(self.stages) == 1 else {**tree, "carry": dataclasses.asdict(stage.carry)})
         return described[0] if len(described) == 1 else {"stages": described}
-
-
-def part_key(part: PartRecipe) -> str:
-    """Says which stream of samples a part is: its source and what it takes of it."""
-    return json.dumps([part.source, part.options, part.filters], sort_keys=True)
 
 
 def one_stage(recipe: RunRecipe) -> Curriculum:
@@ -159,7 +151,7 @@ def _check(first: RunRecipe, stage: Stage, number: int, before: RunRecipe | None
     if before is None:
         return
     free = {"gradient_checkpointing", "max_text_tokens"}
-    models = [to_dict(recipe).get("model", {}) for recipe in (stage.recipe, first)]
+    models = [dataclasses.asdict(recipe).get("model", {}) for recipe in (stage.recipe, first)]
     if changed := [name for name in models[0] if name not in free and models[0][name] != models[1][name]]:
         raise RecipeError(
             f"recipe: model.{changed[0]} must stand above the stages: it is one for the run (stage {number})"

@@ -18,6 +18,16 @@ class RecipeError(ValueError):
     """A sentence about what a recipe must be."""
 
 
+def must(condition: bool, name: str, rule: str, value: Any) -> None:
+    """RecipeError "recipe: <name> must <rule>, got <value>" unless the condition holds."""
+    if not condition:
+        raise RecipeError(f"recipe: {name} must {rule}, got {value!r}")
+
+
+def must_be_at_least(least: float, name: str, value: float) -> None:
+    must(value >= least, name, f"be at least {least}", value)
+
+
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     """What a YAML file and its overrides say, not yet checked."""
     import yaml

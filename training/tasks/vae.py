@@ -17,13 +17,13 @@ from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.models.vae_blocks import CausalConv3d, ResidualBlock
 from qwen_image_fast.tiny import tiny_configs
 from qwen_image_fast.training.batches.latents import to_pixels
-from qwen_image_fast.training.batches.mixture import Change
-from qwen_image_fast.training.engine.run_log import grid
-from qwen_image_fast.training.engine.trainer import Losses
 from qwen_image_fast.training.randomness import generator, key, normal
-from qwen_image_fast.training.recipe.run import VaeRecipe
-from qwen_image_fast.training.sources.source import Source, fit, make_source, nearest_bucket
-from qwen_image_fast.training.tasks.flow import pick_device
+from qwen_image_fast.training.recipe.curriculum import Change
+from qwen_image_fast.training.recipe.vae import VaeRecipe
+from qwen_image_fast.training.sources.buckets import fit, nearest_bucket
+from qwen_image_fast.training.sources.make import make_source
+from qwen_image_fast.training.sources.sample import Source
+from qwen_image_fast.training.tasks.task import Losses, grid, pick_device
 
 # Bounds of the weight that the dynamic balance gives the perceptual loss.
 BALANCE_RANGE = (1e-4, 1e4)

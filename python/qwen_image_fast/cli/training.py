@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from qwen_image_fast.cli.common import BAD_INPUT, FAILED, CommandError, failing
-from qwen_image_fast.training.recipe.run import RecipeError
+from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.synthesis.preview import preview
 
 Recipe = Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe such as tiny/vae.")]

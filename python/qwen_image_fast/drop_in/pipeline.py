@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qwen_image_fast.drop_in.loop import Loop, current_loop
-from qwen_image_fast.drop_in.swap import Swapped
+from qwen_image_fast.drop_in.swapped import Swapped
 
 _encoding: ContextVar[bool] = ContextVar("qwen_image_fast_encoding", default=False)
 

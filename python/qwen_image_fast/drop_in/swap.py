@@ -9,44 +9,13 @@ from typing import Any
 
 from torch import nn
 
-
-class SwappedType(type):
-    """The type of the classes below: each equals the class it replaces, which it is not.
-
-    diffusers' `from_pipe` takes over the models of another pipeline whose type is equal to the one it expects.
-    """
-
-    _original: type
-
-    def __eq__(cls, other):
-        return cls is other or cls.__dict__.get("_original") is other
-
-    def __hash__(cls):
-        return hash(cls.__dict__.get("_original")) if "_original" in cls.__dict__ else type.__hash__(cls)
+from qwen_image_fast.drop_in.pipeline import FastPipeline
+from qwen_image_fast.drop_in.swapped import Swapped, SwappedType
+from qwen_image_fast.drop_in.transformer import FastTransformer
+from qwen_image_fast.drop_in.vae import FastCausalConv3d, FastResample, FastResidualBlock, FastRMSNorm, FastVAE
 
 
-class Swapped:
-    """Base of the classes that `accelerate` gives to objects.
-
-    Each has the name and module of the class it replaces, because diffusers and transformers write both into files.
-    Pickle would then look for it where the original is, so an object is pickled as "the original's fast version".
-    """
-
-    _original: type
-    _caches = ("_layouts", "_modulation_table", "_said", "_one_frame")
-    _settings = ("convolution",)
-
-    @classmethod
-    def methods(cls, original: type) -> dict[str, Any]:
-        """Methods that are made from those of the original."""
-        return {}
-
-    def __reduce_ex__(self, protocol):
-        state = {k: v for k, v in self.__dict__.items() if k not in self._caches}
-        return _new_swapped, (self._original,), state
-
-
-def _new_swapped(original: type) -> Any:
+def new_swapped(original: type) -> Any:
     cls = fast_class(original)
     return cls.__new__(cls)
 
@@ -65,10 +34,6 @@ def fast_class(original: type) -> type | None:
     """The class that replaces `original`; None: there is no such class."""
     from diffusers import QwenImageTransformer2DModel
 
-    from qwen_image_fast.drop_in.pipeline import FastPipeline
-    from qwen_image_fast.drop_in.transformer import FastTransformer
-    from qwen_image_fast.drop_in.vae import FastCausalConv3d, FastResample, FastResidualBlock, FastRMSNorm, FastVAE
-
     layers = {
         "CausalConv3d": FastCausalConv3d, "RMS_norm": FastRMSNorm, "ResidualBlock": FastResidualBlock,
         "Resample": FastResample,
@@ -83,7 +48,8 @@ def fast_class(original: type) -> type | None:
     if mixin is None:
         return None
     body = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return SwappedType(original.__name__, (mixin, original), body | {"_original": original} | mixin.methods(original))
+    body |= {"_original": original, "_rebuild": staticmethod(new_swapped)}
+    return SwappedType(original.__name__, (mixin, original), body | mixin.methods(original))
 
 
 def swap(obj: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qwen_image_fast.drop_in.loop import ModulationTable, current_loop, current_step
 from qwen_image_fast.drop_in.obstacle import compute_dtype, known_parts, obstacle
-from qwen_image_fast.drop_in.swap import Swapped
+from qwen_image_fast.drop_in.swapped import Swapped
 from qwen_image_fast.models.modulation import Modulation
 from qwen_image_fast.models.transformer_forward import TransformerForward
 

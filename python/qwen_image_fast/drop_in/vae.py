@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from qwen_image_fast.drop_in.swap import Swapped
+from qwen_image_fast.drop_in.swapped import Swapped
 from qwen_image_fast.models.vae_conv import convolve, is_bare, norm_silu
 from qwen_image_fast.ops import has_kernels
 

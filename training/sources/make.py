@@ -1,0 +1,43 @@
+"""From the name in a recipe to its source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen_image_fast.training.data.screen import Screen
+from qwen_image_fast.training.data.shard_index import INDEX
+from qwen_image_fast.training.recipe.data import DataRecipe, PartRecipe, part_key
+from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.sources.folder import ImageFolder
+from qwen_image_fast.training.sources.sample import Source
+from qwen_image_fast.training.sources.shards import Shards
+from qwen_image_fast.training.sources.squares import Squares
+from qwen_image_fast.training.sources.synthesis import Synthesis
+
+DRAWN: dict[str, Any] = {"squares": Squares, "synthesis": Synthesis}
+
+
+def make_source(recipe: DataRecipe | PartRecipe) -> Source:
+    """The source that `recipe.source` names; RecipeError for options that it does not have."""
+    folder = Path(recipe.source)
+    try:
+        if recipe.source in DRAWN:
+            if recipe.filters:
+                raise RecipeError(f"recipe: data.filters must be empty for {recipe.source}: its pictures are drawn")
+            return DRAWN[recipe.source](**recipe.options)
+        if (folder / INDEX).is_file():
+            return Shards(recipe.source, Screen(recipe.filters), **recipe.options)
+        if folder.is_dir():
+            return ImageFolder(recipe.source, Screen(recipe.filters), **recipe.options)
+    except TypeError as error:
+        raise RecipeError(f"recipe: data.options must fit the source {recipe.source}: {error}") from error
+    raise RecipeError(
+        f"recipe: data.source must be squares, synthesis, a folder or shards with {INDEX}, got {recipe.source!r}"
+    )
+
+
+def make_sources(parts: Sequence[PartRecipe]) -> dict[str, Source]:
+    """A source for each part by its key, one for all parts that take the same."""
+    return {key: make_source(part) for key, part in {part_key(part): part for part in parts}.items()}

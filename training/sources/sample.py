@@ -1,0 +1,29 @@
+"""What a source gives, and what a source is: a function of (seed, index)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass
+class Sample:
+    """image: uint8 [H, W, 3]. caption: describes it, or says how it comes from `references`, 0..N images.
+
+    origin: which file or record it is; empty where it was drawn.
+    """
+
+    image: np.ndarray
+    caption: str
+    references: Sequence[np.ndarray] = ()
+    origin: str = ""
+
+
+class Source(Protocol):
+    """A source of edits also has a method `edit` like `sample`, whose samples have references."""
+
+    def sample(self, seed: int, index: int) -> Sample:
+        """Sample `index` of the stream of `seed`, an image and its caption: always the same one."""
