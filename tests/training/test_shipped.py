@@ -1,9 +1,12 @@
 """The tiny model that comes with the package: its size, who can read it, and that it writes and edits."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+import qwen_image_fast
 from qwen_image_fast import QwenImageEditPlusPipeline, QwenImagePipeline
 from qwen_image_fast.folders import SHIPPED
 from qwen_image_fast.training.evaluation.cases import TextCase, held_out_edits, psnr_outside
@@ -101,3 +104,10 @@ def test_ship_rounds_the_weights_and_refuses_what_is_there(tmp_path, folder):
     assert QwenImagePipeline.from_pretrained(tmp_path / "out").transformer.proj_out.weight.dtype == torch.bfloat16
     with pytest.raises(FileExistsError, match="already there"):
         ship(folder, tmp_path / "out")
+
+
+def test_logs_and_results_of_runs_are_not_installed():
+    root = Path(qwen_image_fast.__file__).parent
+    kinds = {path.suffix for path in (root / "training" / "recipes").rglob("*") if path.is_file()}
+    assert kinds == {".yaml"}
+    assert not list((root / "training").resolve().rglob("*.jsonl"))
