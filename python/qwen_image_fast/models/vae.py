@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qwen_image_fast.models.base import PretrainedModel, record_config
 from qwen_image_fast.models.outputs import Output
 from qwen_image_fast.models.vae_blocks import CausalConv3d, Decoder, Encoder
-from qwen_image_fast.models.vae_checks import check_latents, check_pixels, error
+from qwen_image_fast.models.vae_checks import check_latents, check_pixels, check_result, error
 from qwen_image_fast.models.vae_conv import Convolution, forget_packed_weights
 from qwen_image_fast.models.vae_streams import run_in_chunks
 from qwen_image_fast.models.vae_tiling import blended_tiles, parse_bytes, strip_rows
@@ -249,7 +249,7 @@ class AutoencoderKLQwenImage(PretrainedModel):
             `latent_dist` of shape `[B, z_dim, 1 + k, H / 8, W / 8]`.
 
         Raises:
-            ValueError: an argument that breaks these rules.
+            ValueError: an argument that breaks these rules, or latents that are not finite (not with gradients).
         """
         self._check("encode", "x", x, self.input_channels)
         frames, height, width = x.shape[2:]
@@ -261,7 +261,9 @@ class AutoencoderKLQwenImage(PretrainedModel):
         if frames % FRAMES_PER_LATENT != 1:
             raise error("encode", f"x must have 1 + {FRAMES_PER_LATENT}k frames, got {frames}")
         check_pixels(x)
-        latent_dist = DiagonalGaussianDistribution(self._per_sample(self._encode, x))
+        moments = self._per_sample(self._encode, x)
+        check_result("encode", "the latents are", moments, self)
+        latent_dist = DiagonalGaussianDistribution(moments)
         return EncoderOutput(latent_dist) if return_dict else (latent_dist,)
 
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
@@ -275,7 +277,7 @@ class AutoencoderKLQwenImage(PretrainedModel):
             `sample` of shape `[B, input_channels, 1 + 4 (T - 1), 8 H, 8 W]`, clamped to [-1, 1] unless blended.
 
         Raises:
-            ValueError: an argument that breaks these rules.
+            ValueError: an argument that breaks these rules, or pixels that are not finite (not with gradients).
         """
         self._check("decode", "z", z, self.z_dim)
         if z.shape[2] == 0:
@@ -337,9 +339,12 @@ class AutoencoderKLQwenImage(PretrainedModel):
     def _decode_whole(self, z: Tensor) -> Tensor:
         if z.shape[2] == 1:
             strip = self._strip("decode", z, *z.shape[3:])
-            return self.decoder(self.post_quant_conv(_image(z)), strip=strip).contiguous().unsqueeze(2)
-        self._refuse_video("decode", z)
-        return run_in_chunks(self.decoder, self.post_quant_conv(z).split(1, dim=2))
+            sample = self.decoder(self.post_quant_conv(_image(z)), strip=strip).contiguous().unsqueeze(2)
+        else:
+            self._refuse_video("decode", z)
+            sample = run_in_chunks(self.decoder, self.post_quant_conv(z).split(1, dim=2))
+        check_result("decode", "the pixels are", sample, self)
+        return sample
 
     def _strip(self, method: str, x: Tensor, height: int, width: int) -> int | None:
         """Rows of the latent per strip under the memory limit; None: all."""

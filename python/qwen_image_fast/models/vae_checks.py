@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from qwen_image_fast.models.finite import cause
 
 # Pixels in [-1, 1] may overshoot a little after resizing; a picture in [0, 255] goes far beyond this.
 LARGEST_PIXEL = 8.0
@@ -61,3 +63,16 @@ def check_latents(z: Tensor) -> None:
     found = _range(z)
     if found is not None and not (abs(found[0]) < float("inf") and abs(found[1]) < float("inf")):
         raise error("decode", f"z must be finite, got values from {found[0]:g} to {found[1]:g}")
+
+
+def check_result(method: str, what: str, x: Tensor, vae: nn.Module) -> None:
+    """Finite values of what the VAE made: a clamp would make white of infinity, and bytes make black of NaN.
+
+    Not looked at while gradients flow: in training the loss tells.
+
+    Raises:
+        ValueError: NaN or infinity, with their cause.
+    """
+    found = None if x.requires_grad else _range(x)
+    if found is not None and not (abs(found[0]) < float("inf") and abs(found[1]) < float("inf")):
+        raise error(method, f"{what} not finite{cause({'the VAE': vae}, x.dtype)}")

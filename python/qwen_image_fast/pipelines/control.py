@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qwen_image_fast.models.controlnet import QwenImageControlNetModel
+from qwen_image_fast.models.finite import all_finite, cause
 from qwen_image_fast.models.packing import pack
 from qwen_image_fast.pipelines.base import CONTROLNET, QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import encode_distribution, normalized
@@ -63,6 +64,9 @@ class ControlPipeline(GenerationPipeline):
     @property
     def _modules(self):
         return [*super()._modules, *self.controlnets]
+
+    def _denoisers(self):
+        return {**super()._denoisers(), **_named(self.controlnets)}
 
     def save_pretrained(self, folder, *, max_shard_size: int | str = "10GB") -> None:
         """As every pipeline's; several ControlNets have no place in the layout."""
@@ -153,6 +157,11 @@ def _family(model) -> dict[str, object]:
     return {name: tuple(v) if isinstance(v := model.config[name], (list, tuple)) else v for name in same}
 
 
+def _named(nets: Sequence[QwenImageControlNetModel]) -> dict[str, QwenImageControlNetModel]:
+    """As an error names them: controlnet, or controlnet[0] and so on."""
+    return {"controlnet" if len(nets) == 1 else f"controlnet[{i}]": net for i, net in enumerate(nets)}
+
+
 def _numbers(name: str, value, controls: int) -> list[float]:
     """One for all control pictures, or one for each."""
     values = list(value) if isinstance(value, (list, tuple)) else [value] * controls
@@ -166,7 +175,8 @@ def _numbers(name: str, value, controls: int) -> list[float]:
 def control_residuals(controls: Sequence[Control], samples: Sequence[Sample], levels: Tensor) -> Residuals:
     """The sum of the ControlNets' residuals at every step, computed with the prompt and used without it too.
 
-    levels: float32 [steps, samples], the noise levels.
+    levels: float32 [steps, samples], the noise levels. A ControlNet whose first residuals are not finite is named in a
+    ValueError; later ones show in the result.
     """
     net = controls[0].net
     device, dtype = net.device, net.dtype
@@ -191,6 +201,9 @@ def control_residuals(controls: Sequence[Control], samples: Sequence[Sample], le
         for c in controls:
             key = id(c.net)
             found = c.net.forward_packed(x, c.tokens, texts[key], layout, modulations[key])
+            if step == 0 and not all(all_finite(r) for r in found):
+                one = {name: net for name, net in _named([*nets.values()]).items() if net is c.net}
+                raise ValueError(f"the residuals of a ControlNet are not finite{cause(one, dtype)}")
             found = [r * c.scale[step] for r in found]
             total = [a + b for a, b in zip(total, found)] if total else found
         return total

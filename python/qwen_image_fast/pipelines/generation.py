@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_image_fast.models.finite import all_finite, cause
 from qwen_image_fast.models.text_encoder import pad_prompt_embeds
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.latents import decode_latents, draw_noise, stacked, to_output
@@ -113,7 +114,7 @@ class GenerationPipeline(PromptPipeline):
                 raise ValueError(
                     f"latents must be packed tokens {shape} for {w * 8}x{h * 8} pixels, got {tuple(x.shape)}"
                 )
-            if not torch.isfinite(x).all():
+            if not all_finite(x):
                 raise ValueError("latents must be finite, got NaN or infinity")
         return [x.to(self.device, self.dtype).contiguous() for x in latents]
 
@@ -132,8 +133,13 @@ class GenerationPipeline(PromptPipeline):
                 graphs=self.cuda_graphs, on_step=on_step, progress=request.progress,
                 interrupted=lambda: self.interrupt, **options,
             )  # fmt: skip
-            self._check_finite(tokens)
+            if not all(all_finite(t) for t in tokens):
+                raise ValueError(f"the result is not finite{cause(self._denoisers(), self.dtype)}")
         return tokens
+
+    def _denoisers(self) -> dict[str, Any]:
+        """The models that the latents come from, by name."""
+        return {"transformer": self.transformer, "text_encoder": self.text_encoder}
 
     def _step_callback(self, callback: Callable, names: Sequence[str], cond: list[Text]):
         """diffusers' callback on top of the loop's: padded tensors where sizes agree, lists where they do not."""
@@ -153,15 +159,6 @@ class GenerationPipeline(PromptPipeline):
             return list(changed["latents"])
 
         return on_step
-
-    def _check_finite(self, tokens: list[Tensor]) -> None:
-        if all(bool(torch.isfinite(t).all()) for t in tokens):
-            return
-        for part in ("transformer", "text_encoder"):
-            for name, p in getattr(self, part).named_parameters():
-                if not torch.isfinite(p).all():
-                    raise ValueError(f"the result is not finite: {part} has NaN or infinity in {name}; load it again")
-        raise ValueError(f"the result is not finite in {self.dtype}, though all weights are; try bfloat16 or float32")
 
     def _finish(
         self,

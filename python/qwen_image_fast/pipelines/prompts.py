@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from qwen_image_fast.chat import checked
+from qwen_image_fast.models.finite import all_finite, cause
 from qwen_image_fast.models.text_encoder import encode_prompts, pad_prompt_embeds
 from qwen_image_fast.pipelines.base import Pipeline
 from qwen_image_fast.pipelines.request import Request
@@ -28,9 +29,8 @@ class PromptPipeline(Pipeline):
         """Padded embeddings [prompts, tokens, width] and their mask (None: no padding), as diffusers returns them."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         with torch.no_grad():
-            return pad_prompt_embeds(
-                encode_prompts(self.text_encoder, self.tokenizer, prompts, max_sequence_length=max_sequence_length)
-            )
+            states = encode_prompts(self.text_encoder, self.tokenizer, prompts, max_sequence_length=max_sequence_length)
+            return pad_prompt_embeds(self._checked(states))
 
     def _count(self, request: Request) -> int:
         """The number of prompts."""
@@ -94,7 +94,13 @@ class PromptPipeline(Pipeline):
             states = encode_prompts(self.text_encoder, self.tokenizer, values, max_sequence_length=limit)
         else:
             states = encode(values)
-        return [Text(t.to(self.device, self.dtype)) for t in states]
+        return [Text(t) for t in self._checked([t.to(self.device, self.dtype) for t in states])]
+
+    def _checked(self, states: list[Tensor]) -> list[Tensor]:
+        """The states of prompts, if they are finite."""
+        if not all(all_finite(t) for t in states):
+            raise ValueError(f"the states are not finite{cause({'text_encoder': self.text_encoder}, self.dtype)}")
+        return states
 
     def _given(self, request: Request, name: str, embeds) -> list[Text]:
         mask, limit = getattr(request, f"{name}_embeds_mask"), request.max_sequence_length
@@ -107,7 +113,7 @@ class PromptPipeline(Pipeline):
         for i, e in enumerate(embeds):
             if not e.is_floating_point() or e.dim() != 2 or e.shape[-1] != width:
                 raise ValueError(f"{name}_embeds must be floating point, {width} wide, got {e.dtype} {tuple(e.shape)}")
-            if not torch.isfinite(e).all():
+            if not all_finite(e):
                 raise ValueError(f"{name}_embeds must be finite, got NaN or infinity in entry {i}")
             e = (e if self.uses_vision else e[:limit]).to(self.device, self.dtype)
             positions = None
