@@ -79,7 +79,7 @@ import torch
 sys.path.insert(0, {helpers!r})
 torch.set_num_threads({threads})
 from trainer_helpers import small_recipe, start
-from qwen_image_fast.training.sources.source import Squares
+from qwen_image_fast.training.sources.squares import Squares
 
 class Slow(Squares):
     def sample(self, seed, index):
