@@ -61,7 +61,7 @@ def image_difference(images, reference) -> float:
 
 
 def cases(settings: Settings, steps: int = 20) -> Iterator[Case]:
-    from qwen_image_fast.accelerate import accelerate
+    from qwen_image_fast import accelerate
     from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
     from qwen_image_fast.tiny import write_untrained
 

@@ -52,7 +52,7 @@ def models(settings: Settings, **config):
     """(diffusers, diffusers accelerated, ours) with the same random weights."""
     from diffusers import AutoencoderKLQwenImage as Reference
 
-    from qwen_image_fast.accelerate import accelerate
+    from qwen_image_fast import accelerate
 
     torch.manual_seed(0)
     theirs, drop_in = (Reference(**config).to(settings.device).eval() for _ in range(2))

@@ -11,7 +11,7 @@ from PIL import Image
 
 diffusers = pytest.importorskip("diffusers")
 
-from qwen_image_fast.accelerate import accelerate, restore  # noqa: E402
+from qwen_image_fast import accelerate, restore  # noqa: E402
 from qwen_image_fast.drop_in.transformer import FastTransformer  # noqa: E402
 
 SHORT, LONG = "a cat", "a red bicycle leaning on a wall"

@@ -9,7 +9,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from accelerate_harness import assert_same, count_fast_forwards, run, small_transformer  # noqa: E402
 
-from qwen_image_fast.accelerate import accelerate, restore  # noqa: E402
+from qwen_image_fast import accelerate, restore  # noqa: E402
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ diffusers = pytest.importorskip("diffusers")
 
 from accelerate_harness import CONFIG, assert_same, count_fast_forwards, inputs, run, small_transformer  # noqa: E402
 
-from qwen_image_fast.accelerate import accelerate, restore  # noqa: E402
+from qwen_image_fast import accelerate, restore  # noqa: E402
 from qwen_image_fast.drop_in.transformer import FastTransformer  # noqa: E402
 from qwen_image_fast.drop_in.vae_flops import decoding_flops  # noqa: E402
 from qwen_image_fast.models.modulation import checksum  # noqa: E402

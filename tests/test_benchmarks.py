@@ -158,7 +158,7 @@ def test_editing():
 
 
 def test_pipeline():
-    pytest.importorskip("qwen_image_fast.accelerate")
+    pytest.importorskip("diffusers")
     from benchmarks import bench_pipeline
 
     (case,) = bench_pipeline.cases(SMOKE, steps=2)
