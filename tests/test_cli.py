@@ -20,8 +20,8 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 import qwen_image_fast
-from qwen_image_fast import png_metadata
-from qwen_image_fast.cli import app, common
+from qwen_image_fast import doctor, png_metadata
+from qwen_image_fast.cli import app
 from qwen_image_fast.cli.generate import RATIOS, parse_size
 from qwen_image_fast.png_metadata import read_parameters
 
@@ -235,7 +235,7 @@ def test_sizes():
     ],
 )
 def test_bad_input(generate, args, text, monkeypatch):
-    monkeypatch.setattr(common.doctor, "has_cuda_kernels", lambda: False)
+    monkeypatch.setattr(doctor, "has_cuda_kernels", lambda: False)
     Path("prompts.txt").write_text("# nothing\n\n")
     Path("latin1.txt").write_bytes("é".encode("latin-1"))
     refused(generate(*args, steps=None), 2, text)

@@ -2,6 +2,8 @@
 
 import sys
 
-from qwen_image_fast.cli import app
+from qwen_image_fast.__main__ import main
 
-app(["train", *sys.argv[1:]])
+if __name__ == "__main__":
+    sys.argv.insert(1, "train")
+    main()

@@ -2,14 +2,15 @@
 
 import random
 import string
+from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 from PIL import Image, ImageDraw
 from synthesis_helpers import languages, mixed, needs_chinese, only
 from typer.testing import CliRunner
 
+from qwen_image_fast.cli import app
 from qwen_image_fast.training.synthesis import (
     FontError,
     SynthesisRecipe,
@@ -307,13 +308,11 @@ def test_contact_sheet_errors():
 
 
 def test_preview_command(tmp_path):
-    app = typer.Typer()
-    app.command()(preview.preview)
-    result = CliRunner().invoke(app, ["--out", str(tmp_path / "a.png"), "--recipe", "tiny", "--count", "2"])
-    assert result.exit_code == 0 and "2 samples of tiny" in result.output.replace("\n", " ")
     recipe = tmp_path / "recipe.json"
     recipe.write_text('{"sizes": [[96, 64]], "languages": ["en"]}')
-    result = CliRunner().invoke(app, ["--out", str(tmp_path / "b.png"), "--recipe", str(recipe), "--count", "2"])
-    assert result.exit_code == 0 and (tmp_path / "b.png").is_file()
-    result = CliRunner().invoke(app, ["--recipe", "huge"])
-    assert isinstance(result.exception, ValueError) and "recipe must be one of tiny, mixed" in str(result.exception)
+    for name in ("tiny", str(recipe)):
+        out = tmp_path / f"{Path(name).stem}.png"
+        result = CliRunner().invoke(app, ["data", "preview", "--out", str(out), "--recipe", name, "--count", "2"])
+        assert result.exit_code == 0 and f"2 samples of {name}" in result.output.replace("\n", " ") and out.is_file()
+    result = CliRunner().invoke(app, ["data", "preview", "--recipe", "huge"])
+    assert result.exit_code == 2 and "error: recipe must be one of tiny, mixed" in result.output

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from tqdm import tqdm
 
 from qwen_image_fast.folders import SHIPPED
 
@@ -43,6 +42,8 @@ def text_command(
     batch: Batch = 16,
 ) -> None:
     """Draw texts, read them back, and count: exact match, CVTG-2K's word accuracy and NED, LongText-Bench's score."""
+    from tqdm import tqdm
+
     from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
     from qwen_image_fast.training.evaluation import evaluate_text as report
     from qwen_image_fast.training.evaluation.cases import cases_of_file, held_out_cases
@@ -80,6 +81,8 @@ def edit_command(
     batch: Batch = 16,
 ) -> None:
     """Edit synthetic pictures with unseen words, read them back, and measure what else changed."""
+    from tqdm import tqdm
+
     from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
     from qwen_image_fast.training.evaluation import evaluate_edit as report
     from qwen_image_fast.training.evaluation.cases import held_out_edits

@@ -6,10 +6,9 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import typer
 from PIL import Image, ImageDraw
 
 from qwen_image_fast.checkpoint import atomic_write
@@ -81,26 +80,10 @@ def write_preview(
     atomic_write(Path(path), lambda file: sheet.save(file, format="PNG"))
 
 
-def preview(
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("preview.png"),
-    recipe: Annotated[str, typer.Option(help=f"One of {', '.join(_PRESETS)}, or a JSON file.")] = "mixed",
-    edits: Annotated[bool, typer.Option("--edits", help="Editing pairs instead of samples.")] = False,
-    size: Annotated[int | None, typer.Option(help="Side in pixels: 256, or 64 for tiny; not for a JSON file.")] = None,
-    language: Annotated[list[str] | None, typer.Option(help="en or zh; may be repeated.")] = None,
-    fonts: Annotated[list[str] | None, typer.Option(help="A font file or folder; may be repeated.")] = None,
-    photos: Annotated[str | None, typer.Option(help="A folder of photographs for compositional samples.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 24,
-    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
-) -> None:
-    """Write a contact sheet of synthesised text-rendering data."""
-    chosen = _recipe(recipe, size, tuple(language or ("en",)), tuple(fonts or ()), photos)
-    write_preview(chosen, out, seed=seed, count=count, edits=edits)
-    print(f"{count} {'pairs' if edits else 'samples'} of {recipe} in {out}")
-
-
-def _recipe(
+def find_recipe(
     name: str, size: int | None, languages: tuple[str, ...], fonts: tuple[str, ...], photos: str | None
 ) -> SynthesisRecipe:
+    """A preset by its name, with these choices, or a JSON file, which has its own."""
     if name.endswith(".json"):
         try:
             values = json.loads(Path(name).read_text(encoding="utf-8"))

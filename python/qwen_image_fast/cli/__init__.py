@@ -1,25 +1,81 @@
-"""The command `qwen-image-fast`. Every command is a function of its own file; here they are put together."""
+"""The command `qwen-image-fast`: what its commands are called. A command's own module is imported when it is used."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from qwen_image_fast import __version__
-from qwen_image_fast.cli.common import BAD_INPUT, Commands, out
-from qwen_image_fast.cli.edit import controlnet, edit, layers
-from qwen_image_fast.cli.generate import generate
-from qwen_image_fast.cli.machine import bench, doctor_command, inspect
-from qwen_image_fast.cli.training import cache_latents, data, train
-from qwen_image_fast.training.evaluation.cli import app as evaluate
+from qwen_image_fast.cli.errors import BAD_INPUT, Sentences
 
-app = typer.Typer(cls=Commands, add_completion=False, pretty_exceptions_enable=False)
+# Where each command, or group of commands, is, and the first sentence of its help.
+COMMANDS = {
+    "generate": ("cli.generate:generate", "Make pictures and write them as PNG, with the parameters inside."),
+    "edit": ("cli.edit:edit", "Edit pictures by an instruction; the result keeps the exact size."),
+    "layers": ("cli.edit:layers", "Take a picture apart into transparent layers, back to front."),
+    "controlnet": (
+        "cli.edit:controlnet",
+        "Make pictures led by control pictures, or inpaint with an inpainting ControlNet.",
+    ),
+    "train": (
+        "cli.training:train",
+        "Train by a recipe; the result is in OUT/model, logs and checkpoints beside it. Under torchrun: by all.",
+    ),
+    "inspect": (
+        "cli.machine:inspect",
+        "Say what a model folder holds: configurations, parameters, memory by part and dtype, and what fits where.",
+    ),
+    "bench": (
+        "cli.machine:bench",
+        "Time the ops and a small transformer on this CPU against the reference path, in turn; medians.",
+    ),
+    "doctor": (
+        "cli.machine:doctor_command",
+        "Show the environment and test every op, forward and backward, against its reference.",
+    ),
+    "cache-latents": ("cli.training:cache_latents", "Encode a recipe's samples once, for its field data.cache."),
+    "data": ("cli.training:data", "Look at training data."),
+    "evaluate": ("training.evaluation.cli:app", "Measure what a model can do."),
+}
+
+
+class _Later(TyperCommand):
+    """A command of which only the name and the first sentence are known until it is used."""
+
+    def __init__(self, name: str, place: str, sentence: str) -> None:
+        super().__init__(name, help=sentence)
+        self.place = place
+
+    def make_context(self, *args: Any, **kwargs: Any):
+        return self.load().make_context(*args, **kwargs)
+
+    def load(self):
+        module, attribute = self.place.split(":")
+        found = getattr(import_module(f"qwen_image_fast.{module}"), attribute)
+        if isinstance(found, typer.Typer):
+            group = typer.main.get_group(found)
+            group.name = self.name
+            return group
+        own = typer.Typer(add_completion=False)
+        own.command(self.name)(found)
+        return typer.main.get_command(own)
+
+
+class _Commands(Sentences):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.commands = {name: _Later(name, *found) for name, found in COMMANDS.items()}
+
+
+app = typer.Typer(cls=_Commands, add_completion=False, pretty_exceptions_enable=False)
 
 
 def _print_version(asked: bool) -> None:
     if asked:
-        out.print(f"qwen-image-fast {__version__}", highlight=False)
+        print(f"qwen-image-fast {__version__}")
         raise typer.Exit()
 
 
@@ -32,11 +88,3 @@ def main(context: typer.Context, version: Version = False) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(BAD_INPUT)
-
-
-for command in (generate, edit, layers, controlnet, train, inspect, bench):
-    app.command()(command)
-app.command("doctor")(doctor_command)
-app.command("cache-latents")(cache_latents)
-app.add_typer(data, name="data")
-app.add_typer(evaluate, name="evaluate")

@@ -1,3 +1,4 @@
-from qwen_image_fast.cli import app
+from qwen_image_fast.__main__ import main
 
-app()
+if __name__ == "__main__":
+    main()

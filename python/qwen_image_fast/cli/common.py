@@ -1,7 +1,6 @@
-"""What all commands share: the app's errors and exit codes, devices, types, loading, printing.
+"""What all commands share: devices, types, loading, printing. torch is imported only where a command needs it.
 
-Exit codes: 0 done, 1 it failed (also: a kernel that disagrees, a damaged model), 2 bad input, 130 Ctrl-C. An error is
-one sentence on standard error; what was asked for is on standard output, with `--json` as one JSON object.
+What was asked for is on standard output, with `--json` as one JSON object.
 """
 
 from __future__ import annotations
@@ -9,27 +8,19 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from rich.traceback import Traceback
-from typer.core import TyperGroup
 
-from qwen_image_fast import doctor, png_metadata
-from qwen_image_fast.folders import read_json, resolve_folder
+from qwen_image_fast.cli.errors import BAD_INPUT, FAILED, CommandError, failing, out, plain
 
-out = Console()
-err = Console(stderr=True)
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+if TYPE_CHECKING:
+    import torch
+
 MODEL_HELP = "Folder or hub name; tiny: the model that comes with the package."
 # What all pictures are made with.
 DEFAULTS: dict[str, Any] = {
@@ -43,71 +34,7 @@ DEFAULTS: dict[str, Any] = {
     "lightning": None,
     "lora": None,
 }
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-class CommandError(Exception):
-    """A sentence for the user and the exit code that goes with it."""
-
-    def __init__(self, sentence: str, code: int = BAD_INPUT) -> None:
-        super().__init__(sentence)
-        self.code = code
-
-
-class Commands(TyperGroup):
-    """Turns every way to fail into one sentence and an exit code."""
-
-    def main(self, *args, **kwargs):
-        try:
-            result = super().main(*args, **{**kwargs, "standalone_mode": False})
-            code = result if isinstance(result, int) else DONE
-        except (KeyboardInterrupt, typer.Abort):
-            code = INTERRUPTED
-        except CommandError as error:
-            code = error.code
-            print_error(error)
-        except typer.BadParameter.__base__ as error:  # click's UsageError, of click or of the copy inside typer
-            code = BAD_INPUT
-            print_error(error.format_message())
-        except Exception as error:
-            code = FAILED
-            _print_failure(error)
-        if code == INTERRUPTED:
-            err.print("interrupted")
-        sys.exit(code)
-
-
-def print_error(sentence: object) -> None:
-    err.print(f"[bold red]error:[/bold red] {_plain(sentence)}", soft_wrap=True, highlight=False)
-
-
-def _plain(text: object) -> str:
-    """On one line, brackets as they are."""
-    return escape(" ".join(str(text).split()))
-
-
-def _print_failure(error: Exception) -> None:
-    """Our own exceptions and those of the system are sentences; below any other stands where it came from."""
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    ours = frame is not None and Path(frame.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parents[1])
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        print_error(f"out of memory; a smaller --size, fewer --images or --free-modulation need less ({error})")
-    elif isinstance(error, OSError) or (ours and isinstance(error, (ValueError, RuntimeError))):
-        print_error(error)
-    else:
-        print_error(f"{type(error).__name__}: {error}")
-        err.print(Traceback.from_exception(type(error), error, error.__traceback__))
-
-
-@contextmanager
-def failing(code: int, *kinds: type[Exception]) -> Iterator[None]:
-    """Exceptions of these kinds, whose message is a sentence, end the command with `code`."""
-    try:
-        yield
-    except kinds as error:
-        raise CommandError(str(error), code) from error
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 DTYPE_HELP = f"{', '.join(DTYPES)}."
@@ -130,13 +57,23 @@ Lora = Annotated[
 ]
 
 
-def torch_dtype(name: str) -> torch.dtype:
+def check_dtype(name: str) -> None:
     if name not in DTYPES:
         raise CommandError(f"--dtype must be one of {', '.join(DTYPES)}, got {name}")
-    return DTYPES[name]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    check_dtype(name)
+    return getattr(torch, name)
 
 
 def device_name(name: str) -> str:
+    import torch
+
+    from qwen_image_fast import doctor
+
     if name == "auto":
         return "cuda" if doctor.has_cuda_kernels() else "cpu"
     with failing(BAD_INPUT, RuntimeError):
@@ -151,6 +88,8 @@ def device_name(name: str) -> str:
 
 def model_class(name: str) -> tuple[Path, str]:
     """The folder of a pipeline with only its index for certain, and the class that the index names."""
+    from qwen_image_fast.folders import read_json, resolve_folder
+
     with failing(FAILED, ConnectionError, PermissionError), failing(BAD_INPUT, FileNotFoundError, NotADirectoryError):
         folder = resolve_folder(name, allow_patterns=["model_index.json"])
     if not (folder / "model_index.json").is_file():
@@ -170,6 +109,8 @@ def parameters(context: typer.Context, defaults: dict[str, Any], from_image: Pat
             given[name] = str(value) if isinstance(value, Path) else value
     stored = {}
     if from_image is not None:
+        from qwen_image_fast import png_metadata
+
         with failing(BAD_INPUT, ValueError, OSError):
             found = png_metadata.read_parameters(from_image)
         if (command := found.get("command", "generate")) != context.info_name:
@@ -211,10 +152,11 @@ def settle(chosen: dict[str, Any], device: str) -> None:
         raise CommandError(f"--lightning must be 4 or 8, got {chosen['lightning']}")
     if not math.isfinite(chosen["cfg"]):
         raise CommandError(f"--cfg must be a finite number, got {chosen['cfg']}")
+    if chosen["dtype"] != "auto":
+        check_dtype(chosen["dtype"])
     chosen["device"] = device_name(device)
     if chosen["dtype"] == "auto":
         chosen["dtype"] = "float32" if chosen["device"] == "cpu" else "bfloat16"
-    torch_dtype(chosen["dtype"])
 
 
 def check_prompt(prompt: str | None, others: str) -> None:
@@ -246,8 +188,10 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def print_made(made: list[dict[str, Any]], seconds: dict[str, float]) -> None:
+    from rich.table import Table
+
     for m in made:
-        out.print(f"[green]{_plain(m['file'])}[/green]  seed {m['seed']}", soft_wrap=True, highlight=False)
+        out.print(f"[green]{plain(m['file'])}[/green]  seed {m['seed']}", soft_wrap=True, highlight=False)
     table = Table("stage")
     table.add_column("seconds", justify="right")
     for stage, spent in seconds.items():

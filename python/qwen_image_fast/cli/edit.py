@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from qwen_image_fast import __version__, png_metadata
+from qwen_image_fast import __version__
 from qwen_image_fast.cli import common
-from qwen_image_fast.cli.common import BAD_INPUT, CommandError, failing
-from qwen_image_fast.pipelines.conditions import first_step
-from qwen_image_fast.pipelines.images import to_rgba
-from qwen_image_fast.pipelines.masks import check_ratio
+from qwen_image_fast.cli.errors import BAD_INPUT, CommandError, failing
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from qwen_image_fast.png_metadata import OutputFiles
 
 EDIT: dict[str, Any] = {
     **common.DEFAULTS,
@@ -93,6 +94,8 @@ def edit(
     if chosen["mask"] is not None:
         cls, call["strength"] = q.QwenImageEditInpaintPipeline, chosen["strength"]
         call["mask_image"] = _mask(chosen["mask"], pictures, from_image)
+        from qwen_image_fast.pipelines.conditions import first_step
+
         with failing(BAD_INPUT, ValueError):
             first_step(chosen["steps"], chosen["strength"])
     elif name == "QwenImageEditPipeline":
@@ -228,6 +231,8 @@ def _pictures(option: str, paths: list[str] | None, from_image: Path | None) -> 
 
 
 def _mask(path: str, pictures: list[Image.Image], from_image: Path | None) -> Image.Image:
+    from qwen_image_fast.pipelines.masks import check_ratio
+
     mask = _open(path, "mask", from_image)
     with failing(BAD_INPUT, ValueError):
         check_ratio("--mask", mask, pictures[0])
@@ -236,6 +241,8 @@ def _mask(path: str, pictures: list[Image.Image], from_image: Path | None) -> Im
 
 def _open(path: str, option: str, from_image: Path | None) -> Image.Image:
     """The first frame, upright."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     try:
         with Image.open(path) as image:
             image.load()
@@ -263,9 +270,11 @@ def _size(text: str | None) -> dict[str, int]:
     return {"width": size[0], "height": size[1]}
 
 
-def _files(output: Path, overwrite: bool, count: int, needed: int) -> png_metadata.OutputFiles:
+def _files(output: Path, overwrite: bool, count: int, needed: int) -> OutputFiles:
+    from qwen_image_fast.png_metadata import OutputFiles
+
     with failing(BAD_INPUT, ValueError):
-        files = png_metadata.OutputFiles(output, overwrite, count)
+        files = OutputFiles(output, overwrite, count)
     files.check_space(needed)
     return files
 
@@ -292,9 +301,11 @@ def _write(files, image: Image.Image, seed: int, chosen: dict[str, Any], say: bo
     path = files.write(image, {**chosen, **own})
     made = [{"file": str(path), "seed": seed, "prompt": chosen["prompt"]}]
     if beside is not None:
+        from qwen_image_fast.png_metadata import OutputFiles
+
         together = side_by_side([*beside, image])
         named = path.with_name(f"{path.stem}-compare.png")
-        other = png_metadata.OutputFiles(named, files.overwrite, 1).write(together, {**chosen, **own})
+        other = OutputFiles(named, files.overwrite, 1).write(together, {**chosen, **own})
         made.append({"file": str(other), "seed": seed, "prompt": chosen["prompt"]})
     if say:
         for m in made:
@@ -304,6 +315,10 @@ def _write(files, image: Image.Image, seed: int, chosen: dict[str, Any], say: bo
 
 def side_by_side(pictures: list[Image.Image]) -> Image.Image:
     """Pictures in a row, in the height of the last one, transparency over a checkerboard of light greys."""
+    from PIL import Image
+
+    from qwen_image_fast.pipelines.images import to_rgba
+
     height = pictures[-1].height
     scaled = [to_rgba("picture", p).resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
     row = Image.new("RGBA", (sum(p.width for p in scaled) + 8 * (len(scaled) - 1), height), "white")

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from qwen_image_fast import __version__, png_metadata
+from qwen_image_fast import __version__
 from qwen_image_fast.cli import common
-from qwen_image_fast.cli.common import BAD_INPUT, CommandError, failing
+from qwen_image_fast.cli.errors import BAD_INPUT, CommandError, failing
 
 # The sizes that the model was tuned for, from the table in its README.
 RATIOS = {
@@ -57,6 +57,8 @@ def generate(
     common.check_size(chosen["width"], chosen["height"])
     prompts = _prompts(prompts_file, chosen["prompt"])
     common.settle(chosen, device)
+    from qwen_image_fast import png_metadata
+
     count = len(prompts) * images
     with failing(BAD_INPUT, ValueError):
         files = png_metadata.OutputFiles(output, overwrite, count)

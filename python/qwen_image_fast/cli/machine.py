@@ -4,37 +4,29 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 import typer
 
-from qwen_image_fast import doctor, inspect_model
-from qwen_image_fast.cli.common import (
-    BAD_INPUT,
-    DTYPE_HELP,
-    FAILED,
-    JSON,
-    CommandError,
-    failing,
-    out,
-    print_error,
-    print_json,
-    torch_dtype,
-)
+from qwen_image_fast.cli.common import DTYPE_HELP, JSON, check_dtype, print_json, torch_dtype
+from qwen_image_fast.cli.errors import BAD_INPUT, FAILED, CommandError, failing, out, print_error
 
 
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder or hub name; of the hub only json files and headers are read.")],
     margin: Annotated[
-        float, typer.Option(min=0, help="GB allowed for activations in the table of what fits.")
-    ] = inspect_model.MARGIN_GB,
+        float | None,
+        typer.Option(min=0, help="GB allowed for activations in the table of what fits.", show_default="3"),
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Say what a model folder holds: configurations, parameters, memory by part and dtype, and what fits where."""
+    from qwen_image_fast import inspect_model
+
     with (
         failing(FAILED, ConnectionError, PermissionError),
         failing(BAD_INPUT, FileNotFoundError, NotADirectoryError, ValueError),
     ):
         found = inspect_model.inspect_model(model)
+    margin = inspect_model.MARGIN_GB if margin is None else margin
     if as_json:
         print_json(inspect_model.as_json(found, margin))
     else:
@@ -47,6 +39,8 @@ def inspect(
 
 def doctor_command(as_json: JSON = False) -> None:
     """Show the environment and test every op, forward and backward, against its reference."""
+    from qwen_image_fast import doctor
+
     environment, verdicts = doctor.environment(), doctor.self_test()
     bad = [v for v in verdicts if v.problem]
     if as_json:
@@ -71,6 +65,11 @@ def bench(
     """Time the ops and a small transformer on this CPU against the reference path, in turn; medians."""
     if width % 128:
         raise CommandError(f"--width must be a multiple of 128, got {width}")
+    check_dtype(dtype)
+    import torch
+
+    from qwen_image_fast import doctor
+
     tokens, repeats = (256, 3) if quick else (1024, 11)
     timings = doctor.time_ops(tokens, 3072, torch_dtype(dtype), repeats)
     timings.append(doctor.time_transformer(tokens, width, torch_dtype(dtype), repeats))

@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from qwen_image_fast.cli.common import BAD_INPUT, FAILED, CommandError, failing
-from qwen_image_fast.training.recipe.fields import RecipeError
-from qwen_image_fast.training.synthesis.preview import preview
+from qwen_image_fast.cli.errors import BAD_INPUT, FAILED, CommandError, failing
 
 Recipe = Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe such as tiny/vae.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes such as optimizer.lr=1e-3.")]
@@ -25,11 +22,8 @@ data = typer.Typer(help="Look at training data.", no_args_is_help=True)
 def _explained() -> Iterator[None]:
     """Bad recipes and missing extras end with exit code 2, a run that had to stop with 1."""
     try:
-        # A stopped run is a RuntimeError; a resumed one that does not fit is a ValueError.
-        with (
-            failing(BAD_INPUT, RecipeError, FileExistsError, FileNotFoundError, ValueError),
-            failing(FAILED, RuntimeError),
-        ):
+        # A stopped run is a RuntimeError; a bad recipe, or a resumed run that does not fit, is a ValueError.
+        with failing(BAD_INPUT, FileExistsError, FileNotFoundError, ValueError), failing(FAILED, RuntimeError):
             yield
     except ImportError as error:
         hint = "training needs more packages: pip install 'qwen-image-fast[train,evaluate,data]'"
@@ -50,6 +44,8 @@ def train(
     """Train by a recipe; the result is in OUT/model, logs and checkpoints beside it. Under torchrun: by all."""
     with _explained():
         if plan:
+            from rich.console import Console
+
             from qwen_image_fast.training.parallel.plan import print_plan
             from qwen_image_fast.training.recipe.curriculum import read_curriculum
             from qwen_image_fast.training.run import find_recipe
@@ -75,6 +71,28 @@ def cache_latents(
 
         run(recipe, overrides or (), out, count)
     print(out)
+
+
+def preview_samples(
+    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("preview.png"),
+    recipe: Annotated[
+        str, typer.Option(help="tiny, mixed, pure, compositional, complex, shapes, or a JSON file.")
+    ] = "mixed",
+    edits: Annotated[bool, typer.Option("--edits", help="Editing pairs instead of samples.")] = False,
+    size: Annotated[int | None, typer.Option(help="Side in pixels: 256, or 64 for tiny; not for a JSON file.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="en or zh; may be repeated.")] = None,
+    fonts: Annotated[list[str] | None, typer.Option(help="A font file or folder; may be repeated.")] = None,
+    photos: Annotated[str | None, typer.Option(help="A folder of photographs for compositional samples.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 24,
+    seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
+) -> None:
+    """Write a contact sheet of synthesised text-rendering data."""
+    with _explained():
+        from qwen_image_fast.training.synthesis.preview import find_recipe, write_preview
+
+        chosen = find_recipe(recipe, size, tuple(language or ("en",)), tuple(fonts or ()), photos)
+        write_preview(chosen, out, seed=seed, count=count, edits=edits)
+    print(f"{count} {'pairs' if edits else 'samples'} of {recipe} in {out}")
 
 
 def filter_records(
@@ -109,7 +127,7 @@ def annotate_records(
         annotate_command(recipe, overrides, out)
 
 
-data.command("preview")(preview)
+data.command("preview")(preview_samples)
 data.command("filter")(filter_records)
 data.command("report")(report)
 data.command("annotate")(annotate_records)

@@ -1,0 +1,49 @@
+"""The command, as `qwen-image-fast` or `python -m qwen_image_fast`; Ctrl-C is heeded before more is imported."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+
+def main() -> None:
+    # A shell starts what runs in the background with Ctrl-C ignored; that stays.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        from qwen_image_fast.cli import app
+
+        app()
+    finally:
+        # All is said and written: what Python does on its way out needs no sentence.
+        if signal.getsignal(signal.SIGINT) in (_interrupt, _leave):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """KeyboardInterrupt, so that half-written files are removed; the second time, and during an import, the end.
+
+    What is being imported may swallow an exception or turn it into another one, and has nothing to remove.
+    """
+    signal.signal(signal.SIGINT, _leave)
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            _leave()
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def _leave(*_: object) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except Exception:  # closed, or in the middle of a write
+            continue
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""How the command fails: exit codes, and every way to fail as one sentence on standard error.
+
+Exit codes: 0 done, 1 it failed (also: a kernel that disagrees, a damaged model), 2 bad input, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
+
+out = Console()
+err = Console(stderr=True)
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class CommandError(Exception):
+    """A sentence for the user and the exit code that goes with it."""
+
+    def __init__(self, sentence: str, code: int = BAD_INPUT) -> None:
+        super().__init__(sentence)
+        self.code = code
+
+
+class Sentences(TyperGroup):
+    """Turns every way to fail into one sentence and an exit code."""
+
+    def main(self, *args, **kwargs):
+        try:
+            result = super().main(*args, **{**kwargs, "standalone_mode": False})
+            code = result if isinstance(result, int) else DONE
+        except (KeyboardInterrupt, typer.Abort):
+            code = INTERRUPTED
+        except CommandError as error:
+            code = error.code
+            print_error(error)
+        except typer.BadParameter.__base__ as error:  # click's UsageError, of click or of the copy inside typer
+            code = BAD_INPUT
+            print_error(error.format_message())
+        except Exception as error:
+            code = FAILED
+            _print_failure(error)
+        if code == INTERRUPTED:
+            err.print("interrupted")
+        sys.exit(code)
+
+
+def print_error(sentence: object) -> None:
+    err.print(f"[bold red]error:[/bold red] {plain(sentence)}", soft_wrap=True, highlight=False)
+
+
+def plain(text: object) -> str:
+    """On one line, brackets as they are."""
+    return escape(" ".join(str(text).split()))
+
+
+def _print_failure(error: Exception) -> None:
+    """Our own exceptions and those of the system are sentences; below any other stands where it came from."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    ours = frame is not None and Path(frame.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parents[1])
+    torch = sys.modules.get("torch")  # whoever runs out of its memory has imported it
+    if isinstance(error, (MemoryError, *([torch.OutOfMemoryError] if torch else []))):
+        print_error(f"out of memory; a smaller --size, fewer --images or --free-modulation need less ({error})")
+    elif isinstance(error, OSError) or (ours and isinstance(error, (ValueError, RuntimeError))):
+        print_error(error)
+    else:
+        print_error(f"{type(error).__name__}: {error}")
+        from rich.traceback import Traceback
+
+        err.print(Traceback.from_exception(type(error), error, error.__traceback__))
+
+
+@contextmanager
+def failing(code: int, *kinds: type[Exception]) -> Iterator[None]:
+    """Exceptions of these kinds, whose message is a sentence, end the command with `code`."""
+    try:
+        yield
+    except kinds as error:
+        raise CommandError(str(error), code) from error

@@ -1,0 +1,134 @@
+"""The first seconds: what is imported when, and Ctrl-C while it is."""
+
+import functools
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+import qwen_image_fast
+from qwen_image_fast import cli
+
+HEAVY = {"torch", "transformers", "numpy", "PIL", "diffusers", "huggingface_hub", "safetensors"}
+PROBE = f"""
+import atexit, sys
+atexit.register(lambda: print("heavy:", *sorted({HEAVY | {"pydantic"}!r} & set(sys.modules)), file=sys.stderr))
+from qwen_image_fast.__main__ import main
+main()
+"""
+# As installed or from the source tree.
+PATHS = [str(Path(qwen_image_fast.__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+
+
+def environment(*before):
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, before), *PATHS]), "OMP_NUM_THREADS": "1"}
+
+
+def run(*args):
+    return subprocess.run(args, capture_output=True, text=True, env=environment(), timeout=120)
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], [], ["frobnicate"], ["--frobnicate"]], ids=" ".join)
+def test_the_commands_names_need_nothing(args):
+    result = run(sys.executable, "-c", PROBE, *args)
+    assert result.returncode == (0 if args and args[0] in ("--help", "--version") else 2)
+    assert not HEAVY & set(result.stderr.splitlines()[-1].split()), result.stderr
+    if args == ["--help"]:
+        assert "pydantic" not in result.stderr
+        assert all(name in result.stdout for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        *([*name.split(), "--help"] for name in (*cli.COMMANDS, "data preview", "data filter", "evaluate text")),
+        *([name, "--frobnicate"] for name in cli.COMMANDS),
+        ["generate"],
+        ["generate", "x", "--steps", "two"],
+        ["generate", "x", "--size", "100x64"],
+        ["generate", "x", "--dtype", "int8"],
+        ["generate", "x", "--cfg", "nan"],
+        ["edit", "x", "--dtype", "int8"],
+        ["bench", "--width", "100"],
+        ["data", "frobnicate"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_argument_errors_need_little(args):
+    result = run(sys.executable, "-c", PROBE, *args)
+    assert result.returncode == (0 if "--help" in args else 2), result.stderr
+    assert not HEAVY & set(result.stderr.splitlines()[-1].split()), result.stderr
+    assert ("error: " in result.stderr) == ("--help" not in args)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_list_says_what_the_command_says(name):
+    command = typer.main.get_command(cli.app).commands[name]
+    assert command.name == name
+    assert command.load().help.split("\n")[0] == command.help
+
+
+def test_the_package_alone_imports_nothing():
+    code = f"import sys, qwen_image_fast; assert not {HEAVY!r} & set(sys.modules), sys.modules.keys()"
+    assert run(sys.executable, "-c", code).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from qwen_image_fast import _C",
+        "import qwen_image_fast as q; q.build_info()",
+        "import qwen_image_fast as q; q.ops.has_kernels",
+        "from qwen_image_fast import *; QwenImagePipeline",
+        "import qwen_image_fast.drop_in.accelerate, qwen_image_fast as q; assert callable(q.accelerate)",
+    ],
+)
+def test_names_come_when_used_and_torch_before_the_core(code):
+    order = "names = list(sys.modules); assert names.index('torch') < names.index('qwen_image_fast._C')"
+    result = run(sys.executable, "-c", f"import sys; {code}; {order}")
+    assert result.returncode == 0, result.stderr
+
+
+def test_lazy_classes_are_pickled_by_name():
+    for name in ("QwenImagePipeline", "AutoencoderKLQwenImage", "accelerate"):
+        thing = getattr(qwen_image_fast, name)
+        assert pickle.loads(pickle.dumps(thing)) is thing is getattr(qwen_image_fast, name)
+
+
+def test_every_way_to_start_is_one_command():
+    started = [run(sys.executable, "-m", f"qwen_image_fast{name}", "--help") for name in ("", ".cli")]
+    assert all(s.returncode == 0 and "generate" in s.stdout for s in started)
+    training = run(sys.executable, "-m", "qwen_image_fast.training", "--help")
+    assert training.returncode == 0 and "Train by a recipe" in training.stdout
+
+
+@pytest.mark.parametrize(
+    "while_importing",
+    [
+        "os.read(0, 1)",
+        "try:\n    os.read(0, 1)\nexcept BaseException:\n    pass",
+        "try:\n    os.read(0, 1)\nexcept BaseException as e:\n    raise ImportError('no such symbol') from e",
+    ],
+    ids=["passed on", "swallowed", "turned into another"],
+)
+@pytest.mark.parametrize("module", ["typer", "torch"])
+def test_ctrl_c_while_importing(tmp_path, module, while_importing):
+    """A module that stops in the middle of its import, at a read of a pipe that nobody writes to."""
+    (tmp_path / f"{module}.py").write_text(f"import os\nos.write(1, b'importing')\n{while_importing}\n")
+    # A shell starts what runs in the background with Ctrl-C ignored, and children inherit that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, "-m", "qwen_image_fast", "doctor"]
+    with subprocess.Popen(command, env=environment(tmp_path), preexec_fn=heed, **pipes) as process:
+        try:
+            assert os.read(process.stdout.fileno(), 9) == b"importing"
+            process.send_signal(signal.SIGINT)
+            _, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, stderr) == (130, b"interrupted\n")
