@@ -12,7 +12,7 @@ ROOT = Path(qwen_image_fast.__file__).parent
 LAYERS = [
     {"_C", "ops"},
     {"folders", "tensor_files", "checkpoint", "models"},
-    {"chat", "schedulers"},
+    {"chat", "schedulers", "request", "request_fields"},
     {"graphs", "sampling"},
     {"pipelines"},
     {"tiny", "drop_in", "accelerate", "inspect_model", "png_metadata", "doctor", "doctor_cases"},

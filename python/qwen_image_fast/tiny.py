@@ -20,6 +20,7 @@ from torch import nn
 from .checkpoint import save_state
 from .models.text_encoder import EDIT_PLUS_PICTURE, EDIT_TEMPLATE, T2I_TEMPLATE
 from .models.vision import VisionProcessor
+from .request import GENERATION_FILE
 
 _SPECIAL = (
     "<|endoftext|>",
@@ -210,6 +211,7 @@ def write_untrained(folder: str | Path, seed: int = 0, *, edit: bool = False) ->
             _write_tokenizer(building / "processor")
             _write_processor(building / "processor")
         _write_json(building / "model_index.json", index)
+        _write_json(building / GENERATION_FILE, {"width": 128, "height": 128, "steps": 20, "cfg": 1.0})
         building.chmod(0o755)  # mkdtemp's folders are private
         building.replace(folder)
     finally:

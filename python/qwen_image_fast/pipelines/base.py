@@ -24,6 +24,7 @@ from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.models.vision import VisionProcessor
 from qwen_image_fast.pipelines.lora import LoraMixin
 from qwen_image_fast.pipelines.prompt_enhancer import PromptEnhancer
+from qwen_image_fast.request import GENERATION_FILE
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler
 
 # The library names of model_index.json, as diffusers writes them.
@@ -155,6 +156,9 @@ class Pipeline(LoraMixin):
                 getattr(self, name).save_pretrained(folder / name)
             elif (self._source / name).resolve() != (folder / name).resolve():
                 shutil.copytree(self._source / name, folder / name, dirs_exist_ok=True)
+        if self._source is not None and (self._source / GENERATION_FILE).is_file():
+            generation = (self._source / GENERATION_FILE).read_bytes()
+            atomic_write(folder / GENERATION_FILE, lambda file: file.write(generation))
         index = {"_class_name": type(self).__name__, "_diffusers_version": "0.36.0", **self.parts}
         atomic_write(folder / "model_index.json", lambda file: file.write(json_bytes(index)))
 
