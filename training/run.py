@@ -25,8 +25,9 @@ from qwen_image_fast.training.recipe.flow import FlowRecipe
 from qwen_image_fast.training.recipe.read import read_recipe
 from qwen_image_fast.training.recipe.vae import VaeRecipe
 from qwen_image_fast.training.sources.sample import Source
+from qwen_image_fast.training.tasks.device import pick_device, pick_dtype
 from qwen_image_fast.training.tasks.flow import FlowTask
-from qwen_image_fast.training.tasks.task import Task, pick_device, pick_dtype
+from qwen_image_fast.training.tasks.task import Task
 from qwen_image_fast.training.tasks.vae import VaeTask
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -33,8 +33,10 @@ from qwen_image_fast.training.recipe.data import DataRecipe
 from qwen_image_fast.training.recipe.flow import FlowRecipe
 from qwen_image_fast.training.sources.make import make_source, make_sources
 from qwen_image_fast.training.sources.sample import Source
+from qwen_image_fast.training.tasks.device import pick_device, pick_dtype
 from qwen_image_fast.training.tasks.flops import step_flops
-from qwen_image_fast.training.tasks.task import Losses, grid, pick_device, pick_dtype
+from qwen_image_fast.training.tasks.grid import grid
+from qwen_image_fast.training.tasks.task import Losses
 from qwen_image_fast.training.trainable import choose_trainable
 
 

@@ -48,28 +48,3 @@ class Task(Protocol):
 
     def export(self, folder: Path) -> None:
         """Write what was trained in the layout in which it is used; the modules hold the averaged weights."""
-
-
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 on CUDA, float32 on the CPU, where most machines emulate bfloat16 slowly."""
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
-
-
-def grid(images: list[np.ndarray], columns: int = 8) -> np.ndarray:
-    """Images uint8 [H, W, 3] of one size side by side, white where there is none."""
-    height, width = images[0].shape[:2]
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    out = np.full((rows * height, columns * width, 3), 255, dtype=np.uint8)
-    for i, image in enumerate(images):
-        y, x = divmod(i, columns)
-        out[y * height : (y + 1) * height, x * width : (x + 1) * width] = image
-    return out

@@ -23,7 +23,9 @@ from qwen_image_fast.training.recipe.vae import VaeRecipe
 from qwen_image_fast.training.sources.buckets import fit, nearest_bucket
 from qwen_image_fast.training.sources.make import make_source
 from qwen_image_fast.training.sources.sample import Source
-from qwen_image_fast.training.tasks.task import Losses, grid, pick_device
+from qwen_image_fast.training.tasks.device import pick_device
+from qwen_image_fast.training.tasks.grid import grid
+from qwen_image_fast.training.tasks.task import Losses
 
 # Bounds of the weight that the dynamic balance gives the perceptual loss.
 BALANCE_RANGE = (1e-4, 1e4)
