@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import qwen_image_fast
 from qwen_image_fast import QwenImageEditPlusPipeline, QwenImagePipeline
@@ -98,12 +99,51 @@ def test_an_edit_leaves_the_rest_alone(editor):
     assert np.median(outside) > 26, outside
 
 
+WHITE = np.zeros((128, 128), bool)
+WHITE[64:, 64:] = True
+EDITS = {
+    "QwenImageInpaintPipeline": {"mask_image": WHITE, "strength": 1.0},
+    "QwenImageEditInpaintPipeline": {"mask_image": WHITE, "strength": 1.0},
+    "QwenImageImg2ImgPipeline": {"strength": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_what_is_not_to_change_stays(editor, name):
+    """They draw from the VAE's distribution: a deviation that nothing trained would cover the picture with noise."""
+    cls, samples = getattr(qwen_image_fast, name), [make(tiny(128, split="held_out"), 0, i) for i in range(5)]
+    pipe = cls(**{part: getattr(editor, part) for part in cls.parts})
+    images, captions = [s.image for s in samples], [s.caption for s in samples]
+    made = pipe(image=images, prompt=captions, seed=0, progress=False, **EDITS[name], **CALL).images
+    kept = ~WHITE if "mask_image" in EDITS[name] else ~WHITE | WHITE
+    errors = [np.square(np.float64(a)[kept] - np.float64(b)[kept]).mean() for a, b in zip(made, images)]
+    decibels = -10 * np.log10(np.array(errors) / 255**2)
+    assert np.median(decibels) >= 28 and decibels.min() >= 27.5, decibels
+
+
+def test_the_mean_is_all_that_the_vae_draws(editor):
+    distribution = editor.vae.encode(torch.rand(1, 3, 1, 64, 64) * 2 - 1).latent_dist
+    assert (distribution.logvar == -20).all() and distribution.mean.std() > 0.1
+
+
 def test_ship_rounds_the_weights_and_refuses_what_is_there(tmp_path, folder):
     size = ship(folder, tmp_path / "out")
     assert 0 < size <= LARGEST and not list(tmp_path.glob(".*"))
     assert QwenImagePipeline.from_pretrained(tmp_path / "out").transformer.proj_out.weight.dtype == torch.bfloat16
     with pytest.raises(FileExistsError, match="already there"):
         ship(folder, tmp_path / "out")
+
+
+def test_ship_without_the_deviation_of_the_latents(tmp_path, folder):
+    """All other weights are those of a plain one, bit for bit."""
+    ship(folder, tmp_path / "plain")
+    ship(folder, tmp_path / "mean", mean_only=True)
+    for part in ("transformer", "vae"):
+        plain, mean = (load_file(next((tmp_path / kind / part).glob("*.safetensors"))) for kind in ("plain", "mean"))
+        changed = {name for name in plain if not torch.equal(plain[name], mean[name])}
+        assert changed == ({"quant_conv.weight", "quant_conv.bias"} if part == "vae" else set())
+    assert torch.equal(mean["quant_conv.weight"][:16], plain["quant_conv.weight"][:16])
+    assert not mean["quant_conv.weight"][16:].any() and (mean["quant_conv.bias"][16:] == -20).all()
 
 
 def test_logs_and_results_of_runs_are_not_installed():

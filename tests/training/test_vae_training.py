@@ -68,6 +68,19 @@ def test_it_learns_and_writes_its_own_statistics(run):
     assert (folder / "samples" / "samples-00000025.png").exists()
 
 
+def test_an_exported_vae_draws_its_mean(run):
+    """Nothing trains the log-variance, so that the export says: certain. The means are the trained ones."""
+    trainer, folder = run
+    vae = AutoencoderKLQwenImage.from_pretrained(folder / "model")
+    pixels = torch.rand(1, 3, 1, 32, 32) * 2 - 1
+    with torch.no_grad(), trainer.ema.swapped(trainer.parameters):
+        expected = trainer.task.vae.encode(pixels).latent_dist
+        got = vae.encode(pixels).latent_dist
+    assert (got.logvar == -20).all() and not (expected.logvar == -20).any()
+    torch.testing.assert_close(got.mean, expected.mean, rtol=0, atol=1e-6)
+    assert (got.sample() - got.mean).abs().max() < 1e-3
+
+
 def test_the_temporal_taps_stay_zero(run):
     conv = run[0].task.vae.decoder.mid_block.resnets[0].conv1
     assert not conv.weight[:, :, :-1].any()

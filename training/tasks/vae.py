@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from qwen_image_fast.training.tasks.task import Losses
 
 # Bounds of the weight that the dynamic balance gives the perceptual loss.
 BALANCE_RANGE = (1e-4, 1e4)
+# The log-variance of latents that are their mean: a deviation of 5e-5.
+CERTAIN = -20.0
 
 
 @torch.no_grad()
@@ -205,14 +207,26 @@ class VaeTask:
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
-        """The VAE's folder; a VAE from scratch with the mean and deviation of its own latents in config.json."""
+        """The VAE's folder; a VAE from scratch with the mean and deviation of its own latents in config.json, and with
+        a distribution that is its mean."""
         if self.recipe.mode == "decoder":
             self.vae.save_pretrained(folder)
             return
         mean, std = latent_statistics(self.vae, self.maker, self.recipe)
         fresh = AutoencoderKLQwenImage.from_config(self.vae.config, latents_mean=mean, latents_std=std)
-        fresh.load_state_dict(self.vae.state_dict())
+        fresh.load_state_dict(without_deviation(self.vae.state_dict()))
         fresh.save_pretrained(folder)
+
+
+def without_deviation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A VAE's weights with the log-variance of every latent at -20; all others as they are.
+
+    `VaeTask` trains the encoder by its means alone: nothing ever taught the channels of the log-variance, which are the
+    second half of the last layer's. Image-to-image and inpainting draw from that distribution, and would draw noise.
+    """
+    weight, bias = state["quant_conv.weight"].clone(), state["quant_conv.bias"].clone()
+    weight[len(weight) // 2 :], bias[len(bias) // 2 :] = 0, CERTAIN
+    return {**state, "quant_conv.weight": weight, "quant_conv.bias": bias}
 
 
 def latent_statistics(vae: Any, maker: VaeBatches, recipe: VaeRecipe) -> tuple[list[float], list[float]]:
