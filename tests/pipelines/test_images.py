@@ -9,7 +9,8 @@ from PIL import Image
 
 from qwen_image_fast import QwenImageEditPlusPipeline
 from qwen_image_fast.models.rope import sample_rope
-from qwen_image_fast.pipelines.images import area_size, to_mask, to_rgb, to_rgba
+from qwen_image_fast.pictures import to_mask, to_rgb, to_rgba
+from qwen_image_fast.pipelines.images import area_size
 
 
 def saved(image, fmt, **options):

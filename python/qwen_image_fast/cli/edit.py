@@ -317,7 +317,7 @@ def side_by_side(pictures: list[Image.Image]) -> Image.Image:
     """Pictures in a row, in the height of the last one, transparency over a checkerboard of light greys."""
     from PIL import Image
 
-    from qwen_image_fast.pipelines.images import to_rgba
+    from qwen_image_fast.pictures import to_rgba
 
     height = pictures[-1].height
     scaled = [to_rgba("picture", p).resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]

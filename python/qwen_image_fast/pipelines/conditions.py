@@ -24,7 +24,8 @@ from qwen_image_fast.models.text_encoder import (
     EDIT_TEMPLATE,
 )
 from qwen_image_fast.models.vision import IMAGE_TOKEN, Seen, VisionProcessor, encode_pictures, look
-from qwen_image_fast.pipelines.images import Picture, area_size, pad_to_multiple, resize, shrink, to_rgb, to_tensor
+from qwen_image_fast.pictures import Picture, to_rgb
+from qwen_image_fast.pipelines.images import area_size, pad_to_multiple, resize, shrink, to_tensor
 from qwen_image_fast.pipelines.latents import latent_statistics, pack_latents
 
 CONDITION_AREA = 384 * 384  # of Edit-Plus' pictures for Qwen2.5-VL

@@ -12,10 +12,11 @@ from torch import Tensor
 from qwen_image_fast.models.controlnet import QwenImageControlNetModel
 from qwen_image_fast.models.finite import all_finite, cause
 from qwen_image_fast.models.packing import pack
+from qwen_image_fast.pictures import to_mask, to_rgb
 from qwen_image_fast.pipelines.base import CONTROLNET, QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import encode_distribution, normalized
 from qwen_image_fast.pipelines.generation import GenerationPipeline
-from qwen_image_fast.pipelines.images import resize, to_mask, to_rgb, to_tensor
+from qwen_image_fast.pipelines.images import resize, to_tensor
 from qwen_image_fast.pipelines.latents import pack_latents
 from qwen_image_fast.pipelines.masks import check_ratio
 from qwen_image_fast.pipelines.request import Request, check_number, per_prompt

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_image_fast.pictures import Picture
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.control import ControlPipeline
-from qwen_image_fast.pipelines.images import Picture
 from qwen_image_fast.pipelines.request import Request
 
 

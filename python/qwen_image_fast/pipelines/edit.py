@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_image_fast.pictures import Picture, to_rgb
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import VAE_AREA
 from qwen_image_fast.pipelines.editing import EditingPipeline
-from qwen_image_fast.pipelines.images import Picture, to_rgb
 from qwen_image_fast.pipelines.request import Request, per_prompt
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from qwen_image_fast.models.vision import look
+from qwen_image_fast.pictures import Picture
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import VAE_AREA, encode_seen, prepare_reference
 from qwen_image_fast.pipelines.editing import EditingPipeline
-from qwen_image_fast.pipelines.images import Picture, area_size, resize
+from qwen_image_fast.pipelines.images import area_size, resize
 from qwen_image_fast.pipelines.request import Request
 from qwen_image_fast.pipelines.starting import StartingPipeline
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_image_fast.pictures import Picture, to_rgb
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import CONDITION_AREA
 from qwen_image_fast.pipelines.editing import EditingPipeline
-from qwen_image_fast.pipelines.images import Picture, to_rgb
 from qwen_image_fast.pipelines.request import Request
 
 
@@ -56,7 +56,7 @@ class QwenImageEditPlusPipeline(EditingPipeline):
 
         Args:
             image: the references: a picture, or a list of them, for every prompt; or a list with one list for each
-                prompt. None or an empty list: no reference. What a picture may be: `pipelines.images.to_rgb`.
+                prompt. None or an empty list: no reference. What a picture may be: `pictures.to_rgb`.
             height, width: pixels of the result; default: those of the last reference (1024 without one).
             max_sequence_length: checked, but prompts are not cut, as in diffusers.
             preserve_size: every pixel keeps its place and scale, and the result has exactly the asked size: pictures

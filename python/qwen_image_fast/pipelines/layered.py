@@ -16,10 +16,11 @@ from torch import Tensor
 
 from qwen_image_fast.models.text_encoder import CAPTION_CHINESE, CAPTION_ENGLISH
 from qwen_image_fast.models.vision import write_caption
+from qwen_image_fast.pictures import Picture, to_rgba
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import encode_reference_latents, fit
 from qwen_image_fast.pipelines.editing import EditingPipeline
-from qwen_image_fast.pipelines.images import Picture, area_size, resize, to_rgba
+from qwen_image_fast.pipelines.images import area_size, resize
 from qwen_image_fast.pipelines.latents import decode_latents, stacked, to_output
 from qwen_image_fast.pipelines.request import Request, per_prompt
 from qwen_image_fast.sampling import Sample

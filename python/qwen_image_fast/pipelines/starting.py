@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from qwen_image_fast.pictures import Picture, to_mask, to_rgb
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import encode_distribution, first_step, fit, mask_tokens, normalized
 from qwen_image_fast.pipelines.generation import GenerationPipeline
-from qwen_image_fast.pipelines.images import Picture, resize, to_mask, to_rgb, to_tensor
+from qwen_image_fast.pipelines.images import resize, to_tensor
 from qwen_image_fast.pipelines.latents import pack_latents
 from qwen_image_fast.pipelines.masks import Box, check_ratio, crop_region, paste_back, resize_and_fill
 from qwen_image_fast.pipelines.request import Request, per_prompt
