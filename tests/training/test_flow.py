@@ -189,7 +189,7 @@ def test_synthesis_is_a_source_of_images_and_edits():
     for data, sentence in (
         (
             DataRecipe(source="nowhere"),
-            "data.source must be squares, .* or shards with index.parquet, got 'nowhere'",
+            "data.source must be squares, .* shards with index.parquet or a table .*, got 'nowhere'",
         ),
         (DataRecipe(options={"sice": 3}), "data.options must fit the source squares: .*sice"),
         (DataRecipe(source="synthesis", options={"preset": "x"}), "data.options.preset must be tiny or empty, got 'x'"),

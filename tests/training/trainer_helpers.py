@@ -7,8 +7,8 @@ import torch
 from qwen_image_fast import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from qwen_image_fast.tiny import tiny_configs, write_untrained
 from qwen_image_fast.training.engine.trainer import Trainer
-from qwen_image_fast.training.recipe import curriculum as recipes
 from qwen_image_fast.training.recipe.fields import set_dotted
+from qwen_image_fast.training.recipe.read import build
 from qwen_image_fast.training.tasks.flow import FlowTask
 from qwen_image_fast.training.tasks.vae import initialise
 
@@ -50,7 +50,7 @@ def small_recipe(folder, /, **changes):
     tree = small_tree(folder)
     for name, value in changes.items():
         set_dotted(tree, name.replace("__", "."), value)
-    return recipes.build({name: value for name, value in tree.items() if value is not None})
+    return build({name: value for name, value in tree.items() if value is not None})
 
 
 def start(recipe, folder, source=None, **options):

@@ -90,13 +90,14 @@ def _folder(folder: Path, root: Path, defaults: Mapping[str, str]) -> Iterator[R
             yield from _folder(path, root, defaults)
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             origin = path.relative_to(root).as_posix()
-            image, fault = _file(path)
+            image, fault = read_picture(path)
             text, fault = _sidecar(path.with_suffix(".txt"), fault)
             fields, fault = _sidecar(path.with_suffix(".json"), fault)
             yield _assembled(image, text, fields, fault, origin, defaults)
 
 
-def _file(path: Path) -> tuple[bytes, str]:
+def read_picture(path: Path) -> tuple[bytes, str]:
+    """The bytes of a file, and a sentence where they cannot be had."""
     try:
         if (size := path.stat().st_size) > LARGEST_FILE:
             return b"", f"the file has {size} bytes, more than {LARGEST_FILE}"
@@ -108,7 +109,7 @@ def _file(path: Path) -> tuple[bytes, str]:
 def _sidecar(path: Path, fault: str) -> tuple[bytes | None, str]:
     if not path.exists():
         return None, fault
-    content, problem = _file(path)
+    content, problem = read_picture(path)
     return content, fault or problem
 
 
@@ -176,17 +177,21 @@ def _json_lines(file: Path, column: str, defaults: Mapping[str, str]) -> Iterato
         for number, line in enumerate(iter(lambda: lines.readline(LARGEST_FILE), b""), 1):
             if not line.strip():
                 continue
-            origin = f"{file.name}:{number}"
-            try:
-                fields = json.loads(line)
-                if not isinstance(fields, dict):
-                    raise ValueError(f"it must be an object, got {type(fields).__name__}")
-                image = fields.pop(f"{column}_base64", None)
-                image = image if image is None else base64.b64decode(image, validate=True)
-            except (ValueError, TypeError, RecursionError, binascii.Error) as error:
-                yield Record(b"", **defaults, origin=origin, fault=f"line {number} cannot be read: {error}")
-                continue
-            yield _row(file, fields, fields.pop(column, None) if image is None else image, column, origin, defaults)
+            yield record_of_line(file, line, number, column, defaults)
+
+
+def record_of_line(file: Path, line: bytes, number: int, column: str, defaults: Mapping[str, str]) -> Record:
+    """The record of line `number` of a file of JSON lines; see `collect`."""
+    origin = f"{file.name}:{number}"
+    try:
+        fields = json.loads(line)
+        if not isinstance(fields, dict):
+            raise ValueError(f"it must be an object, got {type(fields).__name__}")
+        image = fields.pop(f"{column}_base64", None)
+        image = image if image is None else base64.b64decode(image, validate=True)
+    except (ValueError, TypeError, RecursionError, binascii.Error) as error:
+        return Record(b"", **defaults, origin=origin, fault=f"line {number} cannot be read: {error}")
+    return record_of_row(file, fields, fields.pop(column, None) if image is None else image, column, origin, defaults)
 
 
 def _parquet(file: Path, column: str, defaults: Mapping[str, str]) -> Iterator[Record]:
@@ -202,21 +207,22 @@ def _parquet(file: Path, column: str, defaults: Mapping[str, str]) -> Iterator[R
             for batch in table.iter_batches(batch_size=8):
                 for fields in batch.to_pylist():
                     origin = f"{file.name}:{number}"
-                    yield _row(file, fields, fields.pop(column, None), column, origin, defaults)
+                    yield record_of_row(file, fields, fields.pop(column, None), column, origin, defaults)
                     number += 1
     except (pa.ArrowInvalid, OSError) as error:
         fault = f"{file.name} is damaged after row {number}: {error}"
         yield Record(b"", **defaults, origin=f"{file.name}:{number}", fault=fault)
 
 
-def _row(
+def record_of_row(
     file: Path, fields: dict[str, Any], image: Any, column: str, origin: str, defaults: Mapping[str, str]
 ) -> Record:
+    """The record of a table's row, its picture given as bytes, as a path beside the table, or as {bytes, path}."""
     fault = ""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, str):
-        image, fault = _file(file.parent / image)
+        image, fault = read_picture(file.parent / image)
     elif not isinstance(image, bytes):
         image, fault = b"", f"the row has no path or bytes in {column}"
     record = record_of(image, fields, origin, defaults)

@@ -23,7 +23,7 @@ class Sample:
 
 
 class Source(Protocol):
-    """A source of edits also has a method `edit` like `sample`, whose samples have references."""
+    """A source of edits has a method `edit` like `sample`, whose samples have references, beside it or instead."""
 
     def sample(self, seed: int, index: int) -> Sample:
         """Sample `index` of the stream of `seed`, an image and its caption: always the same one."""
