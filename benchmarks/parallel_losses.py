@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from qwen_image_fast.checkpoint import atomic_write, json_bytes
+from qwen_image_fast.checkpoint import json_bytes
+from qwen_image_fast.files import atomic_write
 from qwen_image_fast.folders import SHIPPED
 
 STEPS = 20

@@ -13,7 +13,8 @@ import torch
 from checkpoint_harness import BASE, Toy, assert_same, names, new_toy
 from huggingface_hub import errors
 
-from qwen_image_fast.checkpoint import atomic_write, save_state
+from qwen_image_fast.checkpoint import save_state
+from qwen_image_fast.files import atomic_write
 from qwen_image_fast.folders import SHIPPED, resolve_folder
 
 

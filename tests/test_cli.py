@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 import qwen_image_fast
-from qwen_image_fast import doctor, png_metadata
+from qwen_image_fast import doctor
 from qwen_image_fast.cli import app
 from qwen_image_fast.cli.generate import RATIOS, parse_size
 from qwen_image_fast.png_metadata import read_parameters
@@ -267,7 +267,7 @@ def test_a_damaged_model(generate, tiny_folder):
 
 def test_no_space_before_the_work(generate, monkeypatch):
     usage = shutil.disk_usage(".")._replace(free=6000)
-    monkeypatch.setattr(png_metadata.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     monkeypatch.setattr(
         sys.modules["qwen_image_fast.cli.generate"], "_load", lambda *args: pytest.fail("the model was loaded")
     )

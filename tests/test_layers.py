@@ -11,11 +11,11 @@ ROOT = Path(qwen_image_fast.__file__).parent
 # From the bottom up; a module may import its own layer and those below it.
 LAYERS = [
     {"_C", "ops"},
-    {"folders", "pictures", "tensor_files", "checkpoint", "models"},
+    {"folders", "files", "pictures", "tensor_files", "checkpoint", "models"},
     {"chat", "schedulers", "request", "request_fields"},
     {"graphs", "sampling"},
     {"pipelines"},
-    {"tiny", "drop_in", "accelerate", "inspect_model", "png_metadata", "doctor", "doctor_cases"},
+    {"tiny", "drop_in", "inspect_model", "png_metadata", "output_files", "doctor", "doctor_cases"},
     {"training"},
     {"cli", "__main__"},
 ]

@@ -5,7 +5,8 @@ import json
 import pytest
 from PIL import Image, PngImagePlugin
 
-from qwen_image_fast.png_metadata import OutputFiles, read_parameters, write_png
+from qwen_image_fast.output_files import OutputFiles
+from qwen_image_fast.png_metadata import read_parameters, write_png
 
 PARAMETERS = {
     "model": "Qwen/Qwen-Image",

@@ -53,6 +53,7 @@ def test_the_commands_names_need_nothing(args):
         ["generate", "x", "--size", "100x64"],
         ["generate", "x", "--dtype", "int8"],
         ["generate", "x", "--cfg", "nan"],
+        ["generate", "x", "--output", "x.jpg"],
         ["edit", "x", "--dtype", "int8"],
         ["bench", "--width", "100"],
         ["data", "frobnicate"],

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from qwen_image_fast.training.batches.latents import write_cache
+from qwen_image_fast.files import claimed
+from qwen_image_fast.training.batches.latents import META, write_cache
 from qwen_image_fast.training.engine.memory import check_recipe, transformer_config
 from qwen_image_fast.training.engine.trainer import Trainer, TrainingStopped
 from qwen_image_fast.training.parallel.layout import (
@@ -74,9 +77,14 @@ def train(
     Errors: RecipeError, FileExistsError for a folder in use, TrainingStopped, also where another rank dies, OSError.
     """
     run, folder = read_curriculum(find_recipe(recipe_path), overrides), Path(folder)
+    options = {"resume": resume, "allow_changes": allow_changes}
+    with claimed(folder) if int(os.environ.get("RANK", "0")) == 0 else nullcontext():
+        return _train(run, folder, source, options)
+
+
+def _train(run: Curriculum, folder: Path, source: Source | None, options: dict[str, Any]) -> Trainer:
     first = run.stages[0].recipe
     sizes = sizes_of(first.parallel, world_size())
-    options: dict[str, Any] = {"resume": resume, "allow_changes": allow_changes}
     if sizes.world == 1:
         trainer = Trainer(run, make_task(run, folder, source), folder, **options)
         trainer.run()
@@ -110,6 +118,11 @@ def cache_latents(recipe_path: str | Path, overrides: Any, folder: str | Path, c
     recipe, folder = read_recipe(find_recipe(recipe_path), overrides), Path(folder)
     if not isinstance(recipe, FlowRecipe) or recipe.data.cache:
         raise RecipeError("recipe: cache-latents needs kind flow without data.cache")
+    with claimed(folder, META):
+        _cache_latents(recipe, folder, count)
+
+
+def _cache_latents(recipe: FlowRecipe, folder: Path, count: int) -> None:
     task = FlowTask(recipe, folder)
     maker = task.batches
     pixels = any(recipe.data.tasks.get(name) for name in ("ti2i", "recon"))

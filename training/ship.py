@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -28,10 +29,9 @@ def ship(trained: Path, folder: Path, mean_only: bool = False) -> int:
     """
     if folder.exists():
         raise FileExistsError(f"ship: the folder {folder} is already there")
-    building = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(building, ignore_errors=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        shutil.copytree(trained, building, ignore=shutil.ignore_patterns("*.safetensors"))
+        shutil.copytree(trained, building, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
         for path in sorted(trained.rglob("*.safetensors")):
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
@@ -42,7 +42,8 @@ def ship(trained: Path, folder: Path, mean_only: bool = False) -> int:
         size = sum(path.stat().st_size for path in building.rglob("*") if path.is_file())
         if size > LARGEST:
             raise ValueError(f"ship: the folder must be at most {LARGEST / 1e6:.0f} MB, got {size / 1e6:.1f} MB")
-        building.replace(folder)
+        building.chmod(0o755)  # mkdtemp's folders are private
+        building.replace(folder)  # fails where another process has filled the folder since
         return size
     finally:
         shutil.rmtree(building, ignore_errors=True)

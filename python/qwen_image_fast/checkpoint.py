@@ -12,12 +12,9 @@ tensor_files.py. Pickled weights are never opened.
 from __future__ import annotations
 
 import difflib
-import errno
 import inspect
 import json
-import os
 import re
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +23,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 
+from qwen_image_fast.files import atomic_write_all
 from qwen_image_fast.folders import PathLike, read_json, resolve_folder
 from qwen_image_fast.tensor_files import DTYPE_NAMES, Entry, read_header, read_tensors, tensor_writer
 
@@ -184,38 +182,6 @@ def _check_fit(model: nn.Module, entries: Mapping[str, Entry], strict: bool) -> 
     if any(problems.values()):
         text = "; ".join(f"{len(names)} {what}: {_some(names)}" for what, names in problems.items() if names)
         raise ValueError(f"load_state_into: these are not the weights of this {type(model).__name__}; {text}")
-
-
-def atomic_write(path: PathLike, writer: Callable[[BinaryIO], Any]) -> None:
-    """Write a file so that readers see the old one or the whole new one: `writer(file)` fills a temporary neighbour."""
-    atomic_write_all({Path(path): writer})
-
-
-def atomic_write_all(writers: Mapping[Path, Callable[[BinaryIO], Any]]) -> None:
-    """`atomic_write` of several files: all are complete on the disk before the first is put in place, in order.
-
-    Whatever stops it, an interrupt included, the temporary files are removed; before the first replacement, the
-    previous files are untouched. OSError where the disk is full.
-    """
-    staged: list[tuple[Path, Path]] = []
-    try:
-        for path, writer in writers.items():
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-            staged.append((temporary, path))
-            with open(temporary, "xb") as file:
-                writer(file)
-                file.flush()
-                os.fsync(file.fileno())
-        for temporary, path in staged:
-            os.replace(temporary, path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        what = f"the disk is full: {path} could not be written and is unchanged; free space and save again"
-        raise OSError(error.errno, what) from error
-    finally:
-        for temporary, _ in staged:
-            temporary.unlink(missing_ok=True)
 
 
 def save_state(

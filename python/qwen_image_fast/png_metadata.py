@@ -1,4 +1,4 @@
-"""Generated pictures as PNG files: free names for them, and their parameters inside.
+"""Generated pictures as PNG files with their parameters inside.
 
 One iTXt chunk `parameters` holds a JSON object in UTF-8:
 
@@ -11,17 +11,15 @@ Readers that show PNG text show it as it is; only this package's own object is r
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from qwen_image_fast.checkpoint import atomic_write
+from qwen_image_fast.files import Writer, atomic_write
 
 KEYWORD = "parameters"
 SOFTWARE = "qwen-image-fast"
@@ -59,9 +57,13 @@ MORE_FIELDS: dict[str, tuple[type, ...]] = {
 
 def write_png(path: str | os.PathLike, image: Image.Image, parameters: Mapping[str, Any]) -> None:
     """Write `image` with `parameters` (at least `FIELDS`); the file appears when it is complete, or not at all."""
+    atomic_write(path, png_writer(image, parameters))
+
+
+def png_writer(image: Image.Image, parameters: Mapping[str, Any]) -> Writer:
     info = PngImagePlugin.PngInfo()
     info.add_itxt(KEYWORD, json.dumps({"software": SOFTWARE, **parameters}, ensure_ascii=False, sort_keys=True))
-    atomic_write(path, lambda file: image.save(file, format="PNG", pnginfo=info))
+    return lambda file: image.save(file, format="PNG", pnginfo=info)
 
 
 def read_parameters(path: str | os.PathLike) -> dict[str, Any]:
@@ -96,50 +98,3 @@ def read_parameters(path: str | os.PathLike) -> dict[str, Any]:
             kinds = " or ".join("null" if t is type(None) else t.__name__ for t in types)
             raise ValueError(f"{path}: the parameter {name} must be {kinds}, got {value!r}")
     return parameters
-
-
-class OutputFiles:
-    """Where pictures go: the file asked for, or the next free number; all is checked before any work is done.
-
-    Args:
-        output: a .png file or an existing folder. Without `overwrite` no existing file is replaced: `x.png` becomes
-            `x-0001.png`. Several pictures are numbered in any case; in a folder they are `image-0001.png` and so on.
-        count: how many pictures will be written.
-
-    Raises:
-        ValueError: the name is no PNG's, or its folder does not exist or is not writable.
-    """
-
-    def __init__(self, output: str | os.PathLike, overwrite: bool, count: int) -> None:
-        output = Path(output)
-        is_file = output.suffix.lower() == ".png" and not output.is_dir()
-        self.single = output if is_file and count == 1 else None
-        self.folder, self.stem = (output.parent, output.stem) if is_file else (output, "image")
-        self.overwrite = overwrite
-        self.number = 0
-        if not self.folder.is_dir():
-            raise ValueError(f"output {output} must be a .png file in an existing folder, or an existing folder")
-        if not os.access(self.folder, os.W_OK | os.X_OK):
-            raise ValueError(f"output {output}: the folder {self.folder} is not writable")
-
-    def check_space(self, needed: int) -> None:
-        """OSError where fewer than `needed` bytes are free: better now than after the pictures are computed."""
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            sizes = f"{free / 1e6:.1f} MB free, up to {needed / 1e6:.1f} MB needed"
-            raise OSError(errno.ENOSPC, f"no disk space for the output in {self.folder}: {sizes}")
-
-    def write(self, image: Image.Image, parameters: Mapping[str, Any]) -> Path:
-        """Write one picture under the next name, and return that."""
-        path = self._next()
-        write_png(path, image, parameters)
-        return path
-
-    def _next(self) -> Path:
-        if self.single is not None and (self.overwrite or not self.single.exists()):
-            return self.single
-        while True:
-            self.number += 1
-            path = self.folder / f"{self.stem}-{self.number:04d}.png"
-            if self.overwrite or not path.exists():
-                return path

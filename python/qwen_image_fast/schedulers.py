@@ -24,7 +24,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from qwen_image_fast.checkpoint import atomic_write, check_config, json_bytes, pretrained_folder, read_config
+from qwen_image_fast.checkpoint import check_config, json_bytes, pretrained_folder, read_config
+from qwen_image_fast.files import atomic_write
 from qwen_image_fast.models.base import Config, record_config
 from qwen_image_fast.models.outputs import Output
 

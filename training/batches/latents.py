@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen_image_fast.checkpoint import atomic_write, json_bytes, read_json
+from qwen_image_fast.checkpoint import json_bytes, read_json
+from qwen_image_fast.files import atomic_write
 from qwen_image_fast.models.rope import ImageShape
 from qwen_image_fast.pipelines.latents import pack_latents
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_image_fast.checkpoint import atomic_write
+from qwen_image_fast.files import atomic_write
 from qwen_image_fast.training.randomness import generator
 from qwen_image_fast.training.recipe.curriculum import Change, Curriculum
 from qwen_image_fast.training.recipe.data import part_key

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from qwen_image_fast.chat import Chat, ChatEndpoint, EndpointError, checked
-from qwen_image_fast.checkpoint import atomic_write
+from qwen_image_fast.files import atomic_write
 
 from .annotation import PROMPT, SYSTEM, InvalidAnnotation, read_annotation
 from .collect import collect

@@ -16,7 +16,7 @@ def filter_command(recipe: Path, overrides: Sequence[str] | None, out: Path) -> 
     """
     from tqdm import tqdm
 
-    from qwen_image_fast.checkpoint import atomic_write
+    from qwen_image_fast.files import atomic_write, claimed
 
     from .contact_sheet import RejectedSheet
     from .examples import Examples
@@ -27,28 +27,30 @@ def filter_command(recipe: Path, overrides: Sequence[str] | None, out: Path) -> 
     chosen = read_filter_recipe(recipe, overrides or ())
     sheet = RejectedSheet(chosen.sheet, len(FILTER_NAMES), chosen.curation.max_pixels)
     examples = Examples(limits(chosen), 5, chosen.curation.max_pixels)
-    with tqdm(unit="record", smoothing=0.1) as bar:
-        result = run_filters(chosen, out, progress=bar.update, judged=examples.add, rejected=sheet.add)
-    examples.write(out / "examples.parquet")
-    settings = json.dumps(dataclasses.asdict(chosen), indent=2, ensure_ascii=False)
-    atomic_write(out / "recipe.json", lambda file: file.write(settings.encode()))
+    with claimed(out, "audit.parquet"):
+        with tqdm(unit="record", smoothing=0.1) as bar:
+            result = run_filters(chosen, out, progress=bar.update, judged=examples.add, rejected=sheet.add)
+        examples.write(out / "examples.parquet")
+        settings = json.dumps(dataclasses.asdict(chosen), indent=2, ensure_ascii=False)
+        atomic_write(out / "recipe.json", lambda file: file.write(settings.encode()))
+        shown = sheet.write(out / "rejected.png")
     for name, count in result.rejected.items():
         print(f"{count:8} rejected by {name}")
     print(f"{result.kept:8} of {result.seen} kept")
-    print(
-        f"shards and audit.parquet are in {out}" + ("; see rejected.png" if sheet.write(out / "rejected.png") else "")
-    )
+    print(f"shards and audit.parquet are in {out}" + ("; see rejected.png" if shown else ""))
 
 
 def annotate_command(recipe: Path, overrides: Sequence[str] | None, out: Path) -> None:
     """Annotate a data set; OUT gets shards/, audit.parquet and answers.sqlite, from which a stopped run goes on."""
     from tqdm import tqdm
 
+    from qwen_image_fast.files import claimed
+
     from .annotate import annotate
     from .recipe import read_annotate_recipe
 
     chosen = read_annotate_recipe(recipe, overrides or ())
-    with tqdm(unit="picture", smoothing=0.1) as bar:
+    with claimed(out), tqdm(unit="picture", smoothing=0.1) as bar:
         result = annotate(chosen, out, progress=bar.update)
     for reason, count in result.rejected.items():
         print(f"{count:8} rejected: {reason}")

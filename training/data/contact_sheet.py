@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from qwen_image_fast.checkpoint import atomic_write
+from qwen_image_fast.files import atomic_write
 
 from .filters.picture import BrokenImage, Picture
 from .record import Record

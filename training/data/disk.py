@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def full_disk_is_a_sentence(folder: Path) -> Iterator[None]:
-    """SQLite's error becomes the OSError that `checkpoint.atomic_write` raises for files."""
+    """SQLite's error becomes the OSError that `files.atomic_write` raises for files."""
     try:
         yield
     except sqlite3.OperationalError as error:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qwen_image_fast.checkpoint import atomic_write
+from qwen_image_fast.files import atomic_write
 
 from .collect import collect
 from .disk import full_disk_is_a_sentence

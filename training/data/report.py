@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from qwen_image_fast.checkpoint import atomic_write
+from qwen_image_fast.files import atomic_write
 from qwen_image_fast.training.recipe.fields import convert
 
 from .examples import thumbnail

@@ -23,7 +23,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from qwen_image_fast.checkpoint import atomic_write, json_bytes, read_json, save_state
+from qwen_image_fast.checkpoint import json_bytes, read_json, save_state
+from qwen_image_fast.files import atomic_write
 
 STATE, RECORD = "state", "trainer.json"
 _NAME = re.compile(r"step-(\d{8,})")

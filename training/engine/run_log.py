@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from qwen_image_fast.checkpoint import atomic_write
+from qwen_image_fast.files import atomic_write
 
 
 def memory_gb(device: torch.device) -> float:

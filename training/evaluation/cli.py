@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from qwen_image_fast.files import claimed
 from qwen_image_fast.folders import SHIPPED
 
 app = typer.Typer(help="Measure what a model can do.", no_args_is_help=True)
@@ -51,12 +52,14 @@ def text_command(
 
     recipes = [_recipe(language, letters, lines, words_only) for language in languages.split(",")]
     cases = cases_of_file(prompts) if prompts else [c for r in recipes for c in held_out_cases(r, count, seed)]
-    reader, pipe = Reader(), QwenImagePipeline.from_pretrained(model)
-    draw = report.drawn_by(pipe, seed=seed, height=size, width=size, **_sampling(steps, guidance))
-    results = list(tqdm(report.evaluate(draw, cases, recipes[0], reader, batch), total=len(cases), unit="picture"))
-    settings = {"prompts": str(prompts or "held-out synthetic captions"), "letters": letters, "lines": lines,
-                "words_only": words_only, "size": size, "steps": steps, "guidance": guidance, "seed": seed}  # fmt: skip
-    totals = report.write_report(results, out, settings)
+    with claimed(out, "results.json"):
+        reader, pipe = Reader(), QwenImagePipeline.from_pretrained(model)
+        draw = report.drawn_by(pipe, seed=seed, height=size, width=size, **_sampling(steps, guidance))
+        results = list(tqdm(report.evaluate(draw, cases, recipes[0], reader, batch), total=len(cases), unit="picture"))
+        settings = {"prompts": str(prompts or "held-out synthetic captions"), "letters": letters, "lines": lines,
+                    "words_only": words_only, "size": size, "steps": steps, "guidance": guidance,
+                    "seed": seed}  # fmt: skip
+        totals = report.write_report(results, out, settings)
     print(report.table(totals))
     for language, values in totals.items():
         lengths = ", ".join(f"{n}: {right}/{of}" for n, (right, of) in values["exact_by_length"].items())
@@ -90,12 +93,14 @@ def edit_command(
 
     recipe = _recipe(language, letters, lines, words_only)
     pairs = [pair for kind in kinds.split(",") for pair in held_out_edits(recipe, count, kind, seed)]
-    reader, pipe = Reader(), QwenImageEditPlusPipeline.from_pretrained(model)
-    edit = report.edited_by(pipe, seed=seed, **_sampling(steps, guidance))
-    results = list(tqdm(report.evaluate_edits(edit, pairs, reader, batch), total=len(pairs), unit="picture"))
-    settings = {"kinds": kinds, "letters": letters, "lines": lines, "words_only": words_only, "size": size,
-                "steps": steps, "guidance": guidance, "seed": seed}  # fmt: skip
-    print(report.table(report.write_report(results, out, settings)))
+    with claimed(out, "results.json"):
+        reader, pipe = Reader(), QwenImageEditPlusPipeline.from_pretrained(model)
+        edit = report.edited_by(pipe, seed=seed, **_sampling(steps, guidance))
+        results = list(tqdm(report.evaluate_edits(edit, pairs, reader, batch), total=len(pairs), unit="picture"))
+        settings = {"kinds": kinds, "letters": letters, "lines": lines, "words_only": words_only, "size": size,
+                    "steps": steps, "guidance": guidance, "seed": seed}  # fmt: skip
+        totals = report.write_report(results, out, settings)
+    print(report.table(totals))
     print(f"results.json and pictures are in {out}")
 
 

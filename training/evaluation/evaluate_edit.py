@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen_image_fast.checkpoint import atomic_write, json_bytes
+from qwen_image_fast.checkpoint import json_bytes
+from qwen_image_fast.files import atomic_write
 from qwen_image_fast.training.evaluation.cases import psnr_outside
 from qwen_image_fast.training.evaluation.ocr import Reader
 from qwen_image_fast.training.evaluation.text_metrics import TextScore, score, summarise

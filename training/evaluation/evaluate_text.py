@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen_image_fast.checkpoint import atomic_write, json_bytes
+from qwen_image_fast.checkpoint import json_bytes
+from qwen_image_fast.files import atomic_write
 from qwen_image_fast.training.evaluation.cases import TextCase
 from qwen_image_fast.training.evaluation.colour_metrics import ground_colour, text_colour
 from qwen_image_fast.training.evaluation.ocr import Reader

@@ -11,7 +11,8 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
-from qwen_image_fast.checkpoint import BASE_NAME, atomic_write, json_bytes
+from qwen_image_fast.checkpoint import BASE_NAME, json_bytes
+from qwen_image_fast.files import atomic_write
 from qwen_image_fast.tensor_files import write_in_order
 from qwen_image_fast.training.parallel.layout import Parallel, full
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from qwen_image_fast.checkpoint import atomic_write
+from qwen_image_fast.files import numbered, write_new
 
 from .canvas import wrap
 from .editing import make_edit
@@ -73,11 +73,14 @@ def write_preview(
     edits: bool = False,
     columns: int = 6,
     cell: int = 160,
-) -> None:
-    """Write the contact sheet of samples `start` to `start + count - 1` as a PNG, complete or not at all."""
+) -> Path:
+    """Write the contact sheet of samples `start` to `start + count - 1` as a PNG, complete or not at all.
+
+    No file is replaced: where there is a `preview.png`, it is `preview-0001.png`, which is returned.
+    """
     samples = list(stream(recipe, seed, start, count, make=make_edit if edits else make))
     sheet = contact_sheet(samples, find_fonts(recipe.fonts, system=recipe.system_fonts), columns, cell)
-    atomic_write(Path(path), lambda file: sheet.save(file, format="PNG"))
+    return write_new(numbered(path), lambda file: sheet.save(file, format="PNG"))
 
 
 def find_recipe(

@@ -10,11 +10,10 @@ import typer
 from qwen_image_fast import __version__
 from qwen_image_fast.cli import common
 from qwen_image_fast.cli.errors import BAD_INPUT, CommandError, failing
+from qwen_image_fast.output_files import OutputFiles
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from qwen_image_fast.png_metadata import OutputFiles
 
 EDIT: dict[str, Any] = {
     **common.DEFAULTS,
@@ -271,8 +270,6 @@ def _size(text: str | None) -> dict[str, int]:
 
 
 def _files(output: Path, overwrite: bool, count: int, needed: int) -> OutputFiles:
-    from qwen_image_fast.png_metadata import OutputFiles
-
     with failing(BAD_INPUT, ValueError):
         files = OutputFiles(output, overwrite, count)
     files.check_space(needed)
@@ -301,8 +298,6 @@ def _write(files, image: Image.Image, seed: int, chosen: dict[str, Any], say: bo
     path = files.write(image, {**chosen, **own})
     made = [{"file": str(path), "seed": seed, "prompt": chosen["prompt"]}]
     if beside is not None:
-        from qwen_image_fast.png_metadata import OutputFiles
-
         together = side_by_side([*beside, image])
         named = path.with_name(f"{path.stem}-compare.png")
         other = OutputFiles(named, files.overwrite, 1).write(together, {**chosen, **own})

@@ -44,7 +44,7 @@ class Sentences(TyperGroup):
             code = BAD_INPUT
             print_error(error.format_message())
         except Exception as error:
-            code = FAILED
+            code = BAD_INPUT if isinstance(error, FileExistsError) else FAILED  # the name that was asked for is taken
             _print_failure(error)
         if code == INTERRUPTED:
             err.print("interrupted")

@@ -10,6 +10,7 @@ import typer
 from qwen_image_fast import __version__
 from qwen_image_fast.cli import common
 from qwen_image_fast.cli.errors import BAD_INPUT, CommandError, failing
+from qwen_image_fast.output_files import OutputFiles
 
 # The sizes that the model was tuned for, from the table in its README.
 RATIOS = {
@@ -56,13 +57,11 @@ def generate(
         chosen["width"], chosen["height"] = parse_size(size)
     common.check_size(chosen["width"], chosen["height"])
     prompts = _prompts(prompts_file, chosen["prompt"])
-    common.settle(chosen, device)
-    from qwen_image_fast import png_metadata
-
     count = len(prompts) * images
     with failing(BAD_INPUT, ValueError):
-        files = png_metadata.OutputFiles(output, overwrite, count)
+        files = OutputFiles(output, overwrite, count)
     files.check_space(count * chosen["width"] * chosen["height"] * 3)
+    common.settle(chosen, device)
 
     show = not (quiet or as_json)
     seconds: dict[str, float] = {}

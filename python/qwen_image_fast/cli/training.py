@@ -91,8 +91,8 @@ def preview_samples(
         from qwen_image_fast.training.synthesis.preview import find_recipe, write_preview
 
         chosen = find_recipe(recipe, size, tuple(language or ("en",)), tuple(fonts or ()), photos)
-        write_preview(chosen, out, seed=seed, count=count, edits=edits)
-    print(f"{count} {'pairs' if edits else 'samples'} of {recipe} in {out}")
+        written = write_preview(chosen, out, seed=seed, count=count, edits=edits)
+    print(f"{count} {'pairs' if edits else 'samples'} of {recipe} in {written}")
 
 
 def filter_records(

@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..checkpoint import atomic_write, json_bytes, read_config
+from ..checkpoint import json_bytes, read_config
+from ..files import atomic_write
 
 IMAGE_TOKEN = "<|image_pad|>"
 

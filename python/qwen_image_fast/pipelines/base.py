@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from qwen_image_fast.checkpoint import atomic_write, json_bytes
+from qwen_image_fast.checkpoint import json_bytes
+from qwen_image_fast.files import atomic_write
 from qwen_image_fast.folders import read_json, resolve_folder
 from qwen_image_fast.graphs import StepGraphs
 from qwen_image_fast.models.controlnet import QwenImageControlNetModel
