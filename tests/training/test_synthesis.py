@@ -1,5 +1,6 @@
 """Synthesised text-rendering data: what is drawn is what the caption says, and nothing else decides it."""
 
+import dataclasses
 import random
 import string
 from pathlib import Path
@@ -164,6 +165,25 @@ def test_chinese_captions():
         ink, ground = (colours.COLOURS[made.colours[role]].chinese for role in ("text", "ground"))
         assert made.caption == f"“{made.lines[0]}”{ink}，{ground}背景"
         assert set(made.lines[0]) <= set(words.HAN_CHARACTERS)
+
+
+@pytest.mark.parametrize("natural", [0.0, 1.0])
+@languages
+def test_captions_in_the_other_language(language, natural):
+    """The same pictures, told in the other language: the text as it is, colours and the rest translated."""
+    recipe = tiny(64, (language,), natural=natural, max_lines=1)
+    always = dataclasses.replace(recipe, other_captions=1.0)
+    for index in range(8):
+        made = make(always, 0, index)
+        assert quoted_texts(made.caption) == made.lines
+        assert told_in_chinese(made) == (language == "en")
+    some = [make(dataclasses.replace(recipe, other_captions=0.5), 0, index) for index in range(24)]
+    assert 4 <= sum(map(told_in_chinese, some)) <= 20
+
+
+def told_in_chinese(sample):
+    """Of the words around the text."""
+    return any("\u4e00" <= c <= "\u9fff" for c in sample.caption.replace(sample.lines[0], ""))
 
 
 def test_shapes():

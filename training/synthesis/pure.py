@@ -40,13 +40,16 @@ def make(recipe: SynthesisRecipe, rng: random.Random, size: tuple[int, int], lan
         return None
     texts = [element for element in scene.elements if isinstance(element, TextElement)]
     natural = rng.random() < recipe.natural
+    # Without this field nothing is drawn for it, so that recipes from before give the pictures that they gave.
+    other = recipe.other_captions > 0 and rng.random() < recipe.other_captions
+    told_in = {"en": "zh", "zh": "en"}[language] if other else language
     colours = {"ground": scene.ground.colour, "text": texts[0].colour}
     colours |= {f"text {i}": element.colour for i, element in enumerate(texts) if i}
     return Sample(
         image=render_scene(scene),
-        caption=_natural_caption(rng, scene.ground, texts, language)
+        caption=_natural_caption(rng, scene.ground, texts, told_in)
         if natural
-        else fixed_caption(scene.ground, texts, language),
+        else fixed_caption(scene.ground, texts, told_in),
         lines=tuple(element.text for element in texts),
         language=language,
         colours=colours,
