@@ -8,7 +8,6 @@ processor time tells what a quiet machine would give. Decoding a JPEG of quality
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import io
 import json
@@ -45,6 +44,11 @@ def measured(rgb: np.ndarray) -> list[float]:
     picture.__dict__["rgb"] = rgb
     scores = [one.judge(picture).score or 0.0 for one in FILTERS]
     return [*scores, perceptual_hash(picture.luma)]
+
+
+def by_numpy(rgb: np.ndarray) -> list[float]:
+    with reference():  # here, as the threads of a pool do not have the choice of the thread that made it
+        return measured(rgb)
 
 
 def by_opencv(rgb: np.ndarray) -> list[float]:
@@ -88,7 +92,7 @@ def main() -> None:
     files = [_jpeg(rgb) for rgb in pictures] * 6
     pictures *= 6
     variants: dict[str, Callable[[np.ndarray], list[float]]] = {
-        "ours": measured, "numpy": measured, "opencv": by_opencv,
+        "ours": measured, "numpy": by_numpy, "opencv": by_opencv,
     }  # fmt: skip
     cpu: dict[str, list[float]] = {name: [] for name in (*variants, "decoding")}
     seconds: dict[str, dict[int, list[float]]] = {name: {1: [], 2: []} for name in variants}
@@ -100,11 +104,10 @@ def main() -> None:
         for threads in (1, 2):
             with ThreadPoolExecutor(threads) as pool:
                 for name, function in variants.items():
-                    with reference() if name == "numpy" else contextlib.nullcontext():
-                        start, start_cpu = time.perf_counter(), time.process_time()
-                        list(pool.map(function, pictures))
-                        seconds[name][threads].append((time.perf_counter() - start) / len(pictures))
-                        cpu[name].append((time.process_time() - start_cpu) / len(pictures))
+                    start, start_cpu = time.perf_counter(), time.process_time()
+                    list(pool.map(function, pictures))
+                    seconds[name][threads].append((time.perf_counter() - start) / len(pictures))
+                    cpu[name].append((time.process_time() - start_cpu) / len(pictures))
     result = {
         "date": f"{datetime.date.today()}", "cpu": processor_name(), "kernels": build_info()["cpu_in_use"],
         "load_average": round(os.getloadavg()[1], 1), "pictures": len(pictures), "rounds": chosen.rounds,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qwen_image_fast.models.modulation import Modulation, modulation_layers
 from qwen_image_fast.models.packing import PackedLayout
-from qwen_image_fast.ops._library import use_reference
+from qwen_image_fast.ops._choices import use_reference
 
 
 class Capture(Protocol):

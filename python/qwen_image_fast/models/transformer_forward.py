@@ -21,6 +21,7 @@ from qwen_image_fast.models import stream_linear
 from qwen_image_fast.models.modulation import Modulation
 from qwen_image_fast.models.outputs import Output
 from qwen_image_fast.models.packing import PackedLayout, pack_padded
+from qwen_image_fast.ops import keeping_choices
 from qwen_image_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from qwen_image_fast.ops.gelu_tanh import gelu_tanh
 from qwen_image_fast.ops.joint_attention import joint_attention
@@ -138,7 +139,7 @@ class TransformerForward:
             next_txt = None if last else (txt_mods[i + 1].shift1, txt_mods[i + 1].scale1)
             args = (block, img_s, txt_s, layout, img_mods[i], txt_mods[i], next_img, next_txt, img_offsets, txt_offsets)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                img_s, txt_s = checkpoint(self.run_block, *args, use_reentrant=False)
+                img_s, txt_s = checkpoint(keeping_choices(self.run_block), *args, use_reentrant=False)
             else:
                 img_s, txt_s = self.run_block(*args)
             if controlnet_block_samples is not None:

@@ -1,7 +1,7 @@
 """The fused operations of Qwen-Image, forward and backward. One file each, named after the op."""
 
-from qwen_image_fast.ops._library import has_kernels, reference
-from qwen_image_fast.ops._linear import linear_kernels
+from qwen_image_fast.ops._choices import keeping_choices, linear_kernels, reference
+from qwen_image_fast.ops._library import has_kernels
 from qwen_image_fast.ops.channel_norm_silu import channel_norm_silu
 from qwen_image_fast.ops.conv2d import conv2d
 from qwen_image_fast.ops.conv3x3 import conv3x3, pack_conv3x3
@@ -27,6 +27,7 @@ __all__ = [
     "guided_step",
     "has_kernels",
     "joint_attention",
+    "keeping_choices",
     "layer_norm_modulate",
     "linear_amx",
     "linear_gate_residual",

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from qwen_image_fast import _C
+from qwen_image_fast.ops._choices import use_reference
 
 NAMESPACE = "qwen_image_fast"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 # The codes of csrc/common/dtype.h.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-
-_reference = False
-
-
-@contextlib.contextmanager
-def reference() -> Iterator[None]:
-    """Run every op's plain PyTorch reference instead of the compiled kernels. The switch is process-wide."""
-    global _reference
-    before, _reference = _reference, True
-    try:
-        yield
-    finally:
-        _reference = before
-
-
-def use_reference() -> bool:
-    return _reference
 
 
 def register(name: str, schema: str, impl: Callable, fake: Callable) -> Any:
@@ -225,4 +208,4 @@ def pointer(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-__all__ = ["DTYPE_CODES", "_C", "call_directly", "pointer", "reference", "register", "register_autograd"]
+__all__ = ["DTYPE_CODES", "_C", "call_directly", "pointer", "register", "register_autograd", "use_reference"]

@@ -6,9 +6,8 @@ Their products run in torch (cuBLASLt on CUDA), or all together in one launch of
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -17,42 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_image_fast.ops import _library as lib
+from qwen_image_fast.ops._choices import chosen_linear_kernels
 from qwen_image_fast.ops._library import _C, DTYPE_CODES, pointer
 
 TABLE = Path(__file__).with_name("linear_table.json")
-CHOICES = ("table", "torch", "cutlass", "cutlass large", "cutlass small")
 TILES = {"cutlass large": 0, "cutlass small": 1}
-_choice = "table"
 AMX: bool = _C.build_info()["amx"]
 # {"sm_90": {"linear_gelu 3072 -> 12288": {"1024": "cutlass large"}}}
 _faster: dict[str, dict[str, dict[str, str]]] = json.loads(TABLE.read_text(encoding="utf-8"))["faster"]
-
-
-@contextlib.contextmanager
-def linear_kernels(choice: str) -> Iterator[None]:
-    """Choose the kernels of linear_qkv, linear_gelu and linear_gate_residual. The switch is process-wide.
-
-    CUDA graphs and compiled functions keep the kernels that were chosen when they were made.
-
-    Args:
-        choice: "table" is the default: where this package's measurements say so CUTLASS, else torch. "torch".
-            "cutlass" for all that is on CUDA in float16 or bfloat16, with tiles by size, or "cutlass large" (128 x 256)
-            and "cutlass small" (128 x 128); what these kernels cannot take is an error. Tensors on the CPU always
-            use torch's products.
-            Float32 layers on CPUs with AMX run in linear_amx unless this is "torch".
-    """
-    global _choice
-    if choice not in CHOICES:
-        raise ValueError(f"linear_kernels: choice must be one of {', '.join(CHOICES)}, got {choice!r}")
-    before, _choice = _choice, choice
-    try:
-        yield
-    finally:
-        _choice = before
-
-
-def choice() -> str:
-    return _choice
 
 
 def fused(op: str, x: Sequence[Tensor], weight: Sequence[Tensor]) -> bool:
@@ -64,12 +35,13 @@ def fused(op: str, x: Sequence[Tensor], weight: Sequence[Tensor]) -> bool:
 
 def kernel_for(op: str, x: Sequence[Tensor], weight: Sequence[Tensor]) -> str:
     """ "torch", "cutlass large" or "cutlass small"."""
-    if _choice == "torch" or not x[0].is_cuda:
+    choice = chosen_linear_kernels()
+    if choice == "torch" or not x[0].is_cuda:
         return "torch"
     columns, depth = weight[0].shape
     rows = [t.shape[0] for t in x]
-    if _choice != "table":
-        return by_size(rows, columns) if _choice == "cutlass" else _choice
+    if choice != "table":
+        return by_size(rows, columns) if choice == "cutlass" else choice
     kernel = measured(op, x[0].get_device(), depth, columns, max(rows))
     if kernel != "torch" and obstacle(x, weight) is not None:
         return "torch"
@@ -203,4 +175,4 @@ def backward(needs: Sequence[Sequence[bool]], grads: Sequence[Tensor], x, weight
     )
 
 
-__all__ = ["_C", "describe_linear", "linear_kernels"]
+__all__ = ["_C", "describe_linear"]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qwen_image_fast.ops import _library as lib
 from qwen_image_fast.ops import _linear
+from qwen_image_fast.ops._choices import chosen_linear_kernels
 from qwen_image_fast.ops._library import _C, pointer
 
 _OP = "linear_amx"
@@ -60,7 +61,7 @@ def worthwhile(x: Sequence[Tensor], weight: Sequence[Tensor]) -> bool:
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
-    if x.dtype != torch.float32 or not x.is_cpu or _linear.choice() == "torch":
+    if x.dtype != torch.float32 or not x.is_cpu or chosen_linear_kernels() == "torch":
         return False
     return min(*x.shape, weight.shape[0]) >= SMALLEST
 
