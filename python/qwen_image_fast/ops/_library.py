@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from qwen_image_fast import _C
 from qwen_image_fast.ops._choices import use_reference
@@ -30,6 +32,7 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
 
 
+_functorch, _is_functional_tensor = torch._C._functorch, torch._is_functional_tensor
 _plain_types = (Tensor, torch.nn.Parameter)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
@@ -39,15 +42,44 @@ def watched() -> bool:
     return torch.compiler.is_compiling() or bool(_dispatch_modes())
 
 
+def transformed() -> bool:
+    """Whether tensors may be wrappers of torch.func or duals of forward-mode autograd, which look like any other."""
+    return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def check_transforms(*tensors: Tensor | None) -> None:
+    """No tensor carries a derivative that the registered ops would drop or that torch cannot lead through them."""
+    for t in tensors:
+        while t is not None:
+            if _functorch.is_gradtrackingtensor(t) or forward_ad.unpack_dual(t).tangent is not None:
+                raise NotImplementedError(
+                    "qwen_image_fast: the ops have derivatives for `backward` alone, not for torch.func or "
+                    "forward-mode autograd; run them under `with qwen_image_fast.reference():`"
+                )
+            t = _functorch.get_unwrapped(t) if _functorch.is_batchedtensor(t) else None
+
+
 def call_directly(*tensors: Tensor | None) -> bool:
-    """Whether the kernel may be called without the dispatcher: eager, no gradient needed, no mode or subclass watching.
+    """Whether the kernel may be called without the dispatcher: eager, no gradient needed, no mode or subclass watching,
+    and every tensor has its values where its pointer points.
 
     The two ways give the same bits; the direct one skips the dispatcher and autograd.
+
+    Raises:
+        NotImplementedError: a derivative is asked for that the ops do not have.
     """
     if watched():
         return False
+    if transformed():
+        check_transforms(*tensors)
+        return False
     grad = torch.is_grad_enabled()
-    return all(t is None or (type(t) in _plain_types and not (grad and t.requires_grad)) for t in tensors)
+    return all(t is None or (_has_values(t) and not (grad and t.requires_grad)) for t in tensors)
+
+
+def _has_values(t: Tensor) -> bool:
+    """Not a subclass, on `meta`, a wrapper of torch's functionalization, or the negative of what is stored."""
+    return type(t) in _plain_types and (t.is_cpu or t.is_cuda) and not (t.is_neg() or _is_functional_tensor(t))
 
 
 def launch(name: str, on: Tensor, *args: Any, scratch: tuple | None = None) -> None:
@@ -115,6 +147,8 @@ def check_device(op: str, x: Tensor) -> None:
     if x.is_cpu or x.is_meta:
         return
     if not (x.is_cuda and _has_cuda):
+        if isinstance(x, FakeTensor):
+            return
         raise NotImplementedError(
             f"{op}: this build has kernels for {'cpu and cuda' if _has_cuda else 'cpu'}, got a tensor on {x.device}; "
             "run it under `with qwen_image_fast.reference():`, move it to the CPU"
@@ -190,7 +224,7 @@ def check_offsets(op: str, x: Tensor, offsets: Tensor | None, segments: int) -> 
 
 def check_cumulative(op: str, name: str, offsets: Tensor, rows: int) -> None:
     """Offsets rise from 0 to the number of rows. Read only where that is free: on the CPU, outside of tracing."""
-    if type(offsets) is not Tensor or not offsets.is_cpu or torch.compiler.is_compiling():
+    if not _has_values(offsets) or not offsets.is_cpu or torch.compiler.is_compiling():
         return
     values = offsets.tolist()
     if values[0] != 0 or values[-1] != rows or any(a > b for a, b in zip(values, values[1:])):

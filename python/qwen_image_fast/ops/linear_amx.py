@@ -55,7 +55,7 @@ def linear_amx_reference(x, weight, bias=None) -> list[Tensor]:
 
 def worthwhile(x: Sequence[Tensor], weight: Sequence[Tensor]) -> bool:
     """Whether the unit would compute one of these products now; a model keeps to its modules where it would not."""
-    if not AVAILABLE or lib.use_reference() or lib.watched():
+    if not AVAILABLE or lib.use_reference() or lib.watched() or lib.transformed():
         return False
     return any(_takes(a, w) for a, w in zip(x, weight))
 
