@@ -7,6 +7,7 @@ a resumed run bit-equal to one that was never stopped, and a run on several devi
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -35,12 +36,6 @@ def epoch_position(seed: int, position: int, length: int) -> int:
     return int(_permutation(seed, epoch, length)[offset])
 
 
-_last: tuple[tuple[int, int, int], np.ndarray] | None = None
-
-
+@lru_cache(maxsize=8)  # a mixture draws from several data sets in turn
 def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
-    global _last
-    asked = (seed, epoch, length)
-    if _last is None or _last[0] != asked:
-        _last = asked, generator(seed, "epoch", step=epoch, sample=length).permutation(length)
-    return _last[1]
+    return generator(seed, "epoch", step=epoch, sample=length).permutation(length)

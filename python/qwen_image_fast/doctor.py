@@ -122,7 +122,11 @@ class Verdict:
 
 
 def self_test() -> list[Verdict]:
-    """Every op, forward and backward, with each set of kernels that this machine can run, in each dtype."""
+    """Every op, forward and backward, with each set of kernels that this machine can run, in each dtype.
+
+    The set of CPU kernels and torch's filling of new memory are the process's; other threads that run ops meanwhile get
+    the same results, more slowly.
+    """
     info = _C.build_info()
     sets = info["cpu_kernels"][: info["cpu_kernels"].index(info["cpu_best"]) + 1]
     variants = [("torch", "cpu"), *((s, "cpu") for s in sets)]

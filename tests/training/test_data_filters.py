@@ -2,6 +2,9 @@
 
 import dataclasses
 import itertools
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -145,6 +148,36 @@ def test_unusual_files_are_converted():
         assert np.abs(rgb.astype(int) - expected).mean() < 20, what
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert (Picture(Record(encoded(clear))).rgb == 255).all()
+
+
+def test_threads_that_decode_leave_warnings_as_they_were(monkeypatch):
+    """The first is inside until the second has come, if it can; the second until the first has gone."""
+    record, opened = photo_record(), Image.open
+    inside, gone = [threading.Event(), threading.Event()], threading.Event()
+
+    def open_slowly(file):
+        if inside[0].is_set():
+            inside[1].set()
+            gone.wait(30)
+        else:
+            inside[0].set()
+            inside[1].wait(1)
+        return opened(file)
+
+    def decode(first):
+        Picture._decoded.func(Picture(record))  # before Python 3.12 a cached_property has a lock of its own
+        if first:
+            gone.set()
+
+    monkeypatch.setattr(Image, "open", open_slowly)
+    with warnings.catch_warnings(), ThreadPoolExecutor(2) as pool:
+        warnings.simplefilter("error")
+        before = list(warnings.filters)
+        future = pool.submit(decode, True)
+        assert inside[0].wait(30)
+        pool.submit(decode, False).result()
+        future.result()
+        assert warnings.filters == before
 
 
 def test_sizes_and_shapes(tmp_path):

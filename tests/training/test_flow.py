@@ -6,6 +6,7 @@ import torch
 from trainer_helpers import small_recipe, small_transformer
 
 from qwen_image_fast import reference
+from qwen_image_fast.training import randomness
 from qwen_image_fast.training.batches.batches import FlowBatches, choose, logit_normal
 from qwen_image_fast.training.randomness import epoch_position, generator, normal
 from qwen_image_fast.training.recipe.data import DataRecipe
@@ -121,6 +122,16 @@ def test_random_numbers_depend_on_every_part_and_on_nothing_else():
     order = [epoch_position(0, i, 10) for i in range(30)]
     assert [sorted(order[i : i + 10]) for i in (0, 10, 20)] == [list(range(10))] * 3
     assert order[:10] != order[10:20]
+
+
+def test_data_sets_drawn_from_in_turn_are_permuted_once_an_epoch(monkeypatch):
+    made = []
+    monkeypatch.setattr(randomness, "generator", lambda *a, **k: made.append((a, k)) or generator(*a, **k))
+    alone = {n: [epoch_position(99, i, n) for i in range(2 * n)] for n in (10, 7)}
+    randomness._permutation.cache_clear()
+    made.clear()
+    drawn = [(epoch_position(99, i, 10), epoch_position(99, i, 7)) for i in range(14)]
+    assert len(made) == 4 and [list(d) for d in zip(*drawn)] == [alone[10][:14], alone[7][:14]]
 
 
 def batches(**changes):

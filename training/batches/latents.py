@@ -115,6 +115,7 @@ def _encode_span(vae: Any, samples: Callable[[int], Made], span: range) -> tuple
     return group, [value.to("cpu", torch.float16).numpy() for value in latents]
 
 
+# Of the process: a pool starts its workers for one cache alone, and has no other way to hand them what all tasks need.
 _worker: tuple[Any, Callable[[int], Made]]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,8 @@ from ..record import Record
 WORK_SIDE = 512
 _ORIENTATION = 0x0112
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+# What Python does with warnings is the process's: two threads that change it at once may leave it changed.
+_one_at_a_time = threading.Lock()
 
 
 class BrokenImage(ValueError):
@@ -93,7 +96,7 @@ class Picture:
         if not self.record.image:
             raise BrokenImage("the file is empty")
         try:
-            with warnings.catch_warnings():
+            with _one_at_a_time, warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Pillow warns of odd metadata and of its own, lower, limit
                 with Image.open(io.BytesIO(self.record.image)) as image:
                     if image.width * image.height > self._max_pixels:
