@@ -12,6 +12,7 @@ import numpy as np
 from qwen_image_fast.checkpoint import json_bytes
 from qwen_image_fast.files import atomic_write
 from qwen_image_fast.training.evaluation.cases import psnr_outside
+from qwen_image_fast.training.evaluation.edit_checks import KEPT, seen_done
 from qwen_image_fast.training.evaluation.ocr import Reader
 from qwen_image_fast.training.evaluation.text_metrics import TextScore, score, summarise
 from qwen_image_fast.training.synthesis.fonts import find_fonts
@@ -23,7 +24,10 @@ _SHEET = 36
 
 @dataclass(frozen=True)
 class EditResult:
-    """One edit: the pair, what was made, what was read in it, PSNR in dB outside the pair's mask and everywhere."""
+    """One edit: the pair, what was made, what was read in it, PSNR in dB outside the pair's mask and everywhere.
+
+    score: of the text of the whole picture. seen: see `edit_checks.seen_done`.
+    """
 
     pair: EditSample
     image: np.ndarray
@@ -31,6 +35,18 @@ class EditResult:
     score: TextScore
     outside: float
     psnr: float
+    seen: bool | None
+
+    @property
+    def done(self) -> bool | None:
+        """The edit was made and nothing else: what must be seen is seen, what must be read is read, and outside of the
+        change the picture keeps 28 dB. None: pixels cannot tell."""
+        pair = self.pair
+        if self.seen is None and pair.kind != "text":
+            return None
+        comes = pair.kind == "add" and pair.target_lines != pair.source_lines
+        reads = self.score.exact or not (pair.kind in ("text", "ground") or comes)
+        return self.seen is not False and reads and not self.outside < KEPT
 
 
 def evaluate_edits(
@@ -43,23 +59,28 @@ def evaluate_edits(
     for start in range(0, len(pairs), batch):
         part = pairs[start : start + batch]
         for pair, image in zip(part, edit(part, start)):
-            lines = tuple(line.text for line in reader.read(image))
+            # A shape may be read as a symbol, which is no text.
+            lines = tuple(line.text for line in reader.read(image) if any(c.isalnum() for c in line.text))
             everywhere = np.zeros(pair.mask.shape, bool)
             yield EditResult(
                 pair, image, lines, score(pair.target_lines, lines, pair.language),
                 psnr_outside(image, pair.target, pair.mask), psnr_outside(image, pair.target, everywhere),
+                seen_done(pair, image),
             )  # fmt: skip
 
 
 def summary(results: Sequence[EditResult]) -> dict[str, Any]:
-    """By kind of edit: text metrics of the whole picture, median PSNR outside the changed area and of all of it."""
+    """By kind of edit: how many were done, text metrics of the whole picture, median PSNR outside of the changed area
+    and of all of it."""
     out: dict[str, Any] = {}
     for kind in sorted({r.pair.kind for r in results}):
         own = [r for r in results if r.pair.kind == kind]
         text = summarise([r.score for r in own])
         outside = [r.outside for r in own if np.isfinite(r.outside)]
+        judged = [r.done for r in own if r.done is not None]
         out[kind] = {
             "pictures": len(own),
+            "done": sum(judged) / len(judged) if judged else None,
             "exact": text.exact,
             "word_accuracy": text.word_accuracy,
             "psnr_outside": float(np.median(outside)) if outside else None,
@@ -75,7 +96,7 @@ def write_report(results: Sequence[EditResult], folder: Path, settings: dict[str
     totals = summary(results)
     rows = [
         {"instruction": r.pair.instruction, "kind": r.pair.kind, "texts": r.pair.target_lines, "read": r.read,
-         "exact": r.score.exact, "psnr_outside": r.outside}
+         "done": r.done, "exact": r.score.exact, "psnr_outside": r.outside}
         for r in results
     ]  # fmt: skip
     content = {"settings": settings, "summary": totals, "pictures": rows}
@@ -89,7 +110,8 @@ def write_report(results: Sequence[EditResult], folder: Path, settings: dict[str
 def made_pair(result: EditResult) -> EditSample:
     """Source and what was made of it, as an editing pair for a contact sheet."""
     pair = result.pair
-    label = pair.instruction if result.score.exact else f"{pair.instruction} → {' / '.join(result.read) or 'nothing'}"
+    good = result.score.exact if result.done is None else result.done
+    label = pair.instruction if good else f"{pair.instruction} → {' / '.join(result.read) or 'nothing'}"
     none = np.zeros_like(pair.mask)
     return EditSample(
         pair.source, result.image, label, none, pair.kind, pair.language, pair.source_lines, result.read, pair.strategy
@@ -98,10 +120,11 @@ def made_pair(result: EditResult) -> EditSample:
 
 def table(totals: dict[str, Any]) -> str:
     """The summary as a Markdown table."""
-    rows = ["| edit | pictures | exact | word accuracy | PSNR outside (median) |", "|---|---|---|---|---|"]
+    rows = ["| edit | pictures | done | whole text exact | PSNR outside (median) |", "|---|---|---|---|---|"]
     for kind, v in totals.items():
+        done = "" if v["done"] is None else f"{v['done']:.1%}"
         outside = "" if v["psnr_outside"] is None else f"{v['psnr_outside']:.1f} dB"
-        rows.append(f"| {kind} | {v['pictures']} | {v['exact']:.1%} | {v['word_accuracy']:.1%} | {outside} |")
+        rows.append(f"| {kind} | {v['pictures']} | {done} | {v['exact']:.1%} | {outside} |")
     return "\n".join(rows)
 
 

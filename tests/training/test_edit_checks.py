@@ -1,0 +1,89 @@
+"""Whether an edit was done, by pixels: true of every rendering of its target, and not where another thing was done."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fontTools", reason="glyph coverage is read by fontTools")
+
+from qwen_image_fast.training.evaluation.edit_checks import alike, grown, seen_done
+from qwen_image_fast.training.evaluation.evaluate_edit import EditResult, summary, table
+from qwen_image_fast.training.evaluation.text_metrics import score
+from qwen_image_fast.training.synthesis.editing import make_edit
+from qwen_image_fast.training.synthesis.recipe import tiny
+
+KINDS = ("colour", "ground", "add", "remove", "move", "reconstruct")
+
+
+def pairs(kind, count=12, **changes):
+    recipe = tiny(128, max_lines=1, edits=(kind,), **changes)
+    return [make_edit(recipe, 1, index) for index in range(count)]
+
+
+def softened(image):
+    """A light blur, as a VAE leaves it."""
+    padded = np.pad(image.astype(np.float64), ((1, 1), (1, 1), (0, 0)), mode="edge")
+    height, width = image.shape[:2]
+    near = sum(padded[y : y + height, x : x + width] for y, x in ((0, 1), (2, 1), (1, 0), (1, 2)))
+    return ((4.0 * image + near) / 8).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strategy", ["pure", "shapes"])
+def test_the_target_is_done_and_the_source_is_not(kind, strategy):
+    weights = {"pure": float(strategy == "pure"), "shapes": float(strategy == "shapes")}
+    for pair in pairs(kind, **weights):
+        assert seen_done(pair, pair.target) is True
+        assert seen_done(pair, softened(pair.target)) is True
+        assert seen_done(pair, pair.source) is (kind == "reconstruct")
+
+
+@pytest.mark.parametrize("kind", ["colour", "add", "move", "remove"])
+def test_something_else_is_not_done(kind):
+    """The change painted in the ground's inverse: something is there, in another colour."""
+    for pair in pairs(kind, 6, shapes=1.0, pure=0.0):
+        other = pair.target.copy()
+        other[pair.mask] = 255 - pair.target[0, 0]
+        assert seen_done(pair, other) is False
+
+
+def test_a_circle_is_no_square():
+    y, x = np.mgrid[:64, :64]
+    circle, square = (x - 32) ** 2 + (y - 32) ** 2 <= 15**2, (abs(x - 32) <= 15) & (abs(y - 32) <= 15)
+    larger = (x - 32) ** 2 + (y - 32) ** 2 <= 15.5**2
+    assert alike(circle, larger) and not alike(circle, square) and not alike(square, circle)
+    assert not alike(circle, np.zeros_like(circle)) and not alike(np.zeros_like(circle), circle)
+    assert not alike(np.roll(circle, 6, axis=1), circle)
+
+
+def test_grown():
+    point = np.zeros((5, 5), bool)
+    point[2, 2] = True
+    assert grown(point, 1).sum() == 9 and grown(point, 2).all()
+
+
+def result(pair, seen, read, outside=40.0):
+    return EditResult(pair, pair.target, read, score(pair.target_lines, read, "en"), outside, 40.0, seen)
+
+
+def test_done_needs_what_is_seen_what_is_read_and_the_rest_untouched():
+    (text,), (ground,), (colour,) = pairs("text", 1), pairs("ground", 1), pairs("colour", 1)
+    right = text.target_lines
+    assert result(text, None, right).done is True
+    assert result(text, None, ("nonsense",)).done is False
+    assert result(text, None, right, outside=20.0).done is False
+    assert result(ground, True, ground.target_lines, outside=float("nan")).done is True  # all of it may change
+    assert result(ground, True, ("nonsense",)).done is False
+    assert result(colour, True, ("nonsense",)).done is True  # another question: the text's own rate says it
+    assert result(colour, False, colour.target_lines).done is False
+    photo = dataclasses.replace(colour, strategy="compositional")
+    assert seen_done(photo, photo.target) is None and result(photo, None, ()).done is None
+
+
+def test_the_summary_counts_what_was_done():
+    (colour,), (text,) = pairs("colour", 1), pairs("text", 1)
+    made = [result(colour, True, ()), result(colour, False, colour.target_lines), result(text, None, text.target_lines)]
+    totals = summary(made)
+    assert totals["colour"]["done"] == 0.5 and totals["colour"]["exact"] == 0.5 and totals["text"]["done"] == 1.0
+    assert "| colour | 2 | 50.0% | 50.0% | 40.0 dB |" in table(totals)
