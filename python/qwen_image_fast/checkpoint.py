@@ -91,6 +91,12 @@ def weight_patterns(base_name: str, variant: str | None = None) -> list[str]:
     return [f"{stem}.safetensors", f"{stem}-*-of-*.safetensors", index]
 
 
+def has_weights(folder: PathLike, base_name: str = BASE_NAME, variant: str | None = None) -> bool:
+    """Whether there are weight files of that variant."""
+    stem, index_name = _names(base_name, variant)
+    return any((Path(folder) / name).is_file() for name in (index_name, f"{stem}.safetensors"))
+
+
 def find_weights(folder: PathLike, base_name: str = BASE_NAME, variant: str | None = None) -> list[Path]:
     """The safetensors files that hold a model's weights: the shards of the index where there is one, else one file."""
     folder = Path(folder)
@@ -140,7 +146,8 @@ def load_state_into(
 ) -> None:
     """Give `model`, built on the meta device, the tensors of safetensors `files`, on `device`.
 
-    Floating-point tensors become `dtype`; None keeps each as stored. Besides the result, the host holds at most 8 MiB.
+    Floating-point tensors become `dtype`; None keeps each as stored. 8-bit ones, in which no layer computes, need a
+    `dtype`. Besides the result, the host holds at most 8 MiB.
     Names, shapes and kinds are compared before anything is read: ValueError lists what is missing, unexpected or of
     another shape. `strict=False` passes over names that the model does not have, and lets a name be missing where the
     model already has a value. A buffer that is not stored must be made in the constructor with an explicit device
@@ -155,6 +162,12 @@ def load_state_into(
             entries[name] = entry
     _check_fit(model, entries, strict)
     wanted = model.state_dict().keys()
+    narrow = {e.dtype for name, e in entries.items() if name in wanted and dtype is None and e.dtype.itemsize == 1}
+    if kinds := sorted(str(kind) for kind in narrow if kind.is_floating_point):
+        raise ValueError(
+            f"load_state_into: dtype must be given for weights stored as {', '.join(kinds)}, in which layers do not "
+            "compute; pass torch_dtype=torch.bfloat16"
+        )
     tensors = read_tensors({name: entry for name, entry in entries.items() if name in wanted}, dtype, device)
     model.load_state_dict(tensors, strict=False, assign=True)
     if left := [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]:

@@ -36,6 +36,9 @@ def test_pipelines(name):
     ours, theirs = getattr(qwen_image_fast, name), getattr(diffusers, name)
     assert_same(ours.__call__, theirs.__call__)
     assert_same(ours.__init__, theirs.__init__)
+    assert list(parameters(ours.save_pretrained)) == list(parameters(theirs.save_pretrained))[:6]
+    # Without a default there, though embeddings do as well.
+    assert list(parameters(ours.encode_prompt).items())[2:] == list(parameters(theirs.encode_prompt).items())[2:]
     more = {p.name for p in inspect.signature(ours.__call__).parameters.values() if p.kind is p.KEYWORD_ONLY}
     assert {"seed", "progress"} <= more <= OWN
 

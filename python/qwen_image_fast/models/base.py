@@ -22,6 +22,7 @@ from qwen_image_fast.checkpoint import (
     save_state,
     weight_patterns,
 )
+from qwen_image_fast.keywords import check_saving, keyword_names, one_device, one_dtype, refuse
 
 Model = TypeVar("Model", bound="PretrainedModel")
 
@@ -74,9 +75,16 @@ class PretrainedModel(nn.Module):
     def device(self):
         return next(self.parameters()).device
 
-    def num_parameters(self) -> int:
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """The number of parameter values; a parameter used in several places counts once."""
-        return sum(p.numel() for p in self.parameters())
+        out = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else set()
+        counted = (p for p in self.parameters() if id(p) not in out and (p.requires_grad or not only_trainable))
+        return sum(p.numel() for p in counted)
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of the parameters, and of the buffers."""
+        tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     @classmethod
     def from_config(cls: type[Model], config: Mapping[str, Any], **overrides) -> Model:
@@ -92,24 +100,27 @@ class PretrainedModel(nn.Module):
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
+        device_map: str | torch.device | None = None,
         variant: str | None = None,
+        use_safetensors: bool | None = None,
+        low_cpu_mem_usage: bool | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike | None = None,
         token: str | None = None,
         local_files_only: bool | None = None,
+        **unknown,
     ) -> Model:
         """The model of a local folder or hub repository, in eval mode, on `device`.
 
         `torch_dtype` and `dtype` are one argument under two names: the type of the floating-point weights, by default
-        as stored. `variant="fp16"` reads `diffusion_pytorch_model.fp16.safetensors`. The weights are read once, into
-        their final place: memory peaks at the model's size. Errors: FileNotFoundError for what is not there, ValueError
-        for a configuration of another class, damaged files, or weights that do not fit the configuration.
+        as stored; so are `device` and `device_map`. `variant="fp16"` reads
+        `diffusion_pytorch_model.fp16.safetensors`. The weights are read once, into their final place: memory peaks at
+        the model's size, with any `low_cpu_mem_usage`. Errors: FileNotFoundError for what is not there, ValueError
+        for a configuration of another class, damaged files, or weights that do not fit the configuration; TypeError
+        for an unknown keyword.
         """
-        if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
-            raise ValueError(f"from_pretrained: dtype must equal torch_dtype where both are given, got {dtype}")
-        dtype = torch_dtype if dtype is None else dtype
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"from_pretrained: dtype must be a floating-point torch dtype or None, got {dtype!r}")
+        refuse("from_pretrained", unknown, keyword_names(cls.from_pretrained))
+        dtype, device = one_dtype(torch_dtype, dtype), one_device(device, device_map, use_safetensors)
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         files = [cls.config_name, *weight_patterns(cls.weights_name, variant)]
         folder = pretrained_folder(name_or_path, subfolder, files, **hub)
@@ -122,13 +133,27 @@ class PretrainedModel(nn.Module):
         return model.eval()
 
     def save_pretrained(
-        self, folder: str | os.PathLike, *, max_shard_size: int | str = "10GB", variant: str | None = None
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        *,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
     ) -> None:
-        """Write config.json and safetensors weights; see `checkpoint.save_state` for shards and what is replaced."""
+        """Write config.json and safetensors weights; see `checkpoint.save_state` for shards and what is replaced.
+
+        With `is_main_process=False`, as other ranks of a run pass it, nothing is written. ValueError with
+        `safe_serialization=False`, which would be pickles.
+        """
+        check_saving(safe_serialization, push_to_hub)
+        if not is_main_process:
+            return
         config = json_bytes({"_class_name": type(self).__name__, **self.config})
         save_state(
             self.state_dict(),
-            folder,
+            save_directory,
             base_name=self.weights_name,
             max_shard_size=max_shard_size,
             variant=variant,

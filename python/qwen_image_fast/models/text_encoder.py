@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,7 @@ def load_text_encoder(
     torch_dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     vision: bool = True,
+    variant: str | None = None,
 ):
     """transformers' `Qwen2_5_VLModel` with the weights of a `text_encoder/` folder; without the language-model head.
 
@@ -191,6 +192,7 @@ def load_text_encoder(
         torch_dtype: dtype of the weights; None keeps the files' own.
         device: where the weights go.
         vision: False leaves out the vision tower (`model.visual` is None), which text-to-image does not use.
+        variant: "fp16" reads `model.fp16.safetensors`.
 
     Raises:
         FileNotFoundError: no config, no weights, or a missing shard.
@@ -202,11 +204,11 @@ def load_text_encoder(
     family = read_config(folder).get("model_type")
     if family != "qwen2_5_vl":
         raise ValueError(f"load_text_encoder: model_type in {folder} must be 'qwen2_5_vl', got {family!r}")
-    files = find_weights(folder, base_name="model")
+    files = find_weights(folder, base_name="model", variant=variant)
 
     config = Qwen2_5_VLConfig.from_pretrained(folder)
     with torch.device("meta"):
-        model = Qwen2_5_VLModel(config)
+        model: Any = Qwen2_5_VLModel(config)
     with torch.random.fork_rng(devices=[]):  # the twin draws random weights
         twin = Qwen2_5_VLModel(_without_layers(config))
     # The RoPE frequencies, which no file holds; transformers before 5 has such a module in every layer too.
@@ -217,22 +219,33 @@ def load_text_encoder(
     if not vision:
         model.visual = None
 
-    keys = [key for file in files for key in read_header(file)]
-    if any(key.startswith("model.language_model.") for key in keys):
-        holder = nn.ModuleDict({"model": model})
-    else:
-        holder = nn.ModuleDict({"model": model.language_model} | ({"visual": model.visual} if vision else {}))
+    holder = under_stored_names(model, (key for file in files for key in read_header(file)))
     load_state_into(holder, files, dtype=torch_dtype, device=device, strict=False)  # passes over the head
+    model.weight_files = files
     return model.eval()
 
 
-def load_captioner(folder: str | Path, *, torch_dtype: torch.dtype | None = None, device: str | torch.device = "cpu"):
+def under_stored_names(model: Any, keys: Iterable[str]) -> nn.ModuleDict:
+    """The model's parts in a module whose state dict has the names of the files, of which `keys` are some."""
+    if any(key.startswith("model.language_model.") for key in keys):
+        return nn.ModuleDict({"model": model})
+    visual = {} if model.visual is None else {"visual": model.visual}
+    return nn.ModuleDict({"model": model.language_model} | visual)
+
+
+def load_captioner(
+    folder: str | Path,
+    *,
+    torch_dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    variant: str | None = None,
+):
     """transformers' whole `Qwen2_5_VLForConditionalGeneration`, head and all, which can write captions."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     read_config(folder, "config.json")  # without one, transformers builds its default, of 7 B random weights
     dtype = "auto" if torch_dtype is None else torch_dtype
-    model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, torch_dtype=dtype)
+    model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, torch_dtype=dtype, variant=variant)
     return model.to(device).eval()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -36,6 +35,7 @@ class ControlPipeline(GenerationPipeline):
     """A text-to-image pipeline with one ControlNet, or several."""
 
     parts = GenerationPipeline.parts | CONTROLNET
+    encodes_pictures = True
 
     def __init__(
         self, scheduler, vae, text_encoder, tokenizer, transformer, controlnet, *, free_modulation_weights: bool = False
@@ -44,7 +44,7 @@ class ControlPipeline(GenerationPipeline):
             scheduler, vae, text_encoder, tokenizer, transformer, free_modulation_weights=free_modulation_weights
         )
         self.controlnet = controlnet
-        if not self.controlnets:
+        if controlnet is not None and not self.controlnets:
             raise ValueError("controlnet must be one or several, got none")
         for net in self.controlnets:
             if not isinstance(net, QwenImageControlNetModel):
@@ -52,7 +52,7 @@ class ControlPipeline(GenerationPipeline):
                 raise TypeError(
                     f"controlnet must be a QwenImageControlNetModel of this package, or several, got {kind}"
                 )
-            if (own := _family(net)) != (expected := _family(transformer)):
+            if transformer is not None and (own := _family(net)) != (expected := _family(transformer)):
                 different = {name: (value, own[name]) for name, value in expected.items() if own[name] != value}
                 raise ValueError("controlnet must be of the transformer's family: " + "; ".join(
                     f"{name} must be {value}, got {got}" for name, (value, got) in different.items()
@@ -60,6 +60,8 @@ class ControlPipeline(GenerationPipeline):
 
     @property
     def controlnets(self) -> list[QwenImageControlNetModel]:
+        if self.controlnet is None:
+            return []
         return list(self.controlnet) if isinstance(self.controlnet, (list, tuple)) else [self.controlnet]
 
     @property
@@ -68,13 +70,6 @@ class ControlPipeline(GenerationPipeline):
 
     def _denoisers(self):
         return {**super()._denoisers(), **_named(self.controlnets)}
-
-    def save_pretrained(self, folder, *, max_shard_size: int | str = "10GB") -> None:
-        """As every pipeline's; several ControlNets have no place in the layout."""
-        if len(self.controlnets) != 1:
-            raise ValueError(f"save_pretrained: controlnet must be a single one, got {len(self.controlnets)}")
-        super().save_pretrained(folder, max_shard_size=max_shard_size)
-        self.controlnets[0].save_pretrained(Path(folder) / "controlnet")
 
     def _run(
         self, request: Request, height, width, control_image, control_mask, scale, start, end
@@ -103,6 +98,7 @@ class ControlPipeline(GenerationPipeline):
 
     def _controls(self, control_image, prompts: int) -> tuple[list[QwenImageControlNetModel], list]:
         """The ControlNet and the pictures of each control: several ControlNets, or a union one several times."""
+        self._need("controlnet", "no picture leads the image")
         nets = self.controlnets
         for net in nets:
             if (net.dtype, net.device) != (self.dtype, self.device):

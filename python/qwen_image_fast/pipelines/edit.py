@@ -6,19 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from qwen_image_fast.pictures import Picture, to_rgb
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import VAE_AREA
-from qwen_image_fast.pipelines.editing import EditingPipeline
+from qwen_image_fast.pipelines.editing import PicturePrompts
 from qwen_image_fast.pipelines.request import Request, per_prompt
 
 
-class QwenImageEditPipeline(EditingPipeline):
+class QwenImageEditPipeline(PicturePrompts):
     """Edit one picture for each prompt, on packed batches that may mix sizes."""
 
     plus = False
+    condition_area = VAE_AREA
 
     @torch.inference_mode()
     def __call__(
@@ -64,7 +66,10 @@ class QwenImageEditPipeline(EditingPipeline):
         """
         request = Request.of(locals())
         self._begin(request)
+        images = self._pictures_of(image, self._count(request))
+        return self._edit(request, images, height, width, preserve_size, condition_area, grid_positions)
+
+    def _pictures_of(self, image: Any, prompts: int) -> list[list[Image.Image]]:
         if image is None:
             raise ValueError("image must be given, got None")
-        images = [[to_rgb("image", one)] for one in per_prompt("image", image, self._count(request))]
-        return self._edit(request, images, height, width, preserve_size, condition_area, grid_positions)
+        return [[to_rgb("image", one)] for one in per_prompt("image", image, prompts)]

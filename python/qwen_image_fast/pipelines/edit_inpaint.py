@@ -6,22 +6,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from qwen_image_fast.models.vision import look
 from qwen_image_fast.pictures import Picture
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import VAE_AREA, encode_seen, prepare_reference
-from qwen_image_fast.pipelines.editing import EditingPipeline
+from qwen_image_fast.pipelines.editing import PicturePrompts
 from qwen_image_fast.pipelines.images import area_size, resize
 from qwen_image_fast.pipelines.request import Request
 from qwen_image_fast.pipelines.starting import StartingPipeline
 
 
-class QwenImageEditInpaintPipeline(EditingPipeline, StartingPipeline):
+class QwenImageEditInpaintPipeline(PicturePrompts, StartingPipeline):
     """Edit pictures where a mask is white; the picture is also the reference."""
 
     plus = False
+    condition_area = VAE_AREA
 
     @torch.inference_mode()
     def __call__(
@@ -70,17 +71,14 @@ class QwenImageEditInpaintPipeline(EditingPipeline, StartingPipeline):
         """
         request = Request.of(locals())
         self._begin(request)
-        pictures = self._pictures(request, image)
+        pictures = [own for (own,) in self._pictures_of(image, self._count(request))]
         masks = self._masks(pictures, mask_image)
         if preserve_size:
             pixels = self._pixels(height, width, [(p.height, p.width) for p in pictures])
         else:
             pixels = [area_size(VAE_AREA, *p.size)[::-1] for p in pictures]
         prepared = [prepare_reference(p, preserve_size=preserve_size, condition_area=condition_area) for p in pictures]
-        with self._stage("vision"):
-            needed = request.prompt is not None or request.negative_prompt is not None
-            flat = [p.condition for p in prepared] if needed else []
-            seen = look(self.text_encoder, flat, self.processor)
+        seen = self._look(request, [p.condition for p in prepared])
 
         def encode(prompts: Sequence[str]):
             each = [[s] for s in seen]
@@ -93,3 +91,6 @@ class QwenImageEditInpaintPipeline(EditingPipeline, StartingPipeline):
             request, pictures, pixels, strength=strength, preserve_size=preserve_size, masks=masks,
             padding_mask_crop=padding_mask_crop, encode=encode, as_reference=True,
         )  # fmt: skip
+
+    def _pictures_of(self, image: Any, prompts: int) -> list[list[Image.Image]]:
+        return [[picture] for picture in self._pictures(image, prompts)]

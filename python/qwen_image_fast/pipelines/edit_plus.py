@@ -6,19 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from qwen_image_fast.pictures import Picture, to_rgb
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import CONDITION_AREA
-from qwen_image_fast.pipelines.editing import EditingPipeline
+from qwen_image_fast.pipelines.editing import PicturePrompts
 from qwen_image_fast.pipelines.request import Request
 
 
-class QwenImageEditPlusPipeline(EditingPipeline):
+class QwenImageEditPlusPipeline(PicturePrompts):
     """Edit with 0..N references for each prompt, on packed batches that may mix all of that."""
 
     plus = True
+    condition_area = CONDITION_AREA
 
     @torch.inference_mode()
     def __call__(
@@ -71,21 +73,19 @@ class QwenImageEditPlusPipeline(EditingPipeline):
         """
         request = Request.of(locals())
         self._begin(request)
-        images = _references(image, self._count(request))
+        images = self._pictures_of(image, self._count(request))
         return self._edit(request, images, height, width, preserve_size, condition_area, grid_positions)
 
-
-def _references(image, prompts: int) -> list[list]:
-    """The pictures of each prompt, upright and RGB."""
-    if image is None:
-        image = []
-    if not isinstance(image, (list, tuple)):
-        image = [image]
-    if any(isinstance(own, (list, tuple)) for own in image):
-        if len(image) != prompts or not all(isinstance(own, (list, tuple)) for own in image):
-            raise ValueError(
-                f"image must hold pictures for all prompts, or one list for each of the {prompts} prompts, "
-                f"got {len(image)} entries"
-            )
-        return [[to_rgb(f"image[{i}][{k}]", one) for k, one in enumerate(own)] for i, own in enumerate(image)]
-    return [[to_rgb(f"image[{k}]", one) for k, one in enumerate(image)]] * prompts
+    def _pictures_of(self, image: Any, prompts: int) -> list[list[Image.Image]]:
+        if image is None:
+            image = []
+        if not isinstance(image, (list, tuple)):
+            image = [image]
+        if any(isinstance(own, (list, tuple)) for own in image):
+            if len(image) != prompts or not all(isinstance(own, (list, tuple)) for own in image):
+                raise ValueError(
+                    f"image must hold pictures for all prompts, or one list for each of the {prompts} prompts, "
+                    f"got {len(image)} entries"
+                )
+            return [[to_rgb(f"image[{i}][{k}]", one) for k, one in enumerate(own)] for i, own in enumerate(image)]
+        return [[to_rgb(f"image[{k}]", one) for k, one in enumerate(image)]] * prompts

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from qwen_image_fast.models.rope import POSITIONS
-from qwen_image_fast.models.vision import VisionProcessor, look
+from qwen_image_fast.models.vision import Seen, VisionProcessor, look
 from qwen_image_fast.pipelines.base import PROCESSOR, QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import (
     VAE_AREA,
+    encode_edit_prompts,
     encode_reference_latents,
     encode_seen,
     prepare_reference,
@@ -27,6 +31,7 @@ class EditingPipeline(GenerationPipeline):
 
     parts = GenerationPipeline.parts | PROCESSOR
     uses_vision = True
+    encodes_pictures = True
     plus: bool  # whether the template is Edit-Plus'
 
     def __init__(
@@ -35,7 +40,16 @@ class EditingPipeline(GenerationPipeline):
         super().__init__(
             scheduler, vae, text_encoder, tokenizer, transformer, free_modulation_weights=free_modulation_weights
         )
-        self.processor = VisionProcessor.of(processor)
+        self.processor: Any = None if processor is None else VisionProcessor.of(processor)
+
+    def _look(self, request: Request, conditions: Sequence[Image.Image]) -> list[Seen]:
+        """The pictures as the condition encoder sees them; none, where no text is encoded."""
+        if request.prompt is None and request.negative_prompt is None:
+            return []
+        for part in ("text_encoder", "processor"):
+            self._need(part, "prompt must be given as prompt_embeds")
+        with self._stage("vision"):
+            return look(self.text_encoder, conditions, self.processor)
 
     def _edit(
         self,
@@ -63,11 +77,8 @@ class EditingPipeline(GenerationPipeline):
         each = request.num_images_per_prompt
         sizes = [self._latent_size(crop, preserve_size) for crop in crops for _ in range(each)]
 
-        with self._stage("vision"):
-            needed = request.prompt is not None or request.negative_prompt is not None
-            flat = [r.condition for own in references for r in own] if needed else []
-            found = iter(look(self.text_encoder, flat, self.processor))
-            seen = [[next(found) for _ in own] for own in references] if needed else []
+        found = iter(self._look(request, [r.condition for own in references for r in own]))
+        seen = [list(islice(found, len(own))) for own in references]
 
         def encode(prompts: Sequence[str]):
             return encode_seen(self.text_encoder, self.tokenizer, prompts, seen, self.plus, grid_positions)
@@ -87,3 +98,38 @@ class EditingPipeline(GenerationPipeline):
         tokens = self._denoise(request, samples)
         keep = [crop for crop in crops for _ in range(each)] if preserve_size else None
         return self._finish(request, tokens, sizes, seeds, keep)
+
+
+class PicturePrompts(EditingPipeline):
+    """Editing whose prompts are encoded with their pictures, in a template of their own."""
+
+    condition_area: int  # pixels of a picture for Qwen2.5-VL at most, where a call says nothing else
+
+    def _pictures_of(self, image: Any, prompts: int) -> list[list[Image.Image]]:
+        """The pictures of each prompt, upright and RGB."""
+        raise NotImplementedError
+
+    def encode_prompt(  # type: ignore[override]
+        self,
+        prompt: str | Sequence[str] | None = None,
+        image: Any = None,
+        device: str | torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        max_sequence_length: int = 1024,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `QwenImagePipeline.encode_prompt`, with the pictures of the call, as its `preserve_size` prepares them.
+
+        `max_sequence_length` is for diffusers' signature: prompts with pictures are not cut, there nor here.
+        """
+
+        def encode(prompts: Sequence[str]) -> list[Tensor]:
+            self._need("processor", "prompt cannot be encoded")
+            return encode_edit_prompts(
+                self.text_encoder, self.tokenizer, self.processor, prompts, self._pictures_of(image, len(prompts)),
+                plus=self.plus, condition_area=self.condition_area,
+            )  # fmt: skip
+
+        given = prompt_embeds, prompt_embeds_mask
+        return self._embeds_of(prompt, encode, given, device, num_images_per_prompt, None)

@@ -24,9 +24,17 @@ logger = logging.getLogger(__name__)
 class GenerationPipeline(PromptPipeline):
     """The parts that the pipelines' calls are made of, in the order of their use."""
 
+    encodes_pictures = False
+
     def _begin(self, request: Request) -> None:
         """Check what needs no model, and forget the last call."""
         self.times, self._interrupt = {}, False
+        for name in ("transformer", "scheduler"):
+            self._need(name, "nothing can be sampled")
+        if request.output_type != "latent":
+            self._need("vae", f"output_type must be 'latent', got {request.output_type!r}")
+        if self.encodes_pictures:
+            self._need("vae", "no picture can be encoded")
         if request.attention_kwargs:
             raise ValueError("attention_kwargs must be empty: set the scale of a LoRA on its adapter")
         if request.guidance_scale is not None:
@@ -139,7 +147,8 @@ class GenerationPipeline(PromptPipeline):
 
     def _denoisers(self) -> dict[str, Any]:
         """The models that the latents come from, by name."""
-        return {"transformer": self.transformer, "text_encoder": self.text_encoder}
+        models = {"transformer": self.transformer, "text_encoder": self.text_encoder}
+        return {name: model for name, model in models.items() if model is not None}
 
     def _step_callback(self, callback: Callable, names: Sequence[str], cond: list[Text]):
         """diffusers' callback on top of the loop's: padded tensors where sizes agree, lists where they do not."""

@@ -63,7 +63,7 @@ class QwenImageImg2ImgPipeline(StartingPipeline):
         """
         request = Request.of(locals())
         self._begin(request)
-        pictures = self._pictures(request, image)
+        pictures = self._pictures(image, self._count(request))
         defaults = [(p.height, p.width) if preserve_size else (1024, 1024) for p in pictures]
         pixels = self._pixels(height, width, defaults)
         return self._change(request, pictures, pixels, strength=strength, preserve_size=preserve_size)

@@ -66,7 +66,7 @@ class QwenImageInpaintPipeline(StartingPipeline):
         """
         request = Request.of(locals())
         self._begin(request)
-        pictures = self._pictures(request, image)
+        pictures = self._pictures(image, self._count(request))
         masks = self._masks(pictures, mask_image)
         defaults = [(p.height, p.width) if preserve_size else (1024, 1024) for p in pictures]
         pixels = self._pixels(height, width, defaults)

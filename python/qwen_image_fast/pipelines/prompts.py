@@ -24,13 +24,45 @@ class PromptPipeline(Pipeline):
     """The part of a call from prompts, or their embeddings, to conditions."""
 
     def encode_prompt(
-        self, prompt: str | Sequence[str], max_sequence_length: int = 1024
+        self,
+        prompt: str | Sequence[str] | None = None,
+        device: str | torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        prompt_embeds: Tensor | None = None,
+        prompt_embeds_mask: Tensor | None = None,
+        max_sequence_length: int = 1024,
     ) -> tuple[Tensor, Tensor | None]:
-        """Padded embeddings [prompts, tokens, width] and their mask (None: no padding), as diffusers returns them."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        with torch.no_grad():
-            states = encode_prompts(self.text_encoder, self.tokenizer, prompts, max_sequence_length=max_sequence_length)
-            return pad_prompt_embeds(self._checked(states))
+        """Padded embeddings [images, tokens, width] and their mask (None: no padding), as diffusers returns them.
+
+        The images of a prompt stand side by side. Embeddings that are given instead of a prompt are cut and repeated.
+        `device`: of the result; default: where it was computed.
+        """
+
+        def encode(prompts: Sequence[str]) -> list[Tensor]:
+            return encode_prompts(self.text_encoder, self.tokenizer, prompts, max_sequence_length=max_sequence_length)
+
+        given = prompt_embeds, prompt_embeds_mask
+        return self._embeds_of(prompt, encode, given, device, num_images_per_prompt, max_sequence_length)
+
+    def _embeds_of(
+        self,
+        prompt: Any,
+        encode: Callable[[Sequence[str]], list[Tensor]],
+        given: tuple[Tensor | None, Tensor | None],
+        device: str | torch.device | None,
+        each: int,
+        limit: int | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        embeds, mask = given
+        if embeds is None:
+            for part in ("text_encoder", "tokenizer"):
+                self._need(part, "prompt cannot be encoded")
+            with torch.no_grad():
+                embeds, mask = pad_prompt_embeds(self._checked(encode(_prompts("prompt", prompt))))
+        embeds = embeds[:, :limit].repeat_interleave(each, 0).to(device or embeds.device)
+        if mask is not None:
+            mask = mask[:, :limit].repeat_interleave(each, 0).to(embeds.device)
+        return embeds, None if mask is None or bool(mask.all()) else mask
 
     def _count(self, request: Request) -> int:
         """The number of prompts."""
@@ -89,6 +121,8 @@ class PromptPipeline(Pipeline):
             values = values * count
         if embeds is not None:
             return values
+        for part in ("text_encoder", "tokenizer"):
+            self._need(part, f"{name} must be given as {name}_embeds")
         if encode is None:
             limit = request.max_sequence_length
             states = encode_prompts(self.text_encoder, self.tokenizer, values, max_sequence_length=limit)

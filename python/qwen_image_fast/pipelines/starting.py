@@ -26,11 +26,13 @@ logger = logging.getLogger(__name__)
 class StartingPipeline(GenerationPipeline):
     """A pipeline that starts from a picture for each prompt."""
 
-    def _pictures(self, request: Request, image: Picture | Sequence[Picture] | None) -> list[Image.Image]:
+    encodes_pictures = True
+
+    def _pictures(self, image: Picture | Sequence[Picture] | None, prompts: int) -> list[Image.Image]:
         """One RGB picture for each prompt."""
         if image is None:
             raise ValueError("image must be given, got None")
-        return [to_rgb("image", one) for one in per_prompt("image", image, self._count(request))]
+        return [to_rgb("image", one) for one in per_prompt("image", image, prompts)]
 
     def _masks(self, pictures: Sequence[Image.Image], mask_image: Any) -> list[Image.Image]:
         """One mask for each picture, in its size; a mask of the same aspect ratio is resized."""

@@ -1,0 +1,199 @@
+"""A pipeline's folder: which parts are read from it, in which type and variant, and how it is written again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from qwen_image_fast.checkpoint import BASE_NAME, has_weights, json_bytes
+from qwen_image_fast.files import atomic_write
+from qwen_image_fast.folders import read_json, resolve_folder
+from qwen_image_fast.keywords import check_saving, keyword_names, one_device, part_dtypes, refuse
+from qwen_image_fast.models.controlnet import QwenImageControlNetModel
+from qwen_image_fast.models.text_encoder import load_captioner, load_text_encoder
+from qwen_image_fast.models.text_encoder_files import save_text_encoder
+from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
+from qwen_image_fast.models.vae import AutoencoderKLQwenImage
+from qwen_image_fast.models.vision import VisionProcessor
+from qwen_image_fast.request import GENERATION_FILE
+from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler
+
+logger = logging.getLogger(__name__)
+
+MODELS = {
+    "transformer": QwenImageTransformer2DModel,
+    "vae": AutoencoderKLQwenImage,
+    "controlnet": QwenImageControlNetModel,
+}
+WEIGHTS = {**dict.fromkeys(MODELS, BASE_NAME), "text_encoder": "model"}  # base names of the parts' weights
+
+
+class PipelineFolder:
+    """`from_pretrained` and `save_pretrained` of a pipeline."""
+
+    parts: ClassVar[dict[str, list[str]]]
+    uses_vision: ClassVar[bool]
+    writes_captions: ClassVar[bool]
+    _source: Path | None = None
+    # The parts as they were read from `_source`.
+    _read: dict[str, Any]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike,
+        *,
+        torch_dtype: Any = None,
+        dtype: Any = None,
+        device: str | torch.device = "cpu",
+        device_map: str | torch.device | None = None,
+        variant: str | None = None,
+        use_safetensors: bool | None = None,
+        low_cpu_mem_usage: bool | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        token: str | None = None,
+        local_files_only: bool | None = None,
+        free_modulation_weights: bool = False,
+        **components,
+    ):
+        """The pipeline of a diffusers-layout folder or hub repository; nothing of diffusers is needed.
+
+        Args:
+            torch_dtype, dtype: of all models, under either name, or a dict of parts, {"vae": torch.float32, "default":
+                torch.bfloat16}; None: as stored.
+            device, device_map: where the weights go, tensor by tensor; so with any `low_cpu_mem_usage`.
+            variant: "fp16" reads `*.fp16.safetensors`; a part that has none is read without, and a warning names it.
+            free_modulation_weights: release the modulation weights (a third of the transformer) once the vectors of a
+                schedule are known; another schedule reads them from the folder again.
+            components: ready-made parts to use instead of the folder's (`transformer=...`), or None.
+
+        Raises:
+            FileNotFoundError, ValueError: what is missing, damaged or of another model, in one sentence.
+            TypeError: an unknown keyword; the nearest is named, or what to do instead.
+        """
+        known = [n for n in keyword_names(cls.from_pretrained) if n != "name_or_path"]
+        refuse("from_pretrained", [n for n in components if n not in cls.parts], [*cls.parts, *known])
+        where = one_device(device, device_map, use_safetensors)
+        dtypes = part_dtypes(torch_dtype, dtype, cls.parts)
+        hub: dict[str, Any] = {
+            "revision": revision,
+            "cache_dir": cache_dir,
+            "token": token,
+            "local_files_only": local_files_only,
+        }
+        folder = resolve_folder(name_or_path, **hub)
+        index = read_json(folder / "model_index.json")
+        if not str(index.get("_class_name", "")).startswith("QwenImage"):
+            raise ValueError(
+                f"from_pretrained: {folder} must hold a Qwen-Image pipeline, its model_index.json names "
+                f"{index.get('_class_name')}"
+            )
+        missing = [n for n in cls.parts if n not in components and n in index and index[n] in (None, [None, None])]
+        read = [n for n in cls.parts if n not in components and n not in missing]
+        variants = _variants(folder, [n for n in read if n in WEIGHTS], variant)
+        loaded: dict[str, Any] = {}
+        for name in read:
+            models = {"torch_dtype": dtypes[name], "device": where, "variant": variants.get(name)}
+            loaded[name] = cls._load(folder, name, models)
+        parts = {**dict.fromkeys(cls.parts), **loaded, **components}
+        make: Any = cls
+        pipe = make(**parts, free_modulation_weights=free_modulation_weights)
+        pipe._source = folder
+        pipe._read = {name: getattr(pipe, name) for name in loaded}
+        return pipe
+
+    @classmethod
+    def _load(cls, folder: Path, name: str, models: dict[str, Any]) -> Any:
+        if name in MODELS:
+            return MODELS[name].from_pretrained(folder, subfolder=name, **models)
+        if name == "text_encoder":
+            if cls.writes_captions:
+                return load_captioner(folder / name, **models)
+            return load_text_encoder(folder / name, vision=cls.uses_vision, **models)
+        if name == "scheduler":
+            return FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder=name)
+        return _load_processor(folder / name) if name == "processor" else _load_tokenizer(folder / name)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+    ) -> None:
+        """Write the whole pipeline as a diffusers-layout folder, which diffusers reads too.
+
+        The condition encoder of a pipeline that was loaded from a folder is written with what this pipeline did not
+        load (head, vision tower), from there; its tokenizer and processor are copied. Parts that are None are noted.
+
+        Args:
+            variant: "fp16" writes `*.fp16.safetensors` of all models; it changes no type. max_shard_size: bytes of a
+                file at most, default 10GB.
+
+        Raises:
+            ValueError: `safe_serialization=False`, which would be pickles.
+        """
+        check_saving(safe_serialization, push_to_hub)
+        parts = {name: getattr(self, name) for name in self.parts}
+        if (nets := parts.get("controlnet")) and isinstance(nets, (list, tuple)):
+            if len(nets) != 1:
+                raise ValueError(f"save_pretrained: controlnet must be a single one, got {len(nets)}")
+            parts["controlnet"] = nets[0]
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        files: dict[str, Any] = {"variant": variant, "max_shard_size": max_shard_size or "10GB"}
+        index: dict[str, Any] = {"_class_name": type(self).__name__, "_diffusers_version": "0.36.0"}
+        for name, part in parts.items():
+            index[name] = self.parts[name] if part is not None else [None, None]
+            if part is None:
+                continue
+            if name in MODELS:
+                part.save_pretrained(folder / name, **files)
+            elif name == "text_encoder":
+                save_text_encoder(part, folder / name, **files)
+            elif self._source is None or self._read.get(name) is not part or not (self._source / name).is_dir():
+                part.save_pretrained(folder / name)
+            elif (self._source / name).resolve() != (folder / name).resolve():
+                shutil.copytree(self._source / name, folder / name, dirs_exist_ok=True)
+        if self._source is not None and (self._source / GENERATION_FILE).is_file():
+            generation = (self._source / GENERATION_FILE).read_bytes()
+            atomic_write(folder / GENERATION_FILE, lambda file: file.write(generation))
+        atomic_write(folder / "model_index.json", lambda file: file.write(json_bytes(index)))
+
+
+def _variants(folder: Path, names: list[str], variant: str | None) -> dict[str, str]:
+    """The variant of the parts that have it. ValueError where none has."""
+    if variant is None:
+        return {}
+    having = [name for name in names if has_weights(folder / name, WEIGHTS[name], variant)]
+    if not having and names:
+        raise ValueError(
+            f"from_pretrained: variant must be one that {folder} has, got {variant!r}: no part has files like "
+            f"{WEIGHTS[names[0]]}.{variant}.safetensors"
+        )
+    if others := [name for name in names if name not in having]:
+        logger.warning("variant %s: read without it, for lack of such files: %s", variant, ", ".join(others))
+    return dict.fromkeys(having, variant)
+
+
+def _load_tokenizer(folder: Path):
+    from transformers import Qwen2Tokenizer
+
+    if not folder.is_dir():
+        raise FileNotFoundError(f"from_pretrained: there is no tokenizer folder {folder}")
+    return Qwen2Tokenizer.from_pretrained(folder)
+
+
+def _load_processor(folder: Path) -> VisionProcessor:
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"from_pretrained: there is no processor folder {folder}; editing needs an editing model's folder"
+        )
+    return VisionProcessor.from_pretrained(folder)
