@@ -32,7 +32,10 @@ def text_command(
         Path | None, typer.Option(help="a prompt a line, its texts in quotation marks; else unseen synthetic captions")
     ] = None,
     count: Annotated[int, typer.Option(help="synthetic captions of each language", min=1)] = 200,
-    languages: Annotated[str, typer.Option(help="of the synthetic captions: en, zh or en,zh")] = "en",
+    languages: Annotated[str, typer.Option(help="of the synthetic texts: en, zh or en,zh")] = "en",
+    other_captions: Annotated[
+        bool, typer.Option("--other-captions", help="captions in the other language than their texts")
+    ] = False,
     lines: Lines = 1,
     letters: Letters = 6,
     words_only: WordsOnly = False,
@@ -50,15 +53,15 @@ def text_command(
     from qwen_image_fast.training.evaluation.cases import cases_of_file, held_out_cases
     from qwen_image_fast.training.evaluation.ocr import Reader
 
-    recipes = [_recipe(language, letters, lines, words_only) for language in languages.split(",")]
+    recipes = [_recipe(name, letters, lines, words_only, float(other_captions)) for name in languages.split(",")]
     cases = cases_of_file(prompts) if prompts else [c for r in recipes for c in held_out_cases(r, count, seed)]
     with claimed(out, "results.json"):
         reader, pipe = Reader(), QwenImagePipeline.from_pretrained(model)
         draw = report.drawn_by(pipe, seed=seed, height=size, width=size, **_sampling(steps, guidance))
         results = list(tqdm(report.evaluate(draw, cases, recipes[0], reader, batch), total=len(cases), unit="picture"))
         settings = {"prompts": str(prompts or "held-out synthetic captions"), "letters": letters, "lines": lines,
-                    "words_only": words_only, "size": size, "steps": steps, "guidance": guidance,
-                    "seed": seed}  # fmt: skip
+                    "words_only": words_only, "other_captions": other_captions, "size": size, "steps": steps,
+                    "guidance": guidance, "seed": seed}  # fmt: skip
         totals = report.write_report(results, out, settings)
     print(report.table(totals))
     for language, values in totals.items():
@@ -104,11 +107,11 @@ def edit_command(
     print(f"results.json and pictures are in {out}")
 
 
-def _recipe(language: str, letters: int, lines: int, words_only: bool):
+def _recipe(language: str, letters: int, lines: int, words_only: bool, other_captions: float = 0.0):
     from qwen_image_fast.training.synthesis.recipe import tiny
 
-    changes = {"max_letters": letters, "max_lines": lines} | ({"random_strings": 0.0} if words_only else {})
-    return tiny(128, (language,), **changes)
+    changes: dict[str, Any] = {"max_letters": letters, "max_lines": lines, "other_captions": other_captions}
+    return tiny(128, (language,), **changes, **({"random_strings": 0.0} if words_only else {}))
 
 
 def _sampling(steps: int, guidance: float) -> dict[str, Any]:
