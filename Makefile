@@ -7,7 +7,7 @@ GPU_PYTHON ?= 3.12
 
 .PHONY: demo pipeline test lint bench install dev clean cuda-compile gpu-check gpu-wheels gpu-status
 
-SOURCES := pyproject.toml constraints.txt CMakeLists.txt \
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard cmake/*.cmake) \
   $(shell find csrc python training -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.py' -o -name '*.yaml')
 PIP = $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
 WHEEL = $(shell ls $(VENV)/wheel/*.whl)

@@ -36,7 +36,7 @@ def sources() -> list[Path]:
 
 
 def architectures(source: Path) -> tuple[str, ...]:
-    """What the build compiles a file for (CMakeLists.txt)."""
+    """What the build compiles a file for (cmake/cutlass.cmake)."""
     if source.stem.endswith("_sm90"):
         return tuple(a for a in ARCHITECTURES if a == "sm_90a")
     if source.stem.endswith("_sm80"):

@@ -1,0 +1,16 @@
+# Kernels for the tile unit of some x86 CPUs, which the compiler must know and Linux must allow a process to use.
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64" AND CMAKE_SYSTEM_NAME STREQUAL "Linux")
+  include(CheckCXXCompilerFlag)
+  set(AMX_OPTIONS -mamx-tile -mamx-bf16 -mavx512bf16 -mavx512f -mavx512bw -mavx512vl -mavx512dq)
+  check_cxx_compiler_flag("-mamx-bf16" QIF_COMPILER_KNOWS_AMX)
+  if(QIF_COMPILER_KNOWS_AMX)
+    file(GLOB AMX_KERNELS CONFIGURE_DEPENDS csrc/kernels/*_amx.cpp)
+    add_library(kernels_amx OBJECT ${AMX_KERNELS})
+    target_include_directories(kernels_amx PRIVATE csrc)
+    target_compile_options(kernels_amx PRIVATE -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math -Wall
+                           -Wno-maybe-uninitialized ${AMX_OPTIONS})
+    target_link_libraries(kernels_amx PRIVATE OpenMP::OpenMP_CXX)
+    target_compile_definitions(_C PRIVATE QIF_AMX)
+    target_link_libraries(_C PRIVATE kernels_amx)
+  endif()
+endif()
