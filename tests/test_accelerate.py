@@ -350,6 +350,32 @@ def test_adapters_on_the_modulation(plain, fast):
     assert not torch.allclose(expected, before, atol=1e-3)  # the merged weights stay
 
 
+def test_an_older_diffusers_is_named(plain, monkeypatch):
+    """It was an ImportError about a name inside of diffusers."""
+    for version in ("0.36.0", "0.36.2.dev0"):
+        monkeypatch.setattr(diffusers, "__version__", version)
+        with pytest.raises(ImportError, match=f"^accelerate: diffusers must be 0.37 or newer, got {version}$"):
+            accelerate(copy_of(plain))
+    for version in ("0.37.0", "0.99.0.dev0", "1.0"):
+        monkeypatch.setattr(diffusers, "__version__", version)
+        assert accelerate(copy_of(plain)).replaced
+
+
+def test_a_text_encoder_that_computes_all_logits(plain, monkeypatch):
+    """As transformers before 4.53 has it: the pipeline runs, and the report says what stays."""
+    pipe, kind = copy_of(plain), type(plain.text_encoder)
+    forward = kind.forward
+
+    def of_before(self, input_ids=None, attention_mask=None, output_hidden_states=None):
+        return forward(self, input_ids, attention_mask, output_hidden_states=output_hidden_states)
+
+    monkeypatch.setattr(kind, "forward", of_before)
+    report = accelerate(pipe)
+    assert report.left_alone == [("text_encoder", "this transformers computes the logits of all positions")]
+    assert_same(draw(pipe), draw(plain))
+    restore(pipe)
+
+
 def test_shared_transformer(plain, fast):
     """Another pipeline class over the same models, with a scheduler and loop of its own."""
     other = diffusers.QwenImageImg2ImgPipeline.from_pipe(fast)

@@ -16,6 +16,7 @@ from qwen_image_fast.training.engine.trainer import Trainer, TrainingStopped
 from qwen_image_fast.training.parallel.layout import (
     Parallel,
     check_recipe_parallel,
+    check_torch,
     local_device,
     sizes_of,
     start,
@@ -89,6 +90,7 @@ def _train(run: Curriculum, folder: Path, source: Source | None, options: dict[s
         trainer = Trainer(run, make_task(run, folder, source), folder, **options)
         trainer.run()
         return trainer
+    check_torch()
     for stage in run.stages:
         if stage.recipe.parallel != first.parallel:
             raise RecipeError(f"recipe: parallel must be the same in all stages, it differs in {stage.name}")

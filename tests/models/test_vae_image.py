@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from vae_harness import (
     WIDE,
@@ -168,6 +169,25 @@ def test_hooks_and_other_forwards_run_and_change_the_result():
     assert not torch.allclose(ours.decode(z).sample, plain)
     del conv.forward
     assert torch.equal(ours.decode(z).sample, plain)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn_module.register_module_forward_hook, nn_module.register_module_forward_pre_hook,
+        nn_module.register_module_full_backward_hook, nn_module.register_module_full_backward_pre_hook,
+    ],
+)  # fmt: skip
+def test_hooks_on_all_modules_are_seen_by_every_torch(register, monkeypatch):
+    monkeypatch.delattr(nn_module, "_has_any_global_hook", raising=False)  # as before torch 2.8
+    conv = torch.nn.Conv2d(1, 1, 1)
+    assert vae_conv.is_bare(conv)
+    handle = register(lambda *_: None)
+    try:
+        assert not vae_conv.is_bare(conv)
+    finally:
+        handle.remove()
+    assert vae_conv.is_bare(conv)
 
 
 def test_compiles_as_a_whole():

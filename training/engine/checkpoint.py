@@ -25,6 +25,7 @@ from torch import Tensor
 
 from qwen_image_fast.checkpoint import json_bytes, read_json, save_state
 from qwen_image_fast.files import atomic_write
+from qwen_image_fast.training.parallel.layout import check_torch
 
 STATE, RECORD = "state", "trainer.json"
 _NAME = re.compile(r"step-(\d{8,})")
@@ -121,6 +122,8 @@ def load(path: Path) -> Checkpoint:
     if not (path / RECORD).is_file():
         raise FileNotFoundError(f"resume: {path} is no training checkpoint: it has no {RECORD}")
     record = read_json(path / RECORD)
+    if in_parts(path):
+        check_torch()
     try:
         if in_parts(path):
             from qwen_image_fast.training.engine.checkpoint_parts import load_whole

@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,13 +23,10 @@ from qwen_image_fast import reference
 from qwen_image_fast.checkpoint import read_json
 from qwen_image_fast.training.batches.mixture import Watched
 from qwen_image_fast.training.engine import checkpoint as checkpoints
-from qwen_image_fast.training.engine.checkpoint_parts import sizes
 from qwen_image_fast.training.engine.ema import EMA
 from qwen_image_fast.training.engine.optimizer import Optimizer, learning_rate
 from qwen_image_fast.training.engine.run_log import RunLog, SilentLog, memory_gb
-from qwen_image_fast.training.parallel.checkpoints import Writer, load_parts, named
 from qwen_image_fast.training.parallel.layout import Parallel
-from qwen_image_fast.training.parallel.shard import reshard
 from qwen_image_fast.training.producer.backend import Ticket
 from qwen_image_fast.training.producer.store import Store
 from qwen_image_fast.training.producer.store import start as start_producers
@@ -38,6 +35,9 @@ from qwen_image_fast.training.recipe.fields import RecipeError, differences
 from qwen_image_fast.training.recipe.run import RunRecipe
 from qwen_image_fast.training.tasks.flops import peak_flops
 from qwen_image_fast.training.tasks.task import Task
+
+if TYPE_CHECKING:  # imported where several processes run: torch must be newer for them than for one
+    from qwen_image_fast.training.parallel.checkpoints import Writer
 
 
 class TrainingStopped(RuntimeError):
@@ -82,8 +82,11 @@ class Trainer:
         found = checkpoints.latest(self.checkpoint_folder)
         if found is not None and not resume:
             raise FileExistsError(f"train: {folder} already has {found.name}; resume it or choose another folder")
-        self.writer = Writer(self.checkpoint_folder, self.recipe.checkpoint.keep, parallel) if parallel else None
+        self.writer: Writer | None = None
         if parallel is not None:
+            from qwen_image_fast.training.parallel.checkpoints import Writer
+
+            self.writer = Writer(self.checkpoint_folder, self.recipe.checkpoint.keep, parallel)
             parallel.barrier()  # all have looked
         if parallel is None or parallel.main:
             checkpoints.remove_unfinished(self.checkpoint_folder)
@@ -103,6 +106,8 @@ class Trainer:
                 f"resume: the recipe is not the one of {path}: {'; '.join(changed)}; allow recipe changes to go on so"
             )
         if self.parallel is not None:
+            from qwen_image_fast.training.parallel.checkpoints import load_parts, named
+
             load_parts(path, named(state, self.parameters), self.parallel)
         else:
             checkpoints.check_names(self.optimizer.masters, state, path)
@@ -119,6 +124,8 @@ class Trainer:
 
     def _blank(self, path: Path) -> checkpoints.Checkpoint:
         """What this rank has of a checkpoint, the tensors not yet filled."""
+        from qwen_image_fast.training.engine.checkpoint_parts import sizes
+
         record, stored, masters = read_json(path / checkpoints.RECORD), sizes(path), self.optimizer.masters
         weights, average = ({n: torch.zeros_like(m).detach() for n, m in masters.items()} for _ in range(2))
         # A parameter that has had no gradient has no states.
@@ -164,6 +171,8 @@ class Trainer:
 
     def _reshard(self) -> None:
         if self.parallel is not None:
+            from qwen_image_fast.training.parallel.shard import reshard
+
             for module in self.task.modules.values():
                 reshard(module)
 

@@ -23,10 +23,25 @@ from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.flow import FlowRecipe
 from qwen_image_fast.training.recipe.run import ParallelRecipe, RunRecipe
 
+OLDEST_TORCH = "2.9"  # for several processes; one trains with any that pyproject.toml allows
+
 
 def world_size() -> int:
     """Processes of this run, as torchrun and other launchers say in WORLD_SIZE; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_torch() -> None:
+    """RecipeError where this torch lacks what several processes, or their checkpoints, need."""
+    from torch.distributed import checkpoint, fsdp
+
+    sharding = getattr(fsdp, "FSDPModule", None)
+    if hasattr(checkpoint, "HuggingFaceStorageWriter") and hasattr(sharding, "set_force_sum_reduction_for_comms"):
+        return
+    raise RecipeError(
+        f"parallel: several processes, and what they wrote, need torch {OLDEST_TORCH} or newer, this is "
+        f"{torch.__version__}; one process trains with it"
+    )
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from qwen_image_fast.training.batches.latents import LatentCache
 from qwen_image_fast.training.lora import add_lora, save_lora
 from qwen_image_fast.training.parallel.export import export_model, full_state
 from qwen_image_fast.training.parallel.layout import Parallel
-from qwen_image_fast.training.parallel.shard import load_transformer, shard_root
 from qwen_image_fast.training.parallel.ulysses import split_layout
 from qwen_image_fast.training.producer.backend import BatchMaker
 from qwen_image_fast.training.producer.encode import Encoders, EncodingMaker
@@ -149,6 +148,9 @@ class FlowTask:
         self.dtype = pick_dtype(recipe.model.dtype, self.device)
         parts: dict[str, Any] = {}
         if parallel is not None:
+            # For several processes torch must be newer than for one.
+            from qwen_image_fast.training.parallel.shard import load_transformer, shard_root
+
             parallel.barrier()
             weights = self.folder / "transformer"
             parts["transformer"], self.bytes_read = load_transformer(weights, recipe, parallel, self.dtype)

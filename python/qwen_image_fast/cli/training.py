@@ -26,8 +26,16 @@ def _explained() -> Iterator[None]:
         with failing(BAD_INPUT, FileExistsError, FileNotFoundError, ValueError), failing(FAILED, RuntimeError):
             yield
     except ImportError as error:
-        hint = "training needs more packages: pip install 'qwen-image-fast[train,evaluate,data]'"
-        raise CommandError(f"{hint} ({error})") from error
+        raise CommandError(_about_import(error)) from error
+
+
+def _about_import(error: ImportError) -> str:
+    """A package is missing, or it lacks what a newer one has; else the sentence of whoever needs the package."""
+    if error.name is None:
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and "." not in error.name:
+        return f"training needs more packages: pip install 'qwen-image-fast[train,evaluate,data]' ({error})"
+    return f"{error}; `qwen-image-fast doctor` names the versions that are supported"
 
 
 def train(

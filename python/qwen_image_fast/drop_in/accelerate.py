@@ -9,6 +9,7 @@ runs diffusers' own forward.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, get_args
 
 from torch import nn
@@ -22,7 +23,7 @@ from qwen_image_fast.drop_in.vae import FastCausalConv3d, FastResample
 from qwen_image_fast.drop_in.vae_flops import decoding_flops
 from qwen_image_fast.models.vae_conv import Convolution
 
-_CONFIG_FIELDS = ("in_channels", "joint_attention_dim", "axes_dims_rope", "zero_cond_t", "use_layer3d_rope")
+OLDEST_DIFFUSERS = (0, 37)  # as in pyproject.toml; transformers of before have neither layers nor references
 
 
 def accelerate(pipe: Any, convolution: Convolution = "auto") -> Report:
@@ -37,7 +38,7 @@ def accelerate(pipe: Any, convolution: Convolution = "auto") -> Report:
         What was replaced, and what was left alone and why. Parts that are accelerated already are listed as such.
 
     Raises:
-        ImportError: diffusers is not installed.
+        ImportError: diffusers is not installed, or too old.
         TypeError: `pipe` is something else.
         ValueError: `convolution` is neither.
     """
@@ -76,11 +77,14 @@ def restore(pipe: Any) -> None:
 
 def _require_diffusers() -> None:
     try:
-        import diffusers  # noqa: F401
+        import diffusers
     except ImportError as error:
         raise ImportError(
             'accelerate: diffusers must be installed: pip install "qwen-image-fast[diffusers]"'
         ) from error
+    if tuple(int(n) for n in diffusers.__version__.split(".")[:2]) < OLDEST_DIFFUSERS:
+        oldest = ".".join(map(str, OLDEST_DIFFUSERS))
+        raise ImportError(f"accelerate: diffusers must be {oldest} or newer, got {diffusers.__version__}")
 
 
 def _parts(pipe: Any) -> dict[str, Any]:
@@ -119,8 +123,6 @@ def _accelerate_part(name: str, part: Any, convolution: Convolution, report: Rep
     elif fast_class(type(part)) is None:
         what = f"{type(part).__module__}.{type(part).__name__}"
         report.left_alone.append((name, f"its class, {what}, is none that is known here"))
-    elif name == "transformer" and (missing := [field for field in _CONFIG_FIELDS if field not in part.config]):
-        report.left_alone.append((name, f"this diffusers is too old: no {', '.join(missing)} in the configuration"))
     elif not swap(part):
         report.left_alone.append((name, "something unknown replaced its forward on the object"))
     elif name == "vae":
@@ -156,6 +158,8 @@ def _pipeline_details(pipe: Any, report: Report) -> None:
     text_encoder = _unwrap(getattr(pipe, "text_encoder", None))
     if type(text_encoder).__name__ != "Qwen2_5_VLForConditionalGeneration":
         report.left_alone.append(("text_encoder", f"it is a {type(text_encoder).__name__}"))
+    elif "logits_to_keep" not in inspect.signature(type(text_encoder).forward).parameters:
+        report.left_alone.append(("text_encoder", "this transformers computes the logits of all positions"))
     elif not add_text_hook(text_encoder):
         report.left_alone.append(("text_encoder", "it is accelerated already"))
     else:

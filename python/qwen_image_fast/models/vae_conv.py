@@ -48,6 +48,11 @@ def uses_cuda(conv: Conv, x: Tensor) -> bool:
     )
 
 
+# Where torch keeps the hooks on all modules; before torch 2.8 it has no function that looks at all of them.
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
+)  # fmt: skip
+
 # Transformed weights, as long as their parameter lives, with what tells whether it has changed.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -85,7 +90,7 @@ def flat_weight(weight: Tensor) -> Tensor:
 
 def is_bare(*modules: nn.Module) -> bool:
     """Whether nothing of the user's runs when these are called: no hook, no other forward."""
-    return not nn_module._has_any_global_hook() and not any(
+    return not any(getattr(nn_module, name) for name in _GLOBAL_HOOKS) and not any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
         for m in modules
     )
