@@ -11,7 +11,8 @@ ROOT = Path(qwen_image_fast.__file__).parent
 # From the bottom up; a module may import its own layer and those below it.
 LAYERS = [
     {"_C", "ops"},
-    {"folders", "files", "keywords", "pictures", "tensor_files", "checkpoint", "models"},
+    {"folders", "files", "keywords", "pictures", "tensor_files", "weights"},
+    {"checkpoint", "models"},
     {"chat", "schedulers", "request", "request_fields"},
     {"graphs", "sampling"},
     {"pipelines"},

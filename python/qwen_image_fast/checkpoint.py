@@ -25,12 +25,17 @@ from torch import nn
 
 from qwen_image_fast.files import atomic_write_all
 from qwen_image_fast.folders import PathLike, read_json, resolve_folder
-from qwen_image_fast.tensor_files import DTYPE_NAMES, Entry, read_header, read_tensors, tensor_writer
+from qwen_image_fast.tensor_files import DTYPE_NAMES, tensor_writer
+from qwen_image_fast.weights.formats import Opened, open_weights
+from qwen_image_fast.weights.reading import read_weights
+from qwen_image_fast.weights.stored import Weight, is_floating
 
 BASE_NAME = "diffusion_pytorch_model"
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
 # Fields of released configurations that the constructor of the class no longer has and that change nothing.
 LEGACY_FIELDS = {"QwenImageTransformer2DModel": {"pooled_projection_dim"}}
+# How the weights are stored; the files say so themselves, and whether that is read.
+STORAGE_FIELD = "quantization_config"
 
 
 def pretrained_folder(name_or_path: PathLike, subfolder: str | None, files: Iterable[str], **hub) -> Path:
@@ -67,7 +72,7 @@ def check_config(config: Mapping[str, Any], cls: Any) -> dict[str, Any]:
     if stored != cls.__name__:
         raise ValueError(f"check_config: this is the configuration of a {stored}, expected {cls.__name__}")
     parameters = dict(list(inspect.signature(cls.__init__).parameters.items())[1:])
-    dropped = LEGACY_FIELDS.get(cls.__name__, set()) - parameters.keys()
+    dropped = (LEGACY_FIELDS.get(cls.__name__, set()) | {STORAGE_FIELD}) - parameters.keys()
     fields = {k: v for k, v in config.items() if not k.startswith("_") and k not in dropped}
     needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
     problems = [f"missing field {name!r}" for name in sorted(needed - fields.keys())]
@@ -138,37 +143,28 @@ def _some(names: list[str]) -> str:
 
 def load_state_into(
     model: nn.Module,
-    files: Iterable[PathLike],
+    files: Iterable[PathLike] | Opened,
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     strict: bool = True,
+    part: str | None = None,
 ) -> None:
-    """Give `model`, built on the meta device, the tensors of safetensors `files`, on `device`.
+    """Give `model`, built on the meta device, the weights of `files`, on `device`; formats: weights/formats.py.
 
-    Floating-point tensors become `dtype`; None keeps each as stored. 8-bit ones, in which no layer computes, need a
-    `dtype`. Besides the result, the host holds at most 8 MiB.
+    Floating-point tensors become `dtype`; None keeps each as stored, but makes all bfloat16 where any is quantised.
+    Besides the result, the host holds some 16 MB, and some 40 MB where weights are decoded.
     Names, shapes and kinds are compared before anything is read: ValueError lists what is missing, unexpected or of
     another shape. `strict=False` passes over names that the model does not have, and lets a name be missing where the
     model already has a value. A buffer that is not stored must be made in the constructor with an explicit device
     (`torch.arange(n, device="cpu")`), which `torch.device("meta")` does not override; it is then moved to `device`.
     """
     device = torch.device(device)
-    entries: dict[str, Entry] = {}
-    for path in files:
-        for name, entry in read_header(path).items():
-            if name in entries:
-                raise ValueError(f"load_state_into: {name} is both in {entries[name].path} and in {path}; remove one")
-            entries[name] = entry
-    _check_fit(model, entries, strict)
+    opened = files if isinstance(files, Opened) else open_weights(files, part)
+    _check_fit(model, opened.weights, strict)
     wanted = model.state_dict().keys()
-    narrow = {e.dtype for name, e in entries.items() if name in wanted and dtype is None and e.dtype.itemsize == 1}
-    if kinds := sorted(str(kind) for kind in narrow if kind.is_floating_point):
-        raise ValueError(
-            f"load_state_into: dtype must be given for weights stored as {', '.join(kinds)}, in which layers do not "
-            "compute; pass torch_dtype=torch.bfloat16"
-        )
-    tensors = read_tensors({name: entry for name, entry in entries.items() if name in wanted}, dtype, device)
+    taken = {name: weight for name, weight in opened.weights.items() if name in wanted}
+    tensors = read_weights(taken, opened.dtype(dtype), device)
     model.load_state_dict(tensors, strict=False, assign=True)
     if left := [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]:
         raise ValueError(
@@ -178,7 +174,7 @@ def load_state_into(
     model.to(device)
 
 
-def _check_fit(model: nn.Module, entries: Mapping[str, Entry], strict: bool) -> None:
+def _check_fit(model: nn.Module, entries: Mapping[str, Weight], strict: bool) -> None:
     wanted = model.state_dict()
     problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "different": []}
     for name, tensor in wanted.items():
@@ -188,8 +184,10 @@ def _check_fit(model: nn.Module, entries: Mapping[str, Entry], strict: bool) -> 
                 problems["missing"].append(shown)
         elif tuple(tensor.shape) != entry.shape:
             problems["different"].append(f"{shown} is {list(entry.shape)} in the file")
-        elif tensor.dtype.is_floating_point != entry.dtype.is_floating_point:
-            problems["different"].append(f"{shown} is {tensor.dtype} in the model, {entry.dtype} in the file")
+        elif tensor.dtype.is_floating_point != is_floating(entry):
+            problems["different"].append(
+                f"{shown} is {tensor.dtype} in the model, {getattr(entry, 'dtype', entry.kind)} in the file"
+            )
     if strict:
         problems["unexpected"] = [f"{name} {list(e.shape)}" for name, e in entries.items() if name not in wanted]
     if any(problems.values()):

@@ -8,6 +8,7 @@ freed. Format: https://github.com/huggingface/safetensors.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from torch import Tensor
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8}
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
+DTYPES |= {"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 READERS = 4  # threads; one alone is bound by the copy out of the page cache
 STAGING_BYTES = 4 << 20  # what each holds on the host besides the result, to convert or to copy to an accelerator
@@ -34,6 +36,14 @@ class Entry(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def kind(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
 
 def read_header(path: str | os.PathLike) -> dict[str, Entry]:
@@ -56,6 +66,12 @@ def read_header(path: str | os.PathLike) -> dict[str, Entry]:
             raise ValueError(f"read_header: {name} in {path} has the type {item['dtype']}, which is not supported")
         entries[name] = Entry(path, DTYPES[item["dtype"]], tuple(item["shape"]), 8 + length + item["data_offsets"][0])
     return entries
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The texts that a safetensors file holds beside its tensors."""
+    with open(path, "rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__") or {}
 
 
 def read_tensors(entries: Mapping[str, Entry], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:

@@ -170,17 +170,17 @@ def test_saving_in_place_and_without_pickles(tiny_folder, tmp_path):
     assert not (tmp_path / "no").exists() and not (tmp_path / "rank").exists()
 
 
-def test_fp8_weights_need_a_type(tiny_folder, tmp_path):
+def test_fp8_weights_become_bfloat16(tiny_folder, tmp_path):
     vae = AutoencoderKLQwenImage.from_pretrained(tiny_folder, subfolder="vae")
     vae.save_pretrained(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     state = load_file(file)
     name = "decoder.conv_in.weight"
     save_file({**state, name: state[name].to(torch.float8_e4m3fn)}, file)
-    with pytest.raises(ValueError, match=r"dtype must be given for weights stored as torch.float8_e4m3fn, .* pass"):
-        AutoencoderKLQwenImage.from_pretrained(tmp_path)
-    read = AutoencoderKLQwenImage.from_pretrained(tmp_path, torch_dtype=BF16).decoder.conv_in.weight
-    assert torch.equal(read, state[name].to(torch.float8_e4m3fn).to(BF16))
+    for dtype in (None, BF16):  # layers do not compute in float8
+        read = AutoencoderKLQwenImage.from_pretrained(tmp_path, torch_dtype=dtype)
+        assert torch.equal(read.decoder.conv_in.weight, state[name].to(torch.float8_e4m3fn).to(BF16))
+        assert {p.dtype for p in read.parameters()} == {BF16}
 
 
 def test_sizes_of_models(pipe):

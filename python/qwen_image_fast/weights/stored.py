@@ -1,0 +1,94 @@
+"""A weight as a file stores it: which tensors make it, and how they become numbers, a few rows at a time.
+
+A format is a module with a function that finds such weights among the tensors of a file (`gguf_file`, `comfy`,
+`bitsandbytes`). Whoever wants the stored numbers rather than floats, to compute with them, takes `parts`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qwen_image_fast.tensor_files import Entry
+
+
+class Part(NamedTuple):
+    """One stored tensor of a weight; `rows` of the weight go with each of its own rows, 0: all of it with every row."""
+
+    entry: Entry
+    rows: int = 0
+
+
+# The parts of the rows from the given one on, and the dtype wanted: [rows, width] of that dtype.
+Decode = Callable[[Mapping[str, Tensor], int, torch.dtype], Tensor]
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A quantised weight, decoded by rows of `width` values. `parts["weight"]` holds the numbers."""
+
+    kind: str
+    shape: tuple[int, ...]
+    width: int
+    parts: Mapping[str, Part]
+    decode: Decode
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape) // self.width
+
+    @property
+    def step(self) -> int:
+        """Rows that cannot be decoded apart from each other."""
+        return max(part.rows for part in self.parts.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.entry.nbytes for part in self.parts.values())
+
+
+@dataclass(frozen=True)
+class JoinedWeight:
+    """Weights that a file keeps apart and the model has as one: joined along `axis`, or stacked on a new one."""
+
+    pieces: tuple[Entry | StoredWeight, ...]
+    axis: int
+    stacked: bool = False
+
+    @property
+    def kind(self) -> str:
+        return self.pieces[0].kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.pieces[0].shape
+        if self.stacked:
+            return (*first[: self.axis], len(self.pieces), *first[self.axis :])
+        along = sum(piece.shape[self.axis] for piece in self.pieces)
+        return (*first[: self.axis], along, *first[self.axis + 1 :])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+
+Weight = Entry | StoredWeight | JoinedWeight
+
+
+def is_floating(weight: Weight) -> bool:
+    """Whether it becomes floating-point numbers."""
+    if isinstance(weight, JoinedWeight):
+        return is_floating(weight.pieces[0])
+    return isinstance(weight, StoredWeight) or weight.dtype.is_floating_point
+
+
+def is_quantised(weight: Weight) -> bool:
+    """Whether it has to be decoded: everything but plain tensors."""
+    if isinstance(weight, JoinedWeight):
+        return any(is_quantised(piece) for piece in weight.pieces)
+    return isinstance(weight, StoredWeight)
