@@ -22,7 +22,10 @@ from qwen_image_fast.checkpoint import (
     save_state,
     weight_patterns,
 )
+from qwen_image_fast.folders import read_json
 from qwen_image_fast.keywords import check_saving, keyword_names, one_device, one_dtype, refuse
+from qwen_image_fast.weights.formats import Opened, check_part, open_weights
+from qwen_image_fast.weights.places import single_file
 
 Model = TypeVar("Model", bound="PretrainedModel")
 
@@ -66,6 +69,8 @@ class PretrainedModel(nn.Module):
     config_name = "config.json"
     weights_name = "diffusion_pytorch_model"
     weight_files: Sequence[Path] = ()  # where the weights were read from
+    # What it is to a pipeline, and whose names of tensors are read for ours (weights/names.py).
+    part: str | None = None
 
     @property
     def dtype(self):
@@ -126,10 +131,80 @@ class PretrainedModel(nn.Module):
         folder = pretrained_folder(name_or_path, subfolder, files, **hub)
         config = read_config(folder, cls.config_name)
         weights = find_weights(folder, cls.weights_name, variant)
+        return cls._load(config, weights, dtype, device)
+
+    @classmethod
+    def from_single_file(
+        cls: type[Model],
+        path_or_name: str | os.PathLike,
+        *,
+        config: str | os.PathLike | Mapping[str, Any] | None = None,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        device_map: str | torch.device | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        token: str | None = None,
+        local_files_only: bool | None = None,
+        **unknown,
+    ) -> Model:
+        """The model in one GGUF or safetensors file of ComfyUI, llama.cpp or others, in eval mode on `device`.
+
+        Formats and what is refused: docs/formats.md. Quantised weights become floating point when they are read.
+
+        Args:
+            path_or_name: a path, "owner/name/file.gguf" of the hub, or its URL.
+            config: fields, a config.json, or a folder or hub name that holds it or the pipeline. Default: the released
+                configuration, in the sizes of the file.
+            torch_dtype, dtype: of all floating-point weights. Default: as stored if none is quantised, else bfloat16.
+            device, device_map: where the weights go, one by one.
+
+        Raises:
+            FileNotFoundError, ValueError: what is missing, damaged, of another model or in a format that is not read.
+            TypeError: an unknown keyword.
+        """
+        refuse("from_single_file", unknown, keyword_names(cls.from_single_file))
+        dtype, device = one_dtype(torch_dtype, dtype), one_device(device, device_map, None)
+        hub = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        path = single_file(path_or_name, revision=revision, **hub)
+        opened = open_weights([path], cls.part)
+        if cls.part is not None:
+            check_part(opened, [path], cls.part)
+        return cls._load(cls._config_of(config, opened, hub), [path], dtype, device, opened)
+
+    @classmethod
+    def _config_of(cls, config: Any, opened: Opened, hub: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The configuration that `from_single_file` was given, or that of the shapes in the file."""
+        if config is None:
+            return cls.config_of_shapes({name: weight.shape for name, weight in opened.weights.items()})
+        if isinstance(config, Mapping):
+            return config
+        if Path(config).expanduser().is_file():
+            return read_json(Path(config).expanduser())
+        inside = f"{cls.part}/{cls.config_name}"
+        folder = pretrained_folder(config, None, [cls.config_name, inside], **hub)
+        return read_config(folder / str(cls.part) if (folder / inside).is_file() else folder, cls.config_name)
+
+    @classmethod
+    def config_of_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """The configuration of a file that says none, from the shapes of its tensors."""
+        raise ValueError(f"from_single_file: config must be given for a {cls.__name__}: its folder or hub name")
+
+    @classmethod
+    def _load(
+        cls: type[Model],
+        config: Mapping[str, Any],
+        files: Sequence[Path],
+        dtype: torch.dtype | None,
+        device: torch.device,
+        opened: Opened | None = None,
+    ) -> Model:
+        opened = opened or open_weights(files, cls.part)
         with torch.device("meta"):
-            model = cls.from_config(config)
-        load_state_into(model, weights, dtype=dtype, device=device)
-        model.weight_files = weights
+            model = cls.from_config({**config, **({"zero_cond_t": True} if opened.zero_cond_t else {})})
+        load_state_into(model, opened, dtype=dtype, device=device)
+        model.weight_files = files
         return model.eval()
 
     def save_pretrained(

@@ -167,7 +167,9 @@ def restore_modulation_weights(model) -> None:
         with torch.device("meta"):
             fresh = nn.Linear(layer.in_features, layer.out_features)
         owner.add_module(last, fresh)
-    load_state_into(holder, model.weight_files, dtype=weight.dtype, device=weight.device, strict=False)
+    load_state_into(
+        holder, model.weight_files, dtype=weight.dtype, device=weight.device, strict=False, part="transformer"
+    )
     read = dict(holder.named_modules())
     for name, layer in modulation_layers(model).items():
         for parameter, value in zip(layer.parameters(), read[name].parameters()):

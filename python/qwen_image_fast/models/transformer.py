@@ -6,7 +6,8 @@ What it computes is in `transformer_forward.py`, which the diffusers drop-in sha
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from qwen_image_fast.models.base import PretrainedModel, record_config
 from qwen_image_fast.models.modulation import ModulationTables, restore_modulation_weights
 from qwen_image_fast.models.transformer_forward import Stream, TransformerForward, run_block
+
+# Widths of frame, height and width in a head of every released model.
+RELEASED_ROPE = (16, 56, 56)
 
 
 class RMSNorm(nn.Module):
@@ -132,6 +136,8 @@ class QwenImageTransformer2DModel(TransformerForward, PretrainedModel):
         use_additional_t_cond, use_layer3d_rope: the Layered model.
     """
 
+    part = "transformer"
+
     @record_config
     def __init__(
         self,
@@ -143,7 +149,7 @@ class QwenImageTransformer2DModel(TransformerForward, PretrainedModel):
         num_attention_heads: int = 24,
         joint_attention_dim: int = 3584,
         guidance_embeds: bool = False,
-        axes_dims_rope: Sequence[int] = (16, 56, 56),
+        axes_dims_rope: Sequence[int] = RELEASED_ROPE,
         zero_cond_t: bool = False,
         use_additional_t_cond: bool = False,
         use_layer3d_rope: bool = False,
@@ -168,6 +174,36 @@ class QwenImageTransformer2DModel(TransformerForward, PretrainedModel):
         self.proj_out = nn.Linear(dim, patch_size * patch_size * self.out_channels)
         self.gradient_checkpointing = False
         self.modulation_tables = ModulationTables()
+
+    @classmethod
+    def config_of_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """The released configuration in the sizes of a file; ValueError where they do not tell all."""
+        numbers = [int(m[1]) for name in shapes if (m := re.match(r"transformer_blocks\.(\d+)\.", name))]
+        try:
+            width, in_channels = shapes["img_in.weight"]
+            (head,) = shapes["transformer_blocks.0.attn.norm_q.weight"]
+            text, out = shapes["txt_in.weight"][1], shapes["proj_out.weight"][0]
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"from_single_file: the file lacks tensors of a Qwen-Image transformer ({error})"
+            ) from error
+        if head != sum(RELEASED_ROPE):
+            raise ValueError(
+                f"from_single_file: config must be given for heads of {head}, of which no model was released: the "
+                "folder or hub name of the model that the file was made of"
+            )
+        layered = "time_text_embed.addition_t_embedding.weight" in shapes
+        return {
+            "in_channels": in_channels,
+            "out_channels": out // 4,
+            "num_layers": max(numbers) + 1,
+            "attention_head_dim": head,
+            "num_attention_heads": width // head,
+            "joint_attention_dim": text,
+            "axes_dims_rope": list(RELEASED_ROPE),
+            "use_additional_t_cond": layered,
+            "use_layer3d_rope": layered,
+        }
 
     def run_block(self, block: Any, *args: Any) -> tuple[Stream, Stream]:
         return block(*args)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +102,8 @@ class AutoencoderKLQwenImage(PretrainedModel):
         latents_mean, latents_std: `z_dim` numbers each, only recorded in `config`.
     """
 
+    part = "vae"
+
     @record_config
     def __init__(
         self,
@@ -151,6 +153,14 @@ class AutoencoderKLQwenImage(PretrainedModel):
         self.tile_sample_min_width = 256
         self.tile_sample_stride_height = 192
         self.tile_sample_stride_width = 192
+
+    @classmethod
+    def config_of_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+        """The released configuration, in the width and channels of a file."""
+        shape = shapes.get("encoder.conv_in.weight", ())
+        if len(shape) != 5:
+            raise ValueError(f"from_single_file: the file lacks encoder.conv_in.weight of 5 axes, got {list(shape)}")
+        return {"base_dim": shape[0], "input_channels": shape[1]}
 
     def enable_slicing(self) -> None:
         """Encode and decode batches one sample at a time: less memory, same result."""
