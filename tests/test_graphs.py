@@ -182,13 +182,18 @@ def test_lora_of_the_pipeline(pipe, capture):
     assert capture.captures == len(changes)
 
 
-def test_lora(pipe, capture):
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "LoHa", "LoKr"])
+def test_lora(pipe, capture, kind):
     """Added, scaled, switched off, merged: each time the images are those without graphs."""
     peft = pytest.importorskip("peft")
     seen = [latents(pipe)]
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "add_q_proj"], init_lora_weights=False)
+    targets = {"r": 2, "target_modules": ["to_q", "add_q_proj"]}
+    if kind in ("LoHa", "LoKr"):
+        config = getattr(peft, f"{kind}Config")(alpha=400, init_weights=False, **targets)
+    else:
+        config = peft.LoraConfig(lora_alpha=4, use_dora=kind == "DoRA", init_lora_weights=False, **targets)
     model = peft.inject_adapter_in_model(config, pipe.transformer)
-    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    layers = [m for m in model.modules() if hasattr(m, "merged_adapters")]
 
     def scaled():
         for layer in layers:

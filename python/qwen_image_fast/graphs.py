@@ -119,11 +119,11 @@ def transformer_state(transformer: Any) -> Hashable:
         found.append((type(module), module.training, *module._forward_hooks, None, *module._forward_pre_hooks))
         read = (*module._parameters.values(), *getattr(module, "mix", ()))  # `mix`: the matrices of our own LoRAs
         found += [(p.data_ptr(), p.dtype, p.shape) for p in read if p is not None]
-        if hasattr(module, "lora_A"):
+        if hasattr(module, "merged_adapters"):  # a layer of PEFT, of whatever kind
+            scaling = tuple(sorted(getattr(module, "scaling", {}).items()))
             found.append(
-                (tuple(sorted(module.scaling.items())), tuple(module.active_adapters), module.disable_adapters,
-                 tuple(module.merged_adapters))
-            )  # fmt: skip
+                (scaling, tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters))
+            )
     return tuple(found)
 
 
