@@ -25,6 +25,8 @@ DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL":
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
 DTYPES |= {"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PICKLES = (b"PK\x03\x04", b"\x80\x02\x8a")  # how files of torch.save begin, the new and the old
+CONVERT = "where you trust it, convert it: safetensors.torch.save_file(torch.load(file, weights_only=True), new_file)"
 READERS = 4  # threads; one alone is bound by the copy out of the page cache
 STAGING_BYTES = 4 << 20  # what each holds on the host besides the result, to convert or to copy to an accelerator
 
@@ -54,8 +56,11 @@ def read_header(path: str | os.PathLike) -> dict[str, Entry]:
             safe_open(path, framework="pt")  # checks offsets, shapes, types and the length of the file
         except SafetensorError as error:
             what = f"is truncated or not safetensors ({error})"
-            if file.read(20).startswith(b"version https://git"):
+            start = file.read(20)
+            if start.startswith(b"version https://git"):
                 what = "is a Git LFS pointer, not the file itself"
+            elif start.startswith(PICKLES):
+                raise ValueError(f"{path} is a pickle, which can run code, and is not read: {CONVERT}") from error
             raise ValueError(f"read_header: {path} ({path.stat().st_size} bytes) {what}; download it again") from error
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

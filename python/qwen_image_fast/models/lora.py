@@ -1,7 +1,8 @@
-"""LoRA (Hu et al., arXiv 2106.09685) on linear layers: y = W x + b + sum_i w_i (alpha_i / r_i) B_i (A_i x).
+"""Adapters on a model: y = (W + sum_i w_i D_i) x + b + sum_i w_i b_i in every layer that they name.
 
-The model's own weights and the keys of its state dict stay as they are, until adapters are fused. `lora_files.py` reads
-adapters.
+D_i is an adapter's change of the layer's weight, of LoRA (alpha / rank) B A; `lora_kinds.py` has the others and
+`lora_files.py` reads them. The model's own weights and the keys of its state dict stay as they are until adapters are
+fused, but for the weights of norms, to which differences are added as long as they are active.
 """
 
 from __future__ import annotations
@@ -12,58 +13,61 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .modulation import modulation_layers, restore_modulation_weights, table_layers
+from .lora_kinds import Adapter, Mix, adapted, mixed
+from .modulation import restore_modulation_weights, table_layers
 
-
-class Adapter(NamedTuple):
-    """down: A, [rank, in]; up: B, [out, rank]; scale: alpha / rank."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
+TEXT_ENCODER = "text_encoder."  # before the names of its layers
 
 
 class _Part(NamedTuple):
-    """An adapter's part in a layer, with its weight."""
+    """An adapter's part in a layer, with its weight; name None: of a fused adapter that was forgotten.
 
+    factor: DoRA's, as it was when the part was fused.
+    """
+
+    name: str | None
     path: str
     adapter: Adapter
     weight: float
+    factor: Tensor | None = None
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer with active adapters: `mix` is their A side by side, and their B with all factors."""
-
-    mix: tuple[Tensor, Tensor]
+    """A linear layer with active adapters."""
 
     def forward(self, x: Tensor) -> Tensor:
-        down, up = self.mix
-        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, down), up)
+        return adapted(x, self.weight, self.bias, self.mix)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.mix = (fn(self.mix[0]), fn(self.mix[1]))
+        self.mix: Mix = tuple(None if tensor is None else fn(tensor) for tensor in self.mix)
         return self
 
 
 class LoraAdapters:
-    """The adapters of one model: which are loaded, active and fused.
+    """The adapters of a transformer and the text encoder beside it: which are loaded, active and fused.
 
-    loaded: layers of each adapter, kept as they were read. weights: of the active ones. resting: of those that were
-    active before they were disabled. fused: weights of those that are part of the model's own weights now.
+    loaded: layers of each adapter, kept as they were read; those of the text encoder begin with "text_encoder.".
+    weights: of the active ones. resting: of those that were active before they were disabled. fused: weights of those
+    that are part of the models' own weights now.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.text_encoder: Any = None
         self.loaded: dict[str, dict[str, Adapter]] = {}
         self.weights: dict[str, float] = {}
         self.resting: dict[str, float] = {}
         self.fused: dict[str, float] = {}
-        # What forgotten adapters left in modulation weights, which may be released and read again.
-        self._left: list[_Part] = []
+        # What is fused, a list for each time. Of forgotten adapters only what is in modulation weights, which may be
+        # released and read again.
+        self._fusions: list[list[_Part]] = []
+        # Of each fused adapter that was forgotten: whether it was DoRA.
+        self._forgotten: set[bool] = set()
+        # Weights of norms without the differences that are active.
+        self._norms: dict[str, nn.Parameter] = {}
 
     def add(self, name: str, layers: Mapping[str, Adapter]) -> None:
         """Load an adapter and activate it beside the active ones."""
@@ -113,9 +117,15 @@ class LoraAdapters:
         resting = {name: weight for name, weight in self.resting.items() if name not in names}
         self.activate({name: weight for name, weight in self.weights.items() if name not in names})
         self.resting = resting
-        fused = {name: self.fused.pop(name) for name in names if name in self.fused}
-        modulation = modulation_layers(self.model)
-        self._left += [part for part in self._parts(fused) if part.path in modulation]
+        if fused := {name for name in names if self.fused.pop(name, None) is not None}:
+            modulation = table_layers(self.model)
+            self._forgotten |= {self._has_dora(name) for name in fused}
+            for group in self._fusions:
+                group[:] = [
+                    part._replace(name=None) if part.name in fused else part
+                    for part in group
+                    if part.name not in fused or part.path in modulation
+                ]
         for name in names:
             del self.loaded[name]
 
@@ -123,22 +133,35 @@ class LoraAdapters:
         """Add active adapters, times `scale`, to the weights: in float32, with one rounding to the weights' type."""
         self._check(names or (), self.weights)
         fused = {n: w * scale for n, w in self.weights.items() if names is None or n in names}
-        self.activate({n: w for n, w in self.weights.items() if n not in fused})
-        self._add(self._parts(fused))
+        rest = {n: w for n, w in self.weights.items() if n not in fused}
+        self.activate({})  # what stays active may depend on the weights
+        parts = [_Part(name, path, a, w) for name, w in fused.items() for path, a in self.loaded[name].items()]
+        self._fusions.append(self._add(parts))
         self.fused.update(fused)
+        self.activate(rest)
 
     def unfuse(self) -> None:
         """Subtract fused adapters from the weights, which rounds a second time, and make them active again."""
-        self._add(self._parts({name: -weight for name, weight in self.fused.items()}))
-        active, self.fused = {**self.weights, **self.fused}, {}
+        if True in self._forgotten or (self._forgotten and any(map(self._has_dora, self.fused))):
+            raise ValueError(
+                "unfuse_lora: a DoRA adapter that was fused beside another can only be taken out with it, and one of "
+                "them was forgotten; load the model again"
+            )
+        active = {**self.weights, **self.fused}
+        self.activate({})
+        for group in reversed(self._fusions):
+            self._subtract([part for part in group if part.name is not None])
+        self._fusions = [left for group in self._fusions if (left := [p for p in group if p.name is None])]
+        self.fused = {}
         self.activate(active)
 
     def fuse_again(self, paths: Collection[str]) -> None:
         """Bring what was fused into layers whose weights have been read from the model's files again."""
-        self._add(part for part in (*self._left, *self._parts(self.fused)) if part.path in paths)
+        for group in self._fusions:
+            self._add([part for part in group if part.path in paths])
 
-    def _parts(self, weights: Mapping[str, float]) -> list[_Part]:
-        return [_Part(path, a, weight) for name, weight in weights.items() for path, a in self.loaded[name].items()]
+    def _has_dora(self, name: str) -> bool:
+        return any(adapter.magnitude is not None for adapter in self.loaded[name].values())
 
     def _check_not_fused(self, names) -> None:
         if fused := [name for name in names if name in self.fused]:
@@ -151,37 +174,84 @@ class LoraAdapters:
             raise ValueError(f"adapters must be of those that are there ({there}), got {', '.join(unknown)}")
 
     @torch.no_grad()
-    def _add(self, parts: Iterable[_Part]) -> None:
+    def _add(self, parts: Iterable[_Part]) -> list[_Part]:
+        """Add parts to the weights; returns them with DoRA's factors."""
+        added = []
+        for path, own in self._by_layer(parts).items():
+            layer = self._layer(path)
+            before = layer.weight.float()
+            total, bias = before, torch.zeros(())
+            for part in own:
+                adapter, factor = part.adapter, part.adapter.rescaling(before)
+                if adapter.change is not None:
+                    total = torch.add(total, adapter.delta(before, factor), alpha=part.weight)
+                if adapter.bias is not None:
+                    bias = bias.to(before) + adapter.bias.to(before) * part.weight
+                added.append(part._replace(factor=factor))
+            layer.weight.copy_(total)
+            if bias.dim():
+                layer.bias.copy_(layer.bias.float() + bias)
+        return added
+
+    @torch.no_grad()
+    def _subtract(self, parts: Iterable[_Part]) -> None:
+        """Take parts that were added together out again: W from (1 + sum_i w_i (f_i - 1)) W + sum_i w_i f_i D_i."""
+        for path, own in self._by_layer(parts).items():
+            layer = self._layer(path)
+            total, share = layer.weight.float(), torch.ones((), device=layer.weight.device)
+            zero = torch.zeros_like(share)
+            for _, _, adapter, weight, factor in own:
+                if adapter.change is not None:
+                    total = torch.sub(total, adapter.delta(zero, factor), alpha=weight)
+                if factor is not None:
+                    share = share + weight * (factor - 1)
+                if adapter.bias is not None:
+                    layer.bias.copy_(layer.bias.float() - adapter.bias.to(total) * weight)
+            layer.weight.copy_(total / share if share.dim() else total)
+
+    def _by_layer(self, parts: Iterable[_Part]) -> dict[str, list[_Part]]:
         by_layer: dict[str, list[_Part]] = defaultdict(list)
         for part in parts:
             by_layer[part.path].append(part)
         self._need(by_layer)
-        for path, own in by_layer.items():
-            target = self.model.get_submodule(path).weight
-            total = target.float()
-            for _, adapter, weight in own:
-                up, down = adapter.up.to(total), adapter.down.to(total)
-                total = torch.addmm(total, up, down, alpha=weight * adapter.scale)
-            target.copy_(total)
+        return by_layer
+
+    def _layer(self, path: str) -> Any:
+        """A layer of either model."""
+        if path.startswith(TEXT_ENCODER):
+            return self.text_encoder.get_submodule(path.removeprefix(TEXT_ENCODER))
+        return self.model.get_submodule(path)
 
     def _need(self, paths: Collection[str]) -> None:
         """Read released modulation weights again where an adapter changes what they make."""
         if self.model.modulation_tables.freed and not table_layers(self.model).keys().isdisjoint(paths):
             restore_modulation_weights(self.model)
 
+    @torch.no_grad()
     def _mix(self, path: str) -> None:
         """Give a layer its active adapters, or make it a plain one."""
-        layer = self.model.get_submodule(path)
+        layer = self._layer(path)
         active = [(self.loaded[n][path], w) for n, w in self.weights.items() if path in self.loaded[n]]
-        if not active:
+        linear = isinstance(layer, nn.Linear)
+        if not linear:
+            self._shift(layer, path, active)
+        elif active:
+            layer.mix = mixed(active, layer.weight)
+            layer.__class__ = LoraLinear
+        else:
             layer.__dict__.pop("mix", None)
             layer.__class__ = nn.Linear
-            return
-        layer.mix = (
-            torch.cat([a.down.to(layer.weight) for a, _ in active]),
-            torch.cat([a.up.to(layer.weight) * (a.scale * w) for a, w in active], dim=1),
-        )
-        layer.__class__ = LoraLinear
+
+    def _shift(self, norm: Any, path: str, active: Sequence[tuple[Adapter, float]]) -> None:
+        """Put a norm's own weight back, and then, where differences are active, another in its place."""
+        own = self._norms.pop(path, None)
+        if own is not None:
+            own.data = own.data.to(norm.weight)  # the model may have been moved or cast
+            norm.weight = own
+        if active:
+            total = norm.weight.float() + sum(a.delta(norm.weight) * w for a, w in active)
+            self._norms[path] = norm.weight
+            norm.weight = nn.Parameter(total.to(norm.weight.dtype), requires_grad=norm.weight.requires_grad)
 
 
 def adapters_of(model: Any) -> LoraAdapters:

@@ -1,11 +1,11 @@
-"""LoRA files: those of PEFT and diffusers, ComfyUI, kohya's trainer and the Lightning distillations."""
+"""LoRA files: finding one, its tensors, and the scales that it or the configuration beside it gives."""
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import re
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,123 +14,255 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..checkpoint import read_json
-from ..tensor_files import read_header
-from .lora import Adapter
+from ..checkpoint import PICKLE_SUFFIXES
+from ..folders import read_json
+from ..tensor_files import CONVERT, read_header
+from .lora_keys import Parts, by_layer
+from .lora_kinds import Adapter, Difference, Hadamard, Kronecker, Pair
 
-_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
-_KEY = re.compile(
-    r"(?P<layer>.+?)[._](?:(?P<down>lora_A|lora_down|lora\.down)|(?P<up>lora_B|lora_up|lora\.up))(?:\.[\w-]+)?\.weight"
-)
-_OTHER_KINDS = {
-    "DoRA": ("dora_scale", "magnitude_vector"), "LoHa": ("hada_",), "LoKr": ("lokr_",),
-    "LoRA with biases": ("lora_B.bias",), "whole differences of weights": (".diff",),
-}  # fmt: skip
 _FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+_PEFT_DEFAULT = 8  # of r and alpha, where a configuration does not say
 
 
-def read_lora(path: Path, model: nn.Module, weight_name: str | None = None) -> dict[str, Adapter]:
-    """The adapter of a safetensors file, or of the folder that holds it, for the layers of `model`.
+def read_lora(path: Path, weight_name: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a safetensors file, or of the folder that holds it, and PEFT's configuration of them, if any.
 
     Raises:
-        FileNotFoundError, ValueError: no file, several, or one that does not fit the model; what is wrong is named.
+        FileNotFoundError, ValueError: no file, several, or a damaged one; what is wrong is named.
     """
     file = _find(path, weight_name)
+    if file.suffix in PICKLE_SUFFIXES:
+        raise ValueError(_pickled(file))
     read_header(file)  # a damaged file is named
     with safe_open(file, framework="pt") as content:
         state = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118  not a dict
         text = (content.metadata() or {}).get("lora_adapter_metadata", "{}")
     try:
-        metadata = dict(json.loads(text))
+        config = dict(json.loads(text))
     except (ValueError, TypeError) as error:
         raise ValueError(f"load_lora_weights: lora_adapter_metadata of {file} must be a JSON object") from error
-    config = {key.removeprefix("transformer."): value for key, value in metadata.items()}
     if file.name == _FILES[1] and (file.parent / "adapter_config.json").is_file():
         config = read_json(file.parent / "adapter_config.json")
-    return parse_lora(state, model, config)
+    return state, config
+
+
+def _pickled(file: Path) -> str:
+    return f"{file} is a pickle, which can run code, and only safetensors are loaded: {CONVERT}"
 
 
 def _find(path: Path, weight_name: str | None) -> Path:
-    if path.is_file():
+    """The file at `path`, or the one in that folder."""
+    if weight_name is not None and not path.is_file():
+        path = path / weight_name
+        if not path.exists():
+            raise FileNotFoundError(missing(path))
+    if not path.is_dir():
         return path
-    if weight_name is not None:
-        if not (path / weight_name).is_file():
-            raise FileNotFoundError(f"load_lora_weights: {path} has no {weight_name}")
-        return path / weight_name
     for name in _FILES:
         if (path / name).is_file():
             return path / name
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-    if len(files) != 1:
-        there = ", ".join(f.name for f in files) or "none"
-        raise FileNotFoundError(
-            f"load_lora_weights: {path} must hold one safetensors file, or pass weight_name: {there}"
-        )
-    return files[0]
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    pickles = sorted(p for p in path.iterdir() if p.suffix in PICKLE_SUFFIXES)
+    if pickles and not files:
+        raise ValueError(_pickled(pickles[0]))
+    there = ", ".join(f.name for f in files) or "none"
+    raise FileNotFoundError(f"load_lora_weights: {path} must hold one safetensors file, or pass weight_name: {there}")
 
 
-def parse_lora(state: Mapping[str, Tensor], model: nn.Module, config: Mapping[str, Any] | None = None):
-    """Adapters by layer from the tensors of a file in any of the known styles.
+def missing(file: Path) -> str:
+    """A sentence on a file that is not there, with the nearest of its folder."""
+    if not file.parent.is_dir():
+        return f"there is no file {file}, and no folder {file.parent}"
+    found = (*file.parent.glob("*.safetensors"), *file.parent.glob("*/*.safetensors"))
+    names = {path.stem: str(path.relative_to(file.parent)) for path in sorted(found)}
+    if near := difflib.get_close_matches(file.stem, names, n=1, cutoff=0.6):
+        return f"there is no file {file}; did you mean {names[near[0]]}?"
+    shown = ", ".join([*names.values()][:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"there is no file {file}; the folder has {shown or 'no safetensors file'}"
 
-    An alpha tensor beside a pair gives scale = alpha / rank; else `config` does (PEFT's r, lora_alpha, alpha_pattern,
-    use_rslora); else the scale is 1.
+
+def parse_lora(
+    state: Mapping[str, Tensor], model: nn.Module, config: Mapping[str, Any] | None = None
+) -> dict[str, Adapter]:
+    """Adapters by layer from the tensors of a file in any of the known styles, all of them of `model`.
+
+    An alpha tensor beside a change gives scale = alpha / rank; else `config` does by PEFT's rules (r, lora_alpha or
+    alpha, rank_pattern, alpha_pattern, use_rslora); else the scale is 1, and so it is where alpha is null.
 
     Raises:
-        ValueError: keys that name nothing in `model`, pairs that are not whole, other shapes.
+        ValueError: keys that name nothing in `model`, parts that are not whole, other shapes, numbers that are none.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    flat = {name.replace(".", "_"): name for name in layers}
-    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    unknown = []
-    for key, tensor in state.items():
-        match = _KEY.fullmatch(key)
-        part = "alpha" if key.endswith(".alpha") else None
-        if match:
-            part = "down" if match["down"] else "up"
-        name = _layer_name(match["layer"] if match else key.removesuffix(".alpha"), layers, flat)
-        if part is None or name is None:
-            unknown.append(key)
-        elif part in found[name]:
-            raise ValueError(f"load_lora_weights: {name} must have one adapter, got a second one with {key}")
-        else:
-            found[name][part] = tensor
-    if unknown or not found:
-        shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        kinds = [kind for kind, marks in _OTHER_KINDS.items() if any(m in key for m in marks for key in unknown)]
+    parts = by_layer(state, model)
+    adapters = {name: _adapter(name, own, model.get_submodule(name), config or {}) for name, own in parts.items()}
+    if all(a.scale == 0 and a.bias is None for a in adapters.values()):
         raise ValueError(
-            f"load_lora_weights: keys must be LoRA pairs of layers of {type(model).__name__}, got "
-            f"{shown or 'none at all'}" + (f" ({', '.join(kinds)}: not supported)" if kinds else "")
+            "load_lora_weights: alpha is 0 in every layer, which switches the adapter off; take the alphas out of the "
+            "file for a scale of 1"
         )
-    return {name: _adapter(name, parts, layers[name], config or {}) for name, parts in found.items()}
+    return adapters
 
 
-def _layer_name(key: str, layers: Mapping[str, Any], flat: Mapping[str, str]) -> str | None:
-    key = key.removeprefix("lora_unet_")
-    while (prefix := next((p for p in _PREFIXES if key.startswith(p)), None)) is not None:
-        key = key.removeprefix(prefix)
-    return key if key in layers else flat.get(key)
-
-
-def _adapter(name: str, parts: Mapping[str, Tensor], layer: nn.Linear, config: Mapping[str, Any]) -> Adapter:
-    if missing := {"down", "up"} - parts.keys():
-        raise ValueError(f"load_lora_weights: {name} must have both matrices of its pair, got no {missing.pop()}")
-    down, up = parts["down"], parts["up"]
-    rank = down.shape[0] if down.dim() else 0
-    if rank < 1 or down.shape != (rank, layer.in_features) or up.shape != (layer.out_features, rank):
-        raise ValueError(
-            f"load_lora_weights: {name} must be [rank, {layer.in_features}] and [{layer.out_features}, rank], "
-            f"got {list(down.shape)} and {list(up.shape)}: the file is for another model"
-        )
-    if "alpha" in parts and parts["alpha"].numel() != 1:
-        raise ValueError(f"load_lora_weights: alpha of {name} must be one number, got {parts['alpha'].numel()}")
+def _adapter(name: str, parts: Parts, layer: Any, config: Mapping[str, Any]) -> Adapter:
     for part, tensor in parts.items():
         if not (tensor.is_floating_point() or part == "alpha"):
             raise ValueError(f"load_lora_weights: {name} must hold floating-point numbers, got {tensor.dtype}")
         if not torch.isfinite(tensor.float()).all():
-            raise ValueError(f"load_lora_weights: {name} must hold finite numbers, got NaN or infinity")
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if name == pattern or name.endswith("." + pattern):
-            alpha = value
-    alpha = float(parts["alpha"]) if "alpha" in parts else alpha
-    return Adapter(down, up, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+            raise ValueError(f"load_lora_weights: {name} must hold finite numbers, got NaN or infinity in its {part}")
+    if "alpha" in parts and parts["alpha"].numel() != 1:
+        raise ValueError(f"load_lora_weights: alpha of {name} must be one number, got {parts['alpha'].numel()}")
+    given = parts.keys() - {"alpha", "dora_scale", "diff_b", "lora_B.bias"}
+    kinds = {key.split("_")[0] for key in given}
+    if len(kinds) > 1:
+        raise ValueError(f"load_lora_weights: {name} must have one adapter, got {' and '.join(sorted(given))}")
+    linear = isinstance(layer, nn.Linear)  # whose weights may have been released
+    shape = [layer.out_features, layer.in_features] if linear else list(layer.weight.shape)
+    if not linear and parts.keys() != {"diff"}:
+        raise ValueError(
+            f"load_lora_weights: {name} is a norm, for which a file may only hold a difference, got {', '.join(parts)}"
+        )
+    change, rank = _KINDS[kinds.pop()](name, parts, shape) if kinds else (None, None)
+    scale = 1.0 if rank is None else _scale(name, rank, parts.get("alpha"), config)
+    bias = parts.get("diff_b")
+    if "lora_B.bias" in parts:
+        bias = parts["lora_B.bias"].float() * scale
+    if bias is not None:
+        _check_bias(name, bias, layer)
+    elif change is None:
+        raise ValueError(f"load_lora_weights: {name} must have an adapter beside its {' and '.join(sorted(parts))}")
+    return Adapter(change, scale, _magnitude(name, parts.get("dora_scale"), shape, change), bias)
+
+
+def _check_bias(name: str, bias: Tensor, layer: Any) -> None:
+    own = None if layer.bias is None else [layer.out_features]
+    if list(bias.shape) != own:
+        raise ValueError(
+            f"load_lora_weights: the bias of {name} must be {own or 'absent, as the layer has none'}, got "
+            f"{list(bias.shape)}: the file is for another model"
+        )
+
+
+def _magnitude(name: str, given: Tensor | None, shape: list[int], change: Any) -> Tensor | None:
+    """DoRA's magnitudes as [out, 1] or [1, in]; PEFT writes [out]."""
+    if given is None:
+        return None
+    if change is None:
+        raise ValueError(
+            f"load_lora_weights: {name} must have an adapter beside its magnitude, got the magnitude alone"
+        )
+    given = given[:, None] if given.dim() == 1 else given
+    if list(given.shape) not in ([shape[0], 1], [1, shape[1]]):
+        raise ValueError(
+            f"load_lora_weights: the magnitude of {name} must be [{shape[0]}, 1] or [1, {shape[1]}], got "
+            f"{list(given.shape)}: the file is for another model"
+        )
+    return given
+
+
+def _whole(name: str, parts: Parts, wanted: tuple[str, ...]) -> list[Tensor]:
+    if lacking := [part for part in wanted if part not in parts]:
+        raise ValueError(
+            f"load_lora_weights: {name} must have both matrices of its pair, got no {lacking[0]}"
+            if len(wanted) == 2
+            else f"load_lora_weights: {name} must have {', '.join(wanted)}, got no {lacking[0]}"
+        )
+    return [parts[part] for part in wanted]
+
+
+def _product_shape(matrices: tuple[Tensor, ...]) -> list[int] | None:
+    """The shape of a matrix or of a product of two, of rank 1 or more; None: there is none."""
+    if any(m.dim() != 2 or 0 in m.shape for m in matrices):
+        return None
+    if len(matrices) == 2 and matrices[0].shape[1] != matrices[1].shape[0]:
+        return None
+    return [matrices[0].shape[0], matrices[-1].shape[1]]
+
+
+def _pair(name: str, parts: Parts, shape: list[int]) -> tuple[Pair, int]:
+    down, up = _whole(name, parts, ("lora_A", "lora_B"))
+    if _product_shape((up, down)) != shape:
+        raise ValueError(
+            f"load_lora_weights: {name} must be [rank, {shape[1]}] and [{shape[0]}, rank], "
+            f"got {list(down.shape)} and {list(up.shape)}: the file is for another model"
+        )
+    return Pair(down, up), len(down)
+
+
+def _hadamard(name: str, parts: Parts, shape: list[int]) -> tuple[Hadamard, int]:
+    w1a, w1b, w2a, w2b = _whole(name, parts, ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"))
+    shapes = [_product_shape((w1a, w1b)), _product_shape((w2a, w2b))]
+    if shapes != [shape, shape]:
+        raise ValueError(
+            f"load_lora_weights: both products of {name} must be {shape}, got matrices of {list(w1a.shape)} and "
+            f"{list(w1b.shape)}, {list(w2a.shape)} and {list(w2b.shape)}: the file is for another model"
+        )
+    return Hadamard((w1a, w1b), (w2a, w2b)), len(w1b)
+
+
+def _kronecker(name: str, parts: Parts, shape: list[int]) -> tuple[Kronecker, int]:
+    factors: list[tuple[Tensor, ...]] = []
+    rank = 0
+    for factor in ("lokr_w1", "lokr_w2"):
+        if factor in parts:
+            if f"{factor}_a" in parts or f"{factor}_b" in parts:
+                raise ValueError(f"load_lora_weights: {name} must have {factor} or two matrices of it, got both")
+            factors.append((parts[factor],))
+        else:
+            factors.append(tuple(_whole(name, parts, (f"{factor}_a", f"{factor}_b"))))
+            rank = len(factors[-1][1]) if factors[-1][1].dim() else 0
+    shapes = [_product_shape(f) for f in factors]
+    first, second = shapes
+    if first is None or second is None or [first[0] * second[0], first[1] * second[1]] != shape:
+        raise ValueError(
+            f"load_lora_weights: the factors of {name} must multiply to {shape}, got {first} and {second}: the file is "
+            "for another model"
+        )
+    return Kronecker(*factors), rank
+
+
+def _difference(name: str, parts: Parts, shape: list[int]) -> tuple[Difference, None]:
+    if list(parts["diff"].shape) != shape:
+        raise ValueError(
+            f"load_lora_weights: the difference of {name} must be {shape}, got {list(parts['diff'].shape)}: the file "
+            "is for another model"
+        )
+    return Difference(parts["diff"]), None
+
+
+_KINDS: dict[str, Any] = {"lora": _pair, "hada": _hadamard, "lokr": _kronecker, "diff": _difference}
+
+
+def _scale(name: str, rank: int, alpha: Tensor | None, config: Mapping[str, Any]) -> float:
+    """Of a change of `rank`; 0: both factors of a Kronecker product are whole, for which LyCORIS has no scale."""
+    if not config:
+        return 1.0 if alpha is None or rank == 0 else float(alpha) / rank
+    stored = pattern_value(config.get("rank_pattern"), name, config.get("r"))
+    if stored is not None and rank not in (0, stored):
+        raise ValueError(f"load_lora_weights: {name} must have the rank of its configuration, {stored}, got {rank}")
+    rank = rank or stored or _PEFT_DEFAULT
+    if alpha is not None:
+        value = float(alpha)
+    else:
+        key = "lora_alpha" if "lora_alpha" in config else "alpha"
+        value = pattern_value(config.get("alpha_pattern"), name, config.get(key, _PEFT_DEFAULT))
+    value = rank if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"load_lora_weights: alpha of {name} must be a finite number, got {value!r}")
+    return value / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def pattern_value(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
+    """The value of the first pattern that matches the end of a layer's name, as PEFT chooses from rank_pattern.
+
+    A pattern is a regular expression for whole parts of the name between dots, up to its end: "to_q" is a pattern of
+    "blocks.0.attn.to_q" and none of "blocks.0.attn.into_q".
+    """
+    for pattern, value in (patterns or {}).items():
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", name)
+        except re.error as error:
+            raise ValueError(f"load_lora_weights: {pattern!r} must be a regular expression ({error})") from error
+        if matches:
+            return value
+    return otherwise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,16 +11,22 @@ from typing import Any
 
 from torch import Tensor
 
-from qwen_image_fast.folders import resolve_folder
-from qwen_image_fast.models.lora import adapters_of
-from qwen_image_fast.models.lora_files import parse_lora, read_lora
+from qwen_image_fast.checkpoint import PICKLE_SUFFIXES
+from qwen_image_fast.folders import nearest, resolve_folder
+from qwen_image_fast.models.lora import TEXT_ENCODER, adapters_of
+from qwen_image_fast.models.lora_files import missing, parse_lora, read_lora
+from qwen_image_fast.models.lora_keys import component_config, split_components
+from qwen_image_fast.models.lora_kinds import Adapter
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler, named_schedule
+
+logger = logging.getLogger(__name__)
 
 
 class LoraMixin:
-    """Adapters of the transformer."""
+    """Adapters of the transformer and of the text encoder."""
 
     transformer: Any
+    text_encoder: Any
     scheduler: Any
 
     def load_lora_weights(
@@ -28,20 +36,53 @@ class LoraMixin:
         hotswap: bool = False,
         *,
         weight_name: str | None = None,
-        **hub,
+        subfolder: str | None = None,
+        prefix: str | None = None,
+        low_cpu_mem_usage: bool = True,
+        use_safetensors: bool | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        token: str | None = None,
+        local_files_only: bool | None = None,
+        **unknown,
     ) -> str:
         """Load an adapter and activate it beside the active ones; returns its name, by default default_0 and so on.
 
+        LoRA, DoRA, LoHa, LoKr and whole differences (`models/lora_kinds.py`), for the transformer, the text encoder or
+        both.
+
         Args:
             source: a safetensors file, a folder or hub repository that holds one, a file there
-                ("owner/name/file.safetensors"), or the tensors themselves; keys of PEFT, diffusers, ComfyUI, kohya or
-                Lightning. weight_name: the file in the folder; no other is downloaded.
+                ("owner/name/file.safetensors"), or the tensors themselves; keys of PEFT, diffusers, ComfyUI, kohya,
+                OneTrainer, LyCORIS, DiffSynth or Lightning.
+            weight_name, subfolder: the file in the folder; no other is downloaded.
             hotswap: put it in the place of the loaded adapter `adapter_name`, with its weight.
-            hub: revision, cache_dir, token, local_files_only.
+            prefix: load only the keys that begin with it and a dot, without it.
+            low_cpu_mem_usage: for diffusers' signature; tensors are read once in any case.
+            use_safetensors: may be True or None, as pickles are never read.
+            revision, cache_dir, token, local_files_only: of the hub.
 
         Raises:
-            FileNotFoundError, ValueError: no file, or one that does not fit the transformer; what is wrong is named.
+            FileNotFoundError, ValueError: no file, or one that does not fit the models; what is wrong is named.
+            TypeError: an argument that is not one of these.
         """
+        if unknown:
+            raise TypeError(_unknown(next(iter(unknown))))
+        if use_safetensors is False:
+            raise ValueError("load_lora_weights: use_safetensors must be True or None, as pickles are never read")
+        config: dict[str, Any] = {}
+        if isinstance(source, Mapping):
+            if weight_name is not None or subfolder is not None:
+                raise ValueError("load_lora_weights: weight_name and subfolder must not be given with tensors")
+            state = dict(source)
+        else:
+            hub = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+            path, weight_name = _locate(source, subfolder, weight_name, {"revision": revision, **hub})
+            state, config = read_lora(path, weight_name)
+        if prefix is not None:
+            state = {k.removeprefix(f"{prefix}."): t for k, t in state.items() if k.startswith(f"{prefix}.")}
+            config = component_config(config, prefix)
+        layers = self._parse_adapters(state, config)
         adapters = adapters_of(self.transformer)
         if hotswap and adapter_name not in adapters.loaded:
             raise ValueError(f"load_lora_weights: adapter_name must be loaded to be swapped, got {adapter_name!r}")
@@ -49,15 +90,29 @@ class LoraMixin:
             adapter_name = next(
                 n for k in range(len(adapters.loaded) + 1) if (n := f"default_{k}") not in adapters.loaded
             )
-        if isinstance(source, Mapping):
-            layers = parse_lora(source, self.transformer)
-        else:
-            path = Path(source).expanduser()
-            if not path.exists():
-                path, weight_name = _of_hub(os.fspath(source), weight_name, hub)
-            layers = read_lora(path, self.transformer, weight_name)
         (adapters.replace if hotswap else adapters.add)(adapter_name, layers)
         return adapter_name
+
+    def _parse_adapters(self, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Adapter]:
+        """The layers of both models."""
+        own, text = split_components(state)
+        if text and self.text_encoder is None:
+            logger.warning("load_lora_weights: the adapter's part for the text encoder is left out: there is none here")
+            text = {}
+        layers = {}
+        if own or not text:
+            layers = parse_lora(own, self.transformer, component_config(config, "transformer"))
+        if text:
+            adapters = adapters_of(self.transformer)
+            if adapters.text_encoder not in (None, self.text_encoder):
+                raise ValueError(
+                    "load_lora_weights: the transformer has adapters together with another text encoder; unload them "
+                    "there"
+                )
+            found = parse_lora(text, self.text_encoder, component_config(config, "text_encoder"))
+            layers |= {TEXT_ENCODER + name: adapter for name, adapter in found.items()}
+            adapters.text_encoder = self.text_encoder
+        return layers
 
     def set_adapters(
         self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
@@ -74,7 +129,10 @@ class LoraMixin:
         return list(adapters_of(self.transformer).weights)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        return {"transformer": list(adapters_of(self.transformer).loaded)}
+        """The loaded adapters of each model that has any, and of the transformer."""
+        loaded = adapters_of(self.transformer).loaded
+        text = [name for name, layers in loaded.items() if any(path.startswith(TEXT_ENCODER) for path in layers)]
+        return {"transformer": list(loaded), **({"text_encoder": text} if text else {})}
 
     def disable_lora(self) -> None:
         """No adapter is active, until `enable_lora` or `set_adapters`."""
@@ -103,8 +161,8 @@ class LoraMixin:
         """Add active adapters, or those named, to the weights, which costs nothing while sampling.
 
         Args:
-            components, safe_fusing: for diffusers' signature; only the transformer has adapters, and files with NaN are
-                refused in any case.
+            components: for diffusers' signature; an adapter is fused into both models that it changes.
+            safe_fusing: also for that; files with NaN are refused in any case.
         """
         _check_components(components)
         adapters_of(self.transformer).fuse(lora_scale, adapter_names)
@@ -128,15 +186,55 @@ class LoraMixin:
         return arguments
 
 
-def _of_hub(source: str, weight_name: str | None, hub: Mapping[str, Any]) -> tuple[Path, str | None]:
-    """The folder of "owner/name" or "owner/name/file.safetensors", and the file in it, if that is known."""
-    owner, name, file = (*source.split("/", 2), "", "")[:3]
-    if weight_name is None and file.endswith(".safetensors") and owner not in ("", ".", "..", "~"):
-        source, weight_name = f"{owner}/{name}", file
-    files = ["*.safetensors"] if weight_name is None else [weight_name]
-    return resolve_folder(source, allow_patterns=[*files, "*adapter_config.json"], **hub), weight_name
+def _locate(
+    source: str | os.PathLike, subfolder: str | None, weight_name: str | None, hub: Mapping[str, Any]
+) -> tuple[Path, str | None]:
+    """A local file, or a folder and the file in it, if that is known; downloaded where `source` is none here."""
+    path = Path(source).expanduser()
+    if path.exists():
+        if hub["revision"] is not None:
+            logger.warning("load_lora_weights: revision has no effect, as %s is a local path", path)
+        if path.is_file():
+            if subfolder is not None or weight_name not in (None, path.name):
+                raise ValueError(
+                    f"load_lora_weights: subfolder and weight_name must be of a folder, got the file {path}"
+                )
+            return path, None
+        return _inside(path, subfolder), weight_name
+    name = os.fspath(source)
+    owner, repository, file = (*name.split("/", 2), "", "")[:3]
+    if Path(name).suffix in {".safetensors", *PICKLE_SUFFIXES}:
+        if path.parent.is_dir() or not file or owner in ("", ".", "..", "~"):
+            raise FileNotFoundError(missing(path))
+        if weight_name is None:
+            name, weight_name = f"{owner}/{repository}", file
+    inner = f"{subfolder}/" if subfolder else ""
+    patterns = [inner + pattern for pattern in (weight_name or "*.safetensors", "*adapter_config.json")]
+    return _inside(resolve_folder(name, allow_patterns=patterns, **hub), subfolder), weight_name
+
+
+def _inside(folder: Path, subfolder: str | None) -> Path:
+    if subfolder is None:
+        return folder
+    if not (folder / subfolder).is_dir():
+        there = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "none"
+        raise FileNotFoundError(
+            f"load_lora_weights: {folder} has no subfolder {subfolder!r}; subfolders there: {there}"
+        )
+    return folder / subfolder
+
+
+def _unknown(name: str) -> str:
+    """A sentence on an argument that `load_lora_weights` does not have."""
+    known = [p for p in inspect.signature(LoraMixin.load_lora_weights).parameters if p not in ("self", "unknown")]
+    return f"load_lora_weights: there is no argument {name!r}" + (
+        nearest(name, known) or f"; there are {', '.join(known)}"
+    )
 
 
 def _check_components(components: Sequence[str]) -> None:
-    if list(components) != ["transformer"]:
-        raise ValueError(f"components must be ['transformer'], which alone has adapters, got {components!r}")
+    if "transformer" not in components or not set(components) <= {"transformer", "text_encoder"}:
+        raise ValueError(
+            "components must be ['transformer'], with 'text_encoder' or without, as an adapter is fused into all that "
+            f"it changes, got {components!r}"
+        )
