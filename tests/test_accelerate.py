@@ -329,17 +329,24 @@ def test_weights_changed_by_a_callback(plain, fast):
         assert_same(run(fast, factor), run(pipe, factor))
 
 
-def test_adapters_on_the_modulation(plain, fast):
-    from peft import LoraConfig
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "LoHa", "LoKr"])
+def test_adapters_on_the_modulation(plain, fast, kind):
+    import peft
 
     pipe, before = copy_of(plain), draw(fast)
-    config = LoraConfig(r=2, target_modules=["img_mod.1"], init_lora_weights=False)
+    targets = {"r": 2, "target_modules": ["img_mod.1", "to_q"]}
+    if kind in ("LoHa", "LoKr"):
+        config = getattr(peft, f"{kind}Config")(alpha=60, init_weights=False, **targets)
+    else:
+        config = peft.LoraConfig(use_dora=kind == "DoRA", init_lora_weights=False, **targets)
     for p in (pipe, fast):
         torch.manual_seed(0)
         p.transformer.add_adapter(config, "one")
     for change in (
         lambda transformer: transformer.set_adapters("one", 2.0),
         lambda transformer: transformer.set_adapters("one", 0.5),
+        lambda transformer: transformer.disable_adapters(),
+        lambda transformer: transformer.enable_adapters(),
         lambda transformer: transformer.fuse_lora(),
         lambda transformer: transformer.unload_lora(),
     ):
