@@ -82,9 +82,14 @@ def test_text_encoders_part_alone_and_without_one(pipe, caplog):
     with pytest.raises(ValueError, match="layers of Qwen2_5_VLModel, got layers_9_self_attn_q_proj.lora_up.weight"):
         pipe.load_lora_weights({**whole, "lora_te_layers_9_self_attn_q_proj.lora_up.weight": torch.ones(2, 2)})
     pipe.unload_lora_weights()
+    unused = {f"lora_te_{name}.lora_up.weight": torch.ones(2, 2) for name in ("visual_blocks_0_attn_qkv", "lm_head")}
+    pipe.load_lora_weights({**text, **unused}, "text")
+    assert "2 tensors for parts of the text encoder are left out" in caplog.text
+    assert len(pipe.transformer._lora.loaded["text"]) == len(TEXT_LAYERS)
+    pipe.unload_lora_weights()
     encoder, pipe.text_encoder = pipe.text_encoder, None
     pipe.load_lora_weights({**whole, **text}, "whole")
-    assert "the adapter's part for the text encoder is left out: there is none here" in caplog.text
+    assert "4 tensors for the text encoder are left out, as this pipeline runs without" in caplog.text
     assert len(pipe.transformer._lora.loaded["whole"]) == len(LAYERS)
     pipe.text_encoder = encoder
 

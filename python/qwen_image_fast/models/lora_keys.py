@@ -52,6 +52,13 @@ def split_components(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     return transformer, text_encoder
 
 
+def without_absent(text: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
+    """The text encoder's tensors without those for parts that were not loaded: vision tower, language-model head."""
+    there = {part for name, _ in encoder.named_modules() for part in name.split(".")}
+    absent = [part for part in ("visual", "lm_head") if part not in there]
+    return {key: t for key, t in text.items() if not any(re.search(rf"(?:^|[._]){part}[._]", key) for part in absent)}
+
+
 def by_layer(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Parts]:
     """The tensors of a file by layer of `model` and part.
 

@@ -15,7 +15,7 @@ from qwen_image_fast.checkpoint import PICKLE_SUFFIXES
 from qwen_image_fast.folders import nearest, resolve_folder
 from qwen_image_fast.models.lora import TEXT_ENCODER, adapters_of
 from qwen_image_fast.models.lora_files import missing, parse_lora, read_lora
-from qwen_image_fast.models.lora_keys import component_config, split_components
+from qwen_image_fast.models.lora_keys import component_config, split_components, without_absent
 from qwen_image_fast.models.lora_kinds import Adapter
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler, named_schedule
 
@@ -95,10 +95,15 @@ class LoraMixin:
 
     def _parse_adapters(self, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Adapter]:
         """The layers of both models."""
-        own, text = split_components(state)
-        if text and self.text_encoder is None:
-            logger.warning("load_lora_weights: the adapter's part for the text encoder is left out: there is none here")
-            text = {}
+        own, whole = split_components(state)
+        text = {} if self.text_encoder is None else without_absent(whole, self.text_encoder)
+        if len(text) < len(whole):
+            what = "the text encoder" if self.text_encoder is None else "parts of the text encoder"
+            logger.warning(
+                "load_lora_weights: %d tensors for %s are left out, as this pipeline runs without",
+                len(whole) - len(text),
+                what,
+            )
         layers = {}
         if own or not text:
             layers = parse_lora(own, self.transformer, component_config(config, "transformer"))
