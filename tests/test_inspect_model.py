@@ -3,11 +3,13 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import HfApi, errors
 from safetensors import safe_open
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from qwen_image_fast import inspect_model as im
@@ -15,6 +17,8 @@ from qwen_image_fast.cli import app
 from qwen_image_fast.models.modulation import modulation_layers
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
+from qwen_image_fast.tensor_files import Entry
+from qwen_image_fast.weights.formats import Opened
 
 
 @pytest.fixture
@@ -74,7 +78,8 @@ def test_the_released_sizes():
     with torch.device("meta"):
         state = QwenImageTransformer2DModel(num_layers=60).state_dict()
     transformer = im.Part("transformer", "QwenImageTransformer2DModel")
-    im._count(transformer, {name: (torch.bfloat16, tuple(t.shape)) for name, t in state.items()})
+    entries = {name: Entry(Path("x"), torch.bfloat16, tuple(t.shape), 0) for name, t in state.items()}
+    im._count(transformer, Opened(entries))
     assert transformer.parameters == 20_430_401_088 and transformer.bf16 == 2 * transformer.parameters
     assert 13.6e9 < transformer.groups[im.MODULATION] < 13.7e9
     groups = {im.HEAD: 1_090_000_000, im.VISION: 1_350_000_000, "language model": 14_140_000_000}
@@ -139,7 +144,7 @@ def break_config(folder):
         (truncate, "vae: .*is truncated or not safetensors"),
         (lose_shard, "transformer: .*lacks 1 of the [0-9]+ shards"),
         (wrong_shard, "transformer: the shards lack 1 tensors .*transformer_blocks.9.extra"),
-        (two_shards_with_the_same, "transformer: .* and in another shard; remove one"),
+        (two_shards_with_the_same, "transformer: .* is both in .* and in .*; remove one"),
         (break_config, "vae: .*config.json is not valid json"),
         (lambda folder: shutil.rmtree(folder / "scheduler"), "scheduler: model_index.json names it, but there is no"),
         (lambda folder: (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink(), "vae: .*has no safetensors"),
@@ -162,7 +167,11 @@ def errors_of(result):
 
 def test_nothing_to_read(tmp_path):
     (tmp_path / "file.txt").touch()
-    for path, text in (("none/of/this", "there is no folder"), ("file.txt", "is a file"), ("", "neither model_index")):
+    for path, text in (
+        ("none/of/this", "there is no folder"),
+        ("file.txt", "not safetensors"),
+        ("", "neither model_index"),
+    ):
         result = run(tmp_path / path)
         assert result.exit_code == 2 and text in result.stderr and len(errors_of(result)) == 1, result.output
 
@@ -210,3 +219,36 @@ def test_size_text():
     sizes = {0: "0 B", 999: "999 B", 1500: "1.5 kB", 12_345_678: "12.3 MB", 999_400_000: "999 MB"}
     sizes |= {40_860_802_176: "40.9 GB", 2 * 10**12: "2000 GB"}
     assert {size: im.size_text(size) for size in sizes} == sizes
+
+
+def test_a_file_of_several_parts(tiny_folder, tmp_path):
+    """Formats and bytes of each, and what they become."""
+    transformer = QwenImageTransformer2DModel.from_pretrained(tiny_folder, subfolder="transformer").state_dict()
+    vae = AutoencoderKLQwenImage.from_pretrained(tiny_folder, subfolder="vae")
+    tensors = {f"vae.{name}": tensor.half() for name, tensor in vae.state_dict().items()}
+    tensors |= {f"model.diffusion_model.{name}": tensor for name, tensor in transformer.items()}
+    name = "model.diffusion_model.transformer_blocks.0.img_mod.1"
+    tensors |= {f"{name}.weight": tensors[f"{name}.weight"].to(torch.float8_e4m3fn)}
+    tensors |= {
+        f"{name}.weight_scale": torch.tensor(1.0),
+        "model.diffusion_model.__index_timestep_zero__": torch.zeros(1),
+    }
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "all.safetensors")
+    model = im.inspect_model(tmp_path / "all.safetensors")
+    first, second = model.parts
+    count = sum(tensor.numel() for tensor in transformer.values())
+    eight = transformer["transformer_blocks.0.img_mod.1.weight"].numel()
+    assert (first.name, first.parameters, first.bf16) == ("transformer", count, 2 * count)
+    assert first.disk == {"float8_e4m3fn scaled": eight + 4, "float32": 4 * (count - eight)}
+    assert first.runs == "bfloat16 (decoded)" and first.config == {"zero_cond_t": True}
+    assert (second.name, second.disk, second.runs) == ("vae", {"float16": 2 * vae.num_parameters()}, "float16")
+    shown = run(tmp_path / "all.safetensors")
+    assert shown.exit_code == 0 and "Runs in: transformer bfloat16 (decoded), vae float16" in shown.output
+    told = json.loads(run(tmp_path / "all.safetensors", "--json").output)
+    assert [part["runs_in"] for part in told["parts"]] == ["bfloat16 (decoded)", "float16"]
+
+
+def test_a_file_that_is_not_read(tmp_path):
+    save_file({"transformer_blocks.0.img_mod.1.qweight": torch.zeros(2)}, tmp_path / "x.safetensors")
+    shown = run(tmp_path / "x.safetensors")
+    assert shown.exit_code == 2 and "these are the weights of no part of Qwen-Image" in " ".join(shown.stderr.split())

@@ -1,4 +1,4 @@
-"""What a diffusers-layout folder holds, and which GPUs it fits, from configurations and safetensors headers alone.
+"""What a diffusers-layout folder or a file of weights holds, and which GPUs it fits, from configurations and headers.
 
 Of a repository on the hub only json files and the headers of weight files are fetched, never weights.
 """
@@ -9,12 +9,11 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -23,12 +22,13 @@ from rich.text import Text
 
 from qwen_image_fast.checkpoint import BASE_NAME, find_weights
 from qwen_image_fast.folders import local_folder, read_json, resolve_folder
-from qwen_image_fast.tensor_files import DTYPES, read_header
+from qwen_image_fast.tensor_files import DTYPES, Entry, read_header
+from qwen_image_fast.weights.formats import Opened, open_weights, parts_in
+from qwen_image_fast.weights.stored import Weight, is_floating
 
 GPU_SIZES = (8, 12, 16, 24, 48, 80, 141)
 GB = 10**9
 MARGIN_GB = 3.0
-Tensors = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 MODULATION, HEAD, VISION = "modulation", "language-model head", "vision tower"
 # Groups of tensors by name: the first pattern that matches; what none matches is the last group.
@@ -48,6 +48,13 @@ GROUPS_OF_CLASS = {
     "Qwen2_5_VLForConditionalGeneration": "text encoder",
     "Qwen2_5_VLModel": "text encoder",
 }
+# What a class is to a pipeline, whose names of tensors are read for ours.
+PART_OF_CLASS = {
+    "QwenImageTransformer2DModel": "transformer",
+    "AutoencoderKLQwenImage": "vae",
+    "Qwen2_5_VLForConditionalGeneration": "text_encoder",
+    "Qwen2_5_VLModel": "text_encoder",
+}
 FITS = {
     "all": "all parts at once",
     "all_freed": "all, modulation freed",
@@ -58,13 +65,17 @@ FITS = {
 
 @dataclass
 class Part:
-    """One component. Sizes in bytes; `groups` are bf16 sizes and cover the whole part where there are any."""
+    """One component. Sizes in bytes: `disk` by format; `groups` in bf16, the whole part where there are any.
+
+    runs: the dtype of the weights once they are loaded, without `torch_dtype`.
+    """
 
     name: str
     class_name: str
     config: dict[str, Any] = field(default_factory=dict)
     parameters: int = 0
     disk: dict[str, int] = field(default_factory=dict)
+    runs: str = ""
     bf16: int = 0
     groups: dict[str, int] = field(default_factory=dict)
     problem: str | None = None
@@ -102,7 +113,7 @@ class Model:
 
 
 def inspect_model(name_or_path: str | os.PathLike) -> Model:
-    """Read a local folder, or the json files and headers of a hub repository.
+    """Read a local folder or file of weights, or the json files and headers of a hub repository.
 
     A damaged or missing part is described in its `problem`; the others are still read.
 
@@ -110,6 +121,8 @@ def inspect_model(name_or_path: str | os.PathLike) -> Model:
         FileNotFoundError, NotADirectoryError, PermissionError, ConnectionError: there is nothing to read.
         ValueError: the folder is no diffusers-layout folder, or its model_index.json is damaged.
     """
+    if Path(name_or_path).expanduser().is_file():
+        return _read_file(Path(name_or_path).expanduser())
     folder = resolve_folder(name_or_path, allow_patterns=["*.json"])
     hub_name = os.fspath(name_or_path) if local_folder(name_or_path) is None else None
     if (folder / "model_index.json").is_file():
@@ -121,6 +134,18 @@ def inspect_model(name_or_path: str | os.PathLike) -> Model:
         part = _read_part(folder, folder.resolve().name, "", hub_name)
         return Model(os.fspath(name_or_path), None, [part])
     raise ValueError(f"{folder} is not a diffusers-layout folder: it has neither model_index.json nor config.json")
+
+
+def _read_file(path: Path) -> Model:
+    """A file of one part or several, as `from_single_file` reads it."""
+    classes = {part: name for name, part in reversed(PART_OF_CLASS.items())}
+    parts = []
+    for name in parts_in(path):
+        opened = open_weights([path], name)
+        part = Part(name, classes[name], {"zero_cond_t": True} if opened.zero_cond_t else {})
+        _count(part, opened)
+        parts.append(part)
+    return Model(str(path), None, parts)
 
 
 def _read_part(folder: Path, name: str, class_name: str, hub_name: str | None) -> Part:
@@ -135,12 +160,13 @@ def _read_part(folder: Path, name: str, class_name: str, hub_name: str | None) -
         part.class_name = part.config.get("_class_name") or (part.config.get("architectures") or [part.class_name])[0]
         base_name = BASE_NAME if "_class_name" in part.config else "model"
         if hub_name is None:
-            tensors = _tensors(find_weights(folder, base_name), _local_header)
+            opened = open_weights(find_weights(folder, base_name), PART_OF_CLASS.get(part.class_name))
         else:
             inside = "" if class_name == "" else f"{name}/"
             tensors = _hub_tensors(folder, inside, base_name, hub_name)
-        _check_index(folder / f"{base_name}.safetensors.index.json", tensors)
-        _count(part, tensors)
+            opened = Opened(tensors, set(tensors))
+        _check_index(folder / f"{base_name}.safetensors.index.json", opened)
+        _count(part, opened)
     except (OSError, ValueError) as error:
         part.problem = str(error)
     return part
@@ -151,43 +177,33 @@ def _first_config(folder: Path) -> dict[str, Any]:
     return read_json(found[0]) if found else {}
 
 
-def _local_header(path: Path) -> Tensors:
-    return {name: (entry.dtype, entry.shape) for name, entry in read_header(path).items()}
-
-
-def _hub_tensors(folder: Path, inside: str, base_name: str, hub_name: str) -> Tensors:
-    """Like `_tensors`; a file that lies in the local cache is read there."""
+def _hub_tensors(folder: Path, inside: str, base_name: str, hub_name: str) -> dict[str, Weight]:
+    """The tensors of a repository's files; a file that lies in the local cache is read there."""
     index = folder / f"{base_name}.safetensors.index.json"
     files = sorted(set(_weight_map(index).values())) if index.is_file() else [f"{base_name}.safetensors"]
-
-    def header(path: Path) -> Tensors:
-        return _local_header(path) if path.is_file() else _hub_header(hub_name, inside + path.name)
-
-    return _tensors([folder / file for file in files], header)
-
-
-def _hub_header(hub_name: str, file: str) -> Tensors:
-    try:
-        found = HfApi().parse_safetensors_file_metadata(hub_name, file).tensors
-        return {name: (DTYPES[info.dtype], tuple(info.shape)) for name, info in found.items()}
-    except Exception as error:  # the HTTP library's own errors are among them, and it differs between hub versions
-        what = f"the header of {file} could not be read from the hub ({type(error).__name__}: {error})"
-        raise ConnectionError(what) from error
-
-
-def _tensors(files: Iterable[Path], header: Callable[[Path], Tensors]) -> Tensors:
-    tensors: Tensors = {}
-    for path in files:
-        for name, tensor in header(path).items():
+    tensors: dict[str, Weight] = {}
+    for path in (folder / file for file in files):
+        for name, tensor in (
+            read_header(path) if path.is_file() else _hub_header(hub_name, inside + path.name)
+        ).items():
             if name in tensors:
                 raise ValueError(f"{name} is in {path.name} and in another shard; remove one")
             tensors[name] = tensor
     return tensors
 
 
-def _check_index(index: Path, tensors: Tensors) -> None:
+def _hub_header(hub_name: str, file: str) -> dict[str, Entry]:
+    try:
+        found = HfApi().parse_safetensors_file_metadata(hub_name, file).tensors
+        return {name: Entry(Path(file), DTYPES[info.dtype], tuple(info.shape), 0) for name, info in found.items()}
+    except Exception as error:  # the HTTP library's own errors are among them, and it differs between hub versions
+        what = f"the header of {file} could not be read from the hub ({type(error).__name__}: {error})"
+        raise ConnectionError(what) from error
+
+
+def _check_index(index: Path, opened: Opened) -> None:
     """A shard can be whole and still be the wrong one: every tensor of the index must be in some header."""
-    if index.is_file() and (missing := sorted(_weight_map(index).keys() - tensors.keys())):
+    if index.is_file() and (missing := sorted(_weight_map(index).keys() - opened.stored)):
         raise ValueError(f"the shards lack {len(missing)} tensors that {index.name} names, such as {missing[0]}")
 
 
@@ -198,19 +214,21 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _count(part: Part, tensors: Tensors) -> None:
+def _count(part: Part, opened: Opened) -> None:
     patterns, rest = GROUPS.get(GROUPS_OF_CLASS.get(part.class_name, ""), ({}, ""))
     disk: Counter[str] = Counter()
     groups: Counter[str] = Counter({group: 0 for group in (*patterns, rest) if group})
-    for name, (dtype, shape) in tensors.items():
-        count = math.prod(shape)
-        size = 2 * count if dtype.is_floating_point else dtype.itemsize * count
+    for name, weight in opened.weights.items():
+        count = math.prod(weight.shape)
+        size = 2 * count if is_floating(weight) else weight.nbytes
         part.parameters += count
         part.bf16 += size
-        disk[str(dtype).removeprefix("torch.")] += dtype.itemsize * count
+        disk[weight.kind] += weight.nbytes
         if patterns:
             groups[next((g for g, pattern in patterns.items() if re.search(pattern, name)), rest)] += size
     part.disk, part.groups = dict(disk), dict(groups)
+    kinds = sorted({weight.kind for weight in opened.weights.values() if is_floating(weight)})
+    part.runs = "bfloat16 (decoded)" if opened.quantised else ", ".join(kinds)
 
 
 # ---- output -----------------------------------------------------------------------------------------------------
@@ -225,6 +243,7 @@ def as_json(model: Model, margin_gb: float = MARGIN_GB) -> dict[str, Any]:
             "class": part.class_name,
             "parameters": part.parameters,
             "disk_bytes": part.disk,
+            "runs_in": part.runs,
             "bf16_bytes": part.bf16,
             "bf16_bytes_loaded": model.needed(part),
             "bf16_bytes_of_groups": part.groups,
@@ -246,7 +265,8 @@ def as_json(model: Model, margin_gb: float = MARGIN_GB) -> dict[str, Any]:
 
 def render(model: Model, margin_gb: float = MARGIN_GB) -> RenderableType:
     """The report as rich tables."""
-    blocks: list[RenderableType] = [_parts_table(model), _config_table(model)]
+    runs = ", ".join(f"{part.name} {part.runs}" for part in model.parts if part.runs)
+    blocks: list[RenderableType] = [_parts_table(model), Text(f"Runs in: {runs or 'nothing'}"), _config_table(model)]
     blocks += [_groups_table(part) for part in model.parts if part.groups]
     if not model.problems and any(part.parameters for part in model.parts):
         blocks += [_fits_table(model, margin_gb), Text(_assumptions(model, margin_gb), style="dim")]
@@ -262,8 +282,8 @@ def _parts_table(model: Model) -> Table:
         if part.problem:
             table.add_row(escape(part.name), escape(part.class_name), "[red]damaged[/red]", "", "")
             continue
-        disk = "\n".join(f"{size_text(size)} {dtype}" for dtype, size in part.disk.items())
-        weights = (f"{part.parameters:,}", disk, size_text(part.bf16)) if part.parameters else ("", "", "")
+        disk = "\n".join(f"{size_text(size)} {kind}" for kind, size in part.disk.items())
+        weights: tuple[str, ...] = (f"{part.parameters:,}", disk, size_text(part.bf16)) if part.parameters else ()
         table.add_row(escape(part.name), escape(part.class_name), *weights)
     total = sum(part.bf16 for part in model.parts)
     table.add_section()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import find_weights, load_state_into, read_config
-from ..tensor_files import read_header
+from ..weights.formats import check_part, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +181,7 @@ def load_text_encoder(
     device: str | torch.device = "cpu",
     vision: bool = True,
     variant: str | None = None,
+    files: Sequence[Path] | None = None,
 ):
     """transformers' `Qwen2_5_VLModel` with the weights of a `text_encoder/` folder; without the language-model head.
 
@@ -189,10 +190,11 @@ def load_text_encoder(
 
     Args:
         folder: holds `config.json` of a `Qwen2_5_VLForConditionalGeneration` and `model.safetensors`, whole or sharded.
-        torch_dtype: dtype of the weights; None keeps the files' own.
+        torch_dtype: dtype of the weights; None keeps the files' own, bfloat16 if they are quantised.
         device: where the weights go.
         vision: False leaves out the vision tower (`model.visual` is None), which text-to-image does not use.
         variant: "fp16" reads `model.fp16.safetensors`.
+        files: of weights, in place of the folder's: ComfyUI's file, or llama.cpp's with its `mmproj` file.
 
     Raises:
         FileNotFoundError: no config, no weights, or a missing shard.
@@ -204,7 +206,16 @@ def load_text_encoder(
     family = read_config(folder).get("model_type")
     if family != "qwen2_5_vl":
         raise ValueError(f"load_text_encoder: model_type in {folder} must be 'qwen2_5_vl', got {family!r}")
-    files = find_weights(folder, base_name="model", variant=variant)
+    own = files is None
+    files = find_weights(folder, base_name="model", variant=variant) if files is None else list(files)
+    opened = open_weights(files, "text_encoder")
+    if not own:
+        check_part(opened, files, "text_encoder")
+        if vision and not any("visual." in name for name in opened.weights):
+            raise ValueError(
+                f"load_text_encoder: {' and '.join(map(str, files))} must hold the vision tower, which pictures need; "
+                "llama.cpp has it in a second file, named mmproj: name both"
+            )
 
     config = Qwen2_5_VLConfig.from_pretrained(folder)
     with torch.device("meta"):
@@ -219,9 +230,9 @@ def load_text_encoder(
     if not vision:
         model.visual = None
 
-    holder = under_stored_names(model, (key for file in files for key in read_header(file)))
-    load_state_into(holder, files, dtype=torch_dtype, device=device, strict=False)  # passes over the head
-    model.weight_files = files
+    holder = under_stored_names(model, opened.weights)
+    load_state_into(holder, opened, dtype=torch_dtype, device=device, strict=False)  # passes over the head
+    model.weight_files, model.settings_folder = files, folder
     return model.eval()
 
 

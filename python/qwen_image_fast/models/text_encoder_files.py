@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import json_bytes, save_state
+from ..checkpoint import STORAGE_FIELD, json_bytes, save_state
 from ..folders import read_json
-from ..tensor_files import read_header, read_tensors
+from ..weights.formats import open_weights
+from ..weights.reading import read_weights
 from .text_encoder import under_stored_names
 
 SETTINGS = (".json", ".txt", ".jinja", ".model")
@@ -37,18 +38,19 @@ def save_text_encoder(
         whole.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
         return
     files: list[Path] = getattr(model, "weight_files", [])
-    entries = {name: entry for file in files for name, entry in read_header(file).items()}
+    source: Path = getattr(model, "settings_folder", folder)
+    stored_weights = open_weights(files, "text_encoder").weights
     dtype = next(model.parameters()).dtype
-    state = under_stored_names(model, entries or ["model.language_model."]).state_dict()
-    left = {name: entry for name, entry in entries.items() if name not in state}
-    state |= read_tensors(left, dtype, torch.device("cpu"))
+    state = under_stored_names(model, stored_weights or ["model.language_model."]).state_dict()
+    left = {name: weight for name, weight in stored_weights.items() if name not in state}
+    state |= read_weights(left, dtype, torch.device("cpu"))
     config: Any = getattr(model, "config")  # noqa: B009  which nn.Module does not declare
-    stored = read_json(files[0].parent / "config.json") if files else json.loads(config.to_json_string())
+    stored = read_json(source / "config.json") if files else json.loads(config.to_json_string())
+    stored.pop(STORAGE_FIELD, None)
     save_state(
         state, folder, base_name="model", variant=variant, max_shard_size=max_shard_size,
         extra_files={"config.json": json_bytes(_typed(stored, str(dtype).removeprefix("torch.")))},
     )  # fmt: skip
-    source = files[0].parent if files else folder
     for path in source.iterdir() if source.resolve() != folder.resolve() else []:
         weights = path.name == "config.json" or ".safetensors" in path.name
         if path.is_file() and path.suffix in SETTINGS and not weights:

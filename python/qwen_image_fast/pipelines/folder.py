@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ import torch
 
 from qwen_image_fast.checkpoint import BASE_NAME, has_weights, json_bytes
 from qwen_image_fast.files import atomic_write
-from qwen_image_fast.folders import read_json, resolve_folder
+from qwen_image_fast.folders import DOWNLOAD_PATTERNS, read_json, resolve_folder
 from qwen_image_fast.keywords import check_saving, keyword_names, one_device, part_dtypes, refuse
 from qwen_image_fast.models.controlnet import QwenImageControlNetModel
 from qwen_image_fast.models.text_encoder import load_captioner, load_text_encoder
@@ -22,6 +23,8 @@ from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.models.vision import VisionProcessor
 from qwen_image_fast.request import GENERATION_FILE
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler
+from qwen_image_fast.weights.formats import parts_in
+from qwen_image_fast.weights.places import single_file
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +74,9 @@ class PipelineFolder:
             variant: "fp16" reads `*.fp16.safetensors`; a part that has none is read without, and a warning names it.
             free_modulation_weights: release the modulation weights (a third of the transformer) once the vectors of a
                 schedule are known; another schedule reads them from the folder again.
-            components: ready-made parts to use instead of the folder's (`transformer=...`), or None.
+            components: ready-made parts to use instead of the folder's (`transformer=...`), None, or a file with the
+                weights of the transformer, the VAE or the text encoder (`transformer="q4.gguf"`; docs/formats.md); for
+                a text encoder of llama.cpp that sees pictures two, of which one is named mmproj.
 
         Raises:
             FileNotFoundError, ValueError: what is missing, damaged or of another model, in one sentence.
@@ -87,7 +92,7 @@ class PipelineFolder:
             "token": token,
             "local_files_only": local_files_only,
         }
-        folder = resolve_folder(name_or_path, **hub)
+        folder = resolve_folder(name_or_path, allow_patterns=_without(cls.parts, components), **hub)
         index = read_json(folder / "model_index.json")
         if not str(index.get("_class_name", "")).startswith("QwenImage"):
             raise ValueError(
@@ -98,6 +103,8 @@ class PipelineFolder:
         read = [n for n in cls.parts if n not in components and n not in missing]
         variants = _variants(folder, [n for n in read if n in WEIGHTS], variant)
         loaded: dict[str, Any] = {}
+        for name, files in {n: c for n, c in components.items() if _is_file(c)}.items():
+            components[name] = cls._load_files(folder, name, files, {"torch_dtype": dtypes[name], "device": where}, hub)
         for name in read:
             models = {"torch_dtype": dtypes[name], "device": where, "variant": variants.get(name)}
             loaded[name] = cls._load(folder, name, models)
@@ -119,6 +126,38 @@ class PipelineFolder:
         if name == "scheduler":
             return FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder=name)
         return _load_processor(folder / name) if name == "processor" else _load_tokenizer(folder / name)
+
+    @classmethod
+    def _load_files(cls, folder: Path, name: str, files: Any, models: dict[str, Any], hub: dict[str, Any]) -> Any:
+        """A part with weights from files, and settings from its place in the folder."""
+        hub = {key: value for key, value in hub.items() if key != "revision"}  # which is the folder's
+        settings = folder / name if (folder / name / "config.json").is_file() else None
+        if name in MODELS and isinstance(files, (str, os.PathLike)):
+            return MODELS[name].from_single_file(files, config=settings, **models, **hub)
+        if name != "text_encoder" or cls.writes_captions:
+            raise TypeError(f"from_pretrained: {name} must be the part itself for a {cls.__name__}, got {files}")
+        files = [files] if isinstance(files, (str, os.PathLike)) else files
+        paths = [single_file(file, **hub) for file in files]
+        return load_text_encoder(folder / name, vision=cls.uses_vision, files=paths, **models)
+
+    @classmethod
+    def from_single_file(cls, path_or_name: str | os.PathLike, *, config: str | os.PathLike | None = None, **options):
+        """The pipeline with the weights of one GGUF or safetensors file, and of a folder what the file does not hold.
+
+        Args:
+            path_or_name: a path, "owner/name/file.gguf" of the hub, or its URL. Often a transformer alone.
+            config: folder or hub name of the pipeline that the other parts, and all settings, are read from.
+            options: as of `from_pretrained`.
+
+        Raises:
+            FileNotFoundError, ValueError: what is missing, damaged, of another model or in a format that is not read.
+            TypeError: no `config`, or an unknown keyword.
+        """
+        if config is None:
+            raise TypeError("from_single_file: config must name a pipeline's folder or hub model, for its other parts")
+        hub = {key: options[key] for key in ("cache_dir", "token", "local_files_only") if key in options}
+        path = single_file(path_or_name, **hub)
+        return cls.from_pretrained(config, **{**dict.fromkeys(parts_in(path), path), **options})
 
     def save_pretrained(
         self,
@@ -166,6 +205,20 @@ class PipelineFolder:
             generation = (self._source / GENERATION_FILE).read_bytes()
             atomic_write(folder / GENERATION_FILE, lambda file: file.write(generation))
         atomic_write(folder / "model_index.json", lambda file: file.write(json_bytes(index)))
+
+
+def _is_file(part: Any) -> bool:
+    """Whether a part is named by its file, or files."""
+    several = isinstance(part, (list, tuple)) and bool(part)
+    return isinstance(part, (str, os.PathLike)) or (several and all(isinstance(p, (str, os.PathLike)) for p in part))
+
+
+def _without(parts: Iterable[str], given: Mapping[str, Any]) -> list[str] | None:
+    """What to download where the weights of some parts are given; None: all."""
+    if not set(WEIGHTS) & set(given):
+        return None
+    settings = [pattern for pattern in DOWNLOAD_PATTERNS if pattern != "*.safetensors"]
+    return settings + [f"{part}/*.safetensors" for part in parts if part not in given]
 
 
 def _variants(folder: Path, names: list[str], variant: str | None) -> dict[str, str]:

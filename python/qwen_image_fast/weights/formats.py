@@ -52,6 +52,7 @@ class Opened:
     """The weights of a model under our names, and what its files say beside them."""
 
     weights: dict[str, Weight] = field(default_factory=dict)
+    stored: set[str] = field(default_factory=set)  # names of all tensors in the files, as they are there
     zero_cond_t: bool = False
 
     @property
@@ -77,11 +78,12 @@ def open_weights(files: Iterable[str | os.PathLike], part: str | None = None) ->
     opened = Opened()
     places: dict[str, Path] = {}
     for path in map(Path, files):
-        found, marked = _open(path, part)
-        opened.zero_cond_t |= marked
+        found, stored = _open(path, part)
+        opened.stored |= stored
+        opened.zero_cond_t |= found.pop(ZERO_COND_T, None) is not None
         for name, weight in found.items():
             if name in places:
-                raise ValueError(f"load_state_into: {name} is both in {places[name]} and in {path}; remove one")
+                raise ValueError(f"{name} is both in {places[name]} and in {path}; remove one")
             places[name] = path
             opened.weights[name] = weight
     return opened
@@ -94,22 +96,40 @@ def check_part(opened: Opened, files: Sequence[Path], part: str) -> None:
         raise ValueError(f"{' and '.join(map(str, files))}: these are not the weights of {CALLED[part]}: {some}, ...")
 
 
-def _open(path: Path, part: str | None) -> tuple[dict[str, Weight], bool]:
+def parts_in(path: Path) -> list[str]:
+    """Which parts of a model a file holds, by the names of its tensors; ValueError where it holds none."""
+    tensors, _, architecture = _contents(path)
+    found = [part for part in CALLED if any(names.KNOWN[part].fullmatch(n) for n in _names(tensors, part).values())]
+    if not found:
+        what = f"is a GGUF of the architecture {architecture}" if architecture else f"holds {', '.join([*tensors][:3])}"
+        raise ValueError(f"{path} {what}: these are the weights of no part of Qwen-Image")
+    return found
+
+
+def _open(path: Path, part: str | None) -> tuple[dict[str, Weight], set[str]]:
+    tensors, metadata, architecture = _contents(path)
+    wanted = ARCHITECTURES.get(part or "", set())
+    if architecture and wanted and architecture not in wanted:
+        raise ValueError(
+            f"{path} is a GGUF of the architecture {architecture}, not of {CALLED[part or '']} "
+            f"({' or '.join(sorted(wanted))}); take another file"
+        )
+    return _decodable(path, tensors, part, metadata), set(tensors)
+
+
+def _contents(path: Path) -> tuple[Mapping[str, Weight], Mapping[str, str], str]:
+    """The tensors of a file, the texts of a safetensors file, the architecture of a GGUF."""
     with open(path, "rb") as file:
         start = file.read(9)
     if start.startswith(MAGIC):
         description, tensors = read_gguf(path)
-        _check_architecture(path, str(description.get("general.architecture", "")), part)
-        found = _named(path, tensors, part, {})
-    elif is_pickle(start):
+        return tensors, {}, str(description.get("general.architecture", ""))
+    if is_pickle(start):
         raise ValueError(
             f"{path} is a pickle, which can run code when it is opened, and is not read: load it where you trust it "
             "and save it as safetensors"
         )
-    else:
-        found = _named(path, read_header(path), part, read_metadata(path))
-    marked = found.pop(ZERO_COND_T, None) is not None
-    return found, marked
+    return read_header(path), read_metadata(path), ""
 
 
 def is_pickle(start: bytes) -> bool:
@@ -118,11 +138,11 @@ def is_pickle(start: bytes) -> bool:
     return start[:4] == b"PK\3\4" or bare
 
 
-def _named(
+def _decodable(
     path: Path, tensors: Mapping[str, Weight], part: str | None, metadata: Mapping[str, str]
 ) -> dict[str, Weight]:
-    """The weights of one file: those of the part, decoded layouts recognised, under our names."""
-    ours = {name: name for name in tensors} if part is None else names.without_prefix(tensors, part)
+    """The weights of a part, quantised ones recognised, under our names."""
+    ours = names.without_prefix(tensors, part) if part else {name: name for name in tensors}
     rest: dict[str, Any] = {our: tensors[name] for name, our in ours.items()}
     found: dict[str, Weight] = {}
     if all(isinstance(tensor, Entry) for tensor in rest.values()):
@@ -131,11 +151,21 @@ def _named(
         _refuse(path, rest)
         rest = {name: cast_float8(tensor) for name, tensor in rest.items()}
     found |= rest
+    found = {our: found[name] for name, our in _renamed(found, part).items()}
+    return names.join_vision(found) if part == "text_encoder" else found
+
+
+def _names(tensors: Iterable[str], part: str) -> dict[str, str]:
+    """The names of a part's tensors, and ours."""
+    bare = names.without_prefix(tensors, part)
+    ours = _renamed(bare.values(), part)
+    return {name: ours[without] for name, without in bare.items()}
+
+
+def _renamed(bare: Iterable[str], part: str | None) -> dict[str, str]:
     if part == "vae":
-        found = {ours: found[name] for name, ours in names.of_wan_vae(found).items()}
-    if part == "text_encoder":
-        found = names.join_vision({names.of_llama(name): weight for name, weight in found.items()})
-    return found
+        return names.of_wan_vae(bare)
+    return {name: names.of_llama(name) if part == "text_encoder" else name for name in bare}
 
 
 def _without_prefix(metadata: Mapping[str, str], part: str | None) -> Mapping[str, str]:
@@ -155,12 +185,3 @@ def _refuse(path: Path, rest: Mapping[str, Entry]) -> None:
     for ending, whose in REFUSED.items():
         if name := next((name for name in rest if name.endswith(ending)), None):
             raise ValueError(f"{path} holds {name}: its weights are those of {whose}, and are not read; {INSTEAD}")
-
-
-def _check_architecture(path: Path, architecture: str, part: str | None) -> None:
-    wanted = ARCHITECTURES.get(part or "", set())
-    if architecture and wanted and architecture not in wanted:
-        raise ValueError(
-            f"{path} is a GGUF of the architecture {architecture}, not of {CALLED[part or '']} "
-            f"({' or '.join(sorted(wanted))}); take another file"
-        )
