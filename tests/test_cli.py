@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,6 @@ from typer.testing import CliRunner
 import qwen_image_fast
 from qwen_image_fast import doctor
 from qwen_image_fast.cli import app
-from qwen_image_fast.cli.generate import RATIOS, parse_size
 from qwen_image_fast.png_metadata import read_parameters
 
 pipelines = pytest.importorskip("qwen_image_fast.pipelines.text_to_image")
@@ -62,10 +62,16 @@ def pixels(name):
         return image.tobytes()
 
 
+def said(result):
+    """Standard error without the lines of progress."""
+    lines = result.stderr.splitlines(keepends=True)
+    return "".join(line for line in lines if not re.search(r", \d+:\d\d(, about \S+ left)?\n$", line))
+
+
 def refused(result, code, text):
     """One sentence with our mark, the code, and nothing written."""
     assert result.exit_code == code, result.output
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert said(result).startswith("error: ") and said(result).count("\n") == 1, result.stderr
     assert text in result.stderr
     assert pictures() == []
 
@@ -82,6 +88,7 @@ def test_a_picture_and_its_repetition(generate, tiny_folder):
     assert read_parameters("cat.png") == {
         "software": "qwen-image-fast",
         "version": qwen_image_fast.__version__,
+        "kind": "text",
         "model": str(tiny_folder),
         "prompt": "一只红色的猫",
         "negative_prompt": " ",
@@ -92,10 +99,8 @@ def test_a_picture_and_its_repetition(generate, tiny_folder):
         "seed": 5,
         "max_sequence_length": 512,
         "dtype": "float32",
-        "lightning": None,
-        "lora": None,
+        "lora": [],
         "device": "cpu",
-        "command": "generate",
     }
     again = generate("--from-image", "cat.png", "--output", "again.png", model=None, size=None, steps=None)
     assert again.exit_code == 0, again.output
@@ -109,8 +114,8 @@ def test_a_picture_and_its_repetition(generate, tiny_folder):
 
 
 def test_it_is_the_pipelines_picture(generate, tiny_folder):
-    """Defaults included: guidance against a single space."""
-    generate("a cat", "--seed", 11, "--output", "x.png")
+    """With guidance against a single space."""
+    generate("a cat", "--seed", 11, "--cfg", 4, "--output", "x.png")
     pipe = pipelines.QwenImagePipeline.from_pretrained(tiny_folder, torch_dtype=torch.float32)
     image = pipe("a cat", " ", 4.0, height=32, width=64, num_inference_steps=2, seed=11, progress=False).images[0]
     assert pixels("x.png") == image.tobytes()
@@ -175,10 +180,13 @@ def test_a_lora_is_repeated(generate):
     Path("a=b").mkdir()
     save_file({key.format("A"): torch.ones(2, 192), key.format("B"): torch.ones(192, 2)}, "a=b/x.safetensors")
     assert generate("a cat", "--seed", 1, "--output", "plain.png").exit_code == 0
-    for name, lora in (("half", "a=b/x.safetensors=0.5"), ("whole", "a=b/x.safetensors")):
+    source = "a=b/x"
+    for name, lora, scale in (("half", f"{source}.safetensors=0.5", 0.5), ("whole", f"{source}.safetensors", 1.0)):
         result = generate("a cat", "--seed", 1, "--lora", lora, "--output", f"{name}.png")
         assert result.exit_code == 0, result.output
-        assert read_parameters(f"{name}.png")["lora"] == [lora]
+        assert read_parameters(f"{name}.png")["lora"] == [
+            {"name": str(Path(f"{source}.safetensors").resolve()), "scale": scale}
+        ]
         again = generate("--from-image", f"{name}.png", "--output", f"{name}2.png", model=None, size=None, steps=None)
         assert again.exit_code == 0, again.output
         assert pixels(f"{name}2.png") == pixels(f"{name}.png") != pixels("plain.png")
@@ -186,16 +194,124 @@ def test_a_lora_is_repeated(generate):
     for name in os.listdir():
         if name.endswith(".png"):
             os.remove(name)
-    refused(generate("a cat", "--lora", "none.safetensors=x"), 2, "there is no folder none.safetensors=x")
-    refused(generate("a cat", "--lora", "a=b/x.safetensors=nan"), 2, "adapter_weights must be finite")
+    refused(generate("a cat", "--lora", "none.safetensors=x"), 2, "there is no LoRA file none.safetensors=x")
+    refused(
+        generate("a cat", "--lora", "a=b/x.safetensors=nan"),
+        2,
+        "--lora could not be read: Input should be a finite number",
+    )
 
 
-def test_sizes():
-    assert parse_size("1664x928") == parse_size("1664X928") == parse_size("16:9") == (1664, 928)
-    assert all(w % 16 == h % 16 == 0 for w, h in RATIOS.values())
-    for ratio, (w, h) in RATIOS.items():
-        a, b = map(int, ratio.split(":"))
-        assert abs(w / h / (a / b) - 1) < 0.01
+def test_the_tiny_model_has_its_own_size_and_steps(monkeypatch):
+    """Which it draws in a second or two; a released model's would take minutes."""
+    result = CliRunner().invoke(
+        app, ["generate", '"HI" in red on a white ground', "--model", "tiny", "-s", "1", "-o", "x.png"]
+    )
+    assert result.exit_code == 0, result.output
+    found = read_parameters("x.png")
+    assert (found["width"], found["height"], found["steps"], found["cfg"]) == (128, 128, 20, 1.0)
+    with Image.open("x.png") as image:
+        assert image.size == (128, 128)
+
+
+def test_short_options_and_a_folder_that_is_made(generate):
+    args = ("-s", 4, "-n", 2, "-W", 48, "-H", 32, "-o", "new/folder/", "--quiet")
+    result = generate("a cat", *args, size=None)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.split() == ["new/folder/image-0001.png", "new/folder/image-0002.png"]
+    found = read_parameters("new/folder/image-0002.png")
+    assert (found["seed"], found["width"], found["height"]) == (5, 48, 32)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_picture_changed(generate, tiny_folder, mask):
+    """The pipelines' own pictures, in the size of what goes in, and repeated to the byte from anywhere."""
+    Image.effect_noise((40, 24), 90).convert("RGB").save("in.png")
+    Image.linear_gradient("L").resize((40, 24)).save("mask.png")
+    more = ("--mask", "mask.png") if mask else ()
+    args = ("--image", "in.png", *more, "--strength", 0.5, "--cfg", 1, "-s", 3, "-o", "out.png", "--compare")
+    result = generate("a cat", *args, size=None, steps=4)
+    assert result.exit_code == 0, result.output
+    cls = qwen_image_fast.QwenImageInpaintPipeline if mask else qwen_image_fast.QwenImageImg2ImgPipeline
+    masked = {"mask_image": Image.open("mask.png")} if mask else {}
+    pipe = cls.from_pretrained(tiny_folder, torch_dtype=torch.float32)
+    call = {"true_cfg_scale": 1.0, "strength": 0.5, "num_inference_steps": 4, "seed": 3, "progress": False}
+    image = pipe("a cat", image=Image.open("in.png"), **masked, **call).images[0]
+    assert pixels("out.png") == image.tobytes() and image.size == (40, 24)
+    with Image.open("out-compare.png") as both:
+        assert both.size == (40 + 8 + 40, 24)
+    assert read_parameters("out.png")["kind"] == ("inpaint" if mask else "image_to_image")
+    Path("elsewhere").mkdir()
+    os.chdir("elsewhere")
+    again = generate("--from-image", "../out.png", "-o", "again.png", model=None, size=None, steps=None)
+    assert again.exit_code == 0, again.output
+    assert Path("again.png").read_bytes() == Path("../out.png").read_bytes()
+
+
+def test_prompts_are_counted_and_written_as_they_are_done(generate, monkeypatch):
+    """The file of the first prompt is there and named when the second begins."""
+    Path("prompts.txt").write_text("a\nb\nc\n")
+    real, there = pipelines.QwenImagePipeline.__call__, []
+
+    def call(self, prompt, **kwargs):
+        there.append(pictures())
+        return real(self, prompt, **kwargs)
+
+    monkeypatch.setattr(pipelines.QwenImagePipeline, "__call__", call)
+    result = generate("--prompts-file", "prompts.txt", "-s", 1)
+    assert result.exit_code == 0, result.output
+    assert [len(names) for names in there] == [0, 1, 2]
+    lines = result.stderr.splitlines()
+    assert lines[0].startswith("load ")
+    for n in (1, 2, 3):
+        assert any(line.startswith(f"prompt {n} of 3, step 1/2, ") and line.endswith(" left") for line in lines), lines
+
+
+def test_a_very_large_picture_is_announced(generate, monkeypatch):
+    monkeypatch.setattr("qwen_image_fast.cli.pictures.MANY_TOKENS", 7)
+    result = generate("a cat", size="64x32", steps=1)
+    assert result.exit_code == 0, result.output
+    assert "note: 64x32 pixels with all that goes in are 8 tokens, 0 times those of 1328x1328" in result.stderr
+
+
+# ---- what a picture says -----------------------------------------------------------------------------------------
+
+
+def command_of(name):
+    """The words of the command that `inspect` prints."""
+    result = CliRunner().invoke(app, ["inspect", name, "--json"])
+    assert result.exit_code == 0, result.output
+    program, *words = shlex.split(json.loads(result.stdout)["command_line"])
+    assert program == "qwen-image-fast"
+    return words
+
+
+@pytest.mark.parametrize("prompt", ["a cat", '-it\'s [bold] "quoted"'])
+def test_inspect_prints_the_command_of_a_picture(generate, prompt):
+    options = ("--cfg", 3, "--negative-prompt", "dogs", "-s", 9, "--max-sequence-length", 30, "-o", "x.png")
+    assert generate(*options, "--", prompt).exit_code == 0
+    shown = CliRunner().invoke(app, ["inspect", "x.png"])
+    assert shown.exit_code == 0 and prompt in shown.stdout and "generate --from-image x.png" in shown.stdout
+    result = CliRunner().invoke(app, [*command_of("x.png"), "-o", "y.png"] if prompt == "a cat" else
+                                ["generate", "-o", "y.png", *command_of("x.png")[1:]])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert Path("y.png").read_bytes() == Path("x.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("none.png", "there is no picture none.png"),
+        ("nome.png", "there is no picture nome.png; did you mean home.png?"),
+        ("home.png", "home.png holds no parameters"),
+        ("home.jpg", "home.jpg is not a PNG picture"),
+    ],
+)
+def test_inspect_of_other_pictures(name, text):
+    for place in ("home.png", "home.jpg"):
+        Image.new("RGB", (8, 8)).save(place)
+    result = CliRunner().invoke(app, ["inspect", name])
+    assert result.exit_code == 2 and text in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
 # ---- what it refuses --------------------------------------------------------------------------------------------
@@ -207,29 +323,56 @@ def test_sizes():
         ([], "nothing to make: give a prompt, --prompts-file or --from-image"),
         (["  "], "the prompt is empty"),
         (["x", "--size", "100x64"], "multiples of 16, got 100 in 100x64; try 96x64"),
-        (["x", "--size", "0x64"], "multiples of 16, got 0"),
+        (["x", "--size", "0x64"], "width must be an integer, 16 to 8192, got 0"),
         (["x", "--size", "5:4"], "--size must be WIDTHxHEIGHT or one of 1:1, 16:9"),
         (["x", "--steps", "0"], "--steps"),
         (["x", "--steps", "two"], "--steps"),
         (["x", "--images", "0"], "--images"),
         (["x", "--seed", "-1"], "--seed"),
         (["x", "--cfg", "nan"], "--cfg"),
-        (["x", "--cfg", "inf"], "--cfg must be a finite number, got inf"),
+        (["x", "--cfg", "inf"], "--cfg must be a number, 0 to 100, got inf"),
         (["x", "--lightning", "6"], "--lightning must be 4 or 8, got 6"),
-        (["x", "--dtype", "int8"], "--dtype must be one of float32, bfloat16, float16, got int8"),
+        (["x", "--dtype", "int8"], "--dtype must be auto, float32, bfloat16 or float16, got 'int8'"),
         (["x", "--device", "tpu"], "device"),
-        (["x", "--device", "meta"], "--device must be auto, cpu or cuda, got meta"),
+        (["x", "--device", "meta"], "--device must be auto, cpu, cuda or cuda:1 and so on, got meta"),
         (["x", "--device", "cuda"], "--device cuda cannot be used"),
         (["x", "--model", "no/such/folder"], "there is no folder no/such/folder"),
         (["x", "--model", "."], "has no model_index.json"),
-        (["x", "--output", "missing/x.png"], "output missing/x.png must be a .png file in an existing folder"),
-        (["x", "--output", "x.jpg"], "output x.jpg must be a .png file in an existing folder"),
+        (["x", "--output", "missing/x.png"], "output missing/x.png: there is no folder missing"),
+        (["x", "--output", "x.jpg"], "output x.jpg must be a .png file or a folder"),
         (["x", "--prompts-file", "prompts.txt"], "give either a prompt or --prompts-file, got both"),
-        (["--prompts-file", "none.txt"], "none.txt could not be read"),
+        (["--prompts-file", "none.txt"], "there is no file none.txt"),
         (["--prompts-file", "prompts.txt"], "prompts.txt holds no prompt"),
         (["--prompts-file", "latin1.txt"], "latin1.txt could not be read as UTF-8 text"),
         (["--from-image", "none"], "none"),
         (["--from-image", "latin1.txt"], "latin1.txt is not a PNG picture"),
+        (
+            ["x", "--model", "tinny"],
+            "there is no folder tinny, and it is not a hub name like owner/model; did you mean",
+        ),
+        (["x", "--size", "99999x99999"], "width must be an integer, 16 to 8192, got 99999"),
+        (["x", "-W", "100"], "--width and --height must be multiples of 16, got 100 in 100x"),
+        (["x", "-W", "64", "--size", "64x64"], "give either --size or --width and --height, got both"),
+        (["--from-image", "latin.txt"], "there is no picture latin.txt; did you mean latin1.txt?"),
+        (["--from-image", "."], ". is a folder; name a PNG picture in it"),
+        (["--prompts-file", "prompt.txt"], "there is no file prompt.txt; did you mean prompts.txt?"),
+        (["--prompts-file", "."], ". is a folder, not a file of prompts"),
+        (["x", "--lora", "latin1.tx"], "there is no LoRA file latin1.tx; did you mean latin1.txt?"),
+        (["x", "--lora", "a/b/c"], "there is no LoRA file or folder a/b/c"),
+        (["x", "--strength", "0.5"], "--strength has no effect without --image"),
+        (["x", "--mask", "latin1.txt"], "--mask needs --image, the picture to change"),
+        (["x", "--image", "latin1.tx"], "there is no picture latin1.tx; did you mean latin1.txt?"),
+        (
+            ["x", "--image", "latin1.txt"],
+            "latin1.txt could not be read as a picture: it is of no format that Pillow knows",
+        ),
+        (["x", "--compare"], "--compare has no effect without a picture"),
+        (["x", "--batch", "2"], "--batch has no effect without --prompts-file"),
+        (
+            ["x", "--cfg", "1", "--negative-prompt", "y"],
+            "--negative-prompt has no effect without guidance, a --cfg above 1",
+        ),
+        (["x", "--output", "folder"], "there is no folder folder; folder/ would be made"),
         (["x", "--frobnicate"], "--frobnicate"),
         (["x", "y"], "y"),
     ],
@@ -238,7 +381,9 @@ def test_bad_input(generate, args, text, monkeypatch):
     monkeypatch.setattr(doctor, "has_cuda_kernels", lambda: False)
     Path("prompts.txt").write_text("# nothing\n\n")
     Path("latin1.txt").write_bytes("é".encode("latin-1"))
-    refused(generate(*args, steps=None), 2, text)
+    result = generate(*args, steps=None, size=None if {"-W", "--size"} & {*args} else "64x32")
+    refused(result, 2, text)
+    assert not re.search(r"Errno|\b[a-z]+_[a-z]+:", result.stderr), "no numbers of errors, no names of functions"
 
 
 def test_unknown_command_and_none():
@@ -268,9 +413,7 @@ def test_a_damaged_model(generate, tiny_folder):
 def test_no_space_before_the_work(generate, monkeypatch):
     usage = shutil.disk_usage(".")._replace(free=6000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    monkeypatch.setattr(
-        sys.modules["qwen_image_fast.cli.generate"], "_load", lambda *args: pytest.fail("the model was loaded")
-    )
+    monkeypatch.setattr("qwen_image_fast.cli.pictures._load", lambda *args: pytest.fail("the model was loaded"))
     refused(generate("x"), 1, "no disk space for the output in .: 0.0 MB free")
 
 
@@ -310,8 +453,41 @@ def test_finished_pictures_stay_when_a_later_one_fails(generate, monkeypatch):
 
     monkeypatch.setattr(pipelines.QwenImagePipeline, "__call__", call)
     result = generate("--prompts-file", "prompts.txt", "--quiet")
-    assert result.exit_code == 130 and calls == [["a"], ["b"]]
+    assert result.exit_code == 130 and calls == ["a", "b"]
     assert pictures() == ["image-0001.png"] and result.stdout == "image-0001.png\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "advice"),
+    [
+        ((), "a smaller --size or --free-modulation needs less"),
+        (("-n", 2, "--free-modulation"), "a smaller --size or fewer --images needs less"),
+    ],
+)
+def test_advice_that_can_be_followed(generate, monkeypatch, args, advice):
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(pipelines.QwenImagePipeline, "from_pretrained", fail)
+    refused(generate("x", *args), 1, f"error: out of memory; {advice}")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "x/y"), "error: x/y: No such file or directory\n"),
+        (OSError(28, "the disk is full: x"), "error: the disk is full: x\n"),
+        (FileNotFoundError("find_weights: x has no model.safetensors"), "error: x has no model.safetensors\n"),
+        (MemoryError(), "error: out of memory; smaller pictures, or fewer at a time, need less ()\n"),
+    ],
+)
+def test_no_numbers_of_errors_and_no_names_of_functions(monkeypatch, error, text):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(doctor, "environment", fail)
+    result = CliRunner().invoke(app, ["doctor"])
+    assert (result.exit_code, result.stderr) == (1, text)
 
 
 @pytest.mark.parametrize(
@@ -330,17 +506,17 @@ def test_our_sentence_stands_on_top(generate, monkeypatch, error, text, tracebac
 
     monkeypatch.setattr(pipelines.QwenImagePipeline, "from_pretrained", fail)
     result = generate("x")
-    assert result.exit_code == 1 and result.stderr.startswith(text)
+    assert result.exit_code == 1 and said(result).startswith(text)
     assert ("Traceback" in result.stderr) == traceback
 
 
 def test_the_pipelines_own_errors_are_sentences(generate, monkeypatch):
     from qwen_image_fast.pipelines.request import per_prompt
 
-    def fail(self, tokens):
+    def fail(self, *args):
         return per_prompt("height", [1, 2], 1)
 
-    monkeypatch.setattr(pipelines.QwenImagePipeline, "_check_finite", fail)
+    monkeypatch.setattr(pipelines.QwenImagePipeline, "_conditions", fail)
     refused(generate("x", "--quiet"), 1, "height must be one for all or one for each prompt, 1, got 2")
 
 

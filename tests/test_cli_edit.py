@@ -1,8 +1,12 @@
 """The commands that take pictures: what they write, and what they refuse."""
 
+import hashlib
+import io
 import json
 import os
+import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,7 @@ from typer.testing import CliRunner
 
 import qwen_image_fast
 from qwen_image_fast.cli import app
-from qwen_image_fast.cli.edit import side_by_side
+from qwen_image_fast.cli.compare import side_by_side
 from qwen_image_fast.png_metadata import read_parameters
 from qwen_image_fast.tiny import tiny_configs, write_untrained
 
@@ -61,6 +65,16 @@ def run(command, *args, model=None):
     return CliRunner().invoke(app, [command, *map(str, (*args, *where, "--steps", 2))])
 
 
+def sha256(name):
+    return hashlib.sha256(Path(name).read_bytes()).hexdigest()
+
+
+def said(result):
+    """Standard error without the lines of progress."""
+    lines = result.stderr.splitlines(keepends=True)
+    return "".join(line for line in lines if not re.search(r", \d+:\d\d(, about \S+ left)?\n$", line))
+
+
 def size(name):
     with Image.open(name) as image:
         return image.size
@@ -73,10 +87,11 @@ def test_edit_keeps_the_size_and_repeats_itself(models):
     assert "out.png  seed 3" in result.stdout and "vision" in result.stdout
     assert size("out.png") == (61, 37) and size("out-compare.png") == (61 + 8 + 61, 37)
     found = read_parameters("out.png")
-    expected = {"command": "edit", "prompt": "make it red", "image": ["a.png"], "mask": None, "width": 61}
-    assert expected.items() <= found.items()
+    expected = {"kind": "edit", "prompt": "make it red", "model": str(models / "edit")}
+    assert expected.items() <= found.items() and not {"mask", "width", "strength"} & found.keys()
+    assert found["image"] == [{"path": os.path.abspath("a.png"), "sha256": sha256("a.png")}]
     pipe = qwen_image_fast.QwenImageEditPlusPipeline.from_pretrained(models / "edit", torch_dtype=torch.float32)
-    call = {"negative_prompt": " ", "num_inference_steps": 2, "seed": 3, "progress": False}
+    call = {"true_cfg_scale": 1.0, "num_inference_steps": 2, "seed": 3, "progress": False}
     image = pipe(Image.open("a.png"), "make it red", **call).images[0]
     with Image.open("out.png") as written:
         assert written.tobytes() == image.tobytes()
@@ -118,7 +133,8 @@ def test_from_image_repeats_an_edit(models):
     Path("mask.png").rename("moved.png")
     result = run("edit", "--from-image", "hole.png")
     assert result.exit_code == 2
-    assert "no picture mask.png; if hole.png was made from a file that has moved, give --mask" in result.stderr
+    moved = f"no picture {os.path.abspath('mask.png')}; if hole.png was made from a file that has moved, give --mask"
+    assert moved in result.stderr
     assert repeated("edit", "hole.png", "--mask", "moved.png") != b""
 
 
@@ -138,6 +154,46 @@ def test_from_image_repeats_a_control(models):
     args = ("--control", "a.png", "--net", models / "union", "--scale", 0.5, "--output", "out.png")
     assert run("controlnet", "a cat", *args, model=models / "edit").exit_code == 0
     assert repeated("controlnet", "out.png") == Path("out.png").read_bytes()
+
+
+def test_inputs_are_found_again(models):
+    """From another folder, beside the picture when both have moved, and with a word where one has changed."""
+    assert (
+        run("edit", "x", "--image", "a.png", "--seed", 1, "--output", "out.png", model=models / "edit").exit_code == 0
+    )
+    before = Path("out.png").read_bytes()
+    for name in ("away", "moved"):
+        Path(name).mkdir()
+    os.chdir("away")
+    assert repeated("edit", "../out.png") == before
+    os.chdir("..")
+    shutil.move("out.png", "moved/out.png")
+    shutil.move("a.png", "moved/a.png")
+    again = Image.open(io.BytesIO(repeated("edit", "moved/out.png")))
+    assert again.tobytes() == Image.open("moved/out.png").tobytes()
+    shutil.copy("b.jpg", "moved/a.png")
+    result = CliRunner().invoke(app, ["edit", "--from-image", "moved/out.png", "--quiet", "--output", "changed.png"])
+    assert result.exit_code == 0, result.output
+    assert (
+        result.stderr == "note: moved/a.png has changed since moved/out.png was made from it: the result will differ\n"
+    )
+    assert size("changed.png") == (48, 64)
+
+
+@pytest.mark.parametrize("command", ["edit", "layers", "controlnet"])
+def test_inspect_prints_the_command_of_a_picture(models, command):
+    args = {
+        "edit": ("a hole", "--image", "a.png", "--mask", "mask.png", "--strength", 0.5),
+        "layers": ("a.png", "--prompt", "a cat", "--count", 1, "--exact-size"),
+        "controlnet": ("a cat", "--control", "a.png", "--net", models / "union", "--scale", 0.5),
+    }[command]
+    model = models / ("layered" if command == "layers" else "edit")
+    assert run(command, *args, "--seed", 2, "--output", "x.png", model=model).exit_code == 0
+    shown = CliRunner().invoke(app, ["inspect", "x.png", "--json"])
+    program, *words = shlex.split(json.loads(shown.stdout)["command_line"])
+    result = CliRunner().invoke(app, [*words, "--output", "y.png"])
+    assert (program, result.exit_code) == ("qwen-image-fast", 0), result.output
+    assert Path("y.png").read_bytes() == Path("x.png").read_bytes()
 
 
 def test_several_references_size_and_json(models):
@@ -185,7 +241,7 @@ def test_a_mask(models):
     args = ("--image", "a.png", "--mask", "mask.png", "--output", "out.png")
     result = run("edit", "a hole", *args, "--strength", 0.5, model=models / "edit")
     assert result.exit_code == 0, result.output
-    assert size("out.png") == (61, 37) and read_parameters("out.png")["mask"] == "mask.png"
+    assert size("out.png") == (61, 37) and read_parameters("out.png")["mask"]["path"] == os.path.abspath("mask.png")
 
 
 def test_layers(models):
@@ -254,16 +310,16 @@ def test_no_file_is_replaced_unasked(models):
 BAD = {
     "there is no picture none.png": ("edit", "x", "--image", "none.png"),
     "could not be read as a picture": ("edit", "x", "--image", "text.png"),
-    "--size must be WIDTHxHEIGHT, got 3": ("edit", "x", "--image", "a.png", "--size", "3"),
-    "--image must be given once for this model or with --mask, got 2": (
+    "--size must be WIDTHxHEIGHT or one of 1:1, 16:9, ": ("edit", "x", "--image", "a.png", "--size", "3"),
+    "--image must be given once with a --mask, got 2": (
         "edit", "x", "--image", "a.png", "--image", "b.jpg", "--mask", "mask.png",
     ),
-    "--control must be given once with --mask, got 2": (
+    "--control must be given once with a --mask, got 2": (
         "controlnet", "x", "--control", "a.png", "--control", "b.jpg", "--mask", "mask.png",
     ),
     "nothing to work on: give --image or --from-image": ("edit", "x"),
     "nothing to work on: give --control or --from-image": ("controlnet", "x"),
-    "nothing to make: give a prompt or --from-image": ("edit", "--image", "a.png"),
+    "nothing to make: give a prompt, --prompts-file or --from-image": ("edit", "--image", "a.png"),
     "the prompt is empty": ("edit", " ", "--image", "a.png"),
     "folder could not be read as a picture": ("edit", "x", "--image", "folder"),
     "short.jpg could not be read as a picture": ("layers", "short.jpg"),
@@ -271,15 +327,15 @@ BAD = {
     "--mask must have the size of its image, 61x37, or its aspect ratio, got 48x64": (
         "edit", "x", "--image", "a.png", "--mask", "b.jpg",
     ),
-    "strength must leave at least one of the 2 steps, got 0": (
+    "--strength must be a number, more than 0 and at most 1, got 0": (
         "edit", "x", "--image", "a.png", "--mask", "mask.png", "--strength", 0,
     ),
     "--resolution must be 640 or 1024, got 512": ("layers", "a.png", "--resolution", 512),
-    "--model must hold a QwenImageLayeredPipeline, ": ("layers", "a.png"),
+    "--model must hold a QwenImageLayeredPipeline to take pictures apart, ": ("layers", "a.png"),
     "multiples of 16, got 30 in 30x32; try 32x32": ("controlnet", "x", "--control", "a.png", "--size", "30x32"),
     "a.png holds no parameters": ("edit", "--from-image", "a.png"),
-    "there is no folder": ("controlnet", "x", "--control", "a.png", "--net", "no/such/folder"),
-    "must be a .png file in an existing folder": ("edit", "x", "--image", "a.png", "--output", "missing/x.png"),
+    "there is no folder no/such/folder": ("controlnet", "x", "--control", "a.png", "--net", "no/such/folder"),
+    "output missing/x.png: there is no folder missing": ("edit", "x", "--image", "a.png", "--output", "missing/x.png"),
 }  # fmt: skip
 
 
@@ -293,14 +349,32 @@ def test_bad_input(models, text, args):
     before = sorted(os.listdir())
     result = run(*args, model=models / "edit")
     assert result.exit_code == 2, result.output
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and text in result.stderr
+    assert said(result).startswith("error: ") and said(result).count("\n") == 1 and text in result.stderr
     assert sorted(os.listdir()) == before
 
 
-@pytest.mark.parametrize("kind", ["text_to_image", "layered"])
-def test_a_model_that_does_not_edit(models, kind):
-    result = run("edit", "x", "--image", "a.png", model=models / kind)
-    assert result.exit_code == 2 and "--model must hold a QwenImageEditPlusPipeline or " in result.stderr
+@pytest.mark.parametrize(
+    ("args", "kind", "text"),
+    [
+        (("edit", "x", "--image", "a.png"), "text_to_image", "--model must hold a QwenImageEditPlusPipeline or "),
+        (("edit", "x", "--image", "a.png"), "layered", "one that can is Qwen/Qwen-Image-Edit-2511"),
+        (("generate", "x"), "layered", "--model must hold a QwenImagePipeline or "),
+        (("layers", "a.png"), None, "tiny holds a QwenImageEditPlusPipeline; one that can is Qwen/Qwen-Image-Layered"),
+        (
+            ("controlnet", "x", "--control", "a.png"),
+            None,
+            "no ControlNet for tiny: name a --model such as Qwen/Qwen-Image",
+        ),
+    ],
+)
+def test_a_model_that_cannot(models, args, kind, text):
+    """Nor do the commands that have no tiny model offer it."""
+    result = run(*args, model=models / kind if kind else "tiny")
+    assert result.exit_code == 2 and text in said(result) and said(result).count("\n") == 1, result.output
+    offers = "tiny: the model that comes with the package" in " ".join(
+        CliRunner().invoke(app, [args[0], "--help"], env={"COLUMNS": "300"}).stdout.split()
+    )
+    assert offers == (args[0] in ("edit", "generate"))
 
 
 def test_side_by_side_shows_transparency():

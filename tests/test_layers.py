@@ -13,7 +13,7 @@ LAYERS = [
     {"_C", "ops"},
     {"folders", "files", "keywords", "pictures", "tensor_files", "weights"},
     {"checkpoint", "models"},
-    {"chat", "schedulers", "request", "request_fields"},
+    {"chat", "schedulers", "model_defaults", "request", "request_fields"},
     {"graphs", "sampling"},
     {"pipelines"},
     {"tiny", "drop_in", "inspect_model", "png_metadata", "output_files", "doctor", "doctor_cases"},

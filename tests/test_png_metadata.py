@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from qwen_image_fast.output_files import OutputFiles
-from qwen_image_fast.png_metadata import read_parameters, write_png
+from qwen_image_fast.png_metadata import read_parameters, read_request, write_png
 
 PARAMETERS = {
     "model": "Qwen/Qwen-Image",
@@ -58,18 +58,61 @@ def test_pictures_of_other_software(tmp_path, keyword, text, message):
         read_parameters(tmp_path / "x.png")
 
 
-@pytest.mark.parametrize(("name", "value"), [("seed", "7"), ("width", 1.5), ("prompt", None), ("steps", True)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("seed", "seven"), ("width", 1.5), ("prompt", None), ("prompt", 3), ("steps", True)]
+)
 def test_parameters_of_the_wrong_type(tmp_path, name, value):
     text = json.dumps({"software": "qwen-image-fast", **PARAMETERS, name: value})
     png_with(tmp_path / "x.png", "parameters", text, itxt=True)
-    with pytest.raises(ValueError, match=f"the parameter {name} must be "):
-        read_parameters(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=rf"x\.png: {name} must "):
+        read_request(tmp_path / "x.png")
 
 
-def test_a_missing_parameter(tmp_path):
-    write_png(tmp_path / "x.png", IMAGE, {k: v for k, v in PARAMETERS.items() if k != "cfg"})
-    with pytest.raises(ValueError, match="the parameter cfg must be int or float, got None"):
-        read_parameters(tmp_path / "x.png")
+OLD = {**PARAMETERS, "version": "0.1.0", "device": "cpu", "lora": None, "seed": 7, "cfg": 4.0}
+OLDER = [
+    ({**OLD, "command": "generate"}, "text", {"width": 32, "height": 16, "seed": 7, "negative_prompt": " "}),
+    (
+        {**OLD, "command": "edit", "image": ["a.png", "b.jpg"], "mask": None, "strength": 1.0, "size": None,
+         "megapixel": False, "lora": ["a=b/x.safetensors=0.5"], "lightning": 4},
+        "edit",
+        {"width": None, "strength": 1.0, "lightning": 4},
+    ),
+    (
+        {**OLD, "command": "edit", "image": ["a.png"], "mask": "m.png", "strength": 0.5, "size": "50x21"},
+        "edit",
+        {"width": 50, "height": 21, "strength": 0.5},
+    ),
+    (
+        {**OLD, "command": "layers", "image": "a.png", "count": 2, "resolution": 1024, "exact": True, "layer": 2},
+        "layers",
+        {"count": 2, "resolution": 1024, "exact": True},
+    ),
+    (
+        {**OLD, "command": "controlnet", "control": ["a.png"], "net": "owner/net", "scale": 0.5, "mask": None},
+        "controlnet",
+        {"net": "owner/net", "scale": 0.5, "width": None},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("parameters", "kind", "expected"), OLDER)
+def test_files_of_before_kinds(tmp_path, parameters, kind, expected):
+    """As 067c868 wrote them: `command`, relative paths, the result's sides in any case, LoRAs as text."""
+    write_png(tmp_path / "x.png", IMAGE, parameters)
+    request, _, unknown = read_request(tmp_path / "x.png")
+    assert request.kind == kind and unknown == []
+    assert {name: getattr(request, name) for name in expected} == expected
+    if kind == "edit" and parameters.get("lora"):
+        assert [one.path for one in request.image] == ["a.png", "b.jpg"]
+        assert [(lora.name, lora.scale) for lora in request.lora] == [("a=b/x.safetensors", 0.5)]
+
+
+def test_files_of_later_versions(tmp_path):
+    write_png(tmp_path / "x.png", IMAGE, {**PARAMETERS, "kind": "text", "sharpness": 3})
+    assert read_request(tmp_path / "x.png")[2] == ["sharpness"]
+    write_png(tmp_path / "y.png", IMAGE, {**PARAMETERS, "kind": "hologram"})
+    with pytest.raises(ValueError, match="made by a later version: it is of the kind hologram"):
+        read_request(tmp_path / "y.png")
 
 
 def test_files_that_are_no_png(tmp_path):
@@ -115,9 +158,18 @@ def test_overwrite(tmp_path):
     assert read_parameters(tmp_path / "x.png")["seed"] == 2**40
 
 
-@pytest.mark.parametrize("name", ["none", "none/x.png", "x.jpg"])
-def test_output_that_cannot_be(tmp_path, name):
-    with pytest.raises(ValueError, match="must be a .png file in an existing folder, or an existing folder"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pictures", r"there is no folder .*pictures; did you mean .*/picture\?$"),
+        ("none", r"there is no folder .*none; .*/none/ would be made$"),
+        ("none/x.png", "there is no folder .*none$"),
+        ("x.jpg", "x.jpg must be a .png file or a folder"),
+    ],
+)
+def test_output_that_cannot_be(tmp_path, name, message):
+    (tmp_path / "picture").mkdir()
+    with pytest.raises(ValueError, match=message):
         OutputFiles(tmp_path / name, False, 1)
 
 

@@ -11,16 +11,8 @@ from pydantic import Field, TypeAdapter
 
 import qwen_image_fast
 from qwen_image_fast.folders import SHIPPED
-from qwen_image_fast.request import (
-    KINDS,
-    RELEASED,
-    AnyRequest,
-    Generation,
-    RequestError,
-    generation_of,
-    make,
-    model_class,
-)
+from qwen_image_fast.model_defaults import RELEASED, Generation, generation_of, model_class
+from qwen_image_fast.request import KINDS, AnyRequest, RequestError, make
 from qwen_image_fast.request_fields import RATIOS, argument_of, limits, parse_size, rule, unit_of
 
 INPUTS = {

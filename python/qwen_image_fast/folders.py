@@ -36,9 +36,8 @@ def local_folder(name_or_path: PathLike) -> Path | None:
         return SHIPPED
     if HUB_NAME.fullmatch(name):
         return None
-    known = ["tiny"] if "/" not in name else []
-    where = nearest(name, [*known, *_beside(path)])
-    raise FileNotFoundError(f"there is no folder {name}, and it is not a hub name like owner/model{where}")
+    near = ("" if "/" in name else nearest(name, ["tiny"])) or nearest_file(path)
+    raise FileNotFoundError(f"there is no folder {name}, and it is not a hub name like owner/model{near}")
 
 
 def resolve_folder(
@@ -63,7 +62,7 @@ def resolve_folder(
     from huggingface_hub import errors
 
     name = os.fspath(name_or_path)
-    near = nearest(name, _beside(Path(name)))
+    near = nearest_file(name)
     not_here = f"is neither a local folder nor cached, and the hub was not reached; download it or name a folder{near}"
     failures: dict[type[Exception], tuple[type[OSError], str]] = {  # a class before its base
         errors.GatedRepoError: (PermissionError, "asks to accept its terms on the hub: do so, then pass a token"),
@@ -97,17 +96,14 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
 
 def nearest_file(path: PathLike) -> str:
-    """As `nearest`, of what lies beside a file that is not there."""
-    return nearest(os.fspath(path), _beside(Path(path).expanduser()))
-
-
-def _beside(path: Path) -> list[str]:
-    """What lies where `path` would be, written as `path` is."""
+    """As `nearest`, of what lies beside a file that is not there, written as `path` is."""
+    path = Path(path).expanduser()
     try:
-        names = sorted(os.listdir(path.parent))
+        beside = {name: str(path.parent / name) for name in sorted(os.listdir(path.parent)) if name[0] != "."}
     except OSError:
-        return []
-    return [str(path.parent / name) for name in names if not name.startswith(".")]
+        return ""
+    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.7)
+    return f"; did you mean {beside[near[0]]}?" if near else ""
 
 
 def read_json(path: PathLike) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_image_fast.files import atomic_write, write_new
+from qwen_image_fast.folders import nearest_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,7 +20,7 @@ class OutputFiles:
     """Where pictures go: the file asked for, or the next free number; all is checked before any work is done.
 
     Args:
-        output: a .png file or an existing folder. Without `overwrite` no existing file is replaced: `x.png` becomes
+        output: a .png file or a folder that exists. Without `overwrite` no existing file is replaced: `x.png` becomes
             `x-0001.png`. Several pictures are numbered in any case; in a folder they are `image-0001.png` and so on.
         count: how many pictures will be written.
 
@@ -32,10 +33,10 @@ class OutputFiles:
         is_file = output.suffix.lower() == ".png" and not output.is_dir()
         self.single = output if is_file and count == 1 else None
         self.folder, self.stem = (output.parent, output.stem) if is_file else (output, "image")
-        self.overwrite = overwrite
+        self.overwrite, self.count = overwrite, count
         self.number = 0
         if not self.folder.is_dir():
-            raise ValueError(f"output {output} must be a .png file in an existing folder, or an existing folder")
+            raise ValueError(_wrong(output, self.folder))
         if not os.access(self.folder, os.W_OK | os.X_OK):
             raise ValueError(f"output {output}: the folder {self.folder} is not writable")
 
@@ -63,3 +64,12 @@ class OutputFiles:
         while True:
             self.number += 1
             yield self.folder / f"{self.stem}-{self.number:04d}.png"
+
+
+def _wrong(output: Path, folder: Path) -> str:
+    """Why there is no such place, and the nearest that could be meant."""
+    if folder != output:
+        return f"output {output}: there is no folder {folder}{nearest_file(folder)}"
+    if output.suffix or output.exists():
+        return f"output {output} must be a .png file or a folder"
+    return f"output {output}: there is no folder {output}{nearest_file(output) or f'; {output}/ would be made'}"

@@ -1,12 +1,12 @@
-"""Generated pictures as PNG files with their parameters inside.
+"""Generated pictures as PNG files with what they were made with inside.
 
-One iTXt chunk `parameters` holds a JSON object in UTF-8:
+One iTXt chunk `parameters` holds a JSON object in UTF-8: the fields of request.py of the picture's kind (its own seed;
+the paths of what went in are absolute, with their SHA-256), and
 
-    {"software": "qwen-image-fast", "version": ..., "model": ..., "prompt": ..., "negative_prompt": ..., "width": ...,
-     "height": ..., "steps": ..., "cfg": ..., "seed": ..., "max_sequence_length": ..., "dtype": ...,
-     "lightning": ..., "lora": ..., "device": ..., "command": ..., and the options of that command}
+    {"software": "qwen-image-fast", "version": ..., "kind": ..., "device": ..., "layer": of Layered, from 1}
 
-Readers that show PNG text show it as it is; only this package's own object is read back.
+Files of before `kind` have `command` instead, and relative paths. Readers that show PNG text show it as it is; only
+this package's own object is read back.
 """
 
 from __future__ import annotations
@@ -20,43 +20,18 @@ from typing import Any
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from qwen_image_fast.files import Writer, atomic_write
+from qwen_image_fast.request import KINDS, Request, make
+from qwen_image_fast.request_fields import RequestError, parse_size
 
 KEYWORD = "parameters"
 SOFTWARE = "qwen-image-fast"
-# What repeats a picture, and the types that JSON gives back.
-FIELDS: dict[str, tuple[type, ...]] = {
-    "model": (str,),
-    "prompt": (str,),
-    "negative_prompt": (str, type(None)),
-    "width": (int,),
-    "height": (int,),
-    "steps": (int,),
-    "cfg": (int, float),
-    "seed": (int,),
-    "max_sequence_length": (int,),
-    "dtype": (str,),
-    "lightning": (int, type(None)),
-}
-# The same of what only some pictures have.
-MORE_FIELDS: dict[str, tuple[type, ...]] = {
-    "lora": (list, type(None)),
-    "command": (str,),
-    "image": (list, str),
-    "control": (list,),
-    "mask": (str, type(None)),
-    "strength": (int, float),
-    "size": (str, type(None)),
-    "megapixel": (bool,),
-    "count": (int,),
-    "resolution": (int,),
-    "exact": (bool,),
-    "net": (str,),
-    "scale": (int, float),
-}
+# What an object holds beside the fields of its kind.
+BESIDE = ("software", "version", "kind", "device", "layer", "command")
+COMMANDS = {"generate": "text", "edit": "edit", "layers": "layers", "controlnet": "controlnet"}
 
 
 def write_png(path: str | os.PathLike, image: Image.Image, parameters: Mapping[str, Any]) -> None:
-    """Write `image` with `parameters` (at least `FIELDS`); the file appears when it is complete, or not at all."""
+    """Write `image` with `parameters`; the file appears when it is complete, or not at all."""
     atomic_write(path, png_writer(image, parameters))
 
 
@@ -91,10 +66,38 @@ def read_parameters(path: str | os.PathLike) -> dict[str, Any]:
         parameters = None
     if not isinstance(parameters, dict) or parameters.get("software") != SOFTWARE:
         raise ValueError(f"{path} holds the parameters of other software, not of {SOFTWARE}")
-    for name, types in {**FIELDS, **{n: t for n, t in MORE_FIELDS.items() if n in parameters}}.items():
-        value = parameters.get(name)
-        texts = not isinstance(value, list) or all(isinstance(v, str) for v in value)
-        if name not in parameters or type(value) not in types or not texts:
-            kinds = " or ".join("null" if t is type(None) else t.__name__ for t in types)
-            raise ValueError(f"{path}: the parameter {name} must be {kinds}, got {value!r}")
     return parameters
+
+
+def read_request(path: str | os.PathLike) -> tuple[Request, dict[str, Any], list[str]]:
+    """What a PNG was made with, the fields that it has of that, and names in it that this version does not know.
+
+    Raises:
+        as `read_parameters`, and ValueError where a value is wrong.
+    """
+    found = read_parameters(path)
+    kind = found.get("kind") or COMMANDS.get(str(found.get("command", "generate")), "")
+    if kind not in KINDS:
+        raise ValueError(f"{path} was made by a later version: it is of the kind {kind or found['command']}")
+    values = {name: value for name, value in found.items() if name not in BESIDE and value is not None}
+    if "kind" not in found:
+        values = _of_older_version(kind, values)
+    fields = KINDS[kind].model_fields
+    stored = {name: value for name, value in values.items() if name in fields}
+    try:
+        return make(kind, {}, stored), stored, sorted(values.keys() - fields.keys())
+    except RequestError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _of_older_version(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Which wrote the result's sides where they were not asked for, and what had no effect."""
+    left_out = {"max_sequence_length"} if kind == "edit" else set()
+    if kind != "text":
+        left_out |= {"width", "height"}
+        if "size" in values:
+            values["width"], values["height"] = parse_size(values.pop("size"), (0, 0))
+            left_out -= {"width", "height"}
+    if kind == "edit" and "mask" not in values:
+        left_out.add("strength")
+    return {name: value for name, value in values.items() if name not in left_out}

@@ -8,13 +8,13 @@ may be given under the name of the pipeline's argument too. Imports no torch. do
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from qwen_image_fast.folders import read_json
+from qwen_image_fast.model_defaults import Generation
 from qwen_image_fast.request_fields import (
+    LARGEST,
     Loras,
     OnePicture,
     Pictures,
@@ -24,9 +24,9 @@ from qwen_image_fast.request_fields import (
     check_multiples,
     parse_size,
     sentence,
+    tokens_of,
 )
 
-LARGEST = 8192
 EDITING = ("QwenImageEditPlusPipeline", "QwenImageEditPipeline", "QwenImageEditInpaintPipeline")
 DRAWING = (
     "QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline", "QwenImageControlNetPipeline",
@@ -98,6 +98,23 @@ class Request(BaseModel):
     def size(self, opened: Opened) -> tuple[int, int]:
         """Width and height of the result."""
         raise NotImplementedError
+
+    @property
+    def each(self) -> int:
+        """Pictures for a prompt."""
+        return getattr(self, "images", 1)
+
+    @property
+    def steps_taken(self) -> int:
+        """The steps that are taken, with a strength below one not all."""
+        strength = (
+            getattr(self, "strength", 1.0) if getattr(self, "mask", None) or self.kind == "image_to_image" else 1.0
+        )
+        return self.steps - int(max(self.steps - min(self.steps * strength, self.steps), 0))
+
+    def tokens(self, opened: Opened) -> int:
+        """Image tokens of one picture in every step."""
+        return tokens_of(*self.size(opened))
 
     def call(self, opened: Opened) -> dict[str, Any]:
         """The arguments of the pipeline's call."""
@@ -210,6 +227,10 @@ class Edit(Resized):
             raise RequestError(f"{{image}} must be given once for {self.model}, got {len(self.image)}")
         return "QwenImageEditPipeline" if model_class == "QwenImageEditPipeline" else "QwenImageEditPlusPipeline"
 
+    def tokens(self, opened: Opened) -> int:
+        pictures = [self.size(opened), *(picture.size for picture in opened["image"])]
+        return sum(4096 if self.megapixel else tokens_of(*size) for size in pictures)
+
     def call(self, opened: Opened) -> dict[str, Any]:
         arguments = {**super().call(opened), "preserve_size": not self.megapixel}
         if len(self.image) == 1:
@@ -296,52 +317,14 @@ class Layers(Prompted):
         scale = 1.0 if self.exact else (self.resolution**2 / (width * height)) ** 0.5
         return round(width * scale), round(height * scale)
 
+    def tokens(self, opened: Opened) -> int:
+        return (self.count + 2) * tokens_of(*self.size(opened))
+
 
 AnyRequest = Text | ImageToImage | Inpaint | Edit | ControlNet | Layers
 KINDS: dict[str, type[Request]] = {
     cls.model_fields["kind"].default: cls for cls in (Text, ImageToImage, Inpaint, Edit, ControlNet, Layers)
 }
-
-
-class Generation(BaseModel):
-    """What a model makes best: defaults of the fields of these names, of the kinds that always have them."""
-
-    model_config = ConfigDict(extra="forbid")
-    width: Annotated[int | None, Field(ge=16, le=LARGEST, multiple_of=16)] = None
-    height: Annotated[int | None, Field(ge=16, le=LARGEST, multiple_of=16)] = None
-    steps: Annotated[int | None, Field(ge=1, le=1000)] = None
-    cfg: Annotated[float | None, Field(ge=0, le=100, allow_inf_nan=False)] = None
-    negative_prompt: str | None = None
-
-
-GENERATION_FILE = "generation.json"
-# Of released models, by the class of their pipeline, from their READMEs; of others those of the fields.
-RELEASED = {
-    "QwenImageEditPlusPipeline": Generation(width=1024, height=1024, steps=40),
-    "QwenImageEditPipeline": Generation(width=1024, height=1024),
-}
-
-
-def model_class(folder: Path, name: str) -> str:
-    """The class that the index of a pipeline's folder names; `name`: what the user calls it.
-
-    Raises:
-        FileNotFoundError: there is no index. ValueError: it is damaged.
-    """
-    if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"{name} is not a pipeline's folder: it has no model_index.json")
-    return str(read_json(folder / "model_index.json").get("_class_name"))
-
-
-def generation_of(folder: Path, model_class: str) -> Generation:
-    """The model's defaults: of its `generation.json`, else of the released models. ValueError: the file is wrong."""
-    path = folder / GENERATION_FILE
-    if not path.is_file():
-        return RELEASED.get(model_class, Generation())
-    try:
-        return Generation.model_validate(read_json(path))
-    except ValidationError as error:
-        raise ValueError(f"{path}: {sentence(error, Generation.model_fields, 'a model')}") from error
 
 
 def make(

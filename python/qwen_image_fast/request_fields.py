@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from qwen_image_fast.folders import nearest
 
+LARGEST = 8192  # pixels of a side
 # The sizes that Qwen-Image was tuned for, from the table in its README.
 RATIOS = {
     "1:1": (1328, 1328),
@@ -160,6 +161,11 @@ def check_multiples(width: int, height: int) -> None:
         raise RequestError(
             f"{{width}} and {{height}} must be multiples of 16, got {bad[0]} in {width}x{height}; try {near}"
         )
+
+
+def tokens_of(width: int, height: int) -> int:
+    """Tokens of the latents of a picture."""
+    return -(-width // 16) * -(-height // 16)
 
 
 def parse_size(text: str, usual: tuple[int, int]) -> tuple[int, int]:

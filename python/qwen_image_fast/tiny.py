@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from .checkpoint import save_state
+from .model_defaults import GENERATION_FILE
 from .models.text_encoder import EDIT_PLUS_PICTURE, EDIT_TEMPLATE, T2I_TEMPLATE
 from .models.vision import VisionProcessor
-from .request import GENERATION_FILE
 
 _SPECIAL = (
     "<|endoftext|>",

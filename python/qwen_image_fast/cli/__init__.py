@@ -13,11 +13,11 @@ from qwen_image_fast.cli.errors import BAD_INPUT, Sentences
 
 # Where each command, or group of commands, is, and the first sentence of its help.
 COMMANDS = {
-    "generate": ("cli.generate:generate", "Make pictures and write them as PNG, with the parameters inside."),
-    "edit": ("cli.edit:edit", "Edit pictures by an instruction; the result keeps the exact size."),
-    "layers": ("cli.edit:layers", "Take a picture apart into transparent layers, back to front."),
+    "generate": ("cli.pictures:generate", "Make pictures from prompts, or change one, and write them as PNG."),
+    "edit": ("cli.pictures:edit", "Edit pictures by an instruction; the result keeps the exact size."),
+    "layers": ("cli.pictures:layers", "Take a picture apart into transparent layers, back to front."),
     "controlnet": (
-        "cli.edit:controlnet",
+        "cli.pictures:controlnet",
         "Make pictures led by control pictures, or inpaint with an inpainting ControlNet.",
     ),
     "train": (
@@ -26,7 +26,7 @@ COMMANDS = {
     ),
     "inspect": (
         "cli.machine:inspect",
-        "Say what a model folder holds: configurations, parameters, memory by part and dtype, and what fits where.",
+        "Say what a model holds and which cards it fits, or what a picture was made with and how to repeat it.",
     ),
     "bench": (
         "cli.machine:bench",

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 it failed (also: a kernel that disagrees, a damaged model)
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,7 +53,9 @@ class Sentences(TyperGroup):
 
 
 def print_error(sentence: object) -> None:
-    err.print(f"[bold red]error:[/bold red] {plain(sentence)}", soft_wrap=True, highlight=False)
+    """Without the name of the function that found it, which errors of the Python API begin with."""
+    text = re.sub(r"^[a-z]+(_[a-z0-9]+)+: ", "", plain(sentence))
+    err.print(f"[bold red]error:[/bold red] {text}", soft_wrap=True, highlight=False)
 
 
 def plain(text: object) -> str:
@@ -66,10 +69,11 @@ def _print_failure(error: Exception) -> None:
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
     ours = frame is not None and Path(frame.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parents[1])
-    torch = sys.modules.get("torch")  # whoever runs out of its memory has imported it
-    if isinstance(error, (MemoryError, *([torch.OutOfMemoryError] if torch else []))):
-        print_error(f"out of memory; a smaller --size, fewer --images or --free-modulation need less ({error})")
-    elif isinstance(error, OSError) or (ours and isinstance(error, (ValueError, RuntimeError))):
+    if is_out_of_memory(error):
+        print_error(f"out of memory; smaller pictures, or fewer at a time, need less ({error})")
+    elif isinstance(error, OSError):
+        print_error(system_sentence(error))
+    elif ours and isinstance(error, (ValueError, RuntimeError)):
         print_error(error)
     else:
         print_error(f"{type(error).__name__}: {error}")
@@ -78,10 +82,22 @@ def _print_failure(error: Exception) -> None:
         err.print(Traceback.from_exception(type(error), error, error.__traceback__))
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # whoever runs out of its memory has imported it
+    return isinstance(error, (MemoryError, *([torch.OutOfMemoryError] if torch else [])))
+
+
+def system_sentence(error: OSError) -> str:
+    """What the system says, without the number of the error."""
+    if error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+
+
 @contextmanager
 def failing(code: int, *kinds: type[Exception]) -> Iterator[None]:
     """Exceptions of these kinds, whose message is a sentence, end the command with `code`."""
     try:
         yield
     except kinds as error:
-        raise CommandError(str(error), code) from error
+        raise CommandError(system_sentence(error) if isinstance(error, OSError) else str(error), code) from error

@@ -1,7 +1,8 @@
-"""`qwen-image-fast inspect`, `doctor` and `bench`: models and this machine."""
+"""`qwen-image-fast inspect`, `doctor` and `bench`: models, pictures and this machine."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,23 +10,35 @@ import typer
 from qwen_image_fast.cli.common import DTYPE_HELP, JSON, check_dtype, print_json, torch_dtype
 from qwen_image_fast.cli.errors import BAD_INPUT, FAILED, CommandError, failing, out, print_error
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="Folder or hub name; of the hub only json files and headers are read.")],
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="A model's folder or hub name, of which only json files and headers are read; or a picture."
+        ),
+    ],
     margin: Annotated[
         float | None,
         typer.Option(min=0, help="GB allowed for activations in the table of what fits.", show_default="3"),
     ] = None,
     as_json: JSON = False,
 ) -> None:
-    """Say what a model folder holds: configurations, parameters, memory by part and dtype, and what fits where."""
+    """Say what a model holds and which cards it fits, or what a picture was made with and how to repeat it."""
+    if (path := Path(what).expanduser()).suffix.lower() in PICTURES and not path.is_dir():
+        from qwen_image_fast.cli.show import show
+
+        show(path, as_json)
+        return
     from qwen_image_fast import inspect_model
 
     with (
         failing(FAILED, ConnectionError, PermissionError),
         failing(BAD_INPUT, FileNotFoundError, NotADirectoryError, ValueError),
     ):
-        found = inspect_model.inspect_model(model)
+        found = inspect_model.inspect_model(what)
     margin = inspect_model.MARGIN_GB if margin is None else margin
     if as_json:
         print_json(inspect_model.as_json(found, margin))

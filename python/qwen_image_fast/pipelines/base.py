@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -67,6 +67,8 @@ class Pipeline(PipelineFolder, LoraMixin):
         self.prompt_enhancer: PromptEnhancer | None = None
         self.cuda_graphs: StepGraphs | None = None
         self.times: dict[str, float] = {}
+        # Told the name of each stage of a call as it begins.
+        self.on_stage: Callable[[str], None] | None = None
         self._interrupt = False
         self._read = {}
 
@@ -143,6 +145,8 @@ class Pipeline(PipelineFolder, LoraMixin):
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         """Add the seconds of a block to `times[name]`."""
+        if self.on_stage is not None:
+            self.on_stage(name)
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":

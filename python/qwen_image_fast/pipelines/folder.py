@@ -15,13 +15,13 @@ from qwen_image_fast.checkpoint import BASE_NAME, has_weights, json_bytes
 from qwen_image_fast.files import atomic_write
 from qwen_image_fast.folders import DOWNLOAD_PATTERNS, read_json, resolve_folder
 from qwen_image_fast.keywords import check_saving, keyword_names, one_device, part_dtypes, refuse
+from qwen_image_fast.model_defaults import GENERATION_FILE
 from qwen_image_fast.models.controlnet import QwenImageControlNetModel
 from qwen_image_fast.models.text_encoder import load_captioner, load_text_encoder
 from qwen_image_fast.models.text_encoder_files import save_text_encoder
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.models.vision import VisionProcessor
-from qwen_image_fast.request import GENERATION_FILE
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler
 from qwen_image_fast.weights.formats import parts_in
 from qwen_image_fast.weights.places import single_file

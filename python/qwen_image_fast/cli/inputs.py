@@ -1,0 +1,131 @@
+"""What goes into a picture: prompts, pictures, LoRAs and folders, found and checked before anything is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from qwen_image_fast.cli.errors import BAD_INPUT, FAILED, CommandError, failing
+from qwen_image_fast.cli.options import flag
+from qwen_image_fast.folders import HUB_NAME, local_folder, nearest_file, resolve_folder
+from qwen_image_fast.model_defaults import GENERATION_FILE
+from qwen_image_fast.request import Request
+from qwen_image_fast.request_fields import InputPicture, has_pictures
+
+
+def prompts_of(path: Path) -> list[str]:
+    """The prompts of a file, one per line."""
+    try:
+        lines = path.expanduser().read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError as error:
+        raise CommandError(f"there is no file {path}{nearest_file(path)}") from error
+    except IsADirectoryError as error:
+        raise CommandError(f"{path} is a folder, not a file of prompts") from error
+    except PermissionError as error:
+        raise CommandError(f"{path} may not be read") from error
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{path} could not be read as UTF-8 text: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise CommandError(f"{path} holds no prompt")
+    return prompts
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a pipeline, with only its index and its defaults for certain."""
+    with failing(FAILED, ConnectionError, PermissionError), failing(BAD_INPUT, FileNotFoundError, NotADirectoryError):
+        return resolve_folder(name, allow_patterns=["model_index.json", GENERATION_FILE])
+
+
+def settled(
+    request: Request, from_image: Path | None, note: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of a request that name files, with names that hold from any folder, and its pictures, opened.
+
+    `from_image`: the picture that is repeated, beside which its inputs may lie. A file that has changed since is noted.
+    """
+    found: dict[str, Any] = {}
+    opened: dict[str, Any] = {}
+    for name, field in type(request).model_fields.items():
+        value = getattr(request, name)
+        if value is None or not has_pictures(field.annotation):
+            continue
+        each = [_found(one, name, from_image, note) for one in (value if isinstance(value, list) else [value])]
+        inputs, pictures = [one for one, _ in each], [picture for _, picture in each]
+        found[name], opened[name] = (inputs, pictures) if isinstance(value, list) else (inputs[0], pictures[0])
+    for name in ("model", "net"):
+        if hasattr(request, name):
+            found[name] = _absolute(getattr(request, name))
+    found["lora"] = [lora.model_copy(update={"name": lora_file(lora.name)}) for lora in request.lora]
+    _check_mask(opened)
+    return found, opened
+
+
+def _absolute(name: str) -> str:
+    with failing(BAD_INPUT, FileNotFoundError, NotADirectoryError):
+        folder = local_folder(name)
+    return name if folder is None or (name == "tiny" and not Path(name).is_dir()) else str(folder.resolve())
+
+
+def lora_file(name: str) -> str:
+    """A file or folder from anywhere, or the name on the hub: owner/name, or owner/name/file.safetensors."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    owner, _, rest = name.partition("/")
+    parts = rest.split("/")
+    on_hub = HUB_NAME.fullmatch(f"{owner}/{parts[0]}") and (len(parts) == 1) == (not rest.endswith(".safetensors"))
+    if not on_hub:
+        kind = "file" if path.suffix else "file or folder"
+        raise CommandError(f"there is no LoRA {kind} {name}{nearest_file(name)}")
+    return name
+
+
+def _found(one: InputPicture, option: str, from_image: Path | None, note) -> tuple[InputPicture, Image.Image]:
+    """A picture's file where it is now, or beside the picture that was made of it."""
+    path = Path(one.path).expanduser()
+    beside = [] if from_image is None else [from_image.parent / path, from_image.parent / path.name]
+    there = [place for place in (path, *beside) if place.is_file()]
+    hashes = [hashlib.sha256(place.read_bytes()).hexdigest() for place in there] if one.sha256 else []
+    place = there[hashes.index(one.sha256)] if one.sha256 in hashes else there[0] if there else path
+    picture = open_picture(place, option, from_image)
+    digest = hashlib.sha256(place.read_bytes()).hexdigest()
+    if one.sha256 not in (None, digest):
+        note(f"{place} has changed since {from_image} was made from it: the result will differ")
+    return InputPicture(path=str(place.resolve()), sha256=digest), picture
+
+
+def open_picture(path: Path, option: str, from_image: Path | None = None) -> Image.Image:
+    """The first frame, upright."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except FileNotFoundError as error:
+        moved = f"; if {from_image} was made from a file that has moved, give {flag(option)}"
+        raise CommandError(
+            f"there is no picture {path}{nearest_file(path) if from_image is None else moved}"
+        ) from error
+    except IsADirectoryError as error:
+        raise CommandError(f"{path} could not be read as a picture: it is a folder") from error
+    except UnidentifiedImageError as error:
+        raise CommandError(f"{path} could not be read as a picture: it is of no format that Pillow knows") from error
+    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        raise CommandError(
+            f"{path} could not be read as a picture: {getattr(error, 'strerror', 0) or error}"
+        ) from error
+
+
+def _check_mask(opened: dict[str, Any]) -> None:
+    """One pixel of rounding in either side is the same aspect ratio."""
+    mask = opened.get("mask")
+    if mask is not None:
+        from qwen_image_fast.pipelines.masks import check_ratio
+
+        shown = opened["image"] if "image" in opened else opened["control"]
+        with failing(BAD_INPUT, ValueError):
+            check_ratio("--mask", mask, shown[0] if isinstance(shown, list) else shown)
