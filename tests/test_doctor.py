@@ -7,9 +7,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from qwen_image_fast import _C, doctor, ops
+from qwen_image_fast import _C, doctor, doctor_picture, ops
 from qwen_image_fast.cli import app
-from qwen_image_fast.ops import _linear
+from qwen_image_fast.ops import _choices, _linear
 
 
 @pytest.fixture(autouse=True)
@@ -277,3 +277,75 @@ def test_bench_table():
 def test_bench_refuses_a_bad_width():
     result = run("bench", "--width", "200")
     assert result.exit_code == 2 and result.stderr == "error: --width must be a multiple of 128, got 200\n"
+
+
+# ---- a picture, and versions ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_self_test(monkeypatch):
+    monkeypatch.setattr(doctor, "self_test", lambda: [])
+
+
+def test_a_picture_is_made(no_self_test):
+    report = json.loads(run("doctor", "--json").stdout)
+    drawn = report["picture"]
+    assert drawn["problem"] is None and 0 <= drawn["difference"] <= 2 and drawn["seconds"] > 0 and not report["too_old"]
+    assert "a picture of 128 x 128 in " in run("doctor").stdout
+
+
+def wrong_step(*args):
+    out = ops.guided_step(*args)
+    return out if _choices.use_reference() else out * 1.2
+
+
+def no_function(*_, **__):
+    raise ImportError("cannot import name 'a' from 'b'")
+
+
+@pytest.mark.parametrize(
+    ("place", "fault", "text"),
+    [
+        (("qwen_image_fast.sampling", "guided_step"), wrong_step, "differs from that of the references by"),
+        (("transformers.Qwen2_5_VLModel", "__init__"), no_function, "ImportError: cannot import name 'a' from 'b'"),
+    ],
+    ids=["wrong", "too old a library"],
+)
+def test_a_picture_that_fails(place, fault, text, no_self_test, monkeypatch):
+    """What the tests of the ops cannot see: all was well, by the doctor, with a torch that could not run the VAE."""
+    monkeypatch.setattr(".".join(place), fault)
+    result = run("doctor")
+    assert result.exit_code == 1 and "error: no picture by the model of the package: " in result.stderr
+    assert text in result.stderr and "bold" not in result.stderr
+    assert text in json.loads(run("doctor", "--json").stdout)["picture"]["problem"]
+
+
+def test_versions_with_what_is_supported(no_self_test, monkeypatch):
+    declared = ["torch>=2.5", "numpy>=99.1", "huggingface_hub>=0.34", 'diffusers>=0.37; extra == "diffusers"', "rich"]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda _: declared)
+    monkeypatch.setattr(doctor_picture, "draw", lambda _: doctor_picture.Drawn(seconds=1.0, difference=0))
+    found = doctor.environment()
+    assert found["torch"].startswith(f"{torch.__version__} (supported: 2.5 or newer), ")
+    assert found["diffusers"].endswith(" (supported: 0.37 or newer)") and "supported" not in found["pillow"]
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert result.stderr == f"error: numpy must be 99.1 or newer, got {doctor.metadata.version('numpy')}\n"
+    monkeypatch.setattr(doctor.metadata, "requires", no_package)
+    assert doctor.too_old() == {} and run("doctor").exit_code == 0
+
+
+def no_package(name):
+    raise doctor.metadata.PackageNotFoundError(name)
+
+
+@pytest.mark.parametrize(
+    ("installed", "oldest", "older"),
+    [
+        ("2.5.1+cpu", "2.5", False), ("2.5", "2.5.0", False), ("2.4.9", "2.5", True), ("0.36.0", "0.37", True),
+        ("2.10.0", "2.9", False), ("10.0", "10", False), ("5.0.0rc1", "5", False), ("0.43.0.dev0", "0.37", False),
+    ],
+)  # fmt: skip
+def test_versions_in_order(installed, oldest, older, monkeypatch):
+    monkeypatch.setattr(doctor, "oldest_supported", lambda: {"a": oldest})
+    monkeypatch.setattr(doctor, "_installed", lambda _: installed)
+    assert bool(doctor.too_old()) == older

@@ -16,7 +16,7 @@ LAYERS = [
     {"chat", "schedulers", "model_defaults", "request", "request_fields"},
     {"graphs", "sampling"},
     {"pipelines"},
-    {"tiny", "drop_in", "inspect_model", "png_metadata", "output_files", "doctor", "doctor_cases"},
+    {"tiny", "drop_in", "inspect_model", "png_metadata", "output_files", "doctor", "doctor_cases", "doctor_picture"},
     {"training"},
     {"cli", "__main__"},
 ]

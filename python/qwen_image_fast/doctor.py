@@ -28,7 +28,8 @@ from qwen_image_fast.ops._linear import describe_linear
 from qwen_image_fast.ops.joint_attention import describe_attention
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OPTIONAL_PACKAGES = ("transformers", "diffusers", "peft", "accelerate")
+# Beside torch, those whose versions decide what works; the last three are wanted by the extra diffusers alone.
+PACKAGES = ("transformers", "huggingface_hub", "safetensors", "numpy", "pillow", "diffusers", "accelerate", "peft")
 
 
 # ---- the environment --------------------------------------------------------------------------------------------
@@ -40,7 +41,7 @@ def environment() -> dict[str, str]:
     architectures = ", ".join(str(a) for a in info["cuda_architectures"]) or "none in this build"
     found = {
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
+        "torch": f"{_version('torch', torch.__version__)}, {torch.get_num_threads()} threads",
         "CPU capability of torch": torch.backends.cpu.get_cpu_capability(),
         "qwen-image-fast": f"{info['version']}, built with {info['compiler']}, {info['openmp_threads']} OpenMP threads",
         "CPU kernels": f"{', '.join(info['cpu_kernels'])} compiled; {info['cpu_in_use']} in use",
@@ -50,7 +51,7 @@ def environment() -> dict[str, str]:
     attention = describe_attention("cuda" if torch.cuda.is_available() else "cpu")
     found |= {"attention, equal lengths": attention[0], "attention, mixed lengths": attention[1]}
     found["linear layers"] = describe_linear("cuda" if torch.cuda.is_available() else "cpu")
-    return found | {name: _installed(name) for name in OPTIONAL_PACKAGES}
+    return found | {name: _version(name, _installed(name)) for name in PACKAGES}
 
 
 def _cuda() -> str:
@@ -92,11 +93,47 @@ def runs_on(architecture: str, major: int, minor: int) -> bool:
     return int(name[2]) == minor if name[3] == "a" else int(name[2]) <= minor
 
 
-def _installed(package: str) -> str:
+def _installed(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
+        return None
+
+
+def oldest_supported() -> dict[str, str]:
+    """By package, as the installed wheel declares them; docs/versions.md tells what was tried."""
+    try:
+        declared = metadata.requires("qwen-image-fast") or ()
+    except metadata.PackageNotFoundError:  # run from a source tree
+        declared = ()
+    found = (re.match(r"([\w-]+) ?>=([\w.]+)", line) for line in declared)
+    return {match[1].replace("-", "_"): match[2] for match in found if match}
+
+
+def too_old() -> dict[str, str]:
+    """A sentence for each installed package that is older than what is supported."""
+    found = {}
+    for package, oldest in oldest_supported().items():
+        installed = _installed(package)
+        if installed is not None and _numbers(installed) < _numbers(oldest):
+            found[package] = f"{package} must be {oldest} or newer, got {installed}"
+    return found
+
+
+def _version(package: str, installed: str | None) -> str:
+    """With what is supported, where that is known."""
+    if installed is None:
         return "not installed"
+    oldest = oldest_supported().get(package)
+    return f"{installed} (supported: {oldest} or newer)" if oldest else installed
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """What comes before letters and `+`: of 2.5.1+cpu (2, 5, 1); zeros at the end do not count."""
+    numbers = [int(n) for n in re.match(r"[\d.]*", version)[0].split(".") if n]  # type: ignore[index]
+    while numbers and numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)
 
 
 def has_cuda_kernels() -> bool:

@@ -51,22 +51,30 @@ def inspect(
 
 
 def doctor_command(as_json: JSON = False) -> None:
-    """Show the environment and test every op, forward and backward, against its reference."""
-    from qwen_image_fast import doctor
+    """Show the environment, test every op, forward and backward, against its reference, and make a picture."""
+    from qwen_image_fast import doctor, doctor_picture
 
-    environment, verdicts = doctor.environment(), doctor.self_test()
+    environment, verdicts, old = doctor.environment(), doctor.self_test(), doctor.too_old()
+    drawn = doctor_picture.draw("cuda" if doctor.has_cuda_kernels() else "cpu")
     bad = [v for v in verdicts if v.problem]
     if as_json:
-        print_json({"environment": environment, "self_test": [vars(v) for v in verdicts], "agree": not bad})
+        print_json({"environment": environment, "too_old": old, "self_test": [vars(v) for v in verdicts],
+                    "agree": not bad, "picture": vars(drawn)})  # fmt: skip
     else:
         out.print(doctor.environment_table(environment))
         out.print(doctor.verdict_table(verdicts))
     for v in bad:
         print_error(f"{v.op}, {v.kernels} kernels, {v.dtype}: {v.problem}")
-    if bad:
+    for sentence in old.values():
+        print_error(sentence)
+    if drawn.problem:
+        print_error(f"no picture by the model of the package: {drawn.problem}")
+    if bad or old or drawn.problem:
         raise typer.Exit(FAILED)
     if not as_json:
         out.print("[bold green]all kernels agree with their references[/bold green]")
+        made = f"a picture of {drawn.side} x {drawn.side} in {drawn.seconds:.1f} s"
+        out.print(f"{made}, {drawn.difference} of 255 from that of the references", style="bold green")
 
 
 def bench(
