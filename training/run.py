@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from qwen_image_fast.files import claimed
+from qwen_image_fast.files import atomic_write, claimed
 from qwen_image_fast.training.batches.latents import META, write_cache
 from qwen_image_fast.training.engine.memory import check_recipe, transformer_config
+from qwen_image_fast.training.engine.run_log import REJECTED, LeftOut
 from qwen_image_fast.training.engine.trainer import Trainer, TrainingStopped
 from qwen_image_fast.training.parallel.layout import (
     Parallel,
@@ -116,7 +119,8 @@ def _train(run: Curriculum, folder: Path, source: Source | None, options: dict[s
 def cache_latents(recipe_path: str | Path, overrides: Any, folder: str | Path, count: int) -> None:
     """Write the first `count` samples of a flow recipe, encoded by its VAE, as a latent cache.
 
-    The VAE computes in the type of the recipe's model, in `producers.count` processes where the backend is that."""
+    The VAE computes in the type of the recipe's model, in `producers.count` processes where the backend is that. Files
+    that cannot be used are said, and listed in `rejected.jsonl`; others stand for them, as in training."""
     recipe, folder = read_recipe(find_recipe(recipe_path), overrides), Path(folder)
     if not isinstance(recipe, FlowRecipe) or recipe.data.cache:
         raise RecipeError("recipe: cache-latents needs kind flow without data.cache")
@@ -129,8 +133,18 @@ def _cache_latents(recipe: FlowRecipe, folder: Path, count: int) -> None:
     maker = task.batches
     pixels = any(recipe.data.tasks.get(name) for name in ("ti2i", "recon"))
     workers = recipe.producers.count if recipe.producers.backend == "processes" else 0
+    left_out, lines = LeftOut(), []
     with tqdm(total=count, unit="sample") as bar:
+
+        def rejected(origin: str, reason: str) -> None:
+            lines.append(json.dumps({"origin": origin, "reason": reason}, ensure_ascii=False) + "\n")
+            if sentence := left_out.sentence(origin, reason):
+                bar.write(sentence, sys.stderr)
+
         write_cache(
             folder, task.pipe.vae.to(task.dtype), maker.to_cache, count, pixels=pixels, workers=workers,
-            progress=lambda done: bar.update(done - bar.n),
+            progress=lambda done: bar.update(done - bar.n), rejected=rejected,
         )  # fmt: skip
+        if lines:
+            atomic_write(folder / REJECTED, lambda file: file.write("".join(lines).encode()))
+            bar.write(f"{len(lines)} samples were left out for {count} used: {folder / REJECTED}", sys.stderr)

@@ -1,6 +1,8 @@
 """A process of a run of several: `python parallel_worker.py JOBS`, JOBS a JSON list of arguments of `run.train`."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -42,13 +44,25 @@ def asking(mixture):
     return train_step
 
 
+def deadly(rank, step):
+    """`train_step` that SIGKILL ends on one rank at a step."""
+
+    def train_step(trainer, batches):
+        if (trainer.parallel.rank, trainer.step) == (rank, step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return TRAIN_STEP(trainer, batches)
+
+    return train_step
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for job in json.loads(sys.argv[1]):
         read = {}
         shard.fill = counted(read)
         mixture = job.pop("mixture", None)
-        run.Trainer.train_step = asking(mixture) if mixture else TRAIN_STEP
+        killed = job.pop("killed", None)
+        run.Trainer.train_step = asking(mixture) if mixture else deadly(*killed) if killed else TRAIN_STEP
         trainer = run.train(**job)
         held = sum(local(p).nbytes for p in trainer.task.transformer.parameters())
         found = {"bytes_read": trainer.task.bytes_read, "bytes_held": held, **read}

@@ -4,13 +4,13 @@ import json
 import os
 import signal
 import subprocess
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from data_pictures import noise
 from parallel_helpers import HERE, finish, launch, losses, run_jobs, write_recipe
 from PIL import Image
 from safetensors.torch import load_file
@@ -65,6 +65,15 @@ def stages(folder):
     return tree
 
 
+def pictures(root):
+    """The changes for a folder of pictures, half of which are empty."""
+    root.mkdir(exist_ok=True)
+    for i in range(8):
+        (root / f"{i}.png").write_bytes(noise(i) if i % 2 else b"")
+        (root / f"{i}.txt").write_text(f"picture {i}")
+    return {"data__source": str(root), "data__options": {}}
+
+
 def alone(trainer):
     """A run of one process that asks for another mixture as those of two do."""
     step, folder = trainer.train_step, trainer.folder
@@ -97,6 +106,9 @@ def runs(folder, tmp_path_factory):
     path = write_recipe(stages(folder), base / "stages.yaml")
     mixture = (CHANGE[0], str(base / "stages-2"), CHANGE[1])
     jobs.append({"recipe_path": path, "folder": str(base / "stages-2"), "mixture": mixture})
+    damaged = small_recipe(folder, steps=4, **pictures(base / "pictures"))
+    start(damaged, base / "damaged-1").run()
+    jobs.append(job(folder, base / "damaged-2", 4, LAYOUTS["fsdp"], optimizer__clip=1.0, **pictures(base / "pictures")))
     return base, run_jobs(jobs)
 
 
@@ -142,6 +154,14 @@ def test_stages_edits_pictures_and_a_new_mixture_are_those_of_one_process(runs):
         assert abs(a - b).max() <= 1
 
 
+def test_damaged_files_are_left_out_on_several_processes_as_on_one(runs):
+    base, _ = runs
+    one, two = base / "damaged-1", base / "damaged-2"
+    torch.testing.assert_close(losses(two), losses(one), rtol=1e-5, atol=0)
+    assert losses(two, "rejected") == losses(one, "rejected") and sum(losses(one, "rejected")) > 4
+    assert (two / "rejected.jsonl").read_text() == (one / "rejected.jsonl").read_text()
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_export_is_a_pipeline(runs, name):
     base, _ = runs
@@ -168,18 +188,10 @@ def test_a_rank_reads_and_holds_its_part_alone(runs):
 def test_a_killed_trainer_loses_the_steps_since_its_checkpoint(runs, folder, tmp_path):
     """SIGKILL of one rank: the other stops with a sentence, and the run goes on to the same losses."""
     base, _ = runs
-    work = job(folder, tmp_path / "killed", checkpoint__every=4)
-    arguments = [str(HERE / "parallel_worker.py"), json.dumps([work])]
-    processes = launch(arguments)
-    log = tmp_path / "killed" / "log.jsonl"
-    end = time.monotonic() + 90
-    while not (log.exists() and len(log.read_text().splitlines()) >= 9):
-        assert time.monotonic() < end and all(p.poll() is None for p in processes)
-        time.sleep(0.02)
-    os.kill(processes[1].pid, signal.SIGKILL)
-    killed = time.monotonic()
-    (code, _, errors), _ = finish(processes)
-    assert code == 1 and time.monotonic() - killed < 60
+    work = job(folder, tmp_path / "killed", checkpoint__every=4) | {"killed": (1, 9)}
+    processes = launch([str(HERE / "parallel_worker.py"), json.dumps([work])])
+    (code, _, errors), (killed, *_) = finish(processes)
+    assert code == 1 and killed == -signal.SIGKILL
     assert "train: a rank of this run stopped, so all do (" in errors
     assert "the last good checkpoint is " in errors and "--resume" in errors
     saved = checkpoints.latest(tmp_path / "killed" / "checkpoints")

@@ -57,7 +57,7 @@ def test_initial_weights_are_the_formula():
 def test_it_learns_and_writes_its_own_statistics(run):
     trainer, folder = run
     vae = AutoencoderKLQwenImage.from_pretrained(folder / "model")
-    images = trainer.task.maker.images(5, range(32))
+    images, _ = trainer.task.maker.images(5, range(32))
     tokens = torch.stack(encode_images(vae, images)).unflatten(-1, (16, 4)).transpose(1, 2).flatten(2)
     assert tokens.mean((0, 2)).abs().max() < 0.5
     assert (tokens.std((0, 2)) - 1).abs().max() < 0.5

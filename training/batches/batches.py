@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from qwen_image_fast.models.rope import ImageShape
-from qwen_image_fast.training.batches.latents import LatentCache
+from qwen_image_fast.training.batches.latents import LatentCache, Made
 from qwen_image_fast.training.batches.mixture import Order, Segment, order_of
-from qwen_image_fast.training.data.screen import Rejected
+from qwen_image_fast.training.batches.replace import usable
 from qwen_image_fast.training.randomness import epoch_position, generator, key, normal
 from qwen_image_fast.training.recipe.curriculum import Change, Curriculum, one_stage
 from qwen_image_fast.training.recipe.data import TASKS, part_key
@@ -34,7 +34,7 @@ class RawSample:
     images: the target and its references, uint8 [H, W, 3], or packed latents float [tokens, channels] from a cache.
     shapes: (frames, height, width) in tokens of each. pictures: the references as the condition encoder sees them,
     uint8 [H, W, 3]. index: its position in the stream of samples. states: of the condition encoder, [tokens, width],
-    where a producer has run it.
+    where a producer has run it. rejected: origin and reason of those in whose place it stands.
     """
 
     index: int
@@ -45,30 +45,36 @@ class RawSample:
     pictures: list[np.ndarray]
     noise: Tensor
     sigma: float
+    rejected: list[tuple[str, str]] = field(default_factory=list)
     states: Tensor | None = None
 
 
 class Batch(list[RawSample]):
-    """The samples of a micro-batch. rejected: index, origin and reason of those that cannot be used."""
+    """The samples of a micro-batch."""
 
-    rejected: Sequence[tuple[int, str, str]] = ()
+    @property
+    def rejected(self) -> list[tuple[int | None, str, str]]:
+        """Index, origin and reason of the samples that others stand for."""
+        return [(raw.index, *why) for raw in self for why in raw.rejected]
 
 
 class Content(NamedTuple):
-    """Of a sample: task, text, target and references, their shapes, and the references' pixels."""
+    """Of a sample: task, text, target and references, their shapes, the references' pixels, and what was rejected."""
 
     task: str
     caption: str
     images: list[np.ndarray]
     shapes: list[ImageShape]
     pictures: list[np.ndarray]
+    rejected: list[tuple[str, str]]
 
 
 class FlowBatches:
     """Makes micro-batches of a stage.
 
     A sample's index is its place in the stream of the run, (step * accumulate + micro) * batch + place in a run of one
-    stage, so that a batch of 64 and two micro-batches of 32 hold the same samples.
+    stage, so that a batch of 64 and two micro-batches of 32 hold the same samples. In the place of a sample that cannot
+    be used stands another of its part (replace.py), with the noise, noise level and task of its index.
 
     Args:
         recipe: of the stage. source: instead of those that the recipe names. channels: of packed latents.
@@ -111,28 +117,12 @@ class FlowBatches:
         return self.sources.get(next(iter(self.parts)))
 
     def batch(self, step: int, micro: int) -> Batch:
-        """Micro-batch `micro` of step `step` of the run. Samples that cannot be used are missing from it.
-
-        Raises:
-            Rejected: none is left.
-        """
-        recipe, made, rejected = self.recipe, Batch(), []
+        """Micro-batch `micro` of step `step` of the run; RecipeError where the data cannot be used."""
+        recipe = self.recipe
         part, parts = self.share
         count = recipe.batch // parts
         first = self.run.sample_of(step) + micro * recipe.batch + part * count
-        for index in range(first, first + count):
-            try:
-                made.append(self.sample(recipe.seed, step, index))
-            except Rejected as error:
-                rejected.append((index, error.origin, error.reason))
-        if not made:
-            raise Rejected(
-                rejected[0][1],
-                f"all {count} samples of step {step}, micro-batch {micro} were rejected, the first by "
-                f"{rejected[0][2]}; choose data by data filter or relax data.filters",
-            )
-        made.rejected = rejected
-        return made
+        return Batch(self.sample(recipe.seed, step, index) for index in range(first, first + count))
 
     def validation(self) -> list[RawSample]:
         """Samples that training never sees, each once at every level; without text dropout."""
@@ -145,12 +135,12 @@ class FlowBatches:
         recipe, draws = self.recipe, generator(seed, "sample", step=step, sample=index)
         dropped = float(draws.random()) < recipe.data.text_dropout
         drawn = logit_normal(draws, recipe.sigma.mean, recipe.sigma.std)
-        task, caption, images, shapes, pictures = self.content(seed, index)
+        task, caption, images, shapes, pictures, rejected = self.content(seed, index)
         frames, height, width = shapes[0]
         return RawSample(
             index, task, "" if dropped and sigma is None else caption, images, shapes, pictures,
             normal((frames * height * width, self.channels), seed, "noise", step=step, sample=index),
-            drawn if sigma is None else sigma,
+            drawn if sigma is None else sigma, rejected,
         )  # fmt: skip
 
     def content(self, seed: int, index: int) -> Content:
@@ -169,17 +159,18 @@ class FlowBatches:
                 raise RecipeError(
                     "recipe: data.cache must have been made with this recipe: it lacks references' pixels"
                 )
-            found = Content(task, cached.text, cached.latents, cached.shapes, cached.pixels)
+            found = Content(task, cached.text, cached.latents, cached.shapes, cached.pixels, [])
         else:
-            task, sample = self.drawn(seed, index)
+            task, sample, rejected = self.drawn(seed, index)
             images, shapes = to_buckets([sample.image, *sample.references], data.buckets)
-            found = Content(task, sample.caption, images, shapes, images)
+            found = Content(task, sample.caption, images, shapes, images, rejected)
         if task == "recon":
-            return Content(task, KEEP_INSTRUCTION, found.images * 2, found.shapes * 2, found.pictures)
+            return found._replace(caption=KEEP_INSTRUCTION, images=found.images * 2, shapes=found.shapes * 2)
         return found._replace(pictures=found.pictures[1:])
 
-    def drawn(self, seed: int, index: int) -> tuple[str, Sample]:
-        """The task of a sample, and what its source gives for it: an edit, or a picture and its caption."""
+    def drawn(self, seed: int, index: int) -> tuple[str, Sample, list[tuple[str, str]]]:
+        """The task of a sample, what its source gives for it, an edit or a picture and its caption, and what that
+        stands for."""
         order = self._validation_order if seed == self.validation_seed else self.order
         of, position = order.place(index)
         part = self.parts[of]
@@ -189,12 +180,20 @@ class FlowBatches:
             raise RecipeError(f"recipe: data.tasks must not have ti2i: the source {part.source} has no edits")
         # Two parts that draw their samples must not draw the same ones.
         alone = len({part_key(p) for stage in self.run.stages for p in stage.recipe.data.parts}) == 1
-        return task, make(seed if alone else key(seed, of) % 2**31, position)
+        return task, *usable(make, seed if alone else key(seed, of) % 2**31, position)
 
-    def to_cache(self, index: int) -> tuple[str, list[np.ndarray], list[ImageShape]]:
-        """Text, images and shapes of sample `index` for `write_cache`; the image of a reconstruction once."""
-        _, sample = self.drawn(self.recipe.seed, index)
-        return sample.caption, *to_buckets([sample.image, *sample.references], self.recipe.data.buckets)
+    def edits(self, count: int) -> tuple[list[Sample], list[tuple[str, str]]]:
+        """Held-out edits of the first part to look at, and what they stand for; none where it has no edits."""
+        if not hasattr(self.source, "edit"):
+            return [], []
+        made = [usable(self.source.edit, self.validation_seed, i) for i in range(count)]
+        return [sample for sample, _ in made], [why for _, rejected in made for why in rejected]
+
+    def to_cache(self, index: int) -> Made:
+        """Sample `index` for `write_cache`; the image of a reconstruction once."""
+        _, sample, rejected = self.drawn(self.recipe.seed, index)
+        images, shapes = to_buckets([sample.image, *sample.references], self.recipe.data.buckets)
+        return Made(sample.caption, images, shapes, rejected)
 
 
 def logit_normal(rng: np.random.Generator, mean: float = 0.0, std: float = 1.0) -> float:

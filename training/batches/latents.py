@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,7 +50,13 @@ def to_pixels(images: Sequence[np.ndarray], like: Tensor) -> Tensor:
     return stacked.permute(0, 3, 1, 2).unsqueeze(2).to(like.dtype) / 127.5 - 1
 
 
-Made = tuple[str, list[np.ndarray], list[ImageShape]]
+class Made(NamedTuple):
+    """A sample to be encoded: text, target and references, their shapes; (origin, reason) of those it stands for."""
+
+    text: str
+    images: list[np.ndarray]
+    shapes: list[ImageShape]
+    rejected: list[tuple[str, str]]
 
 
 def write_cache(
@@ -62,13 +68,15 @@ def write_cache(
     pixels: bool = False,
     workers: int = 0,
     progress: Callable[[int], Any] = lambda done: None,
+    rejected: Callable[[str, str], Any] = lambda origin, reason: None,
 ) -> None:
-    """Encode samples 0 ... count - 1 (text, [target, references...], shapes) into `folder`.
+    """Encode samples 0 ... count - 1 into `folder`.
 
     All tokens lie one after another in one float16 file, with `pixels` all images in a uint8 file beside it, for a
     condition encoder that looks at them; `index.jsonl` has a line for each sample with its text and the rows and shape
     of each image. `cache.json` is written last: a folder without it is not a cache. `workers`: processes that draw and
-    encode, one thread each, on a copy of the VAE; 0: this one. The file is the same.
+    encode, one thread each, on a copy of the VAE; 0: this one. The file is the same. `rejected` is called for every
+    sample that another one stands for.
     """
     folder.mkdir(parents=True, exist_ok=True)
     channels = 4 * vae.config.z_dim
@@ -81,9 +89,11 @@ def write_cache(
         spans = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
         for span, (group, latents) in zip(spans, _encoded(vae, samples, spans, workers)):
             encoded = iter(latents)
-            for caption, images, shapes in group:
-                record: dict[str, Any] = {"caption": caption, "images": [], "pixels": []}
-                for image, shape in zip(images, shapes):
+            for made in group:
+                for origin, reason in made.rejected:
+                    rejected(origin, reason)
+                record: dict[str, Any] = {"caption": made.text, "images": [], "pixels": []}
+                for image, shape in zip(made.images, made.shapes):
                     value = next(encoded)
                     tokens.write(value.tobytes())
                     record["images"].append([rows, *shape])
@@ -111,7 +121,7 @@ def _encoded(
 
 def _encode_span(vae: Any, samples: Callable[[int], Made], span: range) -> tuple[list[Made], list[np.ndarray]]:
     group = [samples(i) for i in span]
-    latents = encode_images(vae, [image for _, images, _ in group for image in images])
+    latents = encode_images(vae, [image for made in group for image in made.images])
     return group, [value.to("cpu", torch.float16).numpy() for value in latents]
 
 
@@ -141,15 +151,24 @@ class Cached:
 
 
 class LatentCache:
-    """Reads a cache; the tokens stay in the file until they are asked for, and processes share its pages."""
+    """Reads a cache; the tokens stay in the file until they are asked for, and processes share its pages.
+
+    Raises:
+        FileNotFoundError: the folder has no finished cache. ValueError: it is damaged.
+    """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / META).is_file():
             raise FileNotFoundError(f"data.cache must be a finished latent cache, {self.folder} has no {META}")
         self.meta = read_json(self.folder / META)
-        self.records = [json.loads(line) for line in (self.folder / INDEX).read_text(encoding="utf-8").splitlines()]
-        self._open()
+        try:
+            self.records = [json.loads(line) for line in (self.folder / INDEX).read_text(encoding="utf-8").splitlines()]
+            if len(self.records) != self.meta["samples"]:
+                raise ValueError(f"{INDEX} has {len(self.records)} of {self.meta['samples']} samples")
+            self._open()
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"data.cache: {self.folder} is damaged ({error}); write it again") from error
 
     def _open(self) -> None:
         shape = (self.meta["rows"], self.meta["channels"])

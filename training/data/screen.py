@@ -20,11 +20,11 @@ _COMPARING = ("exact_duplicate", "near_duplicate")
 
 
 class Rejected(ValueError):
-    """A sample that is not used: `origin` says which, `reason` why."""
+    """A sample that is not used: `origin` says which, `reason` why, `tries` how many have failed so."""
 
-    def __init__(self, origin: str, reason: str):
-        super().__init__(origin, reason)
-        self.origin, self.reason = origin, reason
+    def __init__(self, origin: str, reason: str, tries: int = 1):
+        super().__init__(origin, reason, tries)
+        self.origin, self.reason, self.tries = origin, reason, tries
 
 
 class Screen:

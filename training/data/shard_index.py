@@ -26,7 +26,7 @@ class ShardIndex:
         where, least, most: see `training.sources.shards.Shards`.
 
     Raises:
-        RecipeError: the index lacks offsets, or no record is chosen.
+        RecipeError: the index is damaged or lacks offsets, or no record is chosen. ImportError: there is no pyarrow.
     """
 
     def __init__(
@@ -36,21 +36,27 @@ class ShardIndex:
         least: Mapping[str, float],
         most: Mapping[str, float],
     ):
-        import pyarrow.parquet as pq
-
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ImportError as error:
+            raise ImportError(f"the shards of {folder} need pyarrow, which is not installed") from error
         self.folder = Path(folder)
         self.shards: list[str] = []
         numbers, offsets = [], []
-        with pq.ParquetFile(self.folder / INDEX) as table:
-            if "offset" not in table.schema_arrow.names:
-                raise RecipeError(f"recipe: {self.folder / INDEX} has no offsets: write its shards again")
-            names = {}
-            for batch in table.iter_batches(batch_size=_BATCH):
-                for row in batch.to_pylist():
-                    if _chosen(row, where, least, most):
-                        numbers.append(names.setdefault(row["shard"], len(names)))
-                        offsets.append(row["offset"])
-            self.shards = list(names)
+        try:
+            with pq.ParquetFile(self.folder / INDEX) as table:
+                if "offset" not in table.schema_arrow.names:
+                    raise RecipeError(f"recipe: {self.folder / INDEX} has no offsets: write its shards again")
+                names: dict[str, int] = {}
+                for batch in table.iter_batches(batch_size=_BATCH):
+                    for row in batch.to_pylist():
+                        if _chosen(row, where, least, most):
+                            numbers.append(names.setdefault(row["shard"], len(names)))
+                            offsets.append(row["offset"])
+                self.shards = list(names)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise RecipeError(f"recipe: {self.folder / INDEX} is damaged: write its shards again ({error})") from error
         if not numbers:
             raise RecipeError(f"recipe: no record of {self.folder} is chosen by where {dict(where)}, "
                               f"least {dict(least)} and most {dict(most)}")  # fmt: skip
@@ -77,10 +83,14 @@ class ShardIndex:
                         parts[suffix] = content.read() if content else b""
                         if "txt" in parts:
                             break
+            if missing := sorted({"json", "txt"} - parts.keys()):
+                raise ValueError(f"its {missing[0]} is missing")
             described = json.loads(parts.pop("json"))
+            if not isinstance(described, dict):
+                raise ValueError(f"its JSON must be an object, got {type(described).__name__}")
             parts.pop("txt")
             (image,) = parts.values()
-        except (OSError, tarfile.TarError, KeyError, ValueError) as error:
+        except (OSError, EOFError, tarfile.TarError, KeyError, ValueError, RecursionError) as error:
             return Record(b"", origin=origin, fault=f"the shard {shard.name} is damaged here: {error}")
         record = record_of(image, described, str(described.get("origin") or origin), {})
         if record.id != described.get("id"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,29 @@ def memory_gb(device: torch.device) -> float:
     return peak / 1e9 if sys.platform == "darwin" else peak / 1e6
 
 
+REJECTED = "rejected.jsonl"
+MOST_SAID = 50
+
+
+class LeftOut:
+    """What is said of files that are not used: of each one sentence, of one reason (its first words) for 50 files."""
+
+    def __init__(self) -> None:
+        self.origins: set[str] = set()
+        self.reasons: Counter[str] = Counter()
+
+    def sentence(self, origin: str, reason: str) -> str | None:
+        """None where it was said before."""
+        kind = reason.partition(":")[0]
+        if origin in self.origins or self.reasons[kind] > MOST_SAID:
+            return None
+        self.reasons[kind] += 1
+        if self.reasons[kind] > MOST_SAID:
+            return f"more files are left out ({kind}): {REJECTED} lists them"
+        self.origins.add(origin)
+        return f"left out: {origin} ({reason})"
+
+
 class RunLog:
     """Files `log.jsonl`, `tensorboard/` and `samples/` in the folder of a run, and the progress line.
 
@@ -41,7 +65,10 @@ class RunLog:
         self.folder = folder
         path = folder / "log.jsonl"
         _drop_after(path, step)
-        _drop_after(folder / "rejected.jsonl", step)
+        _drop_after(folder / REJECTED, step)
+        self.left_out = LeftOut()
+        for line in _lines(folder / REJECTED):  # said before the run was interrupted
+            self.left_out.sentence(line["origin"], line["reason"])
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed with the log
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
         self.console = Console(stderr=True)
@@ -75,13 +102,16 @@ class RunLog:
             self.console.print(f"step {step}  {words}", highlight=False)
 
     def say(self, sentence: str) -> None:
-        self.console.print(sentence, highlight=False, markup=False)
+        self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
-    def rejected(self, step: int, samples: Iterable[tuple[int, str, str]]) -> None:
-        """Keep which samples of a step could not be used, and why, in `rejected.jsonl`."""
+    def rejected(self, step: int, samples: Iterable[tuple[int | None, str, str]]) -> None:
+        """Keep which samples of a step (None: of its validation) could not be used, and why, in `rejected.jsonl`; say
+        it of each file once."""
         for index, origin, reason in samples:
+            if sentence := self.left_out.sentence(origin, reason):
+                self.say(sentence)
             line = {"step": step, "sample": index, "origin": origin, "reason": reason}
-            with open(self.folder / "rejected.jsonl", "a", encoding="utf-8") as file:
+            with open(self.folder / REJECTED, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> Path:
@@ -106,14 +136,14 @@ class SilentLog:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = _parse(line)
-        if record is not None and record.get("step", 0) <= step:
-            kept.append(line + "\n")
-    atomic_write(path, lambda file: file.write("".join(kept).encode()))
+    kept = [json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(path) if line.get("step", 0) <= step]
+    if path.exists():
+        atomic_write(path, lambda file: file.write("".join(kept).encode()))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [record for line in lines if (record := _parse(line)) is not None]
 
 
 def _parse(line: str) -> dict[str, Any] | None:

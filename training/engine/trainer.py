@@ -189,10 +189,10 @@ class Trainer:
             recipe = self.recipe
             meter.waited += waited
             losses = self.train_step(batches)
-            rejected = [sample for batch in batches for sample in getattr(batch, "rejected", ())]
-            if self.parallel is not None and losses["samples"] < recipe.batch * recipe.accumulate:
+            rejected = [sample for batch in batches for sample in batch.rejected]
+            if self.parallel is not None and losses["rejected"]:
                 rejected = self.parallel.gather_samples(rejected)
-            meter.add(losses, recipe.batch * recipe.accumulate - len(rejected))
+            meter.add(losses, recipe.batch * recipe.accumulate)
             log.advance(self.step)
             if self.writer is not None:
                 self.writer.poll()
@@ -238,25 +238,29 @@ class Trainer:
                 pixels = self.task.sample_grid()
                 if pixels is not None:
                     log.image(self.step, "samples", pixels)
+        log.rejected(self.step, self.task.rejected)
+        self.task.rejected = []
 
     def train_step(self, batches: list[Any]) -> dict[str, float]:
         """One update: the mean of the micro-batches' losses."""
         total: float | Tensor = 0.0
-        samples, divisors = self._divisors(batches)
+        # Every micro-batch of every rank has as many samples.
+        parts = len(batches) * (self.parallel.sizes.dp if self.parallel else 1)
         tokens, flops, extra, seen = 0, 0.0, {}, []
-        for batch, divisor in zip(batches, divisors):
+        for batch in batches:
             losses = self.task.loss(batch)
-            (losses.total / divisor).backward()
+            (losses.total / parts).backward()
             self.optimizer.accumulate()
             tokens += losses.tokens
             flops += losses.flops
             extra = losses.extra
             seen.append(losses.per_sample.detach())
-            total = total + losses.total.detach() / divisor
+            total = total + losses.total.detach() / parts
+        rejected = sum(len(batch.rejected) for batch in batches)
         if self.parallel is None:
             loss, norm = float(total), float(self.optimizer.clip())
         else:
-            loss, norm, tokens, flops = self._global(total, tokens, flops)
+            loss, norm, tokens, flops, rejected = self._global(total, tokens, flops, rejected)
             self.optimizer.clip_to(norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingStopped(self._not_finite(batches, seen, loss, norm))
@@ -265,31 +269,21 @@ class Trainer:
         self.optimizer.step(lr)
         self.ema.update()
         self.step += 1
-        counted = {"tokens": tokens, "flops": flops, "samples": samples}
+        counted = {"tokens": tokens, "flops": flops, "rejected": rejected}
         return {"loss": loss, "grad_norm": norm, "lr": lr, **counted, **extra}
 
-    def _divisors(self, batches: list[Any]) -> tuple[int, list[float]]:
-        """Samples of the step, of all ranks; and for each micro-batch, by what this rank's mean loss is divided.
-
-        Over micro-batches and ranks the results add up to the mean of the micro-batches' means over all their samples.
-        """
-        if self.parallel is None:
-            return self.recipe.batch * self.recipe.accumulate, [float(len(batches))] * len(batches)
-        own = [len(batch) for batch in batches]
-        counts = torch.tensor(own, dtype=torch.float32)
-        everywhere = (self.parallel.sum(counts) / self.parallel.sizes.cp).round().tolist()
-        return int(sum(everywhere)), [len(batches) * n / mine for n, mine in zip(everywhere, own)]
-
-    def _global(self, loss: float | Tensor, tokens: int, flops: float) -> tuple[float, float, int, float]:
-        """Loss, gradient norm, tokens and operations of all ranks."""
+    def _global(
+        self, loss: float | Tensor, tokens: int, flops: float, rejected: int
+    ) -> tuple[float, float, int, float, int]:
+        """Loss, gradient norm, tokens, operations and rejected samples of all ranks."""
         assert self.parallel is not None
         sizes = self.parallel.sizes
         # Squares are counted once for each part of a gradient; samples, by every rank of cp.
         squares = self.optimizer.squares(sizes.world) * sizes.tp
-        same = torch.tensor([tokens / sizes.cp, flops / sizes.cp], dtype=torch.float64)
+        same = torch.tensor([tokens, flops, rejected], dtype=torch.float64) / sizes.cp
         mine = torch.cat([torch.stack([torch.as_tensor(loss, device=squares.device), squares]).double().cpu(), same])
         total = self.parallel.sum(mine).tolist()
-        return total[0], math.sqrt(total[1]), round(total[2]), total[3]
+        return total[0], math.sqrt(total[1]), round(total[2]), total[3], round(total[4])
 
     def _not_finite(self, batches: list[Any], seen: list[Tensor], loss: float, norm: float) -> str:
         where = f"of step {self.step}"
@@ -340,7 +334,7 @@ class Meter:
 
     def __init__(self, peak: float | None = None) -> None:
         self.start, self.peak = time.perf_counter(), peak
-        self.waited, self.steps, self.images, self.tokens, self.flops = 0.0, 0, 0, 0, 0.0
+        self.waited, self.steps, self.images, self.tokens, self.flops, self.rejected = 0.0, 0, 0, 0, 0.0, 0
         self.sums: dict[str, float] = {}
 
     def add(self, losses: dict[str, float], images: int) -> None:
@@ -348,8 +342,9 @@ class Meter:
         self.images += images
         self.tokens += int(losses["tokens"])
         self.flops += losses["flops"]
+        self.rejected += int(losses["rejected"])
         for name, value in losses.items():
-            if name not in ("tokens", "flops", "samples"):
+            if name not in ("tokens", "flops", "rejected"):
                 self.sums[name] = self.sums.get(name, 0.0) + value
 
     def values(self) -> dict[str, float]:
@@ -360,4 +355,5 @@ class Meter:
             **({"tflops": self.flops / seconds / 1e12} if self.flops else {}),
             **({"mfu": self.flops / seconds / self.peak} if self.flops and self.peak else {}),
             "data_wait": self.waited / seconds,
+            "rejected": self.rejected,
         }

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from qwen_image_fast.training.synthesis.editing import make_edit
-from qwen_image_fast.training.synthesis.generator import make
+from qwen_image_fast.training.synthesis.generator import Undrawable, make
+from qwen_image_fast.training.synthesis.photos import UnreadablePhoto
 from qwen_image_fast.training.synthesis.recipe import SynthesisRecipe
 from qwen_image_fast.training.synthesis.sample import EditSample, quoted_texts
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -29,23 +35,31 @@ class TextCase:
 def held_out_cases(recipe: SynthesisRecipe, count: int, seed: int = 0) -> list[TextCase]:
     """Captions of the synthesis recipe whose words training never shows."""
     unseen = dataclasses.replace(recipe, split="held_out", shapes=0.0)
-    made = (make(unseen, seed, i) for i in range(count))
+    made = _first(count, _drawn(make, unseen, seed, 10 * count), "samples")
     return [TextCase(sample.caption, sample.lines, sample.language, sample.colours) for sample in made]
 
 
 def held_out_edits(recipe: SynthesisRecipe, count: int, kind: str, seed: int = 0) -> list[EditSample]:
     """The first `count` editing pairs of one kind, with words that training never shows."""
     unseen = dataclasses.replace(recipe, split="held_out", shapes=0.0)
-    found: list[EditSample] = []
-    index = 0
-    while len(found) < count:
-        pair = make_edit(unseen, seed, index)
-        index += 1
-        if pair.kind == kind:
-            found.append(pair)
-        if index > 1000 * count:
-            raise ValueError(f"evaluate: the recipe makes no edits of the kind {kind}")
+    pairs = (pair for pair in _drawn(make_edit, unseen, seed, 1000 * count) if pair.kind == kind)
+    return _first(count, pairs, f"edits of the kind {kind}")
+
+
+def _first(count: int, made: Iterator[Made], what: str) -> list[Made]:
+    found = list(itertools.islice(made, count))
+    if len(found) < count:
+        raise ValueError(f"evaluate: the recipe makes too few {what}: {len(found)} instead of {count}")
     return found
+
+
+def _drawn(
+    draw: Callable[[SynthesisRecipe, int, int], Made], recipe: SynthesisRecipe, seed: int, most: int
+) -> Iterator[Made]:
+    """The first samples of a recipe, without those whose photograph is damaged or whose text does not fit."""
+    for index in range(most):
+        with contextlib.suppress(UnreadablePhoto, Undrawable):
+            yield draw(recipe, seed, index)
 
 
 def cases_of_file(path: Path) -> list[TextCase]:

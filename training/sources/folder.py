@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qwen_image_fast.training.data.collect import read_picture
 from qwen_image_fast.training.data.record import Record
 from qwen_image_fast.training.data.screen import Screen
 from qwen_image_fast.training.randomness import epoch_position
@@ -37,9 +38,6 @@ class ImageFolder:
             caption = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             fault = f"its caption cannot be read: {error}"
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            content, fault = b"", f"the file cannot be read: {error.strerror}"
-        record = Record(content, {"raw": caption}, origin=str(path), fault=fault)
+        content, unread = read_picture(path)
+        record = Record(content, {"raw": caption}, origin=str(path), fault=fault or unread)
         return Sample(self.screen.pixels(record), caption, origin=str(path))

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from qwen_image_fast.training.data.collect import IMAGE_SUFFIXES, read_picture
 from qwen_image_fast.training.data.record import Record
 from qwen_image_fast.training.data.screen import Screen
@@ -20,11 +22,13 @@ TABLE = "pairs.jsonl"
 
 @dataclass(frozen=True)
 class Pair:
-    """after: the target. before: its references, one or more. instruction: what was done."""
+    """after: the target. before: its references, one or more. instruction: what was done. fault: why it cannot be
+    used, a sentence."""
 
     after: Path
     before: tuple[Path, ...]
     instruction: str
+    fault: str = ""
 
 
 class EditPairs:
@@ -55,12 +59,12 @@ class EditPairs:
 
     def edit(self, seed: int, index: int) -> Sample:
         pair = self.pairs[epoch_position(seed, index, len(self.pairs))]
-        after, *before = (self._pixels(path) for path in (pair.after, *pair.before))
+        after, *before = (self._pixels(path, pair.fault) for path in (pair.after, *pair.before))
         return Sample(after, pair.instruction, before, origin=str(pair.after))
 
-    def _pixels(self, path: Path):
-        content, fault = read_picture(path)
-        return self.screen.pixels(Record(content, origin=str(path), fault=fault))
+    def _pixels(self, path: Path, fault: str) -> np.ndarray:
+        content, unread = read_picture(path)
+        return self.screen.pixels(Record(content, origin=str(path), fault=fault or unread))
 
 
 def has_pairs(folder: Path) -> bool:
@@ -96,20 +100,25 @@ def _by_name(root: Path, instruction: str) -> Iterator[Pair]:
         raise RecipeError(f"recipe: every picture needs its partner, {lonely} has none ({len(alone)} of them)")
     for name, path in after.items():
         file = next((folder / f"{name}.txt" for folder in texts if (folder / f"{name}.txt").is_file()), None)
+        text, fault = instruction, ""
         try:
             text = file.read_text(encoding="utf-8-sig").strip() if file else instruction
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"recipe: the instruction {file} cannot be read: {error}") from error
-        if not text:
+            fault = f"its instruction {file} cannot be read: {error}"
+        if not (text or fault):
             raise RecipeError(
                 f"recipe: every pair needs an instruction, {path} has none: write {texts[0] / name}.txt, or set "
                 "data.options.instruction for all"
             )
-        yield Pair(path, (before[name],), text)
+        yield Pair(path, (before[name],), text, fault)
 
 
 def _table(root: Path) -> Iterator[Pair]:
-    for number, line in enumerate((root / TABLE).read_text(encoding="utf-8-sig").splitlines(), 1):
+    try:
+        lines = (root / TABLE).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe: {root / TABLE} cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"line {number} of {root / TABLE}"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+from qwen_image_fast.training.data.screen import Rejected
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.sources.sample import Sample
 from qwen_image_fast.training.synthesis.editing import make_edit
-from qwen_image_fast.training.synthesis.generator import make
+from qwen_image_fast.training.synthesis.generator import MOST_ATTEMPTS, Undrawable, make
+from qwen_image_fast.training.synthesis.photos import UnreadablePhoto
 from qwen_image_fast.training.synthesis.recipe import SynthesisRecipe, tiny
+
+Made = TypeVar("Made")
 
 
 class Synthesis:
@@ -24,9 +29,18 @@ class Synthesis:
         self.recipe = tiny(**options) if preset else SynthesisRecipe.from_dict(options)
 
     def sample(self, seed: int, index: int) -> Sample:
-        made = make(self.recipe, seed, index)
+        made = _drawn(make, self.recipe, seed, index)
         return Sample(made.image, made.caption)
 
     def edit(self, seed: int, index: int) -> Sample:
-        made = make_edit(self.recipe, seed, index)
+        made = _drawn(make_edit, self.recipe, seed, index)
         return Sample(made.target, made.instruction, (made.source,))
+
+
+def _drawn(draw: Callable[[SynthesisRecipe, int, int], Made], recipe: SynthesisRecipe, seed: int, index: int) -> Made:
+    try:
+        return draw(recipe, seed, index)
+    except UnreadablePhoto as error:
+        raise Rejected(error.path, f"broken_file: {error.reason}") from error
+    except Undrawable as error:
+        raise Rejected(f"sample {index} of the synthesis", f"undrawable: {error}", MOST_ATTEMPTS) from error

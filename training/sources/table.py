@@ -36,9 +36,14 @@ class JsonLines:
         return len(self.offsets)
 
     def read(self, place: int) -> Record:
-        with open(self.file, "rb") as lines:
-            lines.seek(int(self.offsets[place]))
-            return record_of_line(self.file, lines.readline(LARGEST_FILE), self.numbers[place], self.column, {})
+        number = self.numbers[place]
+        try:
+            with open(self.file, "rb") as lines:
+                lines.seek(int(self.offsets[place]))
+                line = lines.readline(LARGEST_FILE)
+        except OSError as error:
+            return Record(b"", origin=f"{self.file.name}:{number}", fault=f"line {number} cannot be read: {error}")
+        return record_of_line(self.file, line, number, self.column, {})
 
 
 class Parquet:
@@ -46,8 +51,11 @@ class Parquet:
     read faster as shards, which `data filter` writes."""
 
     def __init__(self, file: Path, column: str):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ImportError as error:
+            raise ImportError(f"reading {file} needs pyarrow, which is not installed") from error
 
         self.file, self.column = file, column
         try:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from .canvas import fit_size, paint_ground, text_mask
 from .colours import COLOURS, readable_on
 from .fonts import Face, faces_for
-from .photos import find_photos, open_photo
+from .photos import UnreadablePhoto, find_photos, open_photo
 from .recipe import SynthesisRecipe
 from .sample import Box, Sample, article, quote
 
@@ -60,8 +60,10 @@ class Composite:
 
 
 def plan(recipe: SynthesisRecipe, rng: random.Random, size: tuple[int, int], language: str) -> Composite | None:
-    """A picture to compose, or None where this draw has to be dropped."""
+    """A picture to compose, or None where this draw has to be dropped; UnreadablePhoto where its file is damaged."""
     photo = rng.choice(find_photos(recipe.photos))
+    if not photo[1]:
+        raise UnreadablePhoto(photo[0], "its text file is empty or not UTF-8")
     medium = rng.choice(list(MEDIA))
     offered = [c for c in MEDIA[medium][3] if c in recipe.ground_colours] or list(recipe.ground_colours)
     colour = rng.choice(offered)

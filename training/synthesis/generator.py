@@ -24,8 +24,12 @@ _MAKERS = {
     "compositional": compositional.make,
     "complex": complex_layouts.make,
 }
-_MOST_ATTEMPTS = 200
+MOST_ATTEMPTS = 200
 _CHUNK = 32
+
+
+class Undrawable(ValueError):
+    """Draw after draw of a sample was dropped."""
 
 
 def make(recipe: SynthesisRecipe, seed: int, index: int) -> Sample:
@@ -37,7 +41,8 @@ def make(recipe: SynthesisRecipe, seed: int, index: int) -> Sample:
     Raises:
         fonts.FontError: a language has no font.
         FileNotFoundError: compositional samples have no photographs.
-        ValueError: 200 draws in a row were dropped.
+        photos.UnreadablePhoto: the photograph that was drawn is damaged.
+        Undrawable: 200 draws in a row were dropped.
     """
     return retried(recipe, seed, index, _make_once)
 
@@ -55,12 +60,12 @@ def retried(
     rng = generator_of(seed, index)
     strategy = rng.choices(STRATEGIES, [getattr(recipe, name) for name in STRATEGIES])[0]
     size, language = rng.choice(recipe.sizes), rng.choice(recipe.languages)
-    for _ in range(_MOST_ATTEMPTS):
+    for _ in range(MOST_ATTEMPTS):
         made = draw(recipe, rng, strategy, size, language)
         if made is not None:
             return made
-    raise ValueError(
-        f"recipe: {_MOST_ATTEMPTS} {strategy} samples in {language} at {size[0]} x {size[1]} were dropped, because a "
+    raise Undrawable(
+        f"recipe: {MOST_ATTEMPTS} {strategy} samples in {language} at {size[0]} x {size[1]} were dropped, because a "
         "glyph was missing or the text did not fit at a legible size; use a larger size, fewer letters or lines, "
         "shorter paragraphs, or fonts with more glyphs"
     )

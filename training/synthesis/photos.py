@@ -6,7 +6,9 @@ import functools
 import importlib.util
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from qwen_image_fast.pictures import to_rgb
 
 # Only files that the wheel holds: reading them needs no download. File → English and Chinese subject.
 _WHEEL_PHOTOS = {
@@ -24,13 +26,25 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _LONGEST_SIDE = 1024
 
 
+class UnreadablePhoto(ValueError):
+    """A photograph, or what its text file says of it, cannot be read; `path` says which."""
+
+    def __init__(self, path: str, reason: str):
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"the photograph {self.path} cannot be read: {self.reason}"
+
+
 @functools.cache
 def find_photos(folder: str | None) -> tuple[tuple[str, str, str], ...]:
     """Photographs as (path, English subject, Chinese subject).
 
     Args:
         folder: searched in depth, in order of name; the line of text in `<name>.txt` beside a photograph is its
-            subject ("a cat on a sofa"), else it is "a photograph". None: the photographs in scikit-image's wheel.
+            subject ("a cat on a sofa"), else it is "a photograph"; "" where that file is empty or not UTF-8. None: the
+            photographs in scikit-image's wheel.
 
     Raises:
         FileNotFoundError: there are none.
@@ -57,19 +71,22 @@ def find_photos(folder: str | None) -> tuple[tuple[str, str, str], ...]:
 def _subject(file: Path) -> tuple[str, str]:
     beside = file.with_suffix(".txt")
     if beside.is_file():
-        subject = " ".join(beside.read_text(encoding="utf-8").split()).rstrip(".")
+        try:
+            subject = " ".join(beside.read_text(encoding="utf-8").split()).rstrip(".")
+        except (OSError, UnicodeDecodeError):
+            subject = ""
         return subject, subject
     return "a photograph", "一张照片"
 
 
 @functools.lru_cache(maxsize=32)
 def open_photo(path: str) -> Image.Image:
-    """The photograph in RGB, its longest side at most 1024 pixels."""
+    """The photograph in RGB, upright, its longest side at most 1024 pixels; UnreadablePhoto where it is damaged."""
     try:
         with Image.open(path) as image:
             image.draft("RGB", (_LONGEST_SIDE, _LONGEST_SIDE))
-            photo = image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"the photograph {path} cannot be read: {error}") from error
+            photo = to_rgb("the photograph", image)
+    except Exception as error:  # Pillow's decoders raise a dozen types on damaged files
+        raise UnreadablePhoto(path, f"it cannot be decoded: {error}") from error
     photo.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE), Image.Resampling.LANCZOS)
     return photo

@@ -140,6 +140,7 @@ class FlowTask:
         parallel: Parallel | None = None,
     ):
         self.recipe, self.run, self.parallel = recipe, run or one_stage(recipe), parallel
+        self.rejected: list[tuple[None, str, str]] = []
         self.device = parallel.device if parallel else pick_device(recipe.device)
         self.folder = Path(recipe.model.folder or folder / "start")
         main = parallel is None or parallel.main
@@ -252,6 +253,8 @@ class FlowTask:
     def validate(self) -> dict[str, float]:
         """Mean loss of the validation samples at each noise level, and over all."""
         raw, losses = self.batches.validation(), []
+        first = raw[: self.recipe.log.validation_samples]  # the others are the same at other noise levels
+        self.rejected += [(None, *why) for sample in first for why in sample.rejected]
         for start in range(0, len(raw), self.recipe.batch):
             part = raw[start : start + self.recipe.batch]
             losses.append(self._validation_losses(part))
@@ -305,8 +308,9 @@ class FlowTask:
             return None
         made = self.pipe(prompts, seed=seed, output_type="np", progress=False, **self._sampling())
         rows = [(image * 255).round().astype(np.uint8) for image in made.images]
-        if self.edit_pipe is not None and hasattr(self.batches.source, "edit"):
-            pairs = [self.batches.source.edit(self.batches.validation_seed, i) for i in range(len(prompts))]
+        pairs, rejected = self.batches.edits(len(prompts))
+        self.rejected += [(None, *why) for why in rejected]
+        if self.edit_pipe is not None and pairs:
             edited = self.edit_pipe(
                 [list(pair.references) for pair in pairs], [pair.caption for pair in pairs], seed=seed,
                 output_type="np", progress=False, **self._sampling(),

@@ -33,6 +33,8 @@ class Task(Protocol):
     modules: dict[str, nn.Module]  # those with trainable weights, by the name they have in checkpoints
     maker: BatchMaker
     device: torch.device
+    # Origin and reason of samples that could not be used for validation and sample grids, since it was last emptied.
+    rejected: list[tuple[None, str, str]]
 
     def enter(self, number: int) -> None:
         """Go on with a stage of the run."""

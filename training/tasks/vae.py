@@ -17,6 +17,7 @@ from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.models.vae_blocks import CausalConv3d, ResidualBlock
 from qwen_image_fast.tiny import tiny_configs
 from qwen_image_fast.training.batches.latents import to_pixels
+from qwen_image_fast.training.batches.replace import usable
 from qwen_image_fast.training.randomness import generator, key, normal
 from qwen_image_fast.training.recipe.curriculum import Change
 from qwen_image_fast.training.recipe.vae import VaeRecipe
@@ -90,16 +91,18 @@ def balance(reconstruction: Tensor, perceptual: Tensor, last: Tensor, share: flo
 
 @dataclass
 class VaeBatch:
-    """images: uint8 [H, W, 3] of one size. step, first: of the run, and the index of the first image."""
+    """images: uint8 [H, W, 3] of one size. step, first: of the run, and the index of the first image. rejected: index,
+    origin and reason of those that others stand for."""
 
     images: list[np.ndarray]
     step: int
     first: int
+    rejected: list[tuple[int, str, str]]
 
 
 @dataclass
 class VaeBatches:
-    """Images in their buckets; the image of an index is always the same."""
+    """Images in their buckets; the image of an index is always the same, where need be another in its place."""
 
     recipe: VaeRecipe
     source: Source
@@ -107,16 +110,21 @@ class VaeBatches:
     def batch(self, step: int, micro: int) -> VaeBatch:
         first = (step * self.recipe.accumulate + micro) * self.recipe.batch
         indices = range(first, first + self.recipe.batch)
-        return VaeBatch(self.images(self.recipe.seed, indices, step), step, first)
+        images, rejected = self.images(self.recipe.seed, indices, step)
+        return VaeBatch(images, step, first, rejected)
 
     def use(self, changes: Sequence[Change]) -> None:
         """There is one source, so no mixture that could change."""
 
-    def images(self, seed: int, indices: Sequence[int], step: int = 0) -> list[np.ndarray]:
-        """uint8 [H, W, 3], all in the bucket of the first one; with `crop` a random square of that side of each."""
-        made = [self.source.sample(seed, i).image for i in indices]
-        size = nearest_bucket(*made[0].shape[:2], self.recipe.data.buckets)
-        return [self._crop(fit(image, size), seed, i, step) for i, image in zip(indices, made)]
+    def images(
+        self, seed: int, indices: Sequence[int], step: int = 0
+    ) -> tuple[list[np.ndarray], list[tuple[int, str, str]]]:
+        """uint8 [H, W, 3], all in the bucket of the first one; with `crop` a random square of that side of each. And
+        index, origin and reason of those that others stand for."""
+        made = [usable(self.source.sample, seed, i) for i in indices]
+        size = nearest_bucket(*made[0][0].image.shape[:2], self.recipe.data.buckets)
+        images = [self._crop(fit(sample.image, size), seed, i, step) for i, (sample, _) in zip(indices, made)]
+        return images, [(i, *why) for i, (_, rejected) in zip(indices, made) for why in rejected]
 
     def _crop(self, image: np.ndarray, seed: int, index: int, step: int) -> np.ndarray:
         side = self.recipe.crop
@@ -133,6 +141,7 @@ class VaeTask:
 
     def __init__(self, recipe: VaeRecipe, source: Source | None = None):
         self.recipe = recipe
+        self.rejected: list[tuple[None, str, str]] = []
         self.device = pick_device(recipe.device)
         if recipe.folder:
             self.vae = AutoencoderKLQwenImage.from_pretrained(
@@ -187,7 +196,9 @@ class VaeTask:
         return f"sample {batch.first + index}"
 
     def _held_out(self, count: int) -> list[np.ndarray]:
-        return self.maker.images(key(self.recipe.seed, "validation") % 2**31, range(count))
+        images, rejected = self.maker.images(key(self.recipe.seed, "validation") % 2**31, range(count))
+        self.rejected += [(None, origin, reason) for _, origin, reason in rejected]
+        return images
 
     def _reconstruct(self, images: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         x = to_pixels(images, self.vae.decoder.conv_in.weight)
@@ -234,7 +245,7 @@ def latent_statistics(vae: Any, maker: VaeBatches, recipe: VaeRecipe) -> tuple[l
     held_out = key(recipe.seed, "statistics") % 2**31
     weight, latents = vae.decoder.conv_in.weight, []
     for start in range(0, recipe.statistics, recipe.batch):
-        images = maker.images(held_out, range(start, min(start + recipe.batch, recipe.statistics)))
+        images, _ = maker.images(held_out, range(start, min(start + recipe.batch, recipe.statistics)))
         z = vae.encode(to_pixels(images, weight)).latent_dist.mode()
         latents.append(z.double().transpose(0, 1).flatten(1))
     values = torch.cat(latents, 1)
