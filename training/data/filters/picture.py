@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from qwen_image_fast.ops import PictureStatistics, picture_statistics
+from qwen_image_fast.pictures import to_rgb
 
 from ...evaluation.ocr import Line
 from ..record import Record
@@ -47,7 +48,7 @@ class Picture:
 
     @cached_property
     def rgb(self) -> np.ndarray:
-        """uint8 [height, width, 3]; transparency on white, 16 bits by their high ones, CMYK converted.
+        """uint8 [height, width, 3], upright, as the pipelines take a picture (`pictures.to_rgb`).
 
         Raises:
             BrokenImage: the file is empty, damaged, truncated, of no known type, animated or too large.
@@ -56,12 +57,12 @@ class Picture:
 
     @property
     def orientation(self) -> int:
-        """The EXIF orientation, 1 (upright) to 8; 1 where there is none."""
+        """The EXIF orientation of the file, 1 (stored upright) to 8; 1 where there is none."""
         return self._decoded[1]
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels, as stored."""
+        """(height, width) in pixels, upright."""
         return self.rgb.shape[:2]
 
     @cached_property
@@ -101,23 +102,12 @@ class Picture:
                 with Image.open(io.BytesIO(self.record.image)) as image:
                     if image.width * image.height > self._max_pixels:
                         raise BrokenImage(f"it has {image.width} x {image.height} pixels, more than {self._max_pixels}")
-                    if getattr(image, "n_frames", 1) > 1:
+                    # The further pictures of a camera's MPO are previews or the other eye's.
+                    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                         raise BrokenImage(f"it is animated or has pages: {image.n_frames} of them")
                     orientation = int(image.getexif().get(_ORIENTATION, 1))
-                    return np.asarray(_to_rgb(image)), orientation
+                    return np.asarray(to_rgb("it", image)), orientation
         except BrokenImage:
             raise
         except Exception as error:  # Pillow's decoders raise a dozen types on damaged files
             raise BrokenImage(f"it cannot be decoded: {error}") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "I":  # 16-bit greys of some files
-        return Image.fromarray(np.clip(np.asarray(image) // 256, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        ground = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(ground, image)
-    return image.convert("RGB")

@@ -11,9 +11,10 @@ from .picture import Picture
 
 
 class Rotation(Filter):
-    """Rejects pictures that EXIF says to turn: the pixels are not upright, and captions of them say so or are wrong.
+    """Rejects pictures that EXIF says to turn, as the report does: captions were often written of the pixels as stored.
 
-    Score: the EXIF orientation, 1 to 8.
+    Everything here, training too, sees them upright; to keep them, name this filter in `without`. Score: the EXIF
+    orientation, 1 to 8.
     """
 
     name, stage = "rotation", 2
