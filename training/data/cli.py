@@ -21,7 +21,8 @@ def filter_command(recipe: Path, overrides: Sequence[str] | None, out: Path) -> 
     from .contact_sheet import RejectedSheet
     from .examples import Examples
     from .filters.order import FILTER_NAMES
-    from .pipeline import limits, run_filters
+    from .judge import limits
+    from .pipeline import run_filters
     from .recipe import read_filter_recipe
 
     chosen = read_filter_recipe(recipe, overrides or ())

@@ -27,7 +27,7 @@ from qwen_image_fast.training.recipe.fields import convert
 
 from .examples import thumbnail
 from .filters.order import FILTER_NAMES, STAGE_OF
-from .pipeline import limits
+from .judge import limits
 from .recipe import FilterRecipe
 from .record import Record
 

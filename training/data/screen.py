@@ -52,7 +52,7 @@ class Screen:
         """uint8 [height, width, 3] of a record that passes; raises `Rejected`."""
         try:
             if self.recipe.stages:
-                from .pipeline import judge
+                from .judge import judge
 
                 record, row = judge(record, self._made(), self.recipe.curation.max_pixels)
                 if not row["kept"]:
@@ -63,7 +63,7 @@ class Screen:
 
     def _made(self) -> list[Any]:
         if self._filters is None:
-            from .pipeline import build_filters
+            from .judge import build_filters
 
             self.recipe.without = [*self.recipe.without, *_COMPARING]
             with tempfile.TemporaryDirectory() as folder:
