@@ -57,6 +57,11 @@ def test_the_commands_names_need_nothing(args):
         ["edit", "x", "--dtype", "int8"],
         ["bench", "--width", "100"],
         ["data", "frobnicate"],
+        ["train", "tiny/vea"],
+        ["train", "tiny/1-shapes", "model.vae=tinny"],
+        ["train", "tiny/vae", "data.source=sqares"],
+        ["cache-latents", "tiny/1-shapes", "data.options.sizes=3", "model.folder=tinny"],
+        ["evaluate", "text", "tinny"],
     ],
     ids=" ".join,
 )
@@ -65,6 +70,16 @@ def test_help_and_argument_errors_need_little(args):
     assert result.returncode == (0 if "--help" in args else 2), result.stderr
     assert not HEAVY & set(result.stderr.splitlines()[-1].split()), result.stderr
     assert ("error: " in result.stderr) == ("--help" not in args)
+
+
+@pytest.mark.parametrize("command", ["train", "cache-latents"])
+def test_training_says_what_it_loads_before_it_does(tmp_path, command):
+    (tmp_path / "torch.py").write_text("import sys; print('torch is imported', file=sys.stderr); sys.exit(3)")
+    args = [sys.executable, "-m", "qwen_image_fast", command, "tiny/1-shapes", "model.vae=tiny"]
+    result = subprocess.run(args, capture_output=True, text=True, env=environment(tmp_path), cwd=tmp_path, timeout=120)
+    assert result.stderr.splitlines()[:2] == [
+        "tiny-1-shapes: loading torch and a new model with the VAE tiny", "torch is imported",
+    ], result.stderr  # fmt: skip
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

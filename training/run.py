@@ -29,24 +29,13 @@ from qwen_image_fast.training.parallel.watch import Watch, sentence
 from qwen_image_fast.training.recipe.curriculum import Curriculum, read_curriculum
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.flow import FlowRecipe
-from qwen_image_fast.training.recipe.read import read_recipe
+from qwen_image_fast.training.recipe.names import check_data, check_models, check_start, find_recipe
 from qwen_image_fast.training.recipe.vae import VaeRecipe
 from qwen_image_fast.training.sources.sample import Source
 from qwen_image_fast.training.tasks.device import pick_device, pick_dtype
 from qwen_image_fast.training.tasks.flow import FlowTask
 from qwen_image_fast.training.tasks.task import Task
 from qwen_image_fast.training.tasks.vae import VaeTask
-
-RECIPES = Path(__file__).parent / "recipes"
-
-
-def find_recipe(name: str | Path) -> Path:
-    """A file, or a shipped recipe by its name."""
-    for path in (Path(name), RECIPES / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    shipped = ", ".join(sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml")))
-    raise RecipeError(f"recipe: there is no file {name}; shipped recipes: {shipped}")
 
 
 def make_task(run: Curriculum, folder: Path, source: Source | None = None, parallel: Parallel | None = None) -> Task:
@@ -78,9 +67,15 @@ def train(
 ) -> Trainer:
     """Train to the end, on all processes that torchrun started.
 
+    What the recipe names is looked for before anything is loaded.
+
     Errors: RecipeError, FileExistsError for a folder in use, TrainingStopped, also where another rank dies, OSError.
     """
-    run, folder = read_curriculum(find_recipe(recipe_path), overrides), Path(folder)
+    run, folder = read_curriculum(find_recipe(recipe_path), overrides), Path(folder).expanduser()
+    check_models(run)
+    check_start(run)
+    if source is None:
+        check_data(run)
     options = {"resume": resume, "allow_changes": allow_changes}
     with claimed(folder) if int(os.environ.get("RANK", "0")) == 0 else nullcontext():
         return _train(run, folder, source, options)
@@ -121,9 +116,12 @@ def cache_latents(recipe_path: str | Path, overrides: Any, folder: str | Path, c
 
     The VAE computes in the type of the recipe's model, in `producers.count` processes where the backend is that. Files
     that cannot be used are said, and listed in `rejected.jsonl`; others stand for them, as in training."""
-    recipe, folder = read_recipe(find_recipe(recipe_path), overrides), Path(folder)
-    if not isinstance(recipe, FlowRecipe) or recipe.data.cache:
-        raise RecipeError("recipe: cache-latents needs kind flow without data.cache")
+    run, folder = read_curriculum(find_recipe(recipe_path), overrides), Path(folder).expanduser()
+    recipe = run.stages[0].recipe
+    if len(run.stages) > 1 or not isinstance(recipe, FlowRecipe) or recipe.data.cache:
+        raise RecipeError("recipe: cache-latents needs kind flow without stages and data.cache")
+    check_models(run)
+    check_data(run)
     with claimed(folder, META):
         _cache_latents(recipe, folder, count)
 

@@ -23,9 +23,10 @@ from qwen_image_fast.training.engine.trainer import Trainer
 from qwen_image_fast.training.parallel.layout import Sizes, check_recipe_parallel, sizes_of
 from qwen_image_fast.training.recipe.curriculum import build_curriculum
 from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.recipe.names import find_recipe
 from qwen_image_fast.training.recipe.read import read_recipe
 from qwen_image_fast.training.recipe.run import ParallelRecipe
-from qwen_image_fast.training.run import find_recipe, make_task
+from qwen_image_fast.training.run import make_task
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "distributed"
 LAYOUTS = {"fsdp": {}, "tp": {"tp": 2}, "ulysses": {"cp": 2}}

@@ -8,8 +8,8 @@ from qwen_image_fast.cli import app
 from qwen_image_fast.training.parallel.layout import Sizes
 from qwen_image_fast.training.parallel.plan import choose, model_of, plan_of
 from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.recipe.names import find_recipe
 from qwen_image_fast.training.recipe.read import read_recipe
-from qwen_image_fast.training.run import find_recipe
 from qwen_image_fast.training.tasks.flops import peak_of
 
 

@@ -7,9 +7,9 @@ import pytest
 from qwen_image_fast.training.recipe.curriculum import read_curriculum
 from qwen_image_fast.training.recipe.fields import RecipeError, differences
 from qwen_image_fast.training.recipe.flow import FlowRecipe
+from qwen_image_fast.training.recipe.names import RECIPES, check_data, check_models, check_start, described, find_recipe
 from qwen_image_fast.training.recipe.read import build, read_recipe
 from qwen_image_fast.training.recipe.vae import VaeRecipe
-from qwen_image_fast.training.run import RECIPES, find_recipe
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: p.stem)
@@ -74,3 +74,51 @@ def test_differences_name_the_fields():
     old = asdict(build({}))
     assert differences(old, old) == []
     assert differences(old, asdict(build({"optimizer": {"lr": 0.5}}))) == ["optimizer.lr: 0.001 -> 0.5"]
+
+
+def test_the_nearest_name_is_offered_before_anything_is_loaded(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name, near in (("tiny/vea", "tiny/vae"), ("recipe.yml", "recipe.yaml")):
+        (tmp_path / "recipe.yaml").write_text("steps: 3")
+        with pytest.raises(RecipeError, match=f"did you mean {near}"):
+            find_recipe(name)
+    for field, name, near in (("model.folder", "tinny", "tiny"), ("model.vae", "photo", "photos")):
+        with pytest.raises(RecipeError, match=f"recipe: {field}: there is no folder {name}, .* did you mean {near}"):
+            check_models(read_curriculum("recipe.yaml", [f"{field}={name}"]))
+    with pytest.raises(RecipeError, match="must be the folder of a pipeline, photos has no model_index.json"):
+        check_models(read_curriculum("recipe.yaml", ["model.folder=photos"]))
+    check_models(read_curriculum("recipe.yaml", ["model.folder=Qwen/Qwen-Image", "model.vae=tiny"]))
+    for source, near in (("sqares", "squares"), ("phots", "photos")):
+        with pytest.raises(RecipeError, match=f"data.source must be .*, there is no {source}; did you mean {near}"):
+            check_data(read_curriculum("recipe.yaml", [f"data.source={source}"]))
+    with pytest.raises(RecipeError, match="data.cache: there is no folder phtos; did you mean photos"):
+        check_data(read_curriculum("recipe.yaml", ["data.cache=phtos"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [(["lora.rank=4"], "lora.rank is above 0"), ([], "model.train_text_encoder is false")],
+)
+def test_a_new_model_is_trained_whole(tmp_path, changes, why):
+    """Its weights are random: an adapter on them, or states of a random text encoder, would be nothing."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {train_text_encoder: false}")
+    with pytest.raises(RecipeError, match=f"model.folder must name a model, such as Qwen/Qwen-Image, where {why}"):
+        check_start(read_curriculum(path, changes))
+    check_start(read_curriculum(path, [*changes, "model.folder=tiny"]))
+    check_start(read_curriculum(path, ["model.train_text_encoder=true"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["kind=vae"], "a new VAE"),
+        ([], "a new model, its VAE random too"),
+        (["model.vae=tiny"], "a new model with the VAE tiny"),
+        (["model.folder=a/b", "model.vae=~/vae"], "a/b, ~/vae"),
+    ],
+)
+def test_what_is_loaded_is_said(tmp_path, changes, said):
+    (tmp_path / "recipe.yaml").write_text("steps: 3")
+    assert described(read_curriculum(tmp_path / "recipe.yaml", changes)) == said

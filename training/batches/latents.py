@@ -158,7 +158,7 @@ class LatentCache:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         if not (self.folder / META).is_file():
             raise FileNotFoundError(f"data.cache must be a finished latent cache, {self.folder} has no {META}")
         self.meta = read_json(self.folder / META)

@@ -25,6 +25,7 @@ from PIL import Image
 
 from qwen_image_fast.chat import Chat, ChatEndpoint, EndpointError, checked
 from qwen_image_fast.files import atomic_write
+from qwen_image_fast.folders import resolve_folder
 
 from .annotation import PROMPT, SYSTEM, InvalidAnnotation, read_annotation
 from .collect import collect
@@ -92,8 +93,8 @@ def captioner(recipe: AnnotateRecipe) -> Chat:
     from qwen_image_fast.models.text_encoder import TURNS, load_captioner
     from qwen_image_fast.models.vision import IMAGE_TOKEN, VisionProcessor, write_caption
 
-    folder = Path(recipe.model).expanduser()
     try:
+        folder = resolve_folder(recipe.model)
         model, tokenizer = load_captioner(folder), AutoTokenizer.from_pretrained(folder)
         processor = VisionProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from qwen_image_fast.checkpoint import read_config
+from qwen_image_fast.checkpoint import pretrained_folder, read_config
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.tiny import tiny_configs
 from qwen_image_fast.training.recipe.data import DataRecipe
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.flow import FlowRecipe, LoraRecipe
+from qwen_image_fast.training.recipe.names import model_folder
 
 # Values that a block keeps for its backward pass, for each token and in units of the width: the inputs of both
 # normalisations and their outputs, q, k and v before and after their norm and rotation, the attention's output, both
@@ -89,7 +89,8 @@ def transformer_config(recipe: Any) -> Any:
     folder = getattr(getattr(recipe, "model", None), "folder", "")
     if not folder:
         return tiny_configs()["transformer"]
-    return read_config(Path(folder) / "transformer", QwenImageTransformer2DModel.config_name)
+    config = QwenImageTransformer2DModel.config_name
+    return read_config(pretrained_folder(folder, "transformer", [config]), config)
 
 
 def references_of(data: DataRecipe) -> int:
@@ -111,9 +112,9 @@ def check_recipe(recipe: FlowRecipe, device: torch.device, dtype: torch.dtype) -
     Raises:
         RecipeError: it will not fit into the memory that is free now.
     """
-    folder = Path(recipe.model.folder)
     config, others = transformer_config(recipe), 0
     if recipe.model.folder:
+        folder = model_folder(recipe.model.folder)
         files = [f for part in ("text_encoder", "vae") for f in (folder / part).glob("*.safetensors")]
         others = sum(file.stat().st_size for file in files) // 2  # released in 16 bits
     with torch.device("meta"):

@@ -8,11 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from qwen_image_fast.files import claimed
-from qwen_image_fast.folders import SHIPPED
+from qwen_image_fast.folders import local_folder
 
 app = typer.Typer(help="Measure what a model can do.", no_args_is_help=True)
 
-Model = Annotated[str, typer.Argument(help="diffusers-layout folder or hub name", show_default="the tiny model")]
+
+def _known(name: str) -> str:
+    try:
+        local_folder(name)
+    except OSError as error:
+        raise typer.BadParameter(str(error)) from error
+    return name
+
+
+Model = Annotated[str, typer.Argument(help="diffusers-layout folder, hub name, or tiny", callback=_known)]
 Out = Annotated[Path, typer.Option(help="folder for results.json and the pictures")]
 Letters = Annotated[int, typer.Option(help="most letters of a synthetic text", min=2)]
 Lines = Annotated[int, typer.Option(help="most texts of a synthetic picture", min=1)]
@@ -26,7 +35,7 @@ Batch = Annotated[int, typer.Option(help="pictures at a time", min=1)]
 
 @app.command("text")
 def text_command(
-    model: Model = str(SHIPPED),
+    model: Model = "tiny",
     out: Out = Path("outputs/evaluate-text"),
     prompts: Annotated[
         Path | None, typer.Option(help="a prompt a line, its texts in quotation marks; else unseen synthetic captions")
@@ -72,7 +81,7 @@ def text_command(
 
 @app.command("edit")
 def edit_command(
-    model: Model = str(SHIPPED),
+    model: Model = "tiny",
     out: Out = Path("outputs/evaluate-edit"),
     kinds: Annotated[str, typer.Option(help="of text, colour, ground, add, remove, move, reconstruct")] = "text,colour",
     count: Annotated[int, typer.Option(help="pairs of each kind", min=1)] = 100,

@@ -74,13 +74,13 @@ class EncodingMaker:
     """A `BatchMaker` whose batches are encoded; it loads the models where it is used.
 
     Args:
-        maker: of the raw batches. folder, vae: of the models, as in `ModelRecipe`. device: of the models.
+        maker: of the raw batches. folder: of the pipeline. vae: the VAE's. device: of the models.
         states: the type of the frozen condition encoder; None: it learns, and the trainer runs it.
         limits: most text tokens in each stage of `run`. edits: whether samples may have references.
     """
 
     def __init__(
-        self, maker: BatchMaker, folder: Path, vae: str, device: str, states: torch.dtype | None, limits: list[int],
+        self, maker: BatchMaker, folder: Path, vae: Path, device: str, states: torch.dtype | None, limits: list[int],
         run: Curriculum, edits: bool,
     ):  # fmt: skip
         self.maker, self.folder, self.vae, self.device = maker, folder, vae, device
@@ -110,7 +110,7 @@ class EncodingMaker:
         return self._encoders
 
     def _load(self) -> Encoders:
-        vae = AutoencoderKLQwenImage.from_pretrained(self.vae or self.folder / "vae", device=self.device)
+        vae = AutoencoderKLQwenImage.from_pretrained(self.vae, device=self.device)
         if self.states is None:
             return Encoders(vae, None, None, None)
         kind: Any = QwenImageEditPlusPipeline if self.edits else QwenImagePipeline

@@ -10,6 +10,7 @@ from typing import Any
 from qwen_image_fast.training.recipe.fields import must
 
 TASKS = ("t2i", "ti2i", "recon")
+DRAWN = ("squares", "synthesis")  # sources that draw their pictures
 
 
 @dataclass

@@ -10,10 +10,11 @@ from qwen_image_fast.training.recipe.run import RunRecipe
 
 @dataclass
 class ModelRecipe:
-    """folder: the diffusers-layout pipeline to start from; empty: the tiny model with random weights.
+    """folder: the diffusers-layout pipeline to start from: a folder, "tiny" (the one that comes with the package) or
+    the name of a hub repository; empty: the tiny model with random weights.
 
-    vae: a VAE folder instead of that of `folder`. dtype: of the weights in the forward pass; "auto" is bfloat16 on
-    CUDA, float32 on the CPU. The optimiser's weights are always float32.
+    vae: a VAE, or a pipeline's, instead of that of `folder`. dtype: of the weights in the forward pass; "auto" is
+    bfloat16 on CUDA, float32 on the CPU. The optimiser's weights are always float32.
     """
 
     folder: str = ""

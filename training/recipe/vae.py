@@ -24,7 +24,7 @@ class VaeLossRecipe:
 
 @dataclass
 class VaeRecipe(RunRecipe):
-    """mode "scratch": a new VAE; "decoder": the decoder of `folder`, its encoder frozen.
+    """mode "scratch": a new VAE; "decoder": the decoder of `folder` (a VAE, or a pipeline's), its encoder frozen.
 
     crop: side in pixels of the random square of each image that is used, a multiple of 8; 0: the whole image.
     statistics: images of which the latents' mean and deviation are measured at the end ("scratch").

@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen_image_fast.training.data.screen import Screen
 from qwen_image_fast.training.data.shard_index import INDEX
-from qwen_image_fast.training.recipe.data import DataRecipe, PartRecipe, part_key
+from qwen_image_fast.training.recipe.data import DRAWN, DataRecipe, PartRecipe, part_key
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.sources.folder import ImageFolder
 from qwen_image_fast.training.sources.pairs import EditPairs, has_pairs
@@ -18,7 +18,7 @@ from qwen_image_fast.training.sources.squares import Squares
 from qwen_image_fast.training.sources.synthesis import Synthesis
 from qwen_image_fast.training.sources.table import SUFFIXES, Table
 
-DRAWN: dict[str, Any] = {"squares": Squares, "synthesis": Synthesis}
+_DRAWING: dict[str, Any] = dict(zip(DRAWN, (Squares, Synthesis)))
 
 
 def make_source(recipe: DataRecipe | PartRecipe) -> Source:
@@ -33,20 +33,20 @@ def make_source(recipe: DataRecipe | PartRecipe) -> Source:
 
 
 def _named(recipe: DataRecipe | PartRecipe) -> Source:
-    folder = Path(recipe.source)
+    folder = Path(recipe.source).expanduser()
     try:
         if recipe.source in DRAWN:
             if recipe.filters:
                 raise RecipeError(f"recipe: data.filters must be empty for {recipe.source}: its pictures are drawn")
-            return DRAWN[recipe.source](**recipe.options)
+            return _DRAWING[recipe.source](**recipe.options)
         if folder.is_file() and folder.suffix.lower() in SUFFIXES:
-            return Table(recipe.source, Screen(recipe.filters), **recipe.options)
+            return Table(str(folder), Screen(recipe.filters), **recipe.options)
         if folder.is_dir() and has_pairs(folder):
-            return EditPairs(recipe.source, Screen(recipe.filters), **recipe.options)
+            return EditPairs(str(folder), Screen(recipe.filters), **recipe.options)
         if (folder / INDEX).is_file():
-            return Shards(recipe.source, Screen(recipe.filters), **recipe.options)
+            return Shards(str(folder), Screen(recipe.filters), **recipe.options)
         if folder.is_dir():
-            return ImageFolder(recipe.source, Screen(recipe.filters), **recipe.options)
+            return ImageFolder(str(folder), Screen(recipe.filters), **recipe.options)
     except TypeError as error:
         raise RecipeError(f"recipe: data.options must fit the source {recipe.source}: {error}") from error
     raise RecipeError(

@@ -30,6 +30,7 @@ from qwen_image_fast.training.producer.encode import Encoders, EncodingMaker
 from qwen_image_fast.training.recipe.curriculum import Curriculum, one_stage
 from qwen_image_fast.training.recipe.data import DataRecipe
 from qwen_image_fast.training.recipe.flow import FlowRecipe
+from qwen_image_fast.training.recipe.names import model_folder, vae_folder
 from qwen_image_fast.training.sources.make import make_source, make_sources
 from qwen_image_fast.training.sources.sample import Source
 from qwen_image_fast.training.tasks.device import pick_device, pick_dtype
@@ -142,7 +143,8 @@ class FlowTask:
         self.recipe, self.run, self.parallel = recipe, run or one_stage(recipe), parallel
         self.rejected: list[tuple[None, str, str]] = []
         self.device = parallel.device if parallel else pick_device(recipe.device)
-        self.folder = Path(recipe.model.folder or folder / "start")
+        self.folder = model_folder(recipe.model.folder) if recipe.model.folder else folder / "start"
+        self.vae_folder = vae_folder(recipe.model.vae) if recipe.model.vae else self.folder / "vae"
         main = parallel is None or parallel.main
         if main and not recipe.model.folder and not (self.folder / "model_index.json").is_file():
             write_untrained(self.folder, seed=recipe.seed, edit=True)
@@ -156,7 +158,7 @@ class FlowTask:
             weights = self.folder / "transformer"
             parts["transformer"], self.bytes_read = load_transformer(weights, recipe, parallel, self.dtype)
         if recipe.model.vae:
-            parts["vae"] = AutoencoderKLQwenImage.from_pretrained(recipe.model.vae, device=self.device)
+            parts["vae"] = AutoencoderKLQwenImage.from_pretrained(self.vae_folder, device=self.device)
         parts_of_data = [part for stage in self.run.stages for part in stage.recipe.data.parts]
         self.edits = any(part.tasks.get(task) for part in parts_of_data for task in ("ti2i", "recon"))
         kind: Any = QwenImageEditPlusPipeline if self.edits else QwenImagePipeline
@@ -218,7 +220,7 @@ class FlowTask:
         recipe = self.recipe
         device = self.device if recipe.producers.device == "auto" else torch.device(recipe.producers.device)
         return EncodingMaker(
-            maker, self.folder, recipe.model.vae, str(device), None if recipe.model.train_text_encoder else self.dtype,
+            maker, self.folder, self.vae_folder, str(device), None if recipe.model.train_text_encoder else self.dtype,
             [cast(FlowRecipe, stage.recipe).model.max_text_tokens for stage in self.run.stages], self.run, self.edits,
         )  # fmt: skip
 

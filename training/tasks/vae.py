@@ -20,6 +20,7 @@ from qwen_image_fast.training.batches.latents import to_pixels
 from qwen_image_fast.training.batches.replace import usable
 from qwen_image_fast.training.randomness import generator, key, normal
 from qwen_image_fast.training.recipe.curriculum import Change
+from qwen_image_fast.training.recipe.names import vae_folder
 from qwen_image_fast.training.recipe.vae import VaeRecipe
 from qwen_image_fast.training.sources.buckets import fit, nearest_bucket
 from qwen_image_fast.training.sources.make import make_source
@@ -145,7 +146,7 @@ class VaeTask:
         self.device = pick_device(recipe.device)
         if recipe.folder:
             self.vae = AutoencoderKLQwenImage.from_pretrained(
-                recipe.folder, torch_dtype=torch.float32, device=self.device
+                vae_folder(recipe.folder), torch_dtype=torch.float32, device=self.device
             )
         else:
             with torch.random.fork_rng(devices=[]):  # the constructor draws weights, which are replaced

@@ -6,11 +6,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwen_image_fast.cli.errors import BAD_INPUT, FAILED, CommandError, failing
+from qwen_image_fast.cli.errors import BAD_INPUT, FAILED, CommandError, err, failing
+
+if TYPE_CHECKING:
+    from qwen_image_fast.training.recipe.curriculum import Curriculum
 
 Recipe = Annotated[str, typer.Argument(help="A YAML file, or a shipped recipe such as tiny/vae.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes such as optimizer.lr=1e-3.")]
@@ -38,6 +41,21 @@ def _about_import(error: ImportError) -> str:
     return f"{error}; `qwen-image-fast doctor` names the versions that are supported"
 
 
+def _checked(recipe: str, overrides: list[str] | None, *, data: bool = True) -> Curriculum:
+    """The run of a recipe, all that it names found, before torch is imported; says what will be loaded."""
+    from qwen_image_fast.training.recipe.curriculum import read_curriculum
+    from qwen_image_fast.training.recipe.names import check_data, check_models, check_start, described, find_recipe
+
+    chosen = read_curriculum(find_recipe(recipe), overrides or ())
+    check_models(chosen)
+    if data:
+        check_start(chosen)
+        check_data(chosen)
+        if int(os.environ.get("RANK", "0")) == 0:
+            err.print(f"{chosen.name}: loading torch and {described(chosen)}", markup=False, soft_wrap=True)
+    return chosen
+
+
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -51,14 +69,13 @@ def train(
 ) -> None:
     """Train by a recipe; the result is in OUT/model, logs and checkpoints beside it. Under torchrun: by all."""
     with _explained():
+        chosen = _checked(recipe, overrides, data=not plan)
         if plan:
             from rich.console import Console
 
             from qwen_image_fast.training.parallel.plan import print_plan
-            from qwen_image_fast.training.recipe.curriculum import read_curriculum
-            from qwen_image_fast.training.run import find_recipe
 
-            print_plan(read_curriculum(find_recipe(recipe), overrides or ()), gpus, memory, gpu, Console(width=120))
+            print_plan(chosen, gpus, memory, gpu, Console(width=120))
             return
         from qwen_image_fast.training.run import train as run
 
@@ -75,6 +92,7 @@ def cache_latents(
 ) -> None:
     """Encode a recipe's samples once, for its field data.cache."""
     with _explained():
+        _checked(recipe, overrides)
         from qwen_image_fast.training.run import cache_latents as run
 
         run(recipe, overrides or (), out, count)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -52,7 +52,7 @@ class TokenLength(Measure):
             from transformers import AutoTokenizer
 
             try:
-                self._tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+                self._tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(tokenizer))
             except (OSError, ValueError) as error:
                 raise FileNotFoundError(
                     f"token_length: there is no tokenizer in {tokenizer}: give a Hugging Face folder or hub name as "
@@ -177,4 +177,4 @@ class Alignment(Measure):
 
 def clip_scorer(path: str) -> ClipScorer | None:
     """The scorer of a folder, or None for an empty path."""
-    return ClipScorer(str(Path(path).expanduser()) if path.startswith(("~", ".", "/")) else path) if path else None
+    return ClipScorer(os.path.expanduser(path)) if path else None

@@ -1,0 +1,92 @@
+"""Finding what a recipe names: shipped recipes, models, data; `~` is the home folder. Imports no torch.
+
+What cannot be is a sentence that offers the nearest name, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwen_image_fast.folders import local_folder, nearest, nearest_file, resolve_folder
+from qwen_image_fast.training.recipe.curriculum import Curriculum
+from qwen_image_fast.training.recipe.data import DRAWN
+from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.recipe.flow import FlowRecipe
+from qwen_image_fast.training.recipe.vae import VaeRecipe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+_VAE_FILES = ("*.json", "vae/*", "diffusion_pytorch_model*.safetensors")
+
+
+def find_recipe(name: str | Path) -> Path:
+    """A file, or a shipped recipe by its name."""
+    for path in (Path(name).expanduser(), RECIPES / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    shipped = sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml"))
+    near = nearest(str(name), shipped) or nearest_file(name)
+    raise RecipeError(f"recipe: there is no file {name}; shipped recipes: {', '.join(shipped)}{near}")
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a pipeline: local, "tiny", or downloaded."""
+    return resolve_folder(name)
+
+
+def vae_folder(name: str) -> Path:
+    """The folder of a VAE, where `name` is that or a pipeline's."""
+    folder = resolve_folder(name, allow_patterns=_VAE_FILES)
+    return folder / "vae" if (folder / "vae").is_dir() else folder
+
+
+def models_of(run: Curriculum) -> dict[str, str]:
+    """The models that a run names, by field; all its stages have the same ones."""
+    recipe, named = run.stages[0].recipe, {}
+    if isinstance(recipe, FlowRecipe):
+        named = {"model.folder": recipe.model.folder, "model.vae": recipe.model.vae}
+    elif isinstance(recipe, VaeRecipe):
+        named = {"folder": recipe.folder}
+    return {field: name for field, name in named.items() if name}
+
+
+def described(run: Curriculum) -> str:
+    """The models of a run, for a person: those named, and which are new."""
+    named, recipe = models_of(run), run.stages[0].recipe
+    if isinstance(recipe, FlowRecipe) and not recipe.model.folder:
+        return "a new model" + (f" with the VAE {recipe.model.vae}" if recipe.model.vae else ", its VAE random too")
+    return ", ".join(named.values()) or "a new VAE"
+
+
+def check_models(run: Curriculum) -> None:
+    """RecipeError where a model is named that is not there; names of hub repositories are believed."""
+    for field, name in models_of(run).items():
+        try:
+            folder = local_folder(name)
+        except OSError as error:
+            raise RecipeError(f"recipe: {field}: {error}") from error
+        if field == "model.folder" and folder is not None and not (folder / "model_index.json").is_file():
+            raise RecipeError(f"recipe: {field} must be the folder of a pipeline, {name} has no model_index.json")
+
+
+def check_start(run: Curriculum) -> None:
+    """RecipeError where a part of a new model, whose weights are random, would stay as it is."""
+    recipe = run.stages[0].recipe
+    if isinstance(recipe, FlowRecipe) and not recipe.model.folder:
+        frozen = "lora.rank is above 0" if recipe.lora.rank else "model.train_text_encoder is false"
+        if recipe.lora.rank or not recipe.model.train_text_encoder:
+            raise RecipeError(f"recipe: model.folder must name a model, such as Qwen/Qwen-Image, where {frozen}")
+
+
+def check_data(run: Curriculum) -> None:
+    """RecipeError where data are named that are not there."""
+    for stage in run.stages:
+        data = stage.recipe.data
+        if data.cache and not Path(data.cache).expanduser().is_dir():
+            raise RecipeError(f"recipe: data.cache: there is no folder {data.cache}{nearest_file(data.cache)}")
+        for part in data.parts:
+            if part.source not in DRAWN and not Path(part.source).expanduser().exists():
+                near = nearest(part.source, DRAWN) or nearest_file(part.source)
+                raise RecipeError(
+                    f"recipe: data.source must be {', '.join(DRAWN)}, a folder, a table or shards, there is no "
+                    f"{part.source}{near}"
+                )
