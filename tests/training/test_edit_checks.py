@@ -85,5 +85,5 @@ def test_the_summary_counts_what_was_done():
     (colour,), (text,) = pairs("colour", 1), pairs("text", 1)
     made = [result(colour, True, ()), result(colour, False, colour.target_lines), result(text, None, text.target_lines)]
     totals = summary(made)
-    assert totals["colour"]["done"] == 0.5 and totals["colour"]["exact"] == 0.5 and totals["text"]["done"] == 1.0
+    assert totals["colour"]["done"] == 0.5 and totals["colour"]["text_exact"] == 0.5 and totals["text"]["done"] == 1.0
     assert "| colour | 2 | 50.0% | 50.0% | 40.0 dB |" in table(totals)

@@ -81,7 +81,7 @@ def summary(results: Sequence[EditResult]) -> dict[str, Any]:
         out[kind] = {
             "pictures": len(own),
             "done": sum(judged) / len(judged) if judged else None,
-            "exact": text.exact,
+            "text_exact": text.exact,
             "word_accuracy": text.word_accuracy,
             "psnr_outside": float(np.median(outside)) if outside else None,
             "psnr_outside_28_db": sum(v >= 28 for v in outside) / len(outside) if outside else None,
@@ -96,7 +96,7 @@ def write_report(results: Sequence[EditResult], folder: Path, settings: dict[str
     totals = summary(results)
     rows = [
         {"instruction": r.pair.instruction, "kind": r.pair.kind, "texts": r.pair.target_lines, "read": r.read,
-         "done": r.done, "exact": r.score.exact, "psnr_outside": r.outside}
+         "done": r.done, "text_exact": r.score.exact, "psnr_outside": r.outside}
         for r in results
     ]  # fmt: skip
     content = {"settings": settings, "summary": totals, "pictures": rows}
@@ -124,7 +124,7 @@ def table(totals: dict[str, Any]) -> str:
     for kind, v in totals.items():
         done = "" if v["done"] is None else f"{v['done']:.1%}"
         outside = "" if v["psnr_outside"] is None else f"{v['psnr_outside']:.1f} dB"
-        rows.append(f"| {kind} | {v['pictures']} | {done} | {v['exact']:.1%} | {outside} |")
+        rows.append(f"| {kind} | {v['pictures']} | {done} | {v['text_exact']:.1%} | {outside} |")
     return "\n".join(rows)
 
 

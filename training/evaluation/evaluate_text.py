@@ -121,7 +121,7 @@ def _sheet(results: Sequence[Result], path: Path, faces: Sequence[Face]) -> None
 def table(totals: dict[str, Any]) -> str:
     """The summary as a Markdown table."""
     rows = [
-        "| language | pictures | exact | word accuracy | NED | text score | colours |",
+        "| language | pictures | text exact | word accuracy | NED | text score | colours |",
         "|---|---|---|---|---|---|---|",
     ]
     for language, values in totals.items():

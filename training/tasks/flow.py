@@ -295,7 +295,7 @@ class FlowTask:
             edit = evaluate_edit.edited_by(self.edit_pipe, **self._sampling())
             edits = list(evaluate_edit.evaluate_edits(edit, held_out_edits(synthesis, count // 2, "text"), reader))
             totals = evaluate_edit.summary(edits)["text"]
-            values |= {"edit_exact": totals["exact"], "edit_psnr_outside": totals["psnr_outside"]}
+            values |= {"edit_text_exact": totals["text_exact"], "edit_psnr_outside": totals["psnr_outside"]}
         return values
 
     def _sampling(self) -> dict[str, Any]:
