@@ -40,7 +40,7 @@ class ShardIndex:
             import pyarrow as pa
             import pyarrow.parquet as pq
         except ImportError as error:
-            raise ImportError(f"the shards of {folder} need pyarrow, which is not installed") from error
+            raise ImportError(f"the shards of {folder} need pyarrow: pip install pyarrow") from error
         self.folder = Path(folder)
         self.shards: list[str] = []
         numbers, offsets = [], []

@@ -55,7 +55,7 @@ class Parquet:
             import pyarrow as pa
             import pyarrow.parquet as pq
         except ImportError as error:
-            raise ImportError(f"reading {file} needs pyarrow, which is not installed") from error
+            raise ImportError(f"reading {file} needs pyarrow: pip install pyarrow") from error
 
         self.file, self.column = file, column
         try:
