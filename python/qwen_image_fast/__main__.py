@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import signal
 import sys
@@ -12,6 +14,7 @@ def main() -> None:
     # A shell starts what runs in the background with Ctrl-C ignored; that stays.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
+    _write_any_text()
     try:
         from qwen_image_fast.cli import app
 
@@ -20,6 +23,14 @@ def main() -> None:
         # All is said and written: what Python does on its way out needs no sentence.
         if signal.getsignal(signal.SIGINT) in (_interrupt, _leave):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _write_any_text() -> None:
+    """What an output's encoding lacks is written as \\uXXXX, what a file's name has that is no text as its bytes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            utf8 = codecs.lookup(stream.encoding).name == "utf-8"
+            stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

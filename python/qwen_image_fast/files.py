@@ -50,6 +50,11 @@ def write_new(names: Iterable[PathLike], writer: Writer) -> Path:
     return path
 
 
+def not_text(text: str) -> bool:
+    """Whether it holds bytes that were no text in the encoding of the file system or the command line."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def numbered(path: PathLike) -> Iterator[Path]:
     """`x.png`, then `x-0001.png`, `x-0002.png` and so on."""
     path = Path(path)

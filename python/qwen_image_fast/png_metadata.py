@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
-from qwen_image_fast.files import Writer, atomic_write
+from qwen_image_fast.files import Writer, atomic_write, not_text
 from qwen_image_fast.request import KINDS, Request, make
 from qwen_image_fast.request_fields import RequestError, parse_size
 
@@ -37,7 +37,11 @@ def write_png(path: str | os.PathLike, image: Image.Image, parameters: Mapping[s
 
 def png_writer(image: Image.Image, parameters: Mapping[str, Any]) -> Writer:
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(KEYWORD, json.dumps({"software": SOFTWARE, **parameters}, ensure_ascii=False, sort_keys=True))
+    stored = {"software": SOFTWARE, **parameters}
+    text = json.dumps(stored, ensure_ascii=False, sort_keys=True)
+    if not_text(text):  # a file's name, which may be any bytes: escaped in JSON's way
+        text = json.dumps(stored, sort_keys=True)
+    info.add_itxt(KEYWORD, text)
     return lambda file: image.save(file, format="PNG", pnginfo=info)
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from qwen_image_fast.files import not_text
 from qwen_image_fast.model_defaults import Generation
 from qwen_image_fast.request_fields import (
     LARGEST,
@@ -70,7 +71,10 @@ class Request(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_truth_values(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Which pydantic would take for the number 1."""
+        """Which pydantic would take for the number 1; nor bytes that the command line's encoding could not read."""
+        for name in ("prompt", "negative_prompt"):
+            if isinstance(values.get(name), str) and not_text(values[name]):
+                raise RequestError(f"the {{{name}}} is not text in the encoding of this locale; set LC_ALL=C.UTF-8")
         for name, field in cls.model_fields.items():
             if isinstance(values.get(name), bool) and field.annotation is not bool:
                 raise RequestError(f"{{{name}}} must not be a truth value, got {values[name]}")
