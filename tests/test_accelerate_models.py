@@ -103,7 +103,7 @@ def test_arguments():
 
 def test_without_diffusers(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
-    with pytest.raises(ImportError, match=r"qwen-image-fast\[diffusers\]"):
+    with pytest.raises(ImportError, match=r"accelerate needs the package diffusers: pip install .\.\[diffusers\]"):
         accelerate(object())
 
 

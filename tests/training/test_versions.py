@@ -66,7 +66,7 @@ def test_several_need_a_newer_torch(module, name, monkeypatch, tmp_path):
     [
         (
             ModuleNotFoundError("No module named 'yaml'", name="yaml"),
-            "pip install 'qwen-image-fast[train,evaluate,data]'",
+            "error: training needs the package yaml: pip install '.[train]'",
         ),
         (ImportError("cannot import name 'a' from 'b'", name="b"), "'b'; `qwen-image-fast doctor` names the versions"),
         (ModuleNotFoundError("No module named 'torch.b'", name="torch.b"), "'; `qwen-image-fast doctor` names the"),
@@ -80,4 +80,3 @@ def test_what_is_missing_is_told_from_what_is_old(error, text, monkeypatch):
     monkeypatch.setattr("qwen_image_fast.training.run.train", fails)
     result = CliRunner().invoke(app, ["train", "tiny/1-shapes"])
     assert result.exit_code == 2 and text in result.stderr, result.stderr
-    assert ("more packages" in result.stderr) == ("yaml" in str(error))

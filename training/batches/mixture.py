@@ -138,7 +138,7 @@ class Watched:
 
 
 def _read(path: Path, now: Mapping[str, float]) -> dict[str, float]:
-    import yaml
+    import yaml  # the recipe was read with it
 
     rule = f"mixture: {path} must hold weights of {', '.join(now)}, at least 0, one above 0"
     try:

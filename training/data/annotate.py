@@ -19,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from qwen_image_fast.chat import Chat, ChatEndpoint, EndpointError, checked
+from qwen_image_fast.extras import needed_for
 from qwen_image_fast.files import atomic_write
 from qwen_image_fast.folders import resolve_folder
 
@@ -34,6 +33,10 @@ from .filters.picture import BrokenImage, Picture
 from .recipe import AnnotateRecipe
 from .record import Record
 from .shards import write_shards
+
+with needed_for("annotating a data set"):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 AUDIT = pa.schema(
     [
@@ -80,7 +83,7 @@ def captioner(recipe: AnnotateRecipe) -> Chat:
         key = None
         if recipe.api_key_file:
             try:
-                key = Path(recipe.api_key_file).expanduser().read_text().strip()
+                key = Path(recipe.api_key_file).expanduser().read_text(encoding="utf-8").strip()
             except OSError as error:
                 raise FileNotFoundError(
                     f"annotate: api_key_file must be a file that holds the key, got {recipe.api_key_file}"

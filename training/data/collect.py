@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen_image_fast.extras import needed_for
+
 from .record import Record, record_of
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -195,11 +197,9 @@ def record_of_line(file: Path, line: bytes, number: int, column: str, defaults: 
 
 
 def _parquet(file: Path, column: str, defaults: Mapping[str, str]) -> Iterator[Record]:
-    try:
+    with needed_for("reading parquet"):
         import pyarrow as pa
         import pyarrow.parquet as pq
-    except ImportError as error:
-        raise ImportError("reading parquet needs pyarrow: pip install 'qwen-image-fast[data]'") from error
     number = 0
     try:
         with pq.ParquetFile(file, pre_buffer=False) as table:

@@ -7,14 +7,17 @@ import io
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
+from qwen_image_fast.extras import needed_for
 from qwen_image_fast.files import atomic_write
 
 from .filters.picture import BrokenImage, Picture
 from .record import Record
+
+with needed_for("filtering a data set"):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 SIDE = 160
 SCHEMA = pa.schema(

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from qwen_image_fast.extras import needed_for
 from qwen_image_fast.files import atomic_write
 
 from .collect import collect
@@ -25,6 +23,10 @@ from .judge import build_filters, judge, rejection
 from .recipe import FilterRecipe
 from .record import Record
 from .shards import write_shards
+
+with needed_for("filtering a data set"):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 AUDIT = pa.schema(
     [

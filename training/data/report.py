@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
+from qwen_image_fast.extras import needed_for
 from qwen_image_fast.files import atomic_write
 from qwen_image_fast.training.recipe.fields import convert
 
@@ -30,6 +30,9 @@ from .filters.order import FILTER_NAMES, STAGE_OF
 from .judge import limits
 from .recipe import FilterRecipe
 from .record import Record
+
+with needed_for("the report of a data set"):
+    import pyarrow.parquet as pq
 
 RATIOS = {"1:3": 1 / 3, "9:16": 9 / 16, "2:3": 2 / 3, "3:4": 3 / 4, "1:1": 1.0, "4:3": 4 / 3, "3:2": 3 / 2,
           "16:9": 16 / 9, "3:1": 3.0}  # fmt: skip
@@ -70,7 +73,7 @@ def write_report(folder: str | Path) -> Path:
             raise FileNotFoundError(
                 f"report: {folder} must be the result of `qwen-image-fast data filter`, it has no {name}"
             )
-    recipe = convert(json.loads((folder / "recipe.json").read_text()), FilterRecipe, "")
+    recipe = convert(json.loads((folder / "recipe.json").read_text(encoding="utf-8")), FilterRecipe, "")
     found = summarise(folder / "audit.parquet")
     page = _page(found, recipe, pq.read_table(folder / "examples.parquet").to_pylist(), folder)
     atomic_write(folder / "report.html", lambda file: file.write(page.encode()))
@@ -154,7 +157,7 @@ def _page(found: Summary, recipe: FilterRecipe, examples: list[dict[str, Any]], 
         *(_balance(found, what) for what in ("category", "language", "aspect")),
     ]
     parts += ["<h2>Duplicates</h2>", _duplicates(found, examples, folder, recipe)]
-    frame = (Path(__file__).parent / "report.html").read_text()
+    frame = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     return frame.replace("@BODY@", "\n".join(parts))
 
 
@@ -298,8 +301,9 @@ def _originals(folder: Path, origins: set[str], max_pixels: int) -> dict[str, by
 
 
 def _plot(draw: Callable[[Any], None], size: tuple[float, float], alt: str) -> str:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+    with needed_for("the report"):
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
 
     figure = Figure(size, layout="constrained")
     figure.patch.set_alpha(0)

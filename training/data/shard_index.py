@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen_image_fast.extras import needed_for
 from qwen_image_fast.training.recipe.fields import RecipeError
 
 from .record import Record, record_of
@@ -36,11 +37,10 @@ class ShardIndex:
         least: Mapping[str, float],
         most: Mapping[str, float],
     ):
-        try:
+        with needed_for(f"reading the shards of {folder}"):
             import pyarrow as pa
             import pyarrow.parquet as pq
-        except ImportError as error:
-            raise ImportError(f"the shards of {folder} need pyarrow: pip install pyarrow") from error
+
         self.folder = Path(folder)
         self.shards: list[str] = []
         numbers, offsets = [], []

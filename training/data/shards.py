@@ -10,12 +10,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from qwen_image_fast.extras import needed_for
 from qwen_image_fast.files import atomic_write
 
 from .record import Record
+
+with needed_for("writing shards"):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 _INDEX_ROWS = 4096
 _INDEX = pa.schema(

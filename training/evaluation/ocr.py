@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from qwen_image_fast.extras import needed_for
+
 # A picture is enlarged by a whole factor until its shorter side has so many pixels: the detector was made for pages.
 _LEAST_SIDE = 256
 
@@ -33,12 +35,9 @@ class Reader:
     """
 
     def __init__(self, threads: int = 1):
-        try:
+        with needed_for("reading text"):
+            import onnxruntime  # noqa: F401  rapidocr imports it only when it reads
             from rapidocr import RapidOCR
-        except ImportError as error:
-            raise ImportError(
-                "reading text needs rapidocr and onnxruntime: pip install 'qwen-image-fast[evaluate]'"
-            ) from error
         logging.getLogger("RapidOCR").setLevel(logging.ERROR)  # it warns of every picture without text
         engine = "EngineConfig.onnxruntime"
         self._engine = RapidOCR(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from qwen_image_fast.extras import needed_for
 from qwen_image_fast.training.producer.backend import MOST_DEATHS, BatchMaker, ProducerDied, Ticket, make
 from qwen_image_fast.training.producer.pack import pack, unpack
 from qwen_image_fast.training.recipe.run import ProducersRecipe
@@ -36,10 +37,8 @@ class RayActors:
     """
 
     def __init__(self, maker: BatchMaker, recipe: ProducersRecipe):
-        try:
+        with needed_for("producers.backend ray"):
             import ray
-        except ImportError as error:
-            raise ImportError("producers.backend ray needs Ray: pip install 'qwen-image-fast[ray]'") from error
         self.ray, self.started = ray, not ray.is_initialized()
         if self.started:
             ray.init(address=recipe.address or None, include_dashboard=False, log_to_driver=False,

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen_image_fast.extras import needed_for
+
 
 class RecipeError(ValueError):
     """A sentence about what a recipe must be."""
@@ -30,7 +32,8 @@ def must_be_at_least(least: float, name: str, value: float) -> None:
 
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     """What a YAML file and its overrides say, not yet checked."""
-    import yaml
+    with needed_for("reading a recipe"):
+        import yaml
 
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen_image_fast.extras import needed_for
 from qwen_image_fast.training.data.collect import LARGEST_FILE, record_of_line, record_of_row
 from qwen_image_fast.training.data.record import Record
 from qwen_image_fast.training.data.screen import Rejected, Screen
@@ -51,11 +52,9 @@ class Parquet:
     read faster as shards, which `data filter` writes."""
 
     def __init__(self, file: Path, column: str):
-        try:
+        with needed_for(f"reading {file}"):
             import pyarrow as pa
             import pyarrow.parquet as pq
-        except ImportError as error:
-            raise ImportError(f"reading {file} needs pyarrow: pip install pyarrow") from error
 
         self.file, self.column = file, column
         try:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from PIL import ImageFont
 
+from qwen_image_fast.extras import needed_for
+
 SUFFIXES = (".ttf", ".otf", ".ttc")
 SYSTEM_FOLDERS = (
     "/usr/share/fonts",
@@ -131,10 +133,8 @@ def _installed() -> dict[str, str]:
 @functools.cache
 def coverage(face: Face) -> frozenset[int]:
     """Code points that the face has a glyph for, by its character map."""
-    try:
+    with needed_for("reading which glyphs a font has"):
         from fontTools.ttLib import TTFont
-    except ImportError as error:
-        raise FontError("reading which glyphs a font has needs fontTools: pip install fonttools") from error
 
     with TTFont(face.path, fontNumber=face.index, lazy=True) as font:
         characters = font.getBestCmap() or {}

@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from qwen_image_fast.extras import MissingPackage
+
 out = Console()
 err = Console(stderr=True)
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -40,6 +42,9 @@ class Sentences(TyperGroup):
             code = INTERRUPTED
         except CommandError as error:
             code = error.code
+            print_error(error)
+        except MissingPackage as error:
+            code = BAD_INPUT
             print_error(error)
         except typer.BadParameter.__base__ as error:  # click's UsageError, of click or of the copy inside typer
             code = BAD_INPUT

