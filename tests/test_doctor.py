@@ -1,6 +1,7 @@
 """The self-test passes on right kernels and finds wrong ones; the timings measure what they say."""
 
 import json
+import os
 import time
 
 import pytest
@@ -235,6 +236,16 @@ def test_environment_names_what_is_missing(monkeypatch):
 
     monkeypatch.setattr(doctor.metadata, "version", version)
     assert doctor.environment()["peft"] == "not installed"
+
+
+def test_how_threads_wait(monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (11.04, 0, 0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert doctor.environment()["threads"].endswith("they spin before they sleep; load 11.0 on 2 processors")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    assert f"{torch.get_num_threads()}; waiting: OMP_WAIT_POLICY=passive; load" in doctor.environment()["threads"]
 
 
 def test_medians_of_both_sides():

@@ -110,6 +110,21 @@ def test_names_come_when_used_and_torch_before_the_core(code):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("own", [{}, {"GOMP_SPINCOUNT": "5"}, {"OMP_WAIT_POLICY": "active"}], ids=str)
+def test_threads_sleep_while_they_wait_unless_told_else(own):
+    """The command says so before torch is imported; the package as a library leaves the environment alone."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    env = {**{n: v for n, v in environment().items() if n not in names}, **own}
+    told = f"print({{n: os.environ[n] for n in {names} if n in os.environ}}, 'torch' in sys.modules)"
+    command = (
+        f"import os, sys, atexit; atexit.register(lambda: {told}); from qwen_image_fast.__main__ import main; main()"
+    )
+    library = f"import os, sys, qwen_image_fast; qwen_image_fast.ops; {told}"
+    for code, expected in ((command, own or {"OMP_WAIT_POLICY": "passive"}), (library, own)):
+        result = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True, env=env)
+        assert result.stdout.splitlines()[-1] == f"{expected} {code == library}", result.stderr
+
+
 def test_lazy_classes_are_pickled_by_name():
     for name in ("QwenImagePipeline", "AutoencoderKLQwenImage", "accelerate"):
         thing = getattr(qwen_image_fast, name)

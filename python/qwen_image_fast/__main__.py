@@ -15,6 +15,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     _write_any_text()
+    _sleep_while_waiting()
     try:
         from qwen_image_fast.cli import app
 
@@ -31,6 +32,16 @@ def _write_any_text() -> None:
         if isinstance(stream, io.TextIOWrapper):
             utf8 = codecs.lookup(stream.encoding).name == "utf-8"
             stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+
+
+def _sleep_while_waiting() -> None:
+    """Before torch loads OpenMP's runtime: its threads sleep at once where they wait for each other, unless told else.
+
+    As it comes, GNU's runtime spins for milliseconds first: on processors that others use too, a thread that spins
+    takes the time of the one it waits for. Processes started from here inherit it.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -8,6 +8,7 @@ last place of the largest value.
 from __future__ import annotations
 
 import math
+import os
 import platform
 import re
 import statistics
@@ -42,6 +43,7 @@ def environment() -> dict[str, str]:
     found = {
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{_version('torch', torch.__version__)}, {torch.get_num_threads()} threads",
+        "threads": _threads(),
         "CPU capability of torch": torch.backends.cpu.get_cpu_capability(),
         "qwen-image-fast": f"{info['version']}, built with {info['compiler']}, {info['openmp_threads']} OpenMP threads",
         "CPU kernels": f"{', '.join(info['cpu_kernels'])} compiled; {info['cpu_in_use']} in use",
@@ -52,6 +54,14 @@ def environment() -> dict[str, str]:
     found |= {"attention, equal lengths": attention[0], "attention, mixed lengths": attention[1]}
     found["linear layers"] = describe_linear("cuda" if torch.cuda.is_available() else "cpu")
     return found | {name: _version(name, _installed(name)) for name in PACKAGES}
+
+
+def _threads() -> str:
+    """How many there are, how they wait, which OpenMP's runtime read as it was loaded, and for whom."""
+    told = [f"{name}={os.environ[name]}" for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ]
+    waiting = " ".join(told) or "as OpenMP's runtime comes: they spin before they sleep"
+    load, processors = os.getloadavg()[0], len(os.sched_getaffinity(0))
+    return f"{torch.get_num_threads()}; waiting: {waiting}; load {load:.1f} on {processors} processors"
 
 
 def _cuda() -> str:
