@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 GPU_PYTHON ?= 3.12
 
-.PHONY: demo pipeline test lint bench install dev clean cuda-compile gpu-check gpu-wheels gpu-status
+.PHONY: demo pipeline extras test lint bench install dev clean cuda-compile gpu-check gpu-wheels gpu-status
 
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard cmake/*.cmake) \
   $(shell find csrc python training -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.py' -o -name '*.yaml')
@@ -38,6 +38,10 @@ demo: $(VENV)/installed
 # Collect, filter, annotate, synthesise, balance, train two stages, score: minutes on two cores.
 pipeline: $(VENV)/dev
 	$(BIN)/python examples/whole_pipeline.py
+
+# Every extra in a clean environment of its own: what it promises runs. Downloads torch for each; minutes.
+extras: $(VENV)/wheel/built
+	$(PYTHON) -m tests.extras $(WHEEL)
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -q -n $(JOBS) tests

@@ -119,10 +119,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     options = parser.parse_args()
     chosen = [{"none": ""}.get(extra, extra) for extra in options.extras] or list(FEATURES)
-    found = {extra or "no extra": check(extra, options.wheel.resolve(), options.work) for extra in chosen}
-    report = {"date": datetime.date.today().isoformat(), "python": sys.version.split()[0], "extras": found}
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    found: dict[str, dict[str, object]] = {}
+    if options.out and options.out.exists():  # of other extras
+        found = json.loads(options.out.read_text(encoding="utf-8"))["extras"]
+    for extra in chosen:
+        found[extra or "no extra"] = check(extra, options.wheel.resolve(), options.work)
+        report = {"date": datetime.date.today().isoformat(), "python": sys.version.split()[0], "extras": found}
+        if options.out:
+            options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return int(any(value != "runs" for one in found.values() for name, value in one.items() if "seconds" not in name))
 
 
