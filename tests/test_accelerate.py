@@ -78,7 +78,7 @@ CALLS = {
     "one": {},
     "guidance": CFG,
     "prompts of two lengths": {"prompt": [SHORT, LONG], "negative_prompt": [LONG, " "], "true_cfg_scale": 4.0},
-    "two images per prompt": {"prompt": [SHORT, LONG], "num_images_per_prompt": 2},
+    "two images": {"num_images_per_prompt": 2},
 }
 
 

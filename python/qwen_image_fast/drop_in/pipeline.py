@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qwen_image_fast.drop_in.batches import batch_methods, encoded_once
 from qwen_image_fast.drop_in.loop import Loop, current_loop
 from qwen_image_fast.drop_in.swapped import Swapped
 
@@ -26,14 +27,17 @@ class FastPipeline(Swapped):
             finally:
                 current_loop.reset(token)
 
+        encode = encoded_once(original.encode_prompt)
+
         def encode_prompt(self, *args, **kwargs):
             token = _encoding.set(True)
             try:
-                return original.encode_prompt(self, *args, **kwargs)
+                return encode(self, *args, **kwargs)
             finally:
                 _encoding.reset(token)
 
-        return {f.__name__: functools.wraps(getattr(original, f.__name__))(f) for f in (__call__, encode_prompt)}
+        found = {f.__name__: functools.wraps(getattr(original, f.__name__))(f) for f in (__call__, encode_prompt)}
+        return found | batch_methods(original)
 
 
 def last_logits_only(module, args, kwargs):
