@@ -75,7 +75,7 @@ def test_identity(theirs, ours, tmp_path):
     assert vars(model).keys() == vars(theirs).keys()
 
 
-def test_restored_pipeline(tiny_folder):
+def test_restored_pipeline(tiny_folder, caplog):
     pipe = diffusers.QwenImagePipeline.from_pretrained(tiny_folder)
     pipe.set_progress_bar_config(disable=True)
 
@@ -92,8 +92,27 @@ def test_restored_pipeline(tiny_folder):
     assert not torch.equal(draw(), plain)
     restore(pipe)
     assert torch.equal(draw(), plain)
-    with pytest.raises(ValueError, match="restore: pipe must have been accelerated before, got a plain QwenImagePipe"):
-        restore(pipe)
+    assert not caplog.records
+    for part in (pipe, pipe.vae):
+        restore(part)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"restore: nothing to undo, this {name} is not accelerated"
+        for name in ("QwenImagePipeline", "AutoencoderKLQwenImage")
+    ]
+    assert torch.equal(draw(), plain)
+
+
+def test_the_last_call_decides_how_the_vae_convolves(tiny_folder):
+    vae = diffusers.AutoencoderKLQwenImage.from_pretrained(tiny_folder, subfolder="vae")
+    z = torch.randn(1, 16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def decoded(convolution):
+        accelerate(vae, convolution=convolution)
+        with torch.no_grad():
+            return vae.decode(z).sample
+
+    auto, exact = decoded("auto"), decoded("exact")
+    assert not torch.equal(auto, exact) and torch.equal(decoded("auto"), auto) and torch.equal(decoded("exact"), exact)
 
 
 def test_arguments():

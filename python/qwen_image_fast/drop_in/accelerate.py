@@ -10,6 +10,7 @@ runs diffusers' own forward.
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import Any, get_args
 
 from torch import nn
@@ -24,6 +25,8 @@ from qwen_image_fast.drop_in.vae_flops import decoding_flops
 from qwen_image_fast.extras import needed_for
 from qwen_image_fast.models.vae_conv import Convolution
 
+logger = logging.getLogger(__name__)
+
 OLDEST_DIFFUSERS = (0, 37)  # as in pyproject.toml; transformers of before have neither layers nor references
 
 
@@ -36,7 +39,8 @@ def accelerate(pipe: Any, convolution: Convolution = "auto") -> Report:
             "exact", directly everywhere.
 
     Returns:
-        What was replaced, and what was left alone and why. Parts that are accelerated already are listed as such.
+        What was replaced, and what was left alone and why. Parts that are accelerated already are listed as such; of
+        the VAE's convolutions the last call decides.
 
     Raises:
         ImportError: diffusers is not installed, or too old.
@@ -50,9 +54,9 @@ def accelerate(pipe: Any, convolution: Convolution = "auto") -> Report:
     report = Report()
     for name, part in parts.items():
         _accelerate_part(name, part, convolution, report)
-        if name == "vae" and convolution == "exact":
+        if name == "vae":
             for module in _modules(part):
-                if isinstance(module, (FastCausalConv3d, FastResample)):
+                if isinstance(module, (FastCausalConv3d, FastResample)) and module.convolution != convolution:
                     module.convolution = convolution
     if getattr(pipe, "controlnet", None) is not None:
         report.left_alone.append(("controlnet", "there is no faster version of it here"))
@@ -62,10 +66,7 @@ def accelerate(pipe: Any, convolution: Convolution = "auto") -> Report:
 def restore(pipe: Any) -> None:
     """Undo `accelerate(pipe)`: afterwards every part runs diffusers' code again, with the same bits as before.
 
-    A part that another pipeline shares is restored for both.
-
-    Raises:
-        ValueError: nothing in `pipe` is accelerated.
+    A part that another pipeline shares is restored for both. Where nothing is accelerated, a warning says so.
     """
     _require_diffusers()
     parts = _parts(pipe)
@@ -73,7 +74,7 @@ def restore(pipe: Any) -> None:
     if "pipeline" in parts:
         changed.append(remove_text_hook(_unwrap(getattr(pipe, "text_encoder", None))))
     if not any(changed):
-        raise ValueError(f"restore: pipe must have been accelerated before, got a plain {type(pipe).__name__}")
+        logger.warning("restore: nothing to undo, this %s is not accelerated", type(pipe).__name__)
 
 
 def _require_diffusers() -> None:
