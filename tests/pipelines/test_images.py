@@ -9,7 +9,7 @@ from PIL import Image
 
 from qwen_image_fast import QwenImageEditPlusPipeline
 from qwen_image_fast.models.rope import sample_rope
-from qwen_image_fast.pictures import to_mask, to_rgb, to_rgba
+from qwen_image_fast.pictures import decode, to_mask, to_rgb, to_rgba
 from qwen_image_fast.pipelines.images import area_size
 
 
@@ -21,6 +21,107 @@ def saved(image, fmt, **options):
 
 
 RED = Image.new("RGB", (6, 4), (200, 10, 20))
+
+
+def file_of(image, fmt, **options):
+    file = io.BytesIO()
+    image.save(file, format=fmt, **options)
+    return file.getvalue()
+
+
+# What a camera held in one of eight ways stores, by the EXIF entry that tells how to turn it upright.
+STORED = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+UPRIGHT = Image.new("RGB", (24, 16), "red")
+UPRIGHT.paste("blue", (0, 0, 8, 8))
+UPRIGHT.paste("lime", (16, 0, 24, 8))
+
+
+def turned(orientation, fmt="PNG", **options):
+    """`UPRIGHT` as a file of such a camera."""
+    method = STORED[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return file_of(UPRIGHT if method is None else UPRIGHT.transpose(method), fmt, exif=exif, **options)
+
+
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("fmt", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_pictures_are_upright_however_they_are_given(tmp_path, orientation, fmt):
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(fmt, {})
+    data = turned(orientation, fmt, **options)
+    (tmp_path / "a").write_bytes(data)
+    for given in (data, tmp_path / "a", str(tmp_path / "a"), Image.open(io.BytesIO(data)), decode("x", data)):
+        for convert in (to_rgb, to_rgba, to_mask):
+            found = convert("x", given).convert("RGB")
+            assert found.size == UPRIGHT.size
+            assert np.abs(np.int16(found) - np.int16(UPRIGHT)).max() <= (9 if fmt == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("fmt", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
+def test_the_first_of_several_frames_is_used_and_said(fmt, caplog, monkeypatch):
+    """Once; not of a phone's MPO, which is a photograph with its preview."""
+    frames, options = [RED.copy(), Image.new("RGB", (6, 4), "blue")], {"lossless": True} if fmt == "WEBP" else {}
+    data = file_of(frames[0], fmt, save_all=True, append_images=frames[1:], **options)
+    for given in (data, data, Image.open(io.BytesIO(data))):
+        assert np.abs(np.int16(to_rgb(f"the {fmt}", given)) - np.int16(RED)).max() <= 3
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ([] if fmt == "MPO" else [f"the {fmt} has 2 frames or pages: number 1 is used"])
+    if fmt != "MPO":
+        with pytest.raises(ValueError, match="x could not be read as a picture: it has 2 frames or pages"):
+            decode("x", data, frames=False)
+    assert decode("x", file_of(RED, "PNG"), frames=False).size == RED.size
+
+
+def test_what_was_drawn_on_a_frame_stays():
+    """To count the frames of a GIF that is loaded would load it again."""
+    data = file_of(RED, "GIF", save_all=True, append_images=[Image.new("RGB", (6, 4), "blue")])
+    picture = Image.open(io.BytesIO(data))
+    picture.load()
+    picture.paste(picture.getpixel((0, 0)) ^ 1, (0, 0, 6, 4))
+    drawn = picture.convert("RGB").getpixel((1, 1))
+    assert to_rgb("x", picture).getpixel((1, 1)) == drawn
+
+
+def deep(mode):
+    """A ramp of 16-bit grey, in each mode that PIL has for it."""
+    return Image.fromarray(np.array([[0, 257 * 128, 65535]], np.uint16)).convert("I").convert(mode)
+
+
+# Files of colour modes: bytes, and what their pixels are over white.
+MODES = {
+    "grey of 16 bits": (file_of(deep("I;16"), "PNG"), [0, 128, 255]),
+    "grey of 16 bits, TIFF": (file_of(deep("I;16"), "TIFF"), [0, 128, 255]),
+    "grey of 32 bits, TIFF": (file_of(deep("I"), "TIFF"), [0, 128, 255]),
+    "1 bit": (file_of(Image.fromarray(np.array([[False, True]])), "PNG"), [0, 255]),
+    "1 bit, TIFF": (file_of(Image.fromarray(np.array([[False, True]])), "TIFF"), [0, 255]),
+    "grey and alpha": (file_of(Image.fromarray(np.array([[[9, 255], [9, 0]]], np.uint8)), "PNG"), [9, 255]),
+    "CMYK": (file_of(Image.new("CMYK", (2, 1), (0, 0, 0, 255)), "TIFF"), [0, 0]),
+    "CMYK, JPEG": (file_of(Image.new("CMYK", (8, 8), (0, 0, 0, 255)), "JPEG"), [0] * 64),
+    "clear palette, PNG": (
+        file_of(Image.fromarray(np.array([[3, 4]], np.uint8)).convert("P"), "PNG", transparency=4), [3, 255],
+    ),
+    "clear palette, GIF": (
+        file_of(Image.fromarray(np.array([[3, 4]], np.uint8)).convert("P"), "GIF", transparency=4), [3, 255],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MODES)
+def test_colour_modes(kind, tmp_path):
+    data, expected = MODES[kind]
+    (tmp_path / "a").write_bytes(data)
+    for given in (data, tmp_path / "a", Image.open(io.BytesIO(data)), decode("x", data)):
+        found = np.asarray(to_rgb("x", given))
+        assert found.shape[2] == 3 and np.abs(np.int16(found[..., 0]).flatten() - expected).max() <= 2
 
 
 def exif_rotated():
@@ -122,8 +223,14 @@ def cut_short():
 
 ERRORS = [
     (cut_short(), ValueError, "x could not be read as a picture: image file is truncated"),
-    (None, TypeError, "x must be a PIL image, an array or a tensor, got NoneType"),
-    ("a.png", TypeError, "got str"),
+    (None, TypeError, "x must be a file, a PIL image, an array or a tensor, got NoneType"),
+    ("none.png", FileNotFoundError, "none.png"),
+    ("/", ValueError, "x could not be read as a picture: .*s a directory"),
+    ("https://host/a.png", ValueError, "x must be a file, an address is not fetched, got https://host/a.png"),
+    (b"", ValueError, "x could not be read as a picture: it is empty"),
+    (b"GIF89a", ValueError, "x could not be read as a picture: "),
+    (b"no picture", ValueError, "x could not be read as a picture: its type is not known"),
+    (Image.new("La", (2, 2)), ValueError, "x could not be read as a picture: .*conversion"),
     (Image.new("RGB", (0, 4)), ValueError, "x must have pixels, got 0x4"),
     (np.zeros((0, 4, 3), np.uint8), ValueError, "x must have pixels, got 4x0"),
     (np.zeros((4, 4, 7), np.uint8), ValueError, r"or \[height, width, 1, 3 or 4\], got the shape \(4, 4, 7\)"),
@@ -138,6 +245,21 @@ ERRORS = [
 def test_errors(image, kind, text):
     with pytest.raises(kind, match=text):
         to_rgb("x", image)
+
+
+def test_a_picture_too_large_to_decode():
+    with pytest.raises(ValueError, match="x could not be read as a picture: it has 24 x 16 pixels, more than 300"):
+        decode("x", turned(1), largest=300)
+    assert decode("x", turned(6), largest=384).size == (24, 16)
+
+
+def test_a_pipeline_takes_files(edit_folder, tmp_path):
+    pipe = QwenImageEditPlusPipeline.from_pretrained(edit_folder)
+    call = {"prompt": "x", "seed": 0, "num_inference_steps": 1, "output_type": "latent", "progress": False}
+    expected = pipe(UPRIGHT, **call).images
+    (tmp_path / "a.png").write_bytes(turned(6))
+    for given in (tmp_path / "a.png", [str(tmp_path / "a.png")], turned(8)):
+        assert torch.equal(pipe(given, **call).images, expected)
 
 
 def test_sizes_are_those_of_diffusers():
@@ -156,7 +278,7 @@ CALLS = {
     "height must be a positive integer, got 0": {"height": 0},
     "height must be one for all or one for each prompt, 1, got 2": {"height": [16, 32]},
     r"prompt must not contain <\|image_pad\|>": {"prompt": "a <|image_pad|>"},
-    r"image\[0\] must be a PIL image, an array or a tensor, got str": {"image": ["a.png"]},
+    r"image\[0\] must be a file, a PIL image, an array or a tensor, got int": {"image": [3]},
     "height and width must be at least 16, got 9x40": {"preserve_size": False, "height": 40, "width": 9},
     "true_cfg_scale must be a finite number, got nan": {"true_cfg_scale": float("nan")},
     "true_cfg_scale must be a finite number, got '4'": {"true_cfg_scale": "4"},
