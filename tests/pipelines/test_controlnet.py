@@ -1,10 +1,11 @@
 """ControlNets against diffusers' model and pipelines with the same weights and seed."""
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from reference import assert_errs_at_most_twice_as_much, picture, reference, seeded, take_mode
-from test_start import white_box
+from test_start import speck, white_box
 
 import qwen_image_fast
 from qwen_image_fast import QwenImageControlNetInpaintPipeline, QwenImageControlNetModel, QwenImageControlNetPipeline
@@ -232,3 +233,15 @@ def test_errors(edit_folder, pair):
         ours(pipe, prompt="x", control_image=picture(32, 32))
     with pytest.raises(ValueError, match="control_mask must have the size of its image, 32x32, or its aspect ratio, g"):
         ours(pipe, prompt="x", control_image=picture(32, 32), control_mask=white_box(32, 20))
+    with pytest.raises(ValueError, match="control_mask must be white where the picture may change, .*, got 0"):
+        ours(pipe, prompt="x", control_image=picture(32, 32), control_mask=np.zeros((32, 32), bool))
+    with pytest.raises(ValueError, match="control_mask must be white at a latent pixel, .* of the 64x64 picture"):
+        ours(pipe, prompt="x", control_image=picture(64, 64), control_mask=speck(64, 64), height=64)
+
+
+def test_a_control_mask_of_zeros_and_ones(edit_folder):
+    pipe = QwenImageControlNetInpaintPipeline.from_pretrained(edit_folder, controlnet=nets(extra=4)[0])
+    call = {"prompt": "x", "control_image": picture(64, 48), "seed": 0}
+    white = white_box(64, 48)
+    ones = (np.asarray(white) == 255).astype(np.uint8)
+    assert torch.equal(ours(pipe, **call, control_mask=ones), ours(pipe, **call, control_mask=white))

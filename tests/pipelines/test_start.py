@@ -9,7 +9,8 @@ from PIL import Image
 from reference import AREA, assert_errs_at_most_twice_as_much, picture, reference, seeded, take_mode
 
 import qwen_image_fast
-from qwen_image_fast.pipelines import masks
+from qwen_image_fast.pictures import to_mask
+from qwen_image_fast.pipelines import conditions, masks
 from qwen_image_fast.pipelines.images import area_size
 from qwen_image_fast.pipelines.latents import pack_latents
 
@@ -22,6 +23,13 @@ def white_box(width, height):
     mask = np.zeros((height, width), dtype=np.uint8)
     mask[height // 4 : height // 2 + 3, width // 3 :] = 255
     return Image.fromarray(mask)
+
+
+def speck(width, height):
+    """White between the corners of latent pixels."""
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (17, 17, 24, 24))
+    return mask
 
 
 def call_of(name, size, seed=0):
@@ -131,8 +139,9 @@ def test_the_default_keeps_the_exact_size(edit_folder, name):
 def test_what_is_not_masked_keeps_its_latents(edit_folder, name):
     """The last step ends at the picture's own latents outside the mask."""
     pipe = load(name, edit_folder)
+    take_mode(pipe)
     call = {**call_of(name, (64, 64)), "preserve_size": True, "strength": 1.0}
-    whole = ours(pipe, **{**call, "mask_image": Image.new("L", (64, 64), 0)}, seed=0)[0]
+    whole = conditions.encode_reference_latents(pipe.vae, [call["image"]]).latents[0]
     part = ours(pipe, **call, seed=0)[0]
     changed = (whole - part).abs().amax(-1).view(4, 4) > 0
     expected = torch.tensor([[0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0]]).bool()
@@ -140,7 +149,7 @@ def test_what_is_not_masked_keeps_its_latents(edit_folder, name):
 
 
 def test_a_mask_of_another_size_is_resized(edit_folder):
-    call = call_of("QwenImageInpaintPipeline", (64, 48))
+    call = {**call_of("QwenImageInpaintPipeline", (64, 48)), "preserve_size": True}
     pipe, large = load("QwenImageInpaintPipeline", edit_folder), white_box(256, 192)
     got = ours(pipe, **{**call, "mask_image": large}, seed=0)
     small = large.resize((64, 48), Image.Resampling.LANCZOS)
@@ -149,11 +158,41 @@ def test_a_mask_of_another_size_is_resized(edit_folder):
 
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_a_mask_on_a_clear_layer_is_that_on_black(edit_folder, name):
-    call = call_of(name, (64, 48))
+    call = {**call_of(name, (64, 48)), "preserve_size": True}
     clear = Image.new("RGBA", (64, 48), (255, 255, 255, 0))
     clear.paste("white", mask=call["mask_image"])
     pipe = load(name, edit_folder)
     assert torch.equal(ours(pipe, **{**call, "mask_image": clear}, seed=0), ours(pipe, **call, seed=0))
+
+
+def zeros_and_ones(size):
+    """A mask of `white_box` as programs hold them."""
+    white = np.asarray(white_box(*size)) == 255
+    return {
+        "bool": white, "uint8": white.astype(np.uint8), "int64": white.astype(np.int64), "float": white.astype(float),
+        "bool tensor": torch.from_numpy(white), "int64 tensor": torch.from_numpy(white).long(),
+        "channel": white.astype(np.uint8)[..., None], "PIL": Image.fromarray(white.astype(np.uint8)),
+        "PIL, 1 bit": Image.fromarray(white), "PIL, 16 bits": Image.fromarray(white.astype(np.uint16)),
+        "PIL, 32 bits": Image.fromarray(white.astype(np.int32)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", zeros_and_ones((8, 8)))
+def test_zeros_and_ones_are_black_and_white(edit_folder, kind):
+    mask = zeros_and_ones((64, 48))[kind]
+    assert to_mask("x", mask).tobytes() == white_box(64, 48).convert("RGB").tobytes()
+    if kind == "uint8":
+        pipe, call = load(NAMES[1], edit_folder), {**call_of(NAMES[1], (64, 48)), "preserve_size": True}
+        assert torch.equal(ours(pipe, **{**call, "mask_image": mask}, seed=0), ours(pipe, **call, seed=0))
+
+
+def test_a_white_mask_changes_all(edit_folder):
+    """At strength 1 nothing of the picture is left: so without one."""
+    pipe, call = load(NAMES[1], edit_folder), call_of(NAMES[1], (64, 48))
+    call |= {"strength": 1.0, "seed": 0, "preserve_size": True}
+    white = ours(pipe, **{**call, "mask_image": np.ones((48, 64), np.uint8)})
+    del call["mask_image"]
+    assert torch.equal(white, ours(load(NAMES[0], edit_folder), **call))
 
 
 @pytest.mark.parametrize("size", [(200, 120), (120, 200), (64, 64)], ids=str)
@@ -207,8 +246,18 @@ ERRORS = {
     "image must be one for all or one for each prompt, 1, got 2": {"image": torch.rand(2, 3, 64, 64)},
     "strength must leave at least one of the 4 steps, got 0": {"strength": 0},
     "output_type must be 'pil' with padding_mask_crop": {"padding_mask_crop": 3},
-    "mask_image must have white pixels where padding_mask_crop is given": {
+    "mask_image must be white where the picture may change, at least 128 of 255, got 0": {
         "padding_mask_crop": 3, "output_type": "pil", "mask_image": Image.new("L", (64, 64), 0),
+    },
+    "mask_image must be white where the picture may change, at least 128 of 255, got 127": {
+        "mask_image": Image.new("L", (64, 64), 127),
+    },
+    "mask_image must be white at a latent pixel, the corner of 8 x 8 pixels, of the 64x64 picture": {
+        "mask_image": speck(64, 64), "width": 64, "height": 64,
+    },
+    r"mask_image\[1\] must be white at a latent pixel": {
+        "image": [picture(64, 64)] * 2, "mask_image": [white_box(64, 64), speck(64, 64)], "prompt": ["x", "y"],
+        "width": 64, "height": 64,
     },
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from qwen_image_fast.pipelines.conditions import encode_distribution, normalized
 from qwen_image_fast.pipelines.generation import GenerationPipeline
 from qwen_image_fast.pipelines.images import resize, to_tensor
 from qwen_image_fast.pipelines.latents import pack_latents
-from qwen_image_fast.pipelines.masks import check_ratio
+from qwen_image_fast.pipelines.masks import check_ratio, check_reach, check_white
 from qwen_image_fast.pipelines.request import Request, check_number, per_prompt
 from qwen_image_fast.sampling import Residuals, Sample
 
@@ -130,6 +130,7 @@ class ControlPipeline(GenerationPipeline):
             masks = [to_mask("control_mask", one) for one in per_prompt("control_mask", mask, count)]
             for own, picture in zip(masks, pictures):
                 check_ratio("control_mask", own, picture)
+                check_white("control_mask", own)
         single = generator is None or isinstance(generator, torch.Generator)
         rows, scale = [], self.vae_scale_factor
         for k, (h, w) in enumerate(sizes):
@@ -143,6 +144,7 @@ class ControlPipeline(GenerationPipeline):
             latents = normalized(self.vae, distribution.sample(generator if single else generator[k]))
             if white is not None:
                 kept = 1 - torch.nn.functional.interpolate(white[:, :, 0], size=(h, w))[:, :, None]
+                check_reach("control_mask", not kept.all(), w * scale, h * scale)
                 latents = torch.cat([latents, kept.to(latents)], 1)
             rows.append(pack_latents(latents)[0].to(self.device, self.dtype))
         return torch.cat(rows)

@@ -20,11 +20,28 @@ def check_ratio(name: str, mask: Image.Image, picture: Image.Image) -> None:
         )
 
 
+def check_white(name: str, mask: Image.Image) -> None:
+    """ValueError unless a pixel is at least half white: nothing would change."""
+    if (most := np.asarray(mask.convert("L")).max()) < 128:
+        raise ValueError(
+            f"{name} must be white where the picture may change, at least 128 of 255, got {most} at the brightest place"
+        )
+
+
+def check_reach(name: str, changes: bool, width: int, height: int) -> None:
+    """ValueError where a mask has no effect on the latents of a picture: `changes` says whether it has."""
+    if not changes:
+        raise ValueError(
+            f"{name} must be white at a latent pixel, the corner of 8 x 8 pixels, of the {width}x{height} picture: "
+            "what is white is too small, and nothing would change; make it larger"
+        )
+
+
 def crop_region(mask: Image.Image, width: int, height: int, pad: int) -> Box:
     """The box around everything that is not black, `pad` pixels wider, grown towards the ratio width : height."""
     rows, columns = np.nonzero(np.asarray(mask.convert("L")))
     if not len(rows):
-        raise ValueError("mask_image must have white pixels where padding_mask_crop is given, got a black one")
+        raise ValueError("mask_image must have white pixels, got a black one")
     left, right = max(int(columns.min()) - pad, 0), min(int(columns.max()) + 1 + pad, mask.width)
     top, bottom = max(int(rows.min()) - pad, 0), min(int(rows.max()) + 1 + pad, mask.height)
     ratio = width / height

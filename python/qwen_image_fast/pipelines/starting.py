@@ -16,7 +16,15 @@ from qwen_image_fast.pipelines.conditions import encode_distribution, first_step
 from qwen_image_fast.pipelines.generation import GenerationPipeline
 from qwen_image_fast.pipelines.images import resize, to_tensor
 from qwen_image_fast.pipelines.latents import pack_latents
-from qwen_image_fast.pipelines.masks import Box, check_ratio, crop_region, paste_back, resize_and_fill
+from qwen_image_fast.pipelines.masks import (
+    Box,
+    check_ratio,
+    check_reach,
+    check_white,
+    crop_region,
+    paste_back,
+    resize_and_fill,
+)
 from qwen_image_fast.pipelines.request import Request, per_prompt
 from qwen_image_fast.sampling import Sample
 
@@ -39,8 +47,9 @@ class StartingPipeline(GenerationPipeline):
         if mask_image is None:
             raise ValueError("mask_image must be given, got None")
         masks = [to_mask("mask_image", one) for one in per_prompt("mask_image", mask_image, len(pictures))]
-        for mask, picture in zip(masks, pictures):
-            check_ratio("mask_image", mask, picture)
+        for i, (mask, picture) in enumerate(zip(masks, pictures)):
+            check_ratio(_mask_name(i, masks), mask, picture)
+            check_white(_mask_name(i, masks), mask)
         return [resize(mask, *picture.size) for mask, picture in zip(masks, pictures)]
 
     def _change(
@@ -78,6 +87,9 @@ class StartingPipeline(GenerationPipeline):
                 return [resize_and_fill(image.crop(box), *side) for image, box, side in zip(images, boxes, sides)]
             return [fit(image, p, size, scale, preserve_size) for image, p, size in zip(images, pixels, latent)]
 
+        changes = [mask_tokens(m, *size, self.vae.z_dim) for m, size in zip(fitted(masks or []), latent)]
+        for i, (mask, (h, w)) in enumerate(zip(changes, pixels)):
+            check_reach(_mask_name(i, changes), bool(mask.any()), w, h)
         cond, uncond = self._conditions(request, encode, [[p] for p in pictures])
         sizes = [size for size in latent for _ in range(each)]
         generator, seeds = self._generators(request, len(cond))
@@ -91,10 +103,9 @@ class StartingPipeline(GenerationPipeline):
             if as_reference and images is not None:
                 sample.references, sample.reference_shapes = [images[i]], [sample.shape]
             samples.append(sample)
-        for i, mask in enumerate(fitted(masks) if masks else []):
-            kept = mask_tokens(mask, *latent[i], self.vae.z_dim).to(self.device, self.dtype)
+        for i, mask in enumerate(m.to(self.device, self.dtype) for m in changes):
             for sample in samples[i * each : (i + 1) * each]:
-                sample.mask = kept
+                sample.mask = mask
         tokens = self._denoise(request, samples, begin=begin)
         crops = [size for size in pixels for _ in range(each)] if preserve_size and not boxes else None
         output = self._finish(request, tokens, sizes, seeds, crops)
@@ -116,3 +127,7 @@ class StartingPipeline(GenerationPipeline):
                 drawn = distribution.sample(generator if single else generator[k])
                 latents.append(pack_latents(normalized(self.vae, drawn))[0].to(self.device, self.dtype))
         return latents
+
+
+def _mask_name(i: int, masks: Sequence[Any]) -> str:
+    return "mask_image" if len(masks) == 1 else f"mask_image[{i}]"
