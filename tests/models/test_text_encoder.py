@@ -107,11 +107,14 @@ def test_last_hidden_state_is_after_the_norm(full, tokenizer):
 def test_longer_prompts_are_cut_with_a_warning(base, tokenizer, caplog):
     prompts = ["x" * 100, "x" * 19, "y" * 20]  # 105, 24 and 25 tokens with the template's end
     with caplog.at_level(logging.WARNING, logger=te.__name__):
-        rows = te.encode_prompts(base, tokenizer, prompts, max_sequence_length=24)
+        for _ in range(2):  # and said once
+            rows = te.encode_prompts(base, tokenizer, prompts, max_sequence_length=24)
     assert [len(row) for row in rows] == [24, 24, 24]
     assert [record.getMessage() for record in caplog.records] == [
-        "prompt 0 has 105 tokens with the template's end, but max_sequence_length is 24: the last 81 were cut",
-        "prompt 2 has 25 tokens with the template's end, but max_sequence_length is 24: the last 1 were cut",
+        "prompt 0 has 105 tokens with the template's end, but max_sequence_length is 24: the last 81 were cut of "
+        f"'{'x' * 39}",
+        "prompt 2 has 25 tokens with the template's end, but max_sequence_length is 24: the last 1 were cut of "
+        f"'{'y' * 20}'",
     ]
     whole = te.encode_prompts(base, tokenizer, prompts[:1], max_sequence_length=512)[0]
     assert len(whole) == 105

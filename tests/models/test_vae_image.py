@@ -3,6 +3,7 @@
 import copy
 import gc
 import re
+import warnings
 
 import pytest
 import torch
@@ -256,10 +257,21 @@ def test_bad_pixels(change, message):
 def test_pixels_without_a_negative_value_are_warned_about():
     ours, _ = build()
     x = pixels(1, 3, 1, 8, 8)
+    x[0, 0, 0, 0, 0] = -1
     with pytest.warns(
         UserWarning, match=r"x must lie in \[-1, 1\], got no negative value .* convert them with 2 \* x - 1"
     ):
         ours.encode((x + 1) / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bright_picture_is_not_warned_about(dtype):
+    ours = build()[0].to(dtype)
+    bright = torch.randint(128, 256, (1, 3, 1, 16, 16), generator=torch.Generator().manual_seed(0)).float()
+    bright[0, 0, 0, 0, 0] = 128
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours.encode((bright / 127.5 - 1).to(dtype))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,7 +1,5 @@
 """Text to image against diffusers' pipeline with the same folder and seed, and what only ours can do."""
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -233,13 +231,23 @@ def test_components_of_a_diffusers_pipeline(pair, tiny_folder):
     torch.testing.assert_close(ours(shared, PROMPTS[0], seed=0), ours(pair[0], PROMPTS[0], seed=0))
 
 
-def test_warnings(pair, caplog):
-    with caplog.at_level(logging.WARNING):
-        ours(pair[0], PROMPTS[0], seed=0, num_inference_steps=1, sigmas=[1.0, 0.5])
-    assert "has no effect without a negative_prompt" in caplog.text
-    with caplog.at_level(logging.WARNING):
-        ours(pair[0], PROMPTS[0], negative_prompt=" ", true_cfg_scale=1.0, seed=0)
-    assert "guidance needs more than 1" in caplog.text
+WARNINGS = {
+    "true_cfg_scale=4.0 has no effect without a negative_prompt": {},
+    "negative_prompt has no effect: true_cfg_scale is 1.0": {"negative_prompt": " ", "true_cfg_scale": 1.0},
+    "guidance_scale is ignored": {"guidance_scale": 2.0, "true_cfg_scale": 1.0},
+    "prompt 0 has 105 tokens with the template's end, but max_sequence_length is 20": {
+        "prompt": "x" * 100, "max_sequence_length": 20, "true_cfg_scale": 1.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "call"), WARNINGS.items(), ids=WARNINGS.keys())
+def test_warnings_are_said_once_for_a_pipeline(tiny_folder, text, call, caplog):
+    for _ in range(2):
+        pipe = QwenImagePipeline.from_pretrained(tiny_folder)
+        for _ in range(2):
+            ours(pipe, **{"prompt": PROMPTS[0], "seed": 0, "num_inference_steps": 1, **call})
+    assert [record.getMessage()[: len(text)] for record in caplog.records] == [text, text]
 
 
 E = torch.randn(1, 4, 128)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import find_weights, load_state_into, read_config
+from ..once import warn_once
 from ..weights.formats import check_part, open_weights
 
 logger = logging.getLogger(__name__)
@@ -140,9 +141,12 @@ def encode_prompts(
     by_length: dict[int, dict[tuple[int, ...], list[int]]] = defaultdict(lambda: defaultdict(list))
     for i, ids in enumerate(sequences):
         if len(ids) > limit:
-            logger.warning(
-                "prompt %d has %d tokens with the template's end, but max_sequence_length is %d: the last %d were cut",
-                *(i, len(ids) - drop, max_sequence_length, len(ids) - limit),
+            warn_once(
+                logger,
+                text_encoder,
+                "prompt %d has %d tokens with the template's end, but max_sequence_length is %d: the last %d were cut "
+                "of %.40r",
+                *(i, len(ids) - drop, max_sequence_length, len(ids) - limit, prompts[i]),
             )
         kept = tuple(ids[:limit])
         by_length[len(kept)][kept].append(i)  # equal prompts are encoded once

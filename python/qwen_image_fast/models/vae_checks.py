@@ -11,6 +11,8 @@ from qwen_image_fast.models.finite import cause
 
 # Pixels in [-1, 1] may overshoot a little after resizing; a picture in [0, 255] goes far beyond this.
 LARGEST_PIXEL = 8.0
+# Eight-bit pixels in [-1, 1] are odd multiples of 1/255: the smallest is nearer to zero only where black is zero.
+BLACK = 0.9 / 255
 
 
 def error(method: str, message: str) -> ValueError:
@@ -34,7 +36,7 @@ def check_pixels(x: Tensor) -> None:
         ValueError: NaN, infinity, or values as of [0, 255].
 
     Warns:
-        UserWarning: no negative value, as of [0, 1].
+        UserWarning: no negative value, but black, as of [0, 1].
     """
     found = _range(x)
     if found is None:
@@ -46,7 +48,7 @@ def check_pixels(x: Tensor) -> None:
         raise error(
             "encode", f"x must lie in [-1, 1], got values from {low:g} to {high:g}: convert 0..255 with x / 127.5 - 1"
         )
-    if 0 <= low < high <= 1:
+    if 0 <= low < BLACK and low < high <= 1:
         warnings.warn(
             f"AutoencoderKLQwenImage.encode: x must lie in [-1, 1], got no negative value ({low:g} to {high:g}); "
             "if these pixels are meant to be in [0, 1], convert them with 2 * x - 1",

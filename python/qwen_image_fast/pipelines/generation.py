@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qwen_image_fast.models.finite import all_finite, cause
 from qwen_image_fast.models.text_encoder import pad_prompt_embeds
+from qwen_image_fast.once import warn_once
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.latents import decode_latents, draw_noise, stacked, to_output
 from qwen_image_fast.pipelines.prompts import PromptPipeline
@@ -38,7 +39,9 @@ class GenerationPipeline(PromptPipeline):
         if request.attention_kwargs:
             raise ValueError("attention_kwargs must be empty: set the scale of a LoRA on its adapter")
         if request.guidance_scale is not None:
-            logger.warning("guidance_scale is ignored: this model is not guidance-distilled; use true_cfg_scale")
+            warn_once(
+                logger, self, "guidance_scale is ignored: this model is not guidance-distilled; use true_cfg_scale"
+            )
         for name in ("num_inference_steps", "num_images_per_prompt"):
             value = getattr(request, name)
             if not isinstance(value, int) or value < 1:

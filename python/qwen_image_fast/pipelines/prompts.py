@@ -13,6 +13,7 @@ from torch import Tensor
 from qwen_image_fast.chat import checked
 from qwen_image_fast.models.finite import all_finite, cause
 from qwen_image_fast.models.text_encoder import encode_prompts, pad_prompt_embeds
+from qwen_image_fast.once import warn_once
 from qwen_image_fast.pipelines.base import Pipeline
 from qwen_image_fast.pipelines.request import Request
 from qwen_image_fast.sampling import Text
@@ -101,11 +102,11 @@ class PromptPipeline(Pipeline):
             if given and request.true_cfg_scale > 1:
                 uncond = self._texts(request, "negative_prompt", encode, count)
             elif given:
-                scale = request.true_cfg_scale
-                logger.warning("negative_prompt has no effect: true_cfg_scale is %s, guidance needs more than 1", scale)
+                message = "negative_prompt has no effect: true_cfg_scale is %s, guidance needs more than 1"
+                warn_once(logger, self, message, request.true_cfg_scale)
             elif request.true_cfg_scale > 1:
                 message = 'true_cfg_scale=%s has no effect without a negative_prompt; " " will do'
-                logger.warning(message, request.true_cfg_scale)
+                warn_once(logger, self, message, request.true_cfg_scale)
         each = range(request.num_images_per_prompt)
         return [t for t in cond for _ in each], None if uncond is None else [t for t in uncond for _ in each]
 
