@@ -79,6 +79,7 @@ class ControlPipeline(GenerationPipeline):
             ("controlnet_conditioning_scale", scale), ("control_guidance_start", start), ("control_guidance_end", end)
         )))  # fmt: skip
         sizes = self._sizes(request, height, width)
+        self._say_size(sizes)
         cond, uncond = self._conditions(request)
         generator, seeds = self._generators(request, len(cond))
         with self._stage("encode"):

@@ -77,6 +77,8 @@ class EditingPipeline(GenerationPipeline):
         each = request.num_images_per_prompt
         sizes = [self._latent_size(crop, preserve_size) for crop in crops for _ in range(each)]
 
+        scale = self.vae_scale_factor
+        self._say_size([*sizes, *((r.vae.height // scale, r.vae.width // scale) for r in prepared.values())])
         found = iter(self._look(request, [r.condition for own in references for r in own]))
         seen = [list(islice(found, len(own))) for own in references]
 

@@ -94,6 +94,17 @@ class GenerationPipeline(PromptPipeline):
             raise ValueError(f"height and width must be at least {multiple}, got {pixels[1]}x{pixels[0]}")
         return 2 * tokens[0], 2 * tokens[1]
 
+    def _say_size(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Warn, before minutes of silence, of latents, height and width, larger than any that the schedule knows."""
+        known = self.scheduler.config.get("max_image_seq_len", 8192)
+        height, width = max(sizes, key=lambda size: size[0] * size[1], default=(0, 0))
+        if (tokens := height * width // 4) > known:
+            warn_once(
+                logger, self, "a picture of %dx%d has %d tokens, where the model knows up to %d, and time grows with "
+                "their square: give a smaller height and width, or a smaller picture",
+                width * self.vae_scale_factor, height * self.vae_scale_factor, tokens, known,
+            )  # fmt: skip
+
     def _generators(self, request: Request, images: int):
         """The generator or generators of the noise, and the seed of every image where it is known."""
         generator, seed = request.generator, request.seed

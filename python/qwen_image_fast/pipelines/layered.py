@@ -93,6 +93,8 @@ class QwenImageLayeredPipeline(EditingPipeline):
         self._begin(request)
         pictures = [to_rgba("image", one) for one in per_prompt("image", image, self._count(request))]
         pixels = [p.size[::-1] if preserve_size else area_size(resolution**2, *p.size)[::-1] for p in pictures]
+        latent = [self._latent_size(size, preserve_size) for size in pixels]
+        self._say_size(latent)
         pictures = [resize(p, w, h) for p, (h, w) in zip(pictures, pixels)]
         if request.prompt is not None:
             prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
@@ -106,7 +108,6 @@ class QwenImageLayeredPipeline(EditingPipeline):
 
         cond, uncond = self._conditions(request)
         each = request.num_images_per_prompt
-        latent = [self._latent_size(size, preserve_size) for size in pixels]
         with self._stage("encode"):
             fitted = [fit(p, s, t, self.vae_scale_factor, preserve_size) for p, s, t in zip(pictures, pixels, latent)]
             references = [encode_reference_latents(self.vae, [picture]) for picture in fitted]

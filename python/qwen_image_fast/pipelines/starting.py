@@ -72,6 +72,7 @@ class StartingPipeline(GenerationPipeline):
         steps = request.num_inference_steps if request.sigmas is None else len(request.sigmas)
         begin, each, scale = first_step(steps, strength), request.num_images_per_prompt, self.vae_scale_factor
         latent = [self._latent_size(size, preserve_size) for size in pixels]
+        self._say_size(latent)
         boxes: list[Box] = []
         if padding_mask_crop is not None:
             assert masks is not None

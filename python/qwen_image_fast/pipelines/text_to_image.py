@@ -72,6 +72,7 @@ class QwenImagePipeline(GenerationPipeline):
         self._begin(request)
         cond, uncond = self._conditions(request)
         sizes = self._sizes(request, height, width)
+        self._say_size(sizes)
         generator, seeds = self._generators(request, len(cond))
         samples = [
             Sample(x, (1, h // 2, w // 2), cond[i], None if uncond is None else uncond[i])
