@@ -389,6 +389,8 @@ def test_bad_input(generate, args, text, monkeypatch):
 def test_unknown_command_and_none():
     result = CliRunner().invoke(app, ["frobnicate"])
     assert result.exit_code == 2 and result.stderr.startswith("error: ") and "frobnicate" in result.stderr
+    group = CliRunner().invoke(app, ["data"])
+    assert group.exit_code == 2 and "annotate" in group.output and "error" not in group.output
     nothing = CliRunner().invoke(app, [])
     assert nothing.exit_code == 2 and "generate" in nothing.stdout and nothing.stderr == ""
 
@@ -475,7 +477,8 @@ def test_advice_that_can_be_followed(generate, monkeypatch, args, advice):
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (FileNotFoundError(2, "No such file or directory", "x/y"), "error: x/y: No such file or directory\n"),
+        (FileNotFoundError(2, "No such file or directory", "x/y"), "error: there is no file x/y\n"),
+        (PermissionError(13, "Permission denied", "x/y"), "error: x/y: Permission denied\n"),
         (OSError(28, "the disk is full: x"), "error: the disk is full: x\n"),
         (FileNotFoundError("find_weights: x has no model.safetensors"), "error: x has no model.safetensors\n"),
         (MemoryError(), "error: out of memory; smaller pictures, or fewer at a time, need less ()\n"),

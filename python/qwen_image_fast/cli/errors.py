@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 it failed (also: a kernel that disagrees, a damaged model)
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from qwen_image_fast.extras import MissingPackage
+from qwen_image_fast.folders import nearest_file
 
 out = Console()
 err = Console(stderr=True)
@@ -48,7 +50,8 @@ class Sentences(TyperGroup):
             print_error(error)
         except typer.BadParameter.__base__ as error:  # click's UsageError, of click or of the copy inside typer
             code = BAD_INPUT
-            print_error(error.format_message())
+            if sentence := error.format_message():  # none where the help is shown instead
+                print_error(sentence)
         except Exception as error:
             code = BAD_INPUT if isinstance(error, FileExistsError) else FAILED  # the name that was asked for is taken
             _print_failure(error)
@@ -96,6 +99,8 @@ def system_sentence(error: OSError) -> str:
     """What the system says, without the number of the error."""
     if error.strerror is None:
         return str(error)
+    if isinstance(error, FileNotFoundError) and isinstance(error.filename, (str, os.PathLike)):
+        return f"there is no file {error.filename}{nearest_file(error.filename)}"
     return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
