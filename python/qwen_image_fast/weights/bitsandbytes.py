@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qwen_image_fast.tensor_files import Entry
 from qwen_image_fast.weights.reading import read_entry
-from qwen_image_fast.weights.stored import Decode, Part, StoredWeight
+from qwen_image_fast.weights.stored import Decode, Part, StoredWeight, look_up
 
 STATE = re.compile(r"(.+)\.quant_state\.bitsandbytes__(nf4|fp4)")
 
@@ -79,8 +79,8 @@ def _decoder(nested: int, offset: float) -> Decode:
         absmax = parts["absmax"][first : first + len(q)]
         if nested:
             block = torch.arange(first, first + len(q), device=q.device) // nested
-            absmax = parts["nested_quant_map"][absmax.int()] * parts["nested_absmax"][block] + offset
-        return parts["quant_map"][q.int()].mul_(absmax[:, None]).to(dtype)
+            absmax = look_up(parts["nested_quant_map"], absmax) * parts["nested_absmax"][block] + offset
+        return look_up(parts["quant_map"], q).mul_(absmax[:, None]).to(dtype)
 
     return decode
 

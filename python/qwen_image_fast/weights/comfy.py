@@ -23,7 +23,6 @@ from qwen_image_fast.weights import scales
 from qwen_image_fast.weights.reading import read_entry
 from qwen_image_fast.weights.stored import Part, StoredWeight
 
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 CONFIG = ".comfy_quant"
 # The older names of what a layer has, and the newer.
 OLDER = {"scale_weight": "weight_scale", "scale_input": "input_scale", "scale_weight_tensor": "weight_scale_tensor"}
@@ -100,7 +99,7 @@ def _configs(rest: Mapping[str, Entry], metadata: Mapping[str, str]) -> dict[str
         layer, _, last = name.rpartition(".")
         if last in ("scale_weight", "weight_scale") and f"{layer}.weight" in rest:
             weight = rest[f"{layer}.weight"]
-            if last == "scale_weight" or weight.dtype in FLOAT8:
+            if last == "scale_weight" or weight.dtype in scales.FLOAT8:
                 configs.setdefault(layer, {"format": "float8_e4m3fn"})
     try:
         layers = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
@@ -147,7 +146,7 @@ def _scale(layer: _Layer, rows: int, columns: int) -> Part:
 def _scaled(layer: _Layer) -> StoredWeight:
     """float8, and what the older form scales in other types."""
     stored = layer["weight"].dtype
-    numbers, rows, columns = _matrix(layer, *FLOAT8, torch.float32, torch.float16, torch.bfloat16)
+    numbers, rows, columns = _matrix(layer, *scales.FLOAT8, torch.float32, torch.float16, torch.bfloat16)
     scale = _scale(layer, rows, columns)
     parts = {"weight": numbers, "scale": scale}
     if "weight_scale_tensor" in layer.tensors:
@@ -216,7 +215,7 @@ _FORMATS: dict[str, Callable[[_Layer], StoredWeight]] = {
 
 def cast_float8(entry: Entry) -> Entry | StoredWeight:
     """A plain float8 tensor as something to decode, other tensors as they are."""
-    if entry.dtype not in FLOAT8:
+    if entry.dtype not in scales.FLOAT8:
         return entry
     width = math.prod(entry.shape[1:])
     part = Part(entry._replace(shape=(math.prod(entry.shape) // max(width, 1), width)), 1)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qwen_image_fast.weights.stored import look_up
+
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
@@ -120,7 +122,7 @@ def _q6_k(blocks: Tensor) -> Tensor:
 
 
 def _iq4_values(q: Tensor) -> Tensor:
-    return torch.tensor(IQ4_VALUES, dtype=torch.float32, device=q.device)[q.int()]
+    return look_up(torch.tensor(IQ4_VALUES, dtype=torch.float32, device=q.device), q)
 
 
 def _iq4_nl(blocks: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ belongs to all rows of a weight, such as a codebook.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,13 +72,18 @@ def decode_into(name: str, weight: StoredWeight, out: Tensor) -> None:
         count = min(step, weight.rows - first)
         rows = {role: _read_rows(part, first, count).to(out.device) for role, part in weight.parts.items() if part.rows}
         values = weight.decode({**whole, **rows}, first, out.dtype)
-        if not torch.isfinite(values).all():
+        if not is_finite(values):
             path: Path = weight.parts["weight"].entry.path
             raise ValueError(
                 f"{name} in {path} ({weight.kind}) is not finite in {out.dtype}: its scales are damaged, download or "
                 "convert the file again" + ("; or too large for it, try bfloat16" if out.dtype == torch.float16 else "")
             )
         flat[first * weight.width : (first + count) * weight.width].copy_(values.reshape(-1))
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether all are. What is not finite makes the sum so, which is ten times as fast to know."""
+    return math.isfinite(values.sum(dtype=torch.float32).item()) or bool(torch.isfinite(values).all())
 
 
 def _read_rows(part: Part, first: int, count: int) -> Tensor:

@@ -18,8 +18,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qwen_image_fast.weights.stored import Decode
+from qwen_image_fast.weights.stored import Decode, look_up
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 H4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 
 
@@ -43,18 +44,30 @@ def rotate(rows: Tensor, size: int) -> Tensor:
     return (rows.view(len(rows), -1, size) @ h.T).view(rows.shape)
 
 
+@functools.cache
+def _float8_values(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.arange(256, dtype=torch.uint8, device=device).view(dtype).float()
+
+
+def floats(q: Tensor) -> Tensor:
+    """The numbers in float32, which holds all of them; a new tensor. torch converts float8 on a CPU one by one."""
+    if q.dtype in FLOAT8:
+        return look_up(_float8_values(q.dtype, q.device), q.view(torch.uint8))
+    return q.to(torch.float32, copy=True)
+
+
 def per_tensor(parts: Mapping[str, Tensor], first: int, dtype: torch.dtype) -> Tensor:
-    return parts["weight"].to(dtype) * parts["scale"].view(()).to(dtype)
+    return floats(parts["weight"]).to(dtype) * parts["scale"].view(()).to(dtype)
 
 
 def cast(parts: Mapping[str, Tensor], first: int, dtype: torch.dtype) -> Tensor:
-    return parts["weight"].to(dtype)
+    return floats(parts["weight"]).to(dtype)
 
 
 def _times(q: Tensor, scale: Tensor) -> Tensor:
     """q times the scale of its block, in float32; the scale has one row for some rows, one column for some columns."""
     rows, columns = scale.shape
-    blocks = q.float().view(rows, len(q) // rows, columns, -1)
+    blocks = floats(q).view(rows, len(q) // rows, columns, -1)
     return blocks.mul_(scale.float()[:, None, :, None]).view(q.shape)
 
 
@@ -100,7 +113,7 @@ def grouped(width: int, bits: int, group: int, size: int) -> Decode:
             by = torch.tensor((0, 2, 4, 6), dtype=torch.uint8, device=packed.device)
             high = packed[:, width // 2 :, None].view(torch.uint8) >> by & 3
             codes = codes | high.flatten(1) << 4
-        levels = parts["codebook"].float()[codes.int()] if "codebook" in parts else codes.float() - (1 << bits - 1)
+        levels = look_up(parts["codebook"].float(), codes) if "codebook" in parts else codes.float() - (1 << bits - 1)
         grid = _times(levels, parts["s_rel"]).round_().clamp_(-127, 127)
         values = grid.mul_(parts["s_channel"].float()[:, None])
         if "correction" in parts:

@@ -77,6 +77,11 @@ class JoinedWeight:
         return sum(piece.nbytes for piece in self.pieces)
 
 
+def look_up(table: Tensor, indices: Tensor) -> Tensor:
+    """table[indices], for a table of one axis and small unsigned indices; faster than indexing on a CPU."""
+    return torch.index_select(table, 0, indices.reshape(-1).int()).view(indices.shape)
+
+
 Weight = Entry | StoredWeight | JoinedWeight
 
 
