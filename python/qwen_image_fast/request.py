@@ -16,6 +16,7 @@ from qwen_image_fast.files import not_text
 from qwen_image_fast.model_defaults import Generation
 from qwen_image_fast.request_fields import (
     LARGEST,
+    Files,
     Loras,
     OnePicture,
     Pictures,
@@ -40,6 +41,7 @@ MODEL = "Folder or hub name"
 TINY = f"{MODEL}; tiny: the model that comes with the package."
 ONE_SIDE = "Of the result; default: that of the last picture, or what keeps its ratio."
 WEIGHT = "The weights' type; auto: bfloat16 on a GPU, else float32."
+FILE = "in a file: GGUF, ComfyUI's and others"
 LORA = "A LoRA: its file, folder or hub name (owner/name/file.safetensors), =WEIGHT; several times."
 
 
@@ -58,6 +60,9 @@ class Request(BaseModel):
         None, "Of picture one; each further one has the next. Without: a new one.", argument="seed", ge=0, le=2**62
     )
     lora: Loras = about([], LORA)
+    transformer: str | None = about(None, f"The transformer's weights, {FILE}.")
+    text_encoder: Files = about(None, "The text encoder's, too; llama.cpp's vision tower is a second file.")
+    vae: str | None = about(None, "The VAE's, too.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = about("auto", WEIGHT)
 
     # The pipelines of model_index.json that it can be made with, what it does with them, and one that can.
@@ -310,7 +315,8 @@ class Layers(Prompted):
     inputs: ClassVar[Sequence[str]] = ("image",)
 
     def check(self) -> None:
-        pass
+        if self.text_encoder:
+            raise RequestError("{text_encoder} must be the model's own, which writes the caption")
 
     def pipeline(self, model_class: str) -> str:
         super().pipeline(model_class)

@@ -81,6 +81,7 @@ class Lora(BaseModel):
 
 OnePicture = Annotated[InputPicture, BeforeValidator(_picture)]
 Pictures = Annotated[list[OnePicture], BeforeValidator(_listed)]
+Files = Annotated[list[str] | None, BeforeValidator(_listed)]
 Loras = Annotated[list[Annotated[Lora, BeforeValidator(_lora)]], BeforeValidator(_listed)]
 
 
@@ -133,7 +134,7 @@ def rule(field: FieldInfo) -> str:
         return f"{', '.join(most)} or {last}"
     if kind is bool:
         return "true or false"
-    text = {int: "an integer", float: "a number", str: "a text"}.get(kind, "LoRAs")
+    text = {int: "an integer", float: "a number", str: "a text", list[str]: "files"}.get(kind, "LoRAs")
     text = "a picture's file" if has_pictures(kind) else text
     return ", ".join(filter(None, [text, limits(field)[0]]))
 

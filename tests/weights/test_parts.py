@@ -3,16 +3,21 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 from weights.writers import float8, from_q8_0, q8_0, write_gguf, write_safetensors
 
 from qwen_image_fast import QwenImageEditPlusPipeline, QwenImagePipeline, QwenImageTransformer2DModel
+from qwen_image_fast.cli import app
 from qwen_image_fast.models.text_encoder import load_text_encoder
 from qwen_image_fast.pipelines.layered import QwenImageLayeredPipeline
+from qwen_image_fast.png_metadata import read_parameters
 from qwen_image_fast.weights.formats import parts_in
 
 CALL = {"height": 32, "width": 32, "num_inference_steps": 2, "seed": 3, "true_cfg_scale": 1.0, "output_type": "np"}
@@ -227,3 +232,37 @@ def test_weights_that_are_given_are_not_downloaded(tiny_folder, tmp_path, states
         assert "*.safetensors" in asked["patterns"]
     else:
         assert "*.safetensors" not in asked["patterns"] and left <= folders and "transformer" not in folders
+
+
+# ---- the command line ---------------------------------------------------------------------------------------------
+
+
+def test_the_command_line(tiny_folder, tmp_path, states, monkeypatch):
+    """A picture with another transformer and VAE is that of the pipeline, and is repeated from what the PNG says."""
+    monkeypatch.chdir(tmp_path)
+    files = {"transformer": "fp8.safetensors", "vae": "vae.safetensors"}
+    write_safetensors(tmp_path / files["transformer"], scaled(states["transformer"])[0])
+    write_safetensors(tmp_path / files["vae"], states["vae"])
+    call = ["red", "--model", tiny_folder, "--size", "32x32", "--steps", 2, "--seed", 3, "--cfg", 1, "--device", "cpu"]
+    options = ["--transformer", files["transformer"], "--vae", files["vae"]]
+
+    def generate(*args):
+        return CliRunner().invoke(app, ["generate", *map(str, args), "--quiet"])
+
+    made = generate(*call, *options, "-o", "a.png")
+    assert made.exit_code == 0, made.output
+    pipe = QwenImagePipeline.from_pretrained(tiny_folder, **files, torch_dtype=torch.float32)
+    image = pipe("red", **{**CALL, "output_type": "pil"}).images[0]
+    assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(image))
+    found = read_parameters("a.png")
+    assert found["transformer"] == str(tmp_path / "fp8.safetensors") and "text_encoder" not in found
+    assert generate("--from-image", "a.png", "-o", "b.png").exit_code == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    for wrong, code, text in (
+        (["--transformer", "fp9.safetensors"], 2, "there is no file fp9.safetensors; did you mean fp8.safetensors?"),
+        (["--transformer", files["vae"]], 1, "vae.safetensors: these are not the weights of a Qwen-Image transformer"),
+        (["--text-encoder", "."], 2, "is a folder; name one of its files"),
+    ):
+        refused = generate(*call, *wrong)
+        assert refused.exit_code == code and text in " ".join(refused.stderr.split()), refused.output
+        assert "Traceback" not in refused.stderr

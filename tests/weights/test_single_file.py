@@ -233,7 +233,7 @@ def test_what_is_not_a_file_of_the_part(tiny_folder, tmp_path, transformer, vae,
         QwenImageTransformer2DModel.from_single_file(path)
     with pytest.raises(FileNotFoundError, match="there is no file .*vea.safetensors; did you mean .*vae.safetensors"):
         AutoencoderKLQwenImage.from_single_file(tmp_path / "vea.safetensors")
-    with pytest.raises(IsADirectoryError, match="is a folder; name one of its files, or use from_pretrained"):
+    with pytest.raises(IsADirectoryError, match="is a folder; name one of its files, or use it as the model"):
         AutoencoderKLQwenImage.from_single_file(tiny_folder)
     with pytest.raises(TypeError, match="torch_dtyp is not an argument; did you mean torch_dtype"):
         AutoencoderKLQwenImage.from_single_file(path, torch_dtyp=torch.float32)

@@ -15,6 +15,7 @@ from qwen_image_fast.folders import HUB_NAME, local_folder, nearest_file, resolv
 from qwen_image_fast.model_defaults import GENERATION_FILE
 from qwen_image_fast.request import Request
 from qwen_image_fast.request_fields import InputPicture, has_pictures
+from qwen_image_fast.weights.places import find_file
 
 
 def prompts_of(path: Path) -> list[str]:
@@ -60,6 +61,11 @@ def settled(
     for name in ("model", "net"):
         if hasattr(request, name):
             found[name] = _absolute(getattr(request, name))
+    for name in ("transformer", "vae"):
+        if (file := getattr(request, name)) is not None:
+            found[name] = _weight_file(file)
+    if request.text_encoder is not None:
+        found["text_encoder"] = [_weight_file(file) for file in request.text_encoder]
     found["lora"] = [lora.model_copy(update={"name": lora_file(lora.name)}) for lora in request.lora]
     _check_mask(opened)
     return found, opened
@@ -69,6 +75,13 @@ def _absolute(name: str) -> str:
     with failing(BAD_INPUT, FileNotFoundError, NotADirectoryError):
         folder = local_folder(name)
     return name if folder is None or (name == "tiny" and not Path(name).is_dir()) else str(folder.resolve())
+
+
+def _weight_file(name: str) -> str:
+    """A file's path from anywhere, or its name on the hub."""
+    with failing(BAD_INPUT, FileNotFoundError, IsADirectoryError):
+        place = find_file(name)
+    return str(place.resolve()) if isinstance(place, Path) else name
 
 
 def lora_file(name: str) -> str:

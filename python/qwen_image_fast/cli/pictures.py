@@ -192,7 +192,7 @@ def _load(request: Request, class_name: str, run: Run) -> tuple[Any, dict[str, A
     device = common.device_name(run.device)
     dtype = request.dtype if request.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
     place = {"torch_dtype": common.torch_dtype(dtype), "device": device}
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = {n: f for n in ("transformer", "text_encoder", "vae") if (f := getattr(request, n))}
     if request.kind == "controlnet":
         with failing(BAD_INPUT, FileNotFoundError, NotADirectoryError):
             parts["controlnet"] = q.QwenImageControlNetModel.from_pretrained(request.net, **place)  # type: ignore[attr-defined]

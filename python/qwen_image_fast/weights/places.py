@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from qwen_image_fast.folders import nearest_file, resolve_folder
 
@@ -15,29 +16,45 @@ HUB_URL = re.compile(
 )
 
 
-def single_file(path_or_name: str | os.PathLike, *, revision: str | None = None, **hub) -> Path:
-    """The local path of a weight file, which is downloaded where it is the hub's.
+class HubFile(NamedTuple):
+    repository: str
+    file: str
+    revision: str | None
 
-    Args:
-        path_or_name: a path, "owner/name/file.safetensors" or "owner/name/file.gguf" of the hub, or such a file's URL.
-        hub: cache_dir, token, local_files_only.
+
+def find_file(path_or_name: str | os.PathLike) -> Path | HubFile:
+    """A weight file of this disk, or of the hub, which is not asked: a path, "owner/name/file.gguf" or a file's URL.
 
     Raises:
-        FileNotFoundError, IsADirectoryError, PermissionError, ConnectionError: it is not there, in one sentence.
+        FileNotFoundError, IsADirectoryError: it is neither, in one sentence.
     """
     path = Path(path_or_name).expanduser()
     if path.is_file():
         return path
     if path.is_dir():
-        raise IsADirectoryError(f"from_single_file: {path} is a folder; name one of its files, or use from_pretrained")
+        raise IsADirectoryError(f"{path} is a folder; name one of its files, or use it as the model")
     name = os.fspath(path_or_name)
     match = HUB_URL.fullmatch(name) or HUB_FILE.fullmatch(name)
     if match is None or name.startswith((".", "~")):
-        raise FileNotFoundError(f"from_single_file: there is no file {name}{nearest_file(name)}")
+        raise FileNotFoundError(f"there is no file {name}{nearest_file(name)}")
     found = match.groupdict()
-    folder = resolve_folder(
-        found["repo"], allow_patterns=[found["file"]], revision=revision or found.get("revision"), **hub
-    )
-    if not (folder / found["file"]).is_file():
-        raise FileNotFoundError(f"from_single_file: {found['repo']} has no file {found['file']}")
-    return folder / found["file"]
+    return HubFile(found["repo"], found["file"], found.get("revision"))
+
+
+def single_file(path_or_name: str | os.PathLike, *, revision: str | None = None, **hub) -> Path:
+    """The local path of a weight file, which is downloaded where it is the hub's.
+
+    Args:
+        hub: cache_dir, token, local_files_only.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, PermissionError, ConnectionError: it is not there, in one sentence.
+    """
+    place = find_file(path_or_name)
+    if isinstance(place, Path):
+        return place
+    revision = revision or place.revision
+    folder = resolve_folder(place.repository, allow_patterns=[place.file], revision=revision, **hub)
+    if not (folder / place.file).is_file():
+        raise FileNotFoundError(f"{place.repository} has no file {place.file}")
+    return folder / place.file
