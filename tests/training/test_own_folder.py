@@ -30,7 +30,8 @@ def in_tmp(tmp_path, monkeypatch):
 def refused(command, text):
     before = {name: os.stat(f"out/{name}").st_mtime_ns for name in os.listdir("out")}
     result = CliRunner().invoke(app, [*command, "--out", "out"])
-    assert result.exit_code == 2 and text in result.stderr and result.stderr.count("\n") == 1, result.output
+    last = result.stderr.splitlines()[-1]
+    assert result.exit_code == 2 and last.startswith("error: ") and text in last, result.output
     assert before == {name: os.stat(f"out/{name}").st_mtime_ns for name in os.listdir("out")}
 
 
