@@ -1,6 +1,7 @@
 """The line that says what is going on, with a clock of our own."""
 
 import io
+import logging
 import re
 
 import pytest
@@ -83,6 +84,16 @@ def test_on_a_terminal_one_line_and_files_above_it(clock, monkeypatch, capsys):
     assert capsys.readouterr().out == "x.png  seed 1\n" and "x.png" not in shown
     assert shown.count("\n") == 1 and "note: something\n" in shown, "nothing but the note moves on"
     assert shown.startswith("\r\x1b[2Kload x, 0:00") and shown.endswith("\r\x1b[2K"), "the line is gone at the end"
+
+
+def test_warnings_of_the_package_stand_above_the_line(clock, monkeypatch):
+    screen, log = Screen(), logging.getLogger("qwen_image_fast.pipelines.generation")
+    monkeypatch.setattr(module.sys, "stderr", screen)
+    with Progress(True) as progress:
+        progress.stage("load x")
+        log.warning("a picture of %dx%d", 4000, 3000)
+    assert "load x, 0:00\r\x1b[2Knote: a picture of 4000x3000\n" in screen.getvalue()
+    assert progress.handler not in logging.getLogger("qwen_image_fast").handlers
 
 
 def test_quiet_but_for_notes_and_files(clock, capsys):

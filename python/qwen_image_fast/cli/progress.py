@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 import threading
@@ -27,13 +28,16 @@ class Progress:
         self.since = self.call_since = self.denoise_since = time.monotonic()
         self.said = 0.0
         self.lock, self.closed = threading.RLock(), threading.Event()
+        self.handler = _Notes(self)
         if show and self.terminal:
             threading.Thread(target=self._redraw, daemon=True).start()
 
     def __enter__(self) -> Progress:
+        logging.getLogger("qwen_image_fast").addHandler(self.handler)
         return self
 
     def __exit__(self, *_: object) -> None:
+        logging.getLogger("qwen_image_fast").removeHandler(self.handler)
         with self.lock:
             self.closed.set()
             self._erase()
@@ -116,6 +120,17 @@ class Progress:
         if self.show and self.terminal:
             sys.stderr.write("\r\x1b[2K")
             sys.stderr.flush()
+
+
+class _Notes(logging.Handler):
+    """The warnings of the package as notes, above the line that is redrawn."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__(logging.WARNING)
+        self.progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.progress.note(record.getMessage())
 
 
 def _clock(seconds: float) -> str:
