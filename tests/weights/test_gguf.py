@@ -89,6 +89,7 @@ SAYS = {
     "w has 204 values, not a multiple of the 32 of Q8_0": lambda data: data.replace(
         b"\x40" + b"\0" * 7, b"\x33" + b"\0" * 7
     ),
+    "a list of lists": lambda data: data.replace(b"\x09\0\0\0\x08", b"\x09\0\0\0\x09"),
     "unknown type 77": lambda data: data.replace(b"\x09\0\0\0\x08", b"\x4d\0\0\0\x08"),
 }
 

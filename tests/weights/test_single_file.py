@@ -244,6 +244,16 @@ def test_what_is_not_a_file_of_the_part(tiny_folder, tmp_path, transformer, vae,
         QwenImageTransformer2DModel.from_single_file(path, config=tiny_folder)
 
 
+def test_a_name_twice_under_two_prefixes(tmp_path, transformer):
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in transformer.state_dict().items()}
+    tensors["diffusion_model.img_in.bias"] = transformer.img_in.bias + 1
+    path = write_safetensors(tmp_path / "model.safetensors", {n: t.detach() for n, t in tensors.items()})
+    with pytest.raises(
+        ValueError, match=r"holds img_in.bias twice, as \S*img_in.bias and as \S*img_in.bias; remove one"
+    ):
+        open_weights([path], "transformer")
+
+
 @pytest.mark.parametrize(
     "name",
     ["some-owner/some-model/deep/file.gguf", "https://hub.example/some-owner/some-model/blob/v2/deep/file.gguf"],

@@ -143,6 +143,7 @@ def _decodable(
 ) -> dict[str, Weight]:
     """The weights of a part, quantised ones recognised, under our names."""
     ours = names.without_prefix(tensors, part) if part else {name: name for name in tensors}
+    _check_once(path, ours)
     rest: dict[str, Any] = {our: tensors[name] for name, our in ours.items()}
     found: dict[str, Weight] = {}
     if all(isinstance(tensor, Entry) for tensor in rest.values()):
@@ -151,8 +152,19 @@ def _decodable(
         _refuse(path, rest)
         rest = {name: cast_float8(tensor) for name, tensor in rest.items()}
     found |= rest
-    found = {our: found[name] for name, our in _renamed(found, part).items()}
+    renamed = _renamed(found, part)
+    _check_once(path, renamed)
+    found = {our: found[name] for name, our in renamed.items()}
     return names.join_vision(found) if part == "text_encoder" else found
+
+
+def _check_once(path: Path, ours: Mapping[str, str]) -> None:
+    """ValueError where two tensors of a file would get one name, of which one would be lost."""
+    theirs: dict[str, str] = {}
+    for name, our in ours.items():
+        if our in theirs:
+            raise ValueError(f"{path} holds {our} twice, as {theirs[our]} and as {name}; remove one")
+        theirs[our] = name
 
 
 def _names(tensors: Iterable[str], part: str) -> dict[str, str]:

@@ -57,6 +57,8 @@ class _Cursor:
             return self.text()
         if kind == LIST:
             inner, count = self.one("I"), self.one("Q")
+            if inner == LIST:
+                raise damaged(self.path, "its description holds a list of lists")
             return self.take(SCALARS[inner], count) if inner in SCALARS else [self.value(inner) for _ in range(count)]
         if kind not in SCALARS:
             raise damaged(self.path, f"its description holds a value of the unknown type {kind}")
