@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+HUB = ("revision", "cache_dir", "token", "local_files_only")
 # What diffusers' `from_pretrained` takes besides, and why this package's does not.
 ELSEWHERE = {
     "max_memory": "weights go straight to one device, device=",

@@ -56,7 +56,8 @@ def to_rgb(name: str, image: Picture) -> Image.Image:
     A file, by its path or its bytes, as `decode` reads it. A PIL image: turned as its EXIF entry says; of an animation
     the frame it stands at, which is the first of a file just opened; transparency over white; 16-bit, 32-bit and
     floating-point grey scaled to 8 bits; palette, grey and CMYK converted. An array [H, W], [H, W, 1], [H, W, 3] or
-    [H, W, 4], or a tensor [H, W] or [C, H, W]: uint8, bool, or floating point in [0, 1].
+    [H, W, 4], or a tensor [H, W] or [C, H, W]: uint8, bool, or floating point in [0, 1], or, where any is negative, in
+    [-1, 1], as diffusers takes them. One of a batch of one.
 
     Raises:
         TypeError: something else. ValueError: no pixels, another shape, values out of range, or a damaged file.
@@ -140,11 +141,16 @@ def _to_pil(name: str, image: Picture) -> Image.Image:
 
 def _to_array(name: str, image: Any) -> np.ndarray:
     """An array, or a tensor as an array with its channels last."""
+    if getattr(image, "ndim", 0) == 4 and len(image) == 1:
+        image = image[0]
     if hasattr(image, "detach"):
+        shape = tuple(image.shape)
         if image.dim() not in (2, 3):
+            raise ValueError(f"{name} must be a tensor [channels, height, width] or [height, width], got {shape}")
+        if image.dim() == 3 and shape[0] not in (1, 3, 4) and shape[2] in (1, 3, 4):
             raise ValueError(
-                f"{name} must be a tensor [channels, height, width] or [height, width], got the shape "
-                f"{tuple(image.shape)}"
+                f"{name} must be a tensor [channels, height, width], got {shape}: turn it with .permute(2, 0, 1), or "
+                "pass it as an array"
             )
         image = image.detach().cpu()
         image = image.movedim(0, -1) if image.dim() == 3 else image
@@ -159,8 +165,11 @@ def _from_array(name: str, array: np.ndarray) -> Image.Image:
     if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in (3, 4)):
         raise ValueError(f"{name} must be [height, width] or [height, width, 1, 3 or 4], got the shape {array.shape}")
     if np.issubdtype(array.dtype, np.floating):
-        if not (array.size and np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise ValueError(f"{name} must hold pixels in [0, 1] where they are floating point, got others or none")
+        if not (array.size and np.isfinite(array).all() and array.min() >= -1 and array.max() <= 1):
+            raise ValueError(
+                f"{name} must hold pixels in [0, 1], or in [-1, 1], where they are floating point, got others or none"
+            )
+        array = array if array.min() >= 0 else array / 2 + 0.5
         array = (array * 255).round().astype(np.uint8)
     if array.dtype == bool:
         array = array.astype(np.uint8) * 255

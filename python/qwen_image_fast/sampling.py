@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,9 +62,17 @@ class Sample:
 
 # At a step, for these latents: the residuals of ControlNets for the transformer's blocks, each [rows, width].
 Residuals = Callable[[int, Tensor], Sequence[Tensor]]
-# Called after every step with its index, the timestep (1000 * sigma) and the latents of every sample; may return
-# replacements for them.
-StepCallback = Callable[[int, float, list[Tensor]], "list[Tensor] | None"]
+
+
+class Changed(NamedTuple):
+    """What a callback puts in place of the latents and the prompts' embeddings of every sample; None: kept."""
+
+    latents: Sequence[Tensor] | None = None
+    prompt_embeds: Sequence[Tensor] | None = None
+
+
+# Called after every step with its index, the timestep (1000 * sigma) and the latents of every sample.
+StepCallback = Callable[[int, float, list[Tensor]], "Changed | None"]
 
 
 def schedule_shift(scheduler, tokens: int) -> float:
@@ -102,6 +111,7 @@ def denoise(
     graphs: StepGraphs | None = None,
     on_step: StepCallback | None = None,
     progress: bool = True,
+    bar_options: Mapping[str, Any] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> list[Tensor]:
     """Latents of every sample after all steps.
@@ -110,7 +120,7 @@ def denoise(
     schedule of its own size. Modulation vectors of all steps are computed first; `free_weights` then releases the
     weights that made them. `begin`: the first step that is taken. `control`: given the noise
     levels of the samples, float32 [steps, samples], the residuals of ControlNets. With `graphs`, the transformer's
-    passes are captured and replayed, where no ControlNet adds to them.
+    passes are captured and replayed, where no ControlNet adds to them. `bar_options`: of tqdm, beside `progress`.
     """
     device, config = samples[0].latents.device, transformer.config
     guided = samples[0].uncond is not None
@@ -144,11 +154,13 @@ def denoise(
     x = torch.cat([s.latents if s.image is None else s.noised(sigma) for s, sigma in zip(samples, starts)])
     txt = transformer.embed_text(torch.cat([t.embeds for t in texts]))
     rows = len(x)
+    shown: dict[str, Any] = {"total": len(dt) - begin, "desc": "denoise", "unit": "step"}
+    shown |= {"disable": not progress, **(bar_options or {})}
     if residuals is not None:
         graphs = None
     if graphs is not None:
         graphs.start(transformer)
-    with tqdm(total=len(dt) - begin, disable=not progress, desc="denoise", unit="step") as bar:
+    with tqdm(**shown) as bar:
         for i in range(begin, len(dt)):
             if interrupted():
                 break
@@ -163,8 +175,15 @@ def denoise(
             if any(s.mask is not None for s in samples):
                 x = keep_masked(x.split(lengths), samples, sample_levels[i + 1])
             if on_step is not None:
-                changed = on_step(i - begin, float(schedule[i, 0]) * 1000, list(x.split(lengths)))
-                x = x if changed is None else torch.cat([c.to(x) for c in changed])
+                changed = on_step(i - begin, float(schedule[i, 0]) * 1000, list(x.split(lengths))) or Changed()
+                if changed.latents is not None:
+                    x = torch.cat([c.to(x) for c in changed.latents])
+                if changed.prompt_embeds is not None:
+                    for s, embeds in zip(samples, changed.prompt_embeds):
+                        s.cond = Text(embeds.to(s.cond.embeds), s.cond.positions)
+                    texts[: len(samples)] = [s.cond for s in samples]
+                    txt = transformer.embed_text(torch.cat([t.embeds for t in texts]))
+                    residuals = None if control is None else control(sample_levels[:-1])
             bar.update()
     return list(x.split(lengths))
 

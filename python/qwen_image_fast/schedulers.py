@@ -26,6 +26,7 @@ import torch
 
 from qwen_image_fast.checkpoint import check_config, json_bytes, pretrained_folder, read_config
 from qwen_image_fast.files import atomic_write
+from qwen_image_fast.keywords import HUB, check_saving, refuse
 from qwen_image_fast.models.base import Config, record_config
 from qwen_image_fast.models.outputs import Output
 
@@ -124,14 +125,17 @@ class FlowMatchEulerDiscreteScheduler:
         cls, name_or_path: str | os.PathLike, *, subfolder: str | None = None, **hub
     ) -> FlowMatchEulerDiscreteScheduler:
         """Read `scheduler_config.json`; `hub` takes revision, cache_dir, token and local_files_only."""
+        refuse("from_pretrained", [name for name in hub if name not in HUB], ["subfolder", *HUB])
         folder = pretrained_folder(name_or_path, subfolder, [cls.config_name], **hub)
         return cls.from_config(read_config(folder, cls.config_name))
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False) -> None:
         """Write `scheduler_config.json`, which diffusers reads too."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        check_saving(True, push_to_hub)
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
         content = json_bytes({"_class_name": type(self).__name__, **self.config})
-        atomic_write(Path(folder) / self.config_name, lambda file: file.write(content))
+        atomic_write(folder / self.config_name, lambda file: file.write(content))
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

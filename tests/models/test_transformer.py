@@ -168,7 +168,7 @@ def test_a_copy_remembers_no_masks():
 
 ERRORS = {
     "hidden_states must have the shape": {"hidden_states": torch.randn(2, 16, 3)},
-    "hidden_states must have the dtype of the transformer": {"hidden_states": torch.randn(2, 16, 64).half()},
+    "hidden_states must have a floating-point dtype, got torch.int64": {"hidden_states": torch.ones(2, 16, 64).long()},
     "encoder_hidden_states must be given": {"encoder_hidden_states": None},
     "timestep must be given": {"timestep": None},
     "img_shapes must name": {"img_shapes": []},

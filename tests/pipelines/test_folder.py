@@ -110,7 +110,15 @@ def test_pictures_need_a_vae(edit_folder, cls):
             cls.from_pretrained(edit_folder, **given)(**CALL, control_image=torch.zeros(3, 32, 32))
 
 
-def test_diffusers_transformer_is_named(tiny_folder):
+def test_parts_of_diffusers(tiny_folder, pipe):
+    """A VAE and a scheduler do; a transformer is named."""
+    vae = diffusers.AutoencoderKLQwenImage.from_pretrained(tiny_folder, subfolder="vae")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tiny_folder, subfolder="scheduler")
+    mixed = QwenImagePipeline.from_pretrained(tiny_folder, vae=vae, scheduler=scheduler)
+    expected = pipe(**CALL, output_type="np").images
+    assert abs(mixed(**CALL, output_type="np").images - expected).max() < 1e-4
+    with pytest.raises(TypeError, match="from_pretrained: subfoldr is not an argument; did you mean subfolder"):
+        type(pipe.scheduler).from_pretrained(tiny_folder, subfoldr="scheduler")
     theirs = diffusers.QwenImageTransformer2DModel.from_pretrained(tiny_folder, subfolder="transformer")
     with pytest.raises(TypeError, match="transformer must be this package's .*, got diffusers' own"):
         QwenImagePipeline.from_pretrained(tiny_folder, transformer=theirs)

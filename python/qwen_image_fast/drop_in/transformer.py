@@ -63,6 +63,10 @@ class FastTransformer(Swapped, TransformerForward):
             return hidden_states.shape[:2]
         return super()._check_inputs(hidden_states, encoder_hidden_states, timestep, img_shapes, guidance)
 
+    def _typed(self, hidden_states, encoder_hidden_states):
+        """In that of the image: a weight may be stored in another one."""
+        return hidden_states, encoder_hidden_states.to(hidden_states.dtype)
+
     @contextmanager
     def cache_context(self, *args, **kwargs):
         """Around each of the pipelines' own calls of the transformer, and so not around those of a user's callback."""

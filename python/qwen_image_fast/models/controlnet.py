@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -133,7 +134,10 @@ class QwenImageControlNetModel(PretrainedModel):
         joint_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> QwenImageControlNetOutput | list[Tensor]:
-        """diffusers' call, on padded batches [samples, tokens, channels]; residuals are [samples, tokens, width]."""
+        """diffusers' call, on padded batches [samples, tokens, channels]; residuals are [samples, tokens, width].
+
+        Inputs become the type of the weights.
+        """
         if encoder_hidden_states is None or timestep is None or img_shapes is None:
             raise ValueError("encoder_hidden_states, timestep and img_shapes must be given, got None")
         samples, rows = hidden_states.shape[:2]
@@ -146,6 +150,10 @@ class QwenImageControlNetModel(PretrainedModel):
             img_shapes, rows, encoder_hidden_states_mask, encoder_hidden_states.shape[1], samples,
             axes_dim=self.config.axes_dims_rope, device=hidden_states.device,
         )  # fmt: skip
+        if not torch.is_autocast_enabled(hidden_states.device.type):
+            hidden_states, controlnet_cond, encoder_hidden_states = (
+                t.to(self.dtype) for t in (hidden_states, controlnet_cond, encoder_hidden_states)
+            )
         txt = encoder_hidden_states.flatten(0, 1)
         txt = self.embed_text(txt if layout.txt_index is None else txt[layout.txt_index])
         modulation = self.modulation(timestep.expand(samples))

@@ -171,7 +171,8 @@ class TransformerForward:
         """diffusers' call: padded batches [samples, tokens, channels], any text mask, sizes that may differ.
 
         Args:
-            hidden_states: [B, L, in_channels]. encoder_hidden_states: [B, T, joint_attention_dim].
+            hidden_states: [B, L, in_channels]. encoder_hidden_states: [B, T, joint_attention_dim]. Both become the
+                type of the weights.
             encoder_hidden_states_mask: [B, T], nonzero where a text token counts; None: everywhere.
             timestep: [B] noise levels in [0, 1].
             img_shapes: per sample a list of (frames, height, width) in tokens, the generated image first; a sample
@@ -184,6 +185,8 @@ class TransformerForward:
         """
         samples, rows = self._check_inputs(hidden_states, encoder_hidden_states, timestep, img_shapes, guidance)
         assert encoder_hidden_states is not None and timestep is not None  # checked, with a sentence
+        if not torch.is_autocast_enabled(hidden_states.device.type):
+            hidden_states, encoder_hidden_states = self._typed(hidden_states, encoder_hidden_states)
         layout = self.layout_of(img_shapes, rows, encoder_hidden_states_mask, encoder_hidden_states)
         img, txt = hidden_states.flatten(0, 1), encoder_hidden_states.flatten(0, 1)
         if layout.txt_index is not None:
@@ -203,6 +206,11 @@ class TransformerForward:
             out = padded.index_copy(0, layout.img_index, out)
         out = out.unflatten(0, (samples, rows))
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+
+    def _typed(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """In the type of the weights."""
+        dtype = self.img_in.weight.dtype
+        return hidden_states.to(dtype), encoder_hidden_states.to(dtype)
 
     def modulation_of(self, timestep: Tensor, additional_t_cond: Tensor | None) -> Modulation:
         """Where `forward` gets its modulation vectors; the drop-in answers from its tables."""
@@ -242,7 +250,7 @@ class TransformerForward:
         return cache[key][0]
 
     def _check_inputs(self, hidden_states, encoder_hidden_states, timestep, img_shapes, guidance) -> tuple[int, int]:
-        config, dtype = self.config, self.img_in.weight.dtype
+        config = self.config
         if guidance is not None:
             raise ValueError("guidance must be None: no Qwen-Image transformer has a guidance embedding")
         for name, t in (("encoder_hidden_states", encoder_hidden_states), ("timestep", timestep)):
@@ -256,8 +264,8 @@ class TransformerForward:
         ):
             if t.dim() != 3 or t.shape[-1] != channels:
                 raise ValueError(f"{name} must have the shape [batch, tokens, {channels}], got {tuple(t.shape)}")
-            if t.dtype != dtype and not torch.is_autocast_enabled(t.device.type):
-                raise TypeError(f"{name} must have the dtype of the transformer, {dtype}, got {t.dtype}")
+            if not t.is_floating_point():
+                raise TypeError(f"{name} must have a floating-point dtype, got {t.dtype}")
         if hidden_states.shape[0] != encoder_hidden_states.shape[0]:
             raise ValueError(
                 f"hidden_states and encoder_hidden_states must have one batch size, "

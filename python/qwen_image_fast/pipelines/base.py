@@ -12,6 +12,7 @@ import torch
 
 from qwen_image_fast.graphs import StepGraphs
 from qwen_image_fast.models.outputs import Output
+from qwen_image_fast.pipelines.counterparts import Counterparts
 from qwen_image_fast.pipelines.folder import PipelineFolder
 from qwen_image_fast.pipelines.lora import LoraMixin
 from qwen_image_fast.pipelines.prompt_enhancer import PromptEnhancer
@@ -38,7 +39,7 @@ class QwenImagePipelineOutput(Output):
     prompts: list[str] | None = None
 
 
-class Pipeline(PipelineFolder, LoraMixin):
+class Pipeline(Counterparts, PipelineFolder, LoraMixin):
     """Components, `from_pretrained`, `save_pretrained`, `to`, and the seconds of each stage of the last call.
 
     A part may be None; what needs it says so.
@@ -69,7 +70,6 @@ class Pipeline(PipelineFolder, LoraMixin):
         self.times: dict[str, float] = {}
         # Told the name of each stage of a call as it begins.
         self.on_stage: Callable[[str], None] | None = None
-        self._interrupt = False
         self._read = {}
 
     @property
@@ -136,11 +136,6 @@ class Pipeline(PipelineFolder, LoraMixin):
         if part is None:
             raise ValueError(f"{what}: this {type(self).__name__} was made with {name}=None")
         return part
-
-    @property
-    def interrupt(self) -> bool:
-        """Set `pipe._interrupt = True` in a callback to stop after the current step, as in diffusers."""
-        return self._interrupt
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

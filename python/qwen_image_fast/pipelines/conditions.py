@@ -149,7 +149,7 @@ def encode_reference_latents(vae: Any, images: Sequence[Image.Image]) -> Referen
 
 def first_step(steps: int, strength: float) -> int:
     """The first of `steps` steps that is taken when an image is changed with `strength` in [0, 1]; 1: all of them."""
-    if not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
+    if not isinstance(strength, (int, float, np.number)) or not 0 <= strength <= 1:
         raise ValueError(f"strength must be in [0, 1], got {strength!r}")
     begin = int(max(steps - min(steps * strength, steps), 0))
     if begin >= steps:

@@ -164,7 +164,7 @@ def _named(nets: Sequence[QwenImageControlNetModel]) -> dict[str, QwenImageContr
 
 def _numbers(name: str, value, controls: int) -> list[float]:
     """One for all control pictures, or one for each."""
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * controls
+    values = list(value) if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1 else [value] * controls
     if len(values) != controls:
         raise ValueError(f"{name} must be one for all or one for each control picture, {controls}, got {len(values)}")
     for v in values:

@@ -79,6 +79,8 @@ class QwenImageEditPlusPipeline(PicturePrompts):
     def _pictures_of(self, image: Any, prompts: int) -> list[list[Image.Image]]:
         if image is None:
             image = []
+        if getattr(image, "ndim", 0) == 4:
+            image = list(image)
         if not isinstance(image, (list, tuple)):
             image = [image]
         if any(isinstance(own, (list, tuple)) for own in image):

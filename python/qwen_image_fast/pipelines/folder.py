@@ -42,8 +42,8 @@ class PipelineFolder:
     parts: ClassVar[dict[str, list[str]]]
     uses_vision: ClassVar[bool]
     writes_captions: ClassVar[bool]
-    _source: Path | None = None
-    # The parts as they were read from `_source`.
+    # The folder, and the parts as they were read from it.
+    _source: Path | None
     _read: dict[str, Any]
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from qwen_image_fast.once import warn_once
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.latents import decode_latents, draw_noise, stacked, to_output
 from qwen_image_fast.pipelines.prompts import PromptPipeline
-from qwen_image_fast.pipelines.request import OUTPUT_TYPES, TENSOR_INPUTS, Request, check_number, per_prompt
-from qwen_image_fast.sampling import Sample, Text, denoise
+from qwen_image_fast.pipelines.request import OUTPUT_TYPES, TENSOR_INPUTS, Request, check_number, per_prompt, whole
+from qwen_image_fast.sampling import Changed, Sample, denoise
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ class GenerationPipeline(PromptPipeline):
     def _begin(self, request: Request) -> None:
         """Check what needs no model, and forget the last call."""
         self.times, self._interrupt = {}, False
+        self._guidance_scale, self._attention_kwargs = request.guidance_scale, request.attention_kwargs
         for name in ("transformer", "scheduler"):
             self._need(name, "nothing can be sampled")
         if request.output_type != "latent":
@@ -47,6 +48,8 @@ class GenerationPipeline(PromptPipeline):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value}")
         check_number("true_cfg_scale", request.true_cfg_scale)
+        if request.guidance_scale is not None:
+            check_number("guidance_scale", request.guidance_scale)
         if request.output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {request.output_type}")
         names = request.callback_on_step_end_tensor_inputs
@@ -64,6 +67,7 @@ class GenerationPipeline(PromptPipeline):
         sides = []
         for name, value in (("height", height), ("width", width)):
             values = per_prompt(name, 128 * scale if value is None else value, prompts)
+            values = [whole(v) for v in values]
             for v in values:
                 if not isinstance(v, int) or v < 2 * scale or v % (2 * scale):
                     near = max(2 * scale, round(v / (2 * scale)) * 2 * scale) if isinstance(v, (int, float)) else 1024
@@ -80,6 +84,7 @@ class GenerationPipeline(PromptPipeline):
         """Height and width of every prompt's result, of any size; `defaults` where they are not given."""
         sizes, prompts = [], len(defaults)
         for (h0, w0), h, w in zip(defaults, per_prompt("height", height, prompts), per_prompt("width", width, prompts)):
+            h, w = whole(h), whole(w)
             for name, value in (("height", h), ("width", w)):
                 if value is not None and (not isinstance(value, int) or value < 1):
                     raise ValueError(f"{name} must be a positive integer, got {value}")
@@ -147,12 +152,15 @@ class GenerationPipeline(PromptPipeline):
         on_step = None
         if request.callback_on_step_end is not None:
             names = request.callback_on_step_end_tensor_inputs
-            on_step = self._step_callback(request.callback_on_step_end, names, [s.cond for s in samples])
+            on_step = self._step_callback(request.callback_on_step_end, names, samples)
+        steps = request.num_inference_steps if request.sigmas is None else len(request.sigmas)
+        self._num_timesteps = steps - options.get("begin", 0)
         with self._stage("denoise"):
             tokens = denoise(
                 self.transformer, self.scheduler, samples, steps=request.num_inference_steps, sigmas=request.sigmas,
                 guidance=request.true_cfg_scale, free_weights=self.free_modulation_weights,
                 graphs=self.cuda_graphs, on_step=on_step, progress=request.progress,
+                bar_options=self._progress_bar_config if request.progress else None,
                 interrupted=lambda: self.interrupt, **options,
             )  # fmt: skip
             if not all(all_finite(t) for t in tokens):
@@ -164,22 +172,30 @@ class GenerationPipeline(PromptPipeline):
         models = {"transformer": self.transformer, "text_encoder": self.text_encoder}
         return {name: model for name, model in models.items() if model is not None}
 
-    def _step_callback(self, callback: Callable, names: Sequence[str], cond: list[Text]):
+    def _step_callback(self, callback: Callable, names: Sequence[str], samples: Sequence[Sample]):
         """diffusers' callback on top of the loop's: padded tensors where sizes agree, lists where they do not."""
 
-        def on_step(step: int, timestep: float, latents: list[Tensor]) -> list[Tensor] | None:
+        def on_step(step: int, timestep: float, latents: list[Tensor]) -> Changed:
+            embeds = [s.cond.embeds for s in samples]
             same = len({len(x) for x in latents}) == 1
-            values = {
+            known = {
                 "latents": lambda: torch.stack(latents) if same else latents,
-                "prompt_embeds": lambda: pad_prompt_embeds([t.embeds for t in cond])[0],
+                "prompt_embeds": lambda: pad_prompt_embeds(embeds)[0],
             }
-            changed = callback(self, step, torch.tensor(timestep), {name: values[name]() for name in names}) or {}
-            if "latents" not in changed:
-                return None
-            got, expected = ([tuple(x.shape) for x in own] for own in (changed["latents"], latents))
-            if got != expected:
-                raise ValueError(f"callback_on_step_end must return latents of the shapes {expected}, got {got}")
-            return list(changed["latents"])
+            self._current_timestep = torch.tensor(timestep)
+            changed = callback(self, step, self._current_timestep, {name: known[name]() for name in names})
+            self._current_timestep = None
+            changed = {} if changed is None else changed
+            if not isinstance(changed, Mapping) or set(changed) - set(known):
+                got = sorted(map(str, set(changed) - set(known))) if isinstance(changed, Mapping) else type(changed)
+                raise ValueError(f"callback_on_step_end must return a dict of {', '.join(known)} or None, got {got}")
+            for name, new in changed.items():
+                shapes, expected = ([tuple(x.shape) for x in own] for own in (new, known[name]()))
+                if shapes != expected:
+                    raise ValueError(f"callback_on_step_end must return {name} of the shapes {expected}, got {shapes}")
+            texts = changed.get("prompt_embeds")
+            cut = None if texts is None else [new[: len(old)] for new, old in zip(texts, embeds)]
+            return Changed(changed.get("latents"), cut)
 
         return on_step
 

@@ -22,7 +22,7 @@ from qwen_image_fast.pipelines.conditions import encode_reference_latents, fit
 from qwen_image_fast.pipelines.editing import EditingPipeline
 from qwen_image_fast.pipelines.images import area_size, resize
 from qwen_image_fast.pipelines.latents import decode_latents, stacked, to_output
-from qwen_image_fast.pipelines.request import Request, per_prompt
+from qwen_image_fast.pipelines.request import Request, per_prompt, whole
 from qwen_image_fast.sampling import Sample
 
 
@@ -82,6 +82,7 @@ class QwenImageLayeredPipeline(EditingPipeline):
             ValueError, TypeError: bad arguments, in one sentence; also when the result is not finite.
         """
         request = Request.of(locals())
+        resolution, layers = whole(resolution), whole(layers)
         if resolution not in (640, 1024):
             raise ValueError(f"resolution must be 640 or 1024, got {resolution}")
         if not isinstance(layers, int) or layers < 1:
@@ -89,7 +90,8 @@ class QwenImageLayeredPipeline(EditingPipeline):
         if image is None:
             raise ValueError("image must be given, got None")
         if request.prompt is None and request.prompt_embeds is None:
-            request.prompt = [""] * (len(image) if isinstance(image, (list, tuple)) else 1)
+            several = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
+            request.prompt = [""] * (len(image) if several else 1)
         self._begin(request)
         pictures = [to_rgba("image", one) for one in per_prompt("image", image, self._count(request))]
         pixels = [p.size[::-1] if preserve_size else area_size(resolution**2, *p.size)[::-1] for p in pictures]

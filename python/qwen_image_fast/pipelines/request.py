@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+WHOLE = ("num_inference_steps", "num_images_per_prompt", "max_sequence_length", "seed")
 TENSOR_INPUTS = ("latents", "prompt_embeds")
 
 
@@ -42,16 +44,30 @@ class Request:
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Request:
         """From a call's `locals()`."""
-        return cls(**{f.name: arguments[f.name] for f in fields(cls)})
+        return cls(**{f.name: arguments[f.name] for f in fields(cls)} | {n: whole(arguments[n]) for n in WHOLE})
+
+
+def whole(value: Any) -> Any:
+    """An integer, or a sequence of them, as users have it -> Python's: of numpy and torch too, and 512.0.
+
+    What is none stays as it is, for the checks to name.
+    """
+    if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1:
+        return [whole(v) for v in value]
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def check_number(name: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 
 def per_prompt(name: str, value: Any, prompts: int) -> list[Any]:
-    """A list, a tuple or a batch of pictures with an entry for each prompt, or one value for all of them."""
+    """A list, a tuple, an array of numbers or a batch of pictures with an entry for each prompt, or one for all."""
+    if getattr(value, "ndim", 0) == 1:
+        value = list(value)
     if getattr(value, "ndim", 0) == 4:
         value = list(value) if len(value) != 1 else value[0]
     if not isinstance(value, (list, tuple)):

@@ -25,7 +25,7 @@ from qwen_image_fast.pipelines.masks import (
     paste_back,
     resize_and_fill,
 )
-from qwen_image_fast.pipelines.request import Request, per_prompt
+from qwen_image_fast.pipelines.request import Request, per_prompt, whole
 from qwen_image_fast.sampling import Sample
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class StartingPipeline(GenerationPipeline):
         boxes: list[Box] = []
         if padding_mask_crop is not None:
             assert masks is not None
+            padding_mask_crop = whole(padding_mask_crop)
             if not isinstance(padding_mask_crop, int) or padding_mask_crop < 0:
                 raise ValueError(f"padding_mask_crop must be an integer of at least 0, got {padding_mask_crop}")
             if request.output_type != "pil":
