@@ -214,7 +214,7 @@ def save_state(
         if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in DTYPE_NAMES:
             what = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
             raise ValueError(f"save_state: {name} must be dense, with data, of a type safetensors knows, got {what}")
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     stem, index_name = _names(base_name, variant)
     pattern = stem + "{suffix}.safetensors"

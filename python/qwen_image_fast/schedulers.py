@@ -132,7 +132,7 @@ class FlowMatchEulerDiscreteScheduler:
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False) -> None:
         """Write `scheduler_config.json`, which diffusers reads too."""
         check_saving(True, push_to_hub)
-        folder = Path(save_directory)
+        folder = Path(save_directory).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         content = json_bytes({"_class_name": type(self).__name__, **self.config})
         atomic_write(folder / self.config_name, lambda file: file.write(content))

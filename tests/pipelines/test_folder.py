@@ -163,6 +163,13 @@ def test_the_text_encoder_is_saved_as_it_is(tiny_folder, tmp_path):
         assert torch.equal(latents(QwenImagePipeline.from_pretrained(tmp_path / folder)), expected)
 
 
+def test_the_home_folder(pipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for part, place in ((pipe, "~/all"), (pipe.vae, "~/vae"), (pipe.scheduler, "~/scheduler")):
+        part.save_pretrained(place)
+        assert isinstance(type(part).from_pretrained(place), type(part)) and (tmp_path / place[2:]).is_dir()
+
+
 def test_saving_in_place_and_without_pickles(tiny_folder, tmp_path):
     pipe = QwenImagePipeline.from_pretrained(tiny_folder)
     expected = latents(pipe)

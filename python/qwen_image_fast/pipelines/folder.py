@@ -185,7 +185,7 @@ class PipelineFolder:
             if len(nets) != 1:
                 raise ValueError(f"save_pretrained: controlnet must be a single one, got {len(nets)}")
             parts["controlnet"] = nets[0]
-        folder = Path(save_directory)
+        folder = Path(save_directory).expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         files: dict[str, Any] = {"variant": variant, "max_shard_size": max_shard_size or "10GB"}
         index: dict[str, Any] = {"_class_name": type(self).__name__, "_diffusers_version": "0.36.0"}
