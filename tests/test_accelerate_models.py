@@ -51,6 +51,17 @@ def test_bare_transformer(theirs, ours, packed):
     assert torch.equal(ours(**inputs(return_dict=False))[0], output.sample)
 
 
+def test_text_of_another_type(theirs, ours, packed):
+    given = inputs(torch.bfloat16)
+    for model in (theirs, ours):
+        half = copy.deepcopy(model).bfloat16()
+        with torch.no_grad():
+            expected = half(**given).sample
+            got = half(**{**given, "encoder_hidden_states": given["encoder_hidden_states"].float()}).sample
+        assert torch.equal(got, expected) and got.dtype == torch.bfloat16
+    assert len(packed) == 2
+
+
 def test_one_graph(theirs, ours):
     compiled = torch.compile(ours, fullgraph=True, backend="eager")
     assert_same(run(compiled, encoder_hidden_states_mask=None), run(theirs, encoder_hidden_states_mask=None))

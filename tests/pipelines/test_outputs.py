@@ -6,7 +6,12 @@ import pytest
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
 
-from qwen_image_fast import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+from qwen_image_fast import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageControlNetModel,
+    QwenImagePipeline,
+)
 
 CALL = {"prompt": ["a red cat", "a dog"], "height": 32, "width": 48, "num_inference_steps": 2, "seed": 1}
 
@@ -59,3 +64,21 @@ def test_the_transformers_output(pipe):
         timestep=torch.tensor([0.5]), img_shapes=[[(1, 2, 2)]],
     )  # fmt: skip
     assert out[0] is out["sample"] is out.sample and isinstance(pipe.vae, AutoencoderKLQwenImage)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["transformer", "controlnet"])
+def test_inputs_become_the_type_of_the_weights(pipe, kind, dtype):
+    torch.manual_seed(0)
+    model = pipe.transformer
+    if kind == "controlnet":
+        model = QwenImageControlNetModel.from_transformer(model, num_layers=1)
+        torch.nn.init.normal_(model.controlnet_blocks[0].weight)
+    inputs = {"hidden_states": torch.randn(1, 4, 64, dtype=dtype)}
+    inputs["encoder_hidden_states"] = torch.randn(1, 3, model.config.joint_attention_dim, dtype=dtype)
+    inputs |= {"controlnet_cond": inputs["hidden_states"].flip(0)} if kind == "controlnet" else {}
+    fixed = {"timestep": torch.tensor([0.5]), "img_shapes": [[(1, 2, 2)]], "return_dict": False}
+    with torch.no_grad():
+        expected = model(**{name: t.float() for name, t in inputs.items()}, **fixed)[0]
+        got = model(**inputs, **fixed)[0]
+    assert got.dtype == torch.float32 and torch.equal(got, expected) and got.abs().max() > 0

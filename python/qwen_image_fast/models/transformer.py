@@ -217,6 +217,10 @@ class QwenImageTransformer2DModel(TransformerForward, PretrainedModel):
         """Without the layouts of recent calls: they are known by the identity of masks that a copy does not have."""
         return {k: v for k, v in self.__dict__.items() if k != "_layouts"}
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.gradient_checkpointing
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""
         self.gradient_checkpointing = True
