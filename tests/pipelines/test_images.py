@@ -235,6 +235,8 @@ ERRORS = [
     (np.zeros((0, 4, 3), np.uint8), ValueError, "x must have pixels, got 4x0"),
     (np.zeros((4, 4, 7), np.uint8), ValueError, r"or \[height, width, 1, 3 or 4\], got the shape \(4, 4, 7\)"),
     (torch.zeros(2, 3, 4, 4), ValueError, r"x must be a tensor \[channels, height, width\]"),
+    (torch.zeros(8, 5, 3), ValueError, r"height, width\], got \(8, 5, 3\): turn it with .permute\(2, 0, 1\), or"),
+    (torch.full((3, 4, 4), -1.5), ValueError, r"x must hold pixels in \[0, 1\], or in \[-1, 1\]"),
     (np.full((4, 4, 3), 2.0), ValueError, r"x must hold pixels in \[0, 1\]"),
     (np.full((4, 4, 3), np.nan), ValueError, r"x must hold pixels in \[0, 1\]"),
     (np.zeros((4, 4, 3), np.int64), ValueError, "x must be uint8, or floating point"),
