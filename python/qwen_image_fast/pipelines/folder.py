@@ -125,7 +125,7 @@ class PipelineFolder:
             return load_text_encoder(folder / name, vision=cls.uses_vision, **models)
         if name == "scheduler":
             return FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder=name)
-        return _load_processor(folder / name) if name == "processor" else _load_tokenizer(folder / name)
+        return _load_settings(folder, name)
 
     @classmethod
     def _load_files(cls, folder: Path, name: str, files: Any, models: dict[str, Any], hub: dict[str, Any]) -> Any:
@@ -236,17 +236,12 @@ def _variants(folder: Path, names: list[str], variant: str | None) -> dict[str, 
     return dict.fromkeys(having, variant)
 
 
-def _load_tokenizer(folder: Path):
+def _load_settings(folder: Path, name: str) -> Any:
+    """A tokenizer or a processor."""
     from transformers import Qwen2Tokenizer
 
-    if not folder.is_dir():
-        raise FileNotFoundError(f"from_pretrained: there is no tokenizer folder {folder}")
-    return Qwen2Tokenizer.from_pretrained(folder)
-
-
-def _load_processor(folder: Path) -> VisionProcessor:
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"from_pretrained: there is no processor folder {folder}; editing needs an editing model's folder"
-        )
-    return VisionProcessor.from_pretrained(folder)
+    if not (folder / name).is_dir():
+        hint = "; editing needs an editing model's folder" if name == "processor" else ""
+        raise FileNotFoundError(f"from_pretrained: there is no {name} folder {folder / name}{hint}")
+    reader: Any = VisionProcessor if name == "processor" else Qwen2Tokenizer
+    return reader.from_pretrained(folder / name)
