@@ -138,6 +138,13 @@ def test_every_way_to_start_is_one_command():
     assert training.returncode == 0 and "Train by a recipe" in training.stdout
 
 
+def test_ctrl_c_is_heeded_before_much_is_imported():
+    """What comes before the handler is Python's own: a traceback there cannot be helped, so it must be short."""
+    code = "import sys, qwen_image_fast.__main__; print(*sys.modules)"
+    found = set(run(sys.executable, "-S", "-c", code).stdout.split())  # -S: what else is installed imports nothing
+    assert "qwen_image_fast.__main__" in found and not found & {"enum", "re", "signal", "types", "typing"}
+
+
 @pytest.mark.parametrize(
     "while_importing",
     [

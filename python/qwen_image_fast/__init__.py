@@ -5,9 +5,11 @@ transformers.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # that of typing to type checkers; importing typing is half of what this import takes
 if TYPE_CHECKING:
+    from typing import Any
+
     from qwen_image_fast._C import build_info
     from qwen_image_fast.drop_in.accelerate import accelerate, restore
     from qwen_image_fast.models.controlnet import QwenImageControlNetModel
@@ -75,7 +77,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name not in _HOMES and name not in ("_C", "ops"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module("torch")  # first, so that our kernels find torch's OpenMP runtime loaded and share its threads

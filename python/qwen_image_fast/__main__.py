@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import _signal  # what signal wraps in enums, whose import takes longer than all before it
 import codecs
 import io
 import os
-import signal
 import sys
-from types import FrameType
+
+TYPE_CHECKING = False  # that of typing, which is not imported yet, to type checkers
+if TYPE_CHECKING:
+    from types import FrameType
 
 
 def main() -> None:
     # A shell starts what runs in the background with Ctrl-C ignored; that stays.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _interrupt)
     _write_any_text()
     _sleep_while_waiting()
     try:
@@ -22,8 +25,8 @@ def main() -> None:
         app()
     finally:
         # All is said and written: what Python does on its way out needs no sentence.
-        if signal.getsignal(signal.SIGINT) in (_interrupt, _leave):
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if _signal.getsignal(_signal.SIGINT) in (_interrupt, _leave):
+            _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 
 def _write_any_text() -> None:
@@ -49,7 +52,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
     What is being imported may swallow an exception or turn it into another one, and has nothing to remove.
     """
-    signal.signal(signal.SIGINT, _leave)
+    _signal.signal(_signal.SIGINT, _leave)
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             _leave()
