@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
-from weights.writers import float8, from_q8_0, q8_0, write_gguf, write_safetensors
+from weights.writers import as_q8_0, float8, from_q8_0, q8_0, write_gguf, write_safetensors
 
 from qwen_image_fast import QwenImageEditPlusPipeline, QwenImagePipeline, QwenImageTransformer2DModel
 from qwen_image_fast.cli import app
@@ -240,8 +240,10 @@ def test_weights_that_are_given_are_not_downloaded(tiny_folder, tmp_path, states
 def test_the_command_line(tiny_folder, tmp_path, states, monkeypatch):
     """A picture with another transformer and VAE is that of the pipeline, and is repeated from what the PNG says."""
     monkeypatch.chdir(tmp_path)
-    files = {"transformer": "fp8.safetensors", "vae": "vae.safetensors"}
-    write_safetensors(tmp_path / files["transformer"], scaled(states["transformer"])[0])
+    files = {"transformer": "q8.gguf", "vae": "vae.safetensors"}
+    write_gguf(
+        tmp_path / files["transformer"], as_q8_0(states["transformer"])[0], {"general.architecture": "qwen_image"}
+    )
     write_safetensors(tmp_path / files["vae"], states["vae"])
     call = ["red", "--model", tiny_folder, "--size", "32x32", "--steps", 2, "--seed", 3, "--cfg", 1, "--device", "cpu"]
     options = ["--transformer", files["transformer"], "--vae", files["vae"]]
@@ -255,11 +257,11 @@ def test_the_command_line(tiny_folder, tmp_path, states, monkeypatch):
     image = pipe("red", **{**CALL, "output_type": "pil"}).images[0]
     assert np.array_equal(np.asarray(Image.open("a.png")), np.asarray(image))
     found = read_parameters("a.png")
-    assert found["transformer"] == str(tmp_path / "fp8.safetensors") and "text_encoder" not in found
+    assert found["transformer"] == str(tmp_path / "q8.gguf") and "text_encoder" not in found
     assert generate("--from-image", "a.png", "-o", "b.png").exit_code == 0
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
     for wrong, code, text in (
-        (["--transformer", "fp9.safetensors"], 2, "there is no file fp9.safetensors; did you mean fp8.safetensors?"),
+        (["--transformer", "q9.gguf"], 2, "there is no file q9.gguf; did you mean q8.gguf?"),
         (["--transformer", files["vae"]], 1, "vae.safetensors: these are not the weights of a Qwen-Image transformer"),
         (["--text-encoder", "."], 2, "is a folder; name one of its files"),
     ):

@@ -7,11 +7,11 @@ import torch
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from huggingface_hub import errors
 from torch.utils._python_dispatch import TorchDispatchMode
-from weights.writers import from_q8_0, q8_0, text_bytes, write_gguf, write_safetensors
+from weights.writers import as_q8_0, q8_0, text_bytes, write_gguf, write_safetensors
 
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
-from qwen_image_fast.weights import reading
+from qwen_image_fast.weights import reading, scales
 from qwen_image_fast.weights.formats import open_weights
 
 GGUF = {"general.architecture": "qwen_image"}
@@ -25,19 +25,6 @@ def transformer(tiny_folder):
 @pytest.fixture(scope="module")
 def vae(tiny_folder):
     return AutoencoderKLQwenImage.from_pretrained(tiny_folder, subfolder="vae")
-
-
-def as_q8_0(state, prefix=""):
-    """Matrices of whole blocks as Q8_0, the rest as it is; and what they are read as."""
-    tensors, expected = {}, {}
-    for name, tensor in state.items():
-        if tensor.ndim == 2 and tensor.shape[1] % 32 == 0:
-            blocks = q8_0(tensor)
-            tensors[prefix + name] = ("Q8_0", blocks, tuple(tensor.shape))
-            expected[name] = from_q8_0(blocks, tensor.shape)
-        else:
-            tensors[prefix + name] = expected[name] = tensor
-    return tensors, expected
 
 
 def as_int8(state, prefix="", size=64):
@@ -87,6 +74,17 @@ def test_comfyui(tiny_folder, tmp_path, transformer):
     config = dict(transformer.config)
     model = QwenImageTransformer2DModel.from_single_file(str(path), config=config, torch_dtype=torch.float32)
     assert_state(model, expected, close=True)
+
+
+def test_devices_and_modes_around_do_not_matter(tiny_folder, tmp_path, transformer):
+    tensors, expected = as_int8(transformer.state_dict())
+    path = write_safetensors(tmp_path / "model.safetensors", tensors)
+    for around in (torch.device("meta"), torch.inference_mode(), torch.no_grad()):
+        scales.rotation.cache_clear()
+        with around:
+            model = QwenImageTransformer2DModel.from_single_file(path, config=tiny_folder, torch_dtype=torch.float32)
+        assert_state(model, expected, close=True)
+        assert not any(parameter.is_inference() for parameter in model.parameters())
 
 
 def test_no_word_about_the_type_keeps_plain_files(tiny_folder, tmp_path, transformer):

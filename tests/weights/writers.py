@@ -25,6 +25,19 @@ def from_q8_0(blocks, shape):
     return (blocks[:, 2:].view(torch.int8).float() * blocks[:, :2].contiguous().view(torch.float16).float()).view(shape)
 
 
+def as_q8_0(state, prefix=""):
+    """Matrices of whole blocks as Q8_0, the rest as it is; and what they are read as."""
+    tensors, expected = {}, {}
+    for name, tensor in state.items():
+        if tensor.ndim == 2 and tensor.shape[1] % 32 == 0:
+            blocks = q8_0(tensor)
+            tensors[prefix + name] = ("Q8_0", blocks, tuple(tensor.shape))
+            expected[name] = from_q8_0(blocks, tensor.shape)
+        else:
+            tensors[prefix + name] = expected[name] = tensor
+    return tensors, expected
+
+
 def _text(text):
     return struct.pack("<Q", len(text.encode())) + text.encode()
 

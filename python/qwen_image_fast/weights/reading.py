@@ -90,7 +90,7 @@ def _read_rows(part: Part, first: int, count: int) -> Tensor:
     """What goes with `count` rows of the weight from `first` on, which is a multiple of `part.rows`."""
     entry = part.entry
     start, end = first // part.rows, -(-(first + count) // part.rows)
-    out = torch.empty((end - start, *entry.shape[1:]), dtype=entry.dtype)
+    out = torch.empty((end - start, *entry.shape[1:]), dtype=entry.dtype, device="cpu")
     if out.numel():
         with open(entry.path, "rb", buffering=0) as file:
             file.seek(entry.start + start * (out.nbytes // len(out)))

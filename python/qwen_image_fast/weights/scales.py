@@ -32,7 +32,7 @@ def is_rotation(size: int) -> bool:
 @functools.cache
 def rotation(size: int) -> Tensor:
     """The regular Hadamard matrix of `size`, symmetric and its own inverse, float32."""
-    h4 = h = torch.tensor(H4, dtype=torch.float32)
+    h4 = h = torch.tensor(H4, dtype=torch.float32, device="cpu")
     while len(h) < size:
         h = torch.kron(h, h4)
     return h / math.sqrt(size)
