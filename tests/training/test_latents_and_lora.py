@@ -9,7 +9,8 @@ from trainer_helpers import small_recipe, small_transformer, start, weights
 
 import qwen_image_fast
 from qwen_image_fast.models.lora import adapters_of
-from qwen_image_fast.models.lora_files import read_lora
+from qwen_image_fast.models.lora_files import parse_lora, read_lora
+from qwen_image_fast.models.lora_keys import component_config, split_components
 from qwen_image_fast.models.text_encoder import T2I_DROP, T2I_TEMPLATE, encode_prompts
 from qwen_image_fast.training.batches.latents import LatentCache, encode_images
 from qwen_image_fast.training.lora import PEFT_WEIGHTS, WEIGHTS, add_lora, load_lora, lora_state, save_lora
@@ -128,7 +129,9 @@ def test_others_read_the_files(tmp_path, reader):
     if reader == "peft":
         theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
     elif library is qwen_image_fast:
-        adapters_of(theirs).add("a", read_lora(tmp_path, theirs, f"{reader}.safetensors"))
+        state, config = read_lora(tmp_path, f"{reader}.safetensors")
+        own, _ = split_components(state)
+        adapters_of(theirs).add("a", parse_lora(own, theirs, component_config(config, "transformer")))
     else:
         state = diffusers.QwenImagePipeline.lora_state_dict(tmp_path, weight_name="pytorch_lora_weights.safetensors")
         diffusers.QwenImagePipeline.load_lora_into_transformer(state, theirs)
