@@ -266,7 +266,9 @@ def as_json(model: Model, margin_gb: float = MARGIN_GB) -> dict[str, Any]:
 def render(model: Model, margin_gb: float = MARGIN_GB) -> RenderableType:
     """The report as rich tables."""
     runs = ", ".join(f"{part.name} {part.runs}" for part in model.parts if part.runs)
-    blocks: list[RenderableType] = [_parts_table(model), Text(f"Runs in: {runs or 'nothing'}"), _config_table(model)]
+    blocks: list[RenderableType] = [_parts_table(model)]
+    blocks += [Text(f"Runs in: {runs}")] if runs else []
+    blocks += [_config_table(model)] if any(_short(part.config) for part in model.parts) else []
     blocks += [_groups_table(part) for part in model.parts if part.groups]
     if not model.problems and any(part.parameters for part in model.parts):
         blocks += [_fits_table(model, margin_gb), Text(_assumptions(model, margin_gb), style="dim")]

@@ -17,7 +17,7 @@ def inspect(
     what: Annotated[
         str,
         typer.Argument(
-            help="A model's folder or hub name, of which only json files and headers are read; or a picture."
+            help="A model's folder or hub name, of which only json files and headers are read; a file; a picture."
         ),
     ],
     margin: Annotated[
