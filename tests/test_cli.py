@@ -514,7 +514,7 @@ def test_our_sentence_stands_on_top(generate, monkeypatch, error, text, tracebac
 
 
 def test_the_pipelines_own_errors_are_sentences(generate, monkeypatch):
-    from qwen_image_fast.pipelines.request import per_prompt
+    from qwen_image_fast.pipelines.arguments import per_prompt
 
     def fail(self, *args):
         return per_prompt("height", [1, 2], 1)

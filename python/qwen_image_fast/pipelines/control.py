@@ -12,13 +12,13 @@ from qwen_image_fast.models.controlnet import QwenImageControlNetModel
 from qwen_image_fast.models.finite import all_finite, cause
 from qwen_image_fast.models.packing import pack
 from qwen_image_fast.pictures import to_mask, to_rgb
+from qwen_image_fast.pipelines.arguments import Arguments, check_number, per_prompt
 from qwen_image_fast.pipelines.base import CONTROLNET, QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import encode_distribution, normalized
 from qwen_image_fast.pipelines.generation import GenerationPipeline
 from qwen_image_fast.pipelines.images import resize, to_tensor
 from qwen_image_fast.pipelines.latents import pack_latents
 from qwen_image_fast.pipelines.masks import check_ratio, check_reach, check_white
-from qwen_image_fast.pipelines.request import Request, check_number, per_prompt
 from qwen_image_fast.sampling import Residuals, Sample
 
 
@@ -72,30 +72,30 @@ class ControlPipeline(GenerationPipeline):
         return {**super()._denoisers(), **_named(self.controlnets)}
 
     def _run(
-        self, request: Request, height, width, control_image, control_mask, scale, start, end
+        self, call: Arguments, height, width, control_image, control_mask, scale, start, end
     ) -> QwenImagePipelineOutput | tuple:
-        nets, images = self._controls(control_image, self._count(request))
+        nets, images = self._controls(control_image, self._count(call))
         weights = zip(*(_numbers(name, value, len(nets)) for name, value in (
             ("controlnet_conditioning_scale", scale), ("control_guidance_start", start), ("control_guidance_end", end)
         )))  # fmt: skip
-        sizes = self._sizes(request, height, width)
+        sizes = self._sizes(call, height, width)
         self._say_size(sizes)
-        cond, uncond = self._conditions(request)
-        generator, seeds = self._generators(request, len(cond))
+        cond, uncond = self._conditions(call)
+        generator, seeds = self._generators(call, len(cond))
         with self._stage("encode"):
-            tokens = [self._control_tokens(request, net, image, control_mask, sizes, generator)
+            tokens = [self._control_tokens(call, net, image, control_mask, sizes, generator)
                       for net, image in zip(nets, images)]  # fmt: skip
         samples = [
             Sample(x, (1, h // 2, w // 2), cond[i], None if uncond is None else uncond[i])
-            for i, (x, (h, w)) in enumerate(zip(self._noise(request, sizes, generator), sizes))
+            for i, (x, (h, w)) in enumerate(zip(self._noise(call, sizes, generator), sizes))
         ]
-        steps = request.num_inference_steps if request.sigmas is None else len(request.sigmas)
+        steps = call.num_inference_steps if call.sigmas is None else len(call.sigmas)
         controls = [
             Control(net, t, [w * (first <= i / steps and (i + 1) / steps <= last) for i in range(steps)])
             for net, t, (w, first, last) in zip(nets, tokens, weights)
         ]
-        result = self._denoise(request, samples, control=lambda levels: control_residuals(controls, samples, levels))
-        return self._finish(request, result, sizes, seeds)
+        result = self._denoise(call, samples, control=lambda levels: control_residuals(controls, samples, levels))
+        return self._finish(call, result, sizes, seeds)
 
     def _controls(self, control_image, prompts: int) -> tuple[list[QwenImageControlNetModel], list]:
         """The ControlNet and the pictures of each control: several ControlNets, or a union one several times."""
@@ -117,14 +117,14 @@ class ControlPipeline(GenerationPipeline):
             raise ValueError(f"control_image must hold one for each of the {len(nets)} ControlNets, got {got}")
         return nets, list(control_image)
 
-    def _control_tokens(self, request, net, image, mask, sizes, generator) -> Tensor:
+    def _control_tokens(self, call, net, image, mask, sizes, generator) -> Tensor:
         """The packed condition of all images: normalised latents, drawn from the VAE's distribution; with a mask of
         the picture blanked where it is white, and what is kept of each latent pixel."""
         extra = net.config.extra_condition_channels
         if (extra == 0) != (mask is None):
             what = "a union ControlNet, which takes no mask" if extra == 0 else "an inpainting ControlNet"
             raise ValueError(f"controlnet must fit the pipeline, got {what}")
-        each, count = request.num_images_per_prompt, self._count(request)
+        each, count = call.num_images_per_prompt, self._count(call)
         pictures = [to_rgb("control_image", one) for one in per_prompt("control_image", image, count)]
         masks = None
         if mask is not None:

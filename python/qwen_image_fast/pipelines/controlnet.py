@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from qwen_image_fast.pictures import Picture
+from qwen_image_fast.pipelines.arguments import Arguments
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.control import ControlPipeline
-from qwen_image_fast.pipelines.request import Request
 
 
 class QwenImageControlNetPipeline(ControlPipeline):
@@ -62,10 +62,10 @@ class QwenImageControlNetPipeline(ControlPipeline):
         Raises:
             ValueError, TypeError: bad arguments, in one sentence; also when the result is not finite.
         """
-        request = Request.of(locals())
-        self._begin(request)
+        call = Arguments.of(locals())
+        self._begin(call)
         return self._run(
-            request, height, width, control_image, None, controlnet_conditioning_scale, control_guidance_start,
+            call, height, width, control_image, None, controlnet_conditioning_scale, control_guidance_start,
             control_guidance_end,
         )  # fmt: skip
 
@@ -115,11 +115,11 @@ class QwenImageControlNetInpaintPipeline(ControlPipeline):
         Raises:
             ValueError, TypeError: bad arguments, in one sentence; also when the result is not finite.
         """
-        request = Request.of(locals())
-        self._begin(request)
+        call = Arguments.of(locals())
+        self._begin(call)
         if control_mask is None:
             raise ValueError("control_mask must be given, got None")
         return self._run(
-            request, height, width, control_image, control_mask, controlnet_conditioning_scale, control_guidance_start,
+            call, height, width, control_image, control_mask, controlnet_conditioning_scale, control_guidance_start,
             control_guidance_end,
         )  # fmt: skip

@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from qwen_image_fast.pictures import Picture, to_rgb
+from qwen_image_fast.pipelines.arguments import Arguments, per_prompt
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import VAE_AREA
 from qwen_image_fast.pipelines.editing import PicturePrompts
-from qwen_image_fast.pipelines.request import Request, per_prompt
 
 
 class QwenImageEditPipeline(PicturePrompts):
@@ -64,10 +64,10 @@ class QwenImageEditPipeline(PicturePrompts):
         Raises:
             ValueError, TypeError: bad arguments, in one sentence; also when the result is not finite.
         """
-        request = Request.of(locals())
-        self._begin(request)
-        images = self._pictures_of(image, self._count(request))
-        return self._edit(request, images, height, width, preserve_size, condition_area, grid_positions)
+        call = Arguments.of(locals())
+        self._begin(call)
+        images = self._pictures_of(image, self._count(call))
+        return self._edit(call, images, height, width, preserve_size, condition_area, grid_positions)
 
     def _pictures_of(self, image: Any, prompts: int) -> list[list[Image.Image]]:
         if image is None:

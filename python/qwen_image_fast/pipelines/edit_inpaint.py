@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 from qwen_image_fast.pictures import Picture
+from qwen_image_fast.pipelines.arguments import Arguments
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import VAE_AREA, encode_seen, prepare_reference
 from qwen_image_fast.pipelines.editing import PicturePrompts
 from qwen_image_fast.pipelines.images import area_size, resize
-from qwen_image_fast.pipelines.request import Request
 from qwen_image_fast.pipelines.starting import StartingPipeline
 
 
@@ -69,16 +69,16 @@ class QwenImageEditInpaintPipeline(PicturePrompts, StartingPipeline):
         Raises:
             ValueError, TypeError: bad arguments, in one sentence; also when the result is not finite.
         """
-        request = Request.of(locals())
-        self._begin(request)
-        pictures = [own for (own,) in self._pictures_of(image, self._count(request))]
+        call = Arguments.of(locals())
+        self._begin(call)
+        pictures = [own for (own,) in self._pictures_of(image, self._count(call))]
         masks = self._masks(pictures, mask_image)
         if preserve_size:
             pixels = self._pixels(height, width, [(p.height, p.width) for p in pictures])
         else:
             pixels = [area_size(VAE_AREA, *p.size)[::-1] for p in pictures]
         prepared = [prepare_reference(p, preserve_size=preserve_size, condition_area=condition_area) for p in pictures]
-        seen = self._look(request, [p.condition for p in prepared])
+        seen = self._look(call, [p.condition for p in prepared])
 
         def encode(prompts: Sequence[str]):
             each = [[s] for s in seen]
@@ -88,7 +88,7 @@ class QwenImageEditInpaintPipeline(PicturePrompts, StartingPipeline):
             pictures = [resize(p, w, h) for p, (h, w) in zip(pictures, pixels)]
             masks = [resize(m, w, h) for m, (h, w) in zip(masks, pixels)]
         return self._change(
-            request, pictures, pixels, strength=strength, preserve_size=preserve_size, masks=masks,
+            call, pictures, pixels, strength=strength, preserve_size=preserve_size, masks=masks,
             padding_mask_crop=padding_mask_crop, encode=encode, as_reference=True,
         )  # fmt: skip
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qwen_image_fast.models.rope import POSITIONS
 from qwen_image_fast.models.vision import Seen, VisionProcessor, look
+from qwen_image_fast.pipelines.arguments import Arguments
 from qwen_image_fast.pipelines.base import PROCESSOR, QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import (
     VAE_AREA,
@@ -22,7 +23,6 @@ from qwen_image_fast.pipelines.conditions import (
 )
 from qwen_image_fast.pipelines.generation import GenerationPipeline
 from qwen_image_fast.pipelines.images import area_size
-from qwen_image_fast.pipelines.request import Request
 from qwen_image_fast.sampling import Sample
 
 
@@ -42,9 +42,9 @@ class EditingPipeline(GenerationPipeline):
         )
         self.processor: Any = None if processor is None else VisionProcessor.of(processor)
 
-    def _look(self, request: Request, conditions: Sequence[Image.Image]) -> list[Seen]:
+    def _look(self, call: Arguments, conditions: Sequence[Image.Image]) -> list[Seen]:
         """The pictures as the condition encoder sees them; none, where no text is encoded."""
-        if request.prompt is None and request.negative_prompt is None:
+        if call.prompt is None and call.negative_prompt is None:
             return []
         for part in ("text_encoder", "processor"):
             self._need(part, "prompt must be given as prompt_embeds")
@@ -53,7 +53,7 @@ class EditingPipeline(GenerationPipeline):
 
     def _edit(
         self,
-        request: Request,
+        call: Arguments,
         images: Sequence[Sequence[Image.Image]],
         height,
         width,
@@ -74,32 +74,32 @@ class EditingPipeline(GenerationPipeline):
         if not preserve_size:
             defaults = [area_size(VAE_AREA, w, h)[::-1] for h, w in defaults]
         crops = self._pixels(height, width, defaults)
-        each = request.num_images_per_prompt
+        each = call.num_images_per_prompt
         sizes = [self._latent_size(crop, preserve_size) for crop in crops for _ in range(each)]
 
         scale = self.vae_scale_factor
         self._say_size([*sizes, *((r.vae.height // scale, r.vae.width // scale) for r in prepared.values())])
-        found = iter(self._look(request, [r.condition for own in references for r in own]))
+        found = iter(self._look(call, [r.condition for own in references for r in own]))
         seen = [list(islice(found, len(own))) for own in references]
 
         def encode(prompts: Sequence[str]):
             return encode_seen(self.text_encoder, self.tokenizer, prompts, seen, self.plus, grid_positions)
 
-        cond, uncond = self._conditions(request, encode, images)
+        cond, uncond = self._conditions(call, encode, images)
         with self._stage("encode"):
             encoded = {key: encode_reference_latents(self.vae, [r.vae]) for key, r in prepared.items()}
-        generator, seeds = self._generators(request, len(cond))
+        generator, seeds = self._generators(call, len(cond))
         samples = []
-        for i, (x, (h, w)) in enumerate(zip(self._noise(request, sizes, generator), sizes)):
+        for i, (x, (h, w)) in enumerate(zip(self._noise(call, sizes, generator), sizes)):
             own = [encoded[id(p)] for p in images[i // each]]
             latents = [t.to(self.device, self.dtype) for e in own for t in e.latents]
             shapes = [shape for e in own for shape in e.shapes]
             samples.append(
                 Sample(x, (1, h // 2, w // 2), cond[i], None if uncond is None else uncond[i], latents, shapes)
             )
-        tokens = self._denoise(request, samples)
+        tokens = self._denoise(call, samples)
         keep = [crop for crop in crops for _ in range(each)] if preserve_size else None
-        return self._finish(request, tokens, sizes, seeds, keep)
+        return self._finish(call, tokens, sizes, seeds, keep)
 
 
 class PicturePrompts(EditingPipeline):

@@ -13,10 +13,10 @@ from torch import Tensor
 from qwen_image_fast.models.finite import all_finite, cause
 from qwen_image_fast.models.text_encoder import pad_prompt_embeds
 from qwen_image_fast.once import warn_once
+from qwen_image_fast.pipelines.arguments import OUTPUT_TYPES, TENSOR_INPUTS, Arguments, check_number, per_prompt, whole
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.latents import decode_latents, draw_noise, stacked, to_output
 from qwen_image_fast.pipelines.prompts import PromptPipeline
-from qwen_image_fast.pipelines.request import OUTPUT_TYPES, TENSOR_INPUTS, Request, check_number, per_prompt, whole
 from qwen_image_fast.sampling import Changed, Sample, denoise
 
 logger = logging.getLogger(__name__)
@@ -27,43 +27,43 @@ class GenerationPipeline(PromptPipeline):
 
     encodes_pictures = False
 
-    def _begin(self, request: Request) -> None:
+    def _begin(self, call: Arguments) -> None:
         """Check what needs no model, and forget the last call."""
         self.times, self._interrupt = {}, False
-        self._guidance_scale, self._attention_kwargs = request.guidance_scale, request.attention_kwargs
+        self._guidance_scale, self._attention_kwargs = call.guidance_scale, call.attention_kwargs
         for name in ("transformer", "scheduler"):
             self._need(name, "nothing can be sampled")
-        if request.output_type != "latent":
-            self._need("vae", f"output_type must be 'latent', got {request.output_type!r}")
+        if call.output_type != "latent":
+            self._need("vae", f"output_type must be 'latent', got {call.output_type!r}")
         if self.encodes_pictures:
             self._need("vae", "no picture can be encoded")
-        if request.attention_kwargs:
+        if call.attention_kwargs:
             raise ValueError("attention_kwargs must be empty: set the scale of a LoRA on its adapter")
-        if request.guidance_scale is not None:
+        if call.guidance_scale is not None:
             warn_once(
                 logger, self, "guidance_scale is ignored: this model is not guidance-distilled; use true_cfg_scale"
             )
         for name in ("num_inference_steps", "num_images_per_prompt"):
-            value = getattr(request, name)
+            value = getattr(call, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value}")
-        check_number("true_cfg_scale", request.true_cfg_scale)
-        if request.guidance_scale is not None:
-            check_number("guidance_scale", request.guidance_scale)
-        if request.output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {request.output_type}")
-        names = request.callback_on_step_end_tensor_inputs
+        check_number("true_cfg_scale", call.true_cfg_scale)
+        if call.guidance_scale is not None:
+            check_number("guidance_scale", call.guidance_scale)
+        if call.output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {call.output_type}")
+        names = call.callback_on_step_end_tensor_inputs
         if unknown := [n for n in names if n not in TENSOR_INPUTS]:
             known = ", ".join(TENSOR_INPUTS)
             raise ValueError(f"callback_on_step_end_tensor_inputs must be of {known}, got {unknown}")
-        if not 1 <= request.max_sequence_length <= 1024:
-            raise ValueError(f"max_sequence_length must be in 1..1024, got {request.max_sequence_length}")
+        if not 1 <= call.max_sequence_length <= 1024:
+            raise ValueError(f"max_sequence_length must be in 1..1024, got {call.max_sequence_length}")
 
     # ---- sizes, seeds, noise ------------------------------------------------------------------------------------
 
-    def _sizes(self, request: Request, height, width) -> list[tuple[int, int]]:
+    def _sizes(self, call: Arguments, height, width) -> list[tuple[int, int]]:
         """Latent height and width of every image: multiples of 16 pixels, one for all or one for each prompt."""
-        scale, prompts = self.vae_scale_factor, self._count(request)
+        scale, prompts = self.vae_scale_factor, self._count(call)
         sides = []
         for name, value in (("height", height), ("width", width)):
             values = per_prompt(name, 128 * scale if value is None else value, prompts)
@@ -72,7 +72,7 @@ class GenerationPipeline(PromptPipeline):
                 if not isinstance(v, int) or v < 2 * scale or v % (2 * scale):
                     near = max(2 * scale, round(v / (2 * scale)) * 2 * scale) if isinstance(v, (int, float)) else 1024
                     raise ValueError(f"{name} must be a positive multiple of {2 * scale}, got {v}; {near} would do")
-            sides.append([v // scale for v in values for _ in range(request.num_images_per_prompt)])
+            sides.append([v // scale for v in values for _ in range(call.num_images_per_prompt)])
         return list(zip(*sides))
 
     @property
@@ -110,9 +110,9 @@ class GenerationPipeline(PromptPipeline):
                 width * self.vae_scale_factor, height * self.vae_scale_factor, tokens, known,
             )  # fmt: skip
 
-    def _generators(self, request: Request, images: int):
+    def _generators(self, call: Arguments, images: int):
         """The generator or generators of the noise, and the seed of every image where it is known."""
-        generator, seed = request.generator, request.seed
+        generator, seed = call.generator, call.seed
         if generator is not None and seed is not None:
             raise ValueError("give either generator or seed, got both")
         if generator is not None:
@@ -120,7 +120,7 @@ class GenerationPipeline(PromptPipeline):
                 raise ValueError(f"generator must be one or one for each image, {images}, got {len(generator)}")
             known = [generator] if isinstance(generator, torch.Generator) else list(generator)
             return generator, [g.initial_seed() for g in known] if len(known) == images else [None] * images
-        if request.latents is not None:
+        if call.latents is not None:
             return None, [None] * images
         if seed is None:
             seed = random.SystemRandom().randrange(2**31)
@@ -129,8 +129,8 @@ class GenerationPipeline(PromptPipeline):
             raise ValueError(f"seed must be one or one for each image, {images}, got {len(seeds)}")
         return [torch.Generator().manual_seed(s) for s in seeds], seeds
 
-    def _noise(self, request: Request, sizes: list[tuple[int, int]], generator, layers: int = 1) -> list[Tensor]:
-        channels, latents = self.transformer.config.in_channels, request.latents
+    def _noise(self, call: Arguments, sizes: list[tuple[int, int]], generator, layers: int = 1) -> list[Tensor]:
+        channels, latents = self.transformer.config.in_channels, call.latents
         if latents is None:
             return draw_noise(sizes, channels // 4, generator, self.dtype, self.device, layers)
         if len(latents) != len(sizes):
@@ -147,20 +147,20 @@ class GenerationPipeline(PromptPipeline):
 
     # ---- steps and pictures -------------------------------------------------------------------------------------
 
-    def _denoise(self, request: Request, samples: list[Sample], **options) -> list[Tensor]:
-        """The loop, with the request's schedule, guidance and callback; `options` are further ones of `denoise`."""
+    def _denoise(self, call: Arguments, samples: list[Sample], **options) -> list[Tensor]:
+        """The loop, with the call's schedule, guidance and callback; `options` are further ones of `denoise`."""
         on_step = None
-        if request.callback_on_step_end is not None:
-            names = request.callback_on_step_end_tensor_inputs
-            on_step = self._step_callback(request.callback_on_step_end, names, samples)
-        steps = request.num_inference_steps if request.sigmas is None else len(request.sigmas)
+        if call.callback_on_step_end is not None:
+            names = call.callback_on_step_end_tensor_inputs
+            on_step = self._step_callback(call.callback_on_step_end, names, samples)
+        steps = call.num_inference_steps if call.sigmas is None else len(call.sigmas)
         self._num_timesteps = steps - options.get("begin", 0)
         with self._stage("denoise"):
             tokens = denoise(
-                self.transformer, self.scheduler, samples, steps=request.num_inference_steps, sigmas=request.sigmas,
-                guidance=request.true_cfg_scale, free_weights=self.free_modulation_weights,
-                graphs=self.cuda_graphs, on_step=on_step, progress=request.progress,
-                bar_options=self._progress_bar_config if request.progress else None,
+                self.transformer, self.scheduler, samples, steps=call.num_inference_steps, sigmas=call.sigmas,
+                guidance=call.true_cfg_scale, free_weights=self.free_modulation_weights,
+                graphs=self.cuda_graphs, on_step=on_step, progress=call.progress,
+                bar_options=self._progress_bar_config if call.progress else None,
                 interrupted=lambda: self.interrupt, **options,
             )  # fmt: skip
             if not all(all_finite(t) for t in tokens):
@@ -201,14 +201,14 @@ class GenerationPipeline(PromptPipeline):
 
     def _finish(
         self,
-        request: Request,
+        call: Arguments,
         tokens: list[Tensor],
         sizes: list[tuple[int, int]],
         seeds: list[int | None],
         crops: Sequence[tuple[int, int] | None] | None = None,
     ) -> QwenImagePipelineOutput | tuple:
         """Decode latents of these sizes; `crops`: pixel height and width that are kept of each, from the top left."""
-        if request.output_type == "latent":
+        if call.output_type == "latent":
             images = tokens
         else:
             images = []
@@ -217,10 +217,10 @@ class GenerationPipeline(PromptPipeline):
                     crop = None if crops is None else crops[i]
                     pixels = decode_latents(self.vae, t, h, w)
                     pixels = pixels if crop is None else pixels[:, : crop[0], : crop[1]]
-                    images.append(to_output(pixels, request.output_type))
-        return self._output(request, images, seeds)
+                    images.append(to_output(pixels, call.output_type))
+        return self._output(call, images, seeds)
 
     @staticmethod
-    def _output(request: Request, images: list[Any], seeds: list[int | None]) -> QwenImagePipelineOutput | tuple:
+    def _output(call: Arguments, images: list[Any], seeds: list[int | None]) -> QwenImagePipelineOutput | tuple:
         found = stacked(images)
-        return QwenImagePipelineOutput(found, seeds, request.prompt) if request.return_dict else (found,)
+        return QwenImagePipelineOutput(found, seeds, call.prompt) if call.return_dict else (found,)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from qwen_image_fast.pictures import Picture
+from qwen_image_fast.pipelines.arguments import Arguments
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
-from qwen_image_fast.pipelines.request import Request
 from qwen_image_fast.pipelines.starting import StartingPipeline
 
 
@@ -61,9 +61,9 @@ class QwenImageImg2ImgPipeline(StartingPipeline):
         Raises:
             ValueError, TypeError: bad arguments, in one sentence; also when the result is not finite.
         """
-        request = Request.of(locals())
-        self._begin(request)
-        pictures = self._pictures(image, self._count(request))
+        call = Arguments.of(locals())
+        self._begin(call)
+        pictures = self._pictures(image, self._count(call))
         defaults = [(p.height, p.width) if preserve_size else (1024, 1024) for p in pictures]
         pixels = self._pixels(height, width, defaults)
-        return self._change(request, pictures, pixels, strength=strength, preserve_size=preserve_size)
+        return self._change(call, pictures, pixels, strength=strength, preserve_size=preserve_size)

@@ -17,12 +17,12 @@ from torch import Tensor
 from qwen_image_fast.models.text_encoder import CAPTION_CHINESE, CAPTION_ENGLISH
 from qwen_image_fast.models.vision import write_caption
 from qwen_image_fast.pictures import Picture, to_rgba
+from qwen_image_fast.pipelines.arguments import Arguments, per_prompt, whole
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import encode_reference_latents, fit
 from qwen_image_fast.pipelines.editing import EditingPipeline
 from qwen_image_fast.pipelines.images import area_size, resize
 from qwen_image_fast.pipelines.latents import decode_latents, stacked, to_output
-from qwen_image_fast.pipelines.request import Request, per_prompt, whole
 from qwen_image_fast.sampling import Sample
 
 
@@ -81,7 +81,7 @@ class QwenImageLayeredPipeline(EditingPipeline):
         Raises:
             ValueError, TypeError: bad arguments, in one sentence; also when the result is not finite.
         """
-        request = Request.of(locals())
+        call = Arguments.of(locals())
         resolution, layers = whole(resolution), whole(layers)
         if resolution not in (640, 1024):
             raise ValueError(f"resolution must be 640 or 1024, got {resolution}")
@@ -89,34 +89,34 @@ class QwenImageLayeredPipeline(EditingPipeline):
             raise ValueError(f"layers must be an integer of at least 1, got {layers}")
         if image is None:
             raise ValueError("image must be given, got None")
-        if request.prompt is None and request.prompt_embeds is None:
+        if call.prompt is None and call.prompt_embeds is None:
             several = isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) == 4
-            request.prompt = [""] * (len(image) if several else 1)
-        self._begin(request)
-        pictures = [to_rgba("image", one) for one in per_prompt("image", image, self._count(request))]
+            call.prompt = [""] * (len(image) if several else 1)
+        self._begin(call)
+        pictures = [to_rgba("image", one) for one in per_prompt("image", image, self._count(call))]
         pixels = [p.size[::-1] if preserve_size else area_size(resolution**2, *p.size)[::-1] for p in pictures]
         latent = [self._latent_size(size, preserve_size) for size in pixels]
         self._say_size(latent)
         pictures = [resize(p, w, h) for p, (h, w) in zip(pictures, pixels)]
-        if request.prompt is not None:
-            prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+        if call.prompt is not None:
+            prompts = [call.prompt] if isinstance(call.prompt, str) else call.prompt
             with self._stage("caption"):
-                request.prompt = [
+                call.prompt = [
                     text if text.strip() else self.get_image_caption(picture, use_en_prompt)
                     for text, picture in zip(prompts, pictures)
                 ]
-        if request.sigmas is None:
-            request.sigmas = np.linspace(1.0, 0, request.num_inference_steps + 1)[:-1].tolist()
+        if call.sigmas is None:
+            call.sigmas = np.linspace(1.0, 0, call.num_inference_steps + 1)[:-1].tolist()
 
-        cond, uncond = self._conditions(request)
-        each = request.num_images_per_prompt
+        cond, uncond = self._conditions(call)
+        each = call.num_images_per_prompt
         with self._stage("encode"):
             fitted = [fit(p, s, t, self.vae_scale_factor, preserve_size) for p, s, t in zip(pictures, pixels, latent)]
             references = [encode_reference_latents(self.vae, [picture]) for picture in fitted]
         sizes = [size for size in latent for _ in range(each)]
-        generator, seeds = self._generators(request, len(cond))
+        generator, seeds = self._generators(call, len(cond))
         samples = []
-        for i, (x, (h, w)) in enumerate(zip(self._noise(request, sizes, generator, layers + 1), sizes)):
+        for i, (x, (h, w)) in enumerate(zip(self._noise(call, sizes, generator, layers + 1), sizes)):
             shape, reference = (1, h // 2, w // 2), references[i // each]
             samples.append(
                 Sample(
@@ -125,16 +125,16 @@ class QwenImageLayeredPipeline(EditingPipeline):
                     layers=layers + 1, mu=(shape[1] * shape[2] / 256) ** 0.5,
                 )
             )  # fmt: skip
-        tokens = self._denoise(request, samples, rescale=cfg_normalize)
-        if request.output_type == "latent":
-            return self._finish(request, tokens, sizes, seeds)
+        tokens = self._denoise(call, samples, rescale=cfg_normalize)
+        if call.output_type == "latent":
+            return self._finish(call, tokens, sizes, seeds)
         images = []
         with self._stage("decode"):
             for i, (t, (h, w)) in enumerate(zip(tokens, sizes)):
                 crop = pixels[i // each] if preserve_size else (h * self.vae_scale_factor, w * self.vae_scale_factor)
                 planes = [decode_latents(self.vae, layer, h, w) for layer in t.chunk(layers + 1)[1:]]
-                images.append(stacked([to_output(p[:, : crop[0], : crop[1]], request.output_type) for p in planes]))
-        return QwenImagePipelineOutput(images, seeds, request.prompt) if request.return_dict else (images,)
+                images.append(stacked([to_output(p[:, : crop[0], : crop[1]], call.output_type) for p in planes]))
+        return QwenImagePipelineOutput(images, seeds, call.prompt) if call.return_dict else (images,)
 
     def get_image_caption(self, picture: Image.Image, use_en_prompt: bool = True) -> str:
         """What Qwen2.5-VL writes about a picture, in English or in Chinese."""

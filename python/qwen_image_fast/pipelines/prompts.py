@@ -14,8 +14,8 @@ from qwen_image_fast.chat import checked
 from qwen_image_fast.models.finite import all_finite, cause
 from qwen_image_fast.models.text_encoder import encode_prompts, pad_prompt_embeds
 from qwen_image_fast.once import warn_once
+from qwen_image_fast.pipelines.arguments import Arguments
 from qwen_image_fast.pipelines.base import Pipeline
-from qwen_image_fast.pipelines.request import Request
 from qwen_image_fast.sampling import Text
 
 logger = logging.getLogger(__name__)
@@ -65,9 +65,9 @@ class PromptPipeline(Pipeline):
             mask = mask[:, :limit].repeat_interleave(each, 0).to(embeds.device)
         return embeds, None if mask is None or bool(mask.all()) else mask
 
-    def _count(self, request: Request) -> int:
+    def _count(self, call: Arguments) -> int:
         """The number of prompts."""
-        prompt, embeds = request.prompt, request.prompt_embeds
+        prompt, embeds = call.prompt, call.prompt_embeds
         if (prompt is None) == (embeds is None):
             raise ValueError(f"give either prompt or prompt_embeds, got {'neither' if prompt is None else 'both'}")
         if embeds is not None and not len(embeds):
@@ -76,7 +76,7 @@ class PromptPipeline(Pipeline):
 
     def _conditions(
         self,
-        request: Request,
+        call: Arguments,
         encode: Callable[[Sequence[str]], list[Tensor]] | None = None,
         pictures: Sequence[Sequence[Image.Image]] = (),
     ) -> tuple[list[Text], list[Text] | None]:
@@ -85,37 +85,36 @@ class PromptPipeline(Pipeline):
         `encode` makes the states of texts, as many as there are prompts; default: the text-to-image template. The
         prompt enhancer, if there is one, sees each prompt with its `pictures`.
         """
-        count = self._count(request)
-        if request.prompt is not None:
-            request.prompt = _prompts("prompt", request.prompt)
+        count = self._count(call)
+        if call.prompt is not None:
+            call.prompt = _prompts("prompt", call.prompt)
             if self.prompt_enhancer is not None:
                 with self._stage("enhance"):
                     shown = pictures or [()] * count
-                    request.prompt = [
-                        checked("prompt_enhancer", self.prompt_enhancer(p, own))
-                        for p, own in zip(request.prompt, shown)
+                    call.prompt = [
+                        checked("prompt_enhancer", self.prompt_enhancer(p, own)) for p, own in zip(call.prompt, shown)
                     ]
         with self._stage("text encoder"):
-            cond = self._texts(request, "prompt", encode)
+            cond = self._texts(call, "prompt", encode)
             uncond = None
-            given = request.negative_prompt is not None or request.negative_prompt_embeds is not None
-            if given and request.true_cfg_scale > 1:
-                uncond = self._texts(request, "negative_prompt", encode, count)
+            given = call.negative_prompt is not None or call.negative_prompt_embeds is not None
+            if given and call.true_cfg_scale > 1:
+                uncond = self._texts(call, "negative_prompt", encode, count)
             elif given:
                 message = "negative_prompt has no effect: true_cfg_scale is %s, guidance needs more than 1"
-                warn_once(logger, self, message, request.true_cfg_scale)
-            elif request.true_cfg_scale > 1:
+                warn_once(logger, self, message, call.true_cfg_scale)
+            elif call.true_cfg_scale > 1:
                 message = 'true_cfg_scale=%s has no effect without a negative_prompt; " " will do'
-                warn_once(logger, self, message, request.true_cfg_scale)
-        each = range(request.num_images_per_prompt)
+                warn_once(logger, self, message, call.true_cfg_scale)
+        each = range(call.num_images_per_prompt)
         return [t for t in cond for _ in each], None if uncond is None else [t for t in uncond for _ in each]
 
-    def _texts(self, request: Request, name: str, encode, count: int | None = None) -> list[Text]:
+    def _texts(self, call: Arguments, name: str, encode, count: int | None = None) -> list[Text]:
         """The condition of every prompt, from text or from given embeddings; with `count`, one is enough for all."""
-        prompt, embeds = getattr(request, name), getattr(request, f"{name}_embeds")
+        prompt, embeds = getattr(call, name), getattr(call, f"{name}_embeds")
         if prompt is not None and embeds is not None:
             raise ValueError(f"give either {name} or {name}_embeds, got both")
-        values: Any = _prompts(name, prompt) if embeds is None else self._given(request, name, embeds)
+        values: Any = _prompts(name, prompt) if embeds is None else self._given(call, name, embeds)
         if count is not None and len(values) not in (1, count):
             raise ValueError(f"{name} must be one for all or one for each prompt, {count}, got {len(values)}")
         if count is not None and len(values) != count:
@@ -125,7 +124,7 @@ class PromptPipeline(Pipeline):
         for part in ("text_encoder", "tokenizer"):
             self._need(part, f"{name} must be given as {name}_embeds")
         if encode is None:
-            limit = request.max_sequence_length
+            limit = call.max_sequence_length
             states = encode_prompts(self.text_encoder, self.tokenizer, values, max_sequence_length=limit)
         else:
             states = encode(values)
@@ -137,8 +136,8 @@ class PromptPipeline(Pipeline):
             raise ValueError(f"the states are not finite{cause({'text_encoder': self.text_encoder}, self.dtype)}")
         return states
 
-    def _given(self, request: Request, name: str, embeds) -> list[Text]:
-        mask, limit = getattr(request, f"{name}_embeds_mask"), request.max_sequence_length
+    def _given(self, call: Arguments, name: str, embeds) -> list[Text]:
+        mask, limit = getattr(call, f"{name}_embeds_mask"), call.max_sequence_length
         width = self.transformer.config.joint_attention_dim
         if isinstance(embeds, Tensor) and embeds.dim() != 3:
             raise ValueError(f"{name}_embeds must have the shape [prompts, tokens, width], got {tuple(embeds.shape)}")

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from qwen_image_fast.pictures import Picture, to_mask, to_rgb
+from qwen_image_fast.pipelines.arguments import Arguments, per_prompt, whole
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import encode_distribution, first_step, fit, mask_tokens, normalized
 from qwen_image_fast.pipelines.generation import GenerationPipeline
@@ -25,7 +26,6 @@ from qwen_image_fast.pipelines.masks import (
     paste_back,
     resize_and_fill,
 )
-from qwen_image_fast.pipelines.request import Request, per_prompt, whole
 from qwen_image_fast.sampling import Sample
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class StartingPipeline(GenerationPipeline):
 
     def _change(
         self,
-        request: Request,
+        call: Arguments,
         pictures: Sequence[Image.Image],
         pixels: list[tuple[int, int]],
         *,
@@ -69,8 +69,8 @@ class StartingPipeline(GenerationPipeline):
 
         `as_reference`: the picture's latents also stand behind the image in the sequence.
         """
-        steps = request.num_inference_steps if request.sigmas is None else len(request.sigmas)
-        begin, each, scale = first_step(steps, strength), request.num_images_per_prompt, self.vae_scale_factor
+        steps = call.num_inference_steps if call.sigmas is None else len(call.sigmas)
+        begin, each, scale = first_step(steps, strength), call.num_images_per_prompt, self.vae_scale_factor
         latent = [self._latent_size(size, preserve_size) for size in pixels]
         self._say_size(latent)
         boxes: list[Box] = []
@@ -79,8 +79,8 @@ class StartingPipeline(GenerationPipeline):
             padding_mask_crop = whole(padding_mask_crop)
             if not isinstance(padding_mask_crop, int) or padding_mask_crop < 0:
                 raise ValueError(f"padding_mask_crop must be an integer of at least 0, got {padding_mask_crop}")
-            if request.output_type != "pil":
-                raise ValueError(f"output_type must be 'pil' with padding_mask_crop, got {request.output_type!r}")
+            if call.output_type != "pil":
+                raise ValueError(f"output_type must be 'pil' with padding_mask_crop, got {call.output_type!r}")
             boxes = [crop_region(m, w, h, padding_mask_crop) for m, (h, w) in zip(masks, pixels)]
 
         def fitted(images: Sequence[Image.Image]) -> list[Image.Image]:
@@ -92,12 +92,12 @@ class StartingPipeline(GenerationPipeline):
         changes = [mask_tokens(m, *size, self.vae.z_dim) for m, size in zip(fitted(masks or []), latent)]
         for i, (mask, (h, w)) in enumerate(zip(changes, pixels)):
             check_reach(_mask_name(i, changes), bool(mask.any()), w, h)
-        cond, uncond = self._conditions(request, encode, [[p] for p in pictures])
+        cond, uncond = self._conditions(call, encode, [[p] for p in pictures])
         sizes = [size for size in latent for _ in range(each)]
-        generator, seeds = self._generators(request, len(cond))
+        generator, seeds = self._generators(call, len(cond))
         with self._stage("encode"):
-            images = self._encode(fitted(pictures), each, generator) if request.latents is None or masks else None
-        noise = self._noise(request, sizes, generator)
+            images = self._encode(fitted(pictures), each, generator) if call.latents is None or masks else None
+        noise = self._noise(call, sizes, generator)
         samples = []
         for i, (x, (h, w)) in enumerate(zip(noise, sizes)):
             sample = Sample(x, (1, h // 2, w // 2), cond[i], None if uncond is None else uncond[i])
@@ -108,9 +108,9 @@ class StartingPipeline(GenerationPipeline):
         for i, mask in enumerate(m.to(self.device, self.dtype) for m in changes):
             for sample in samples[i * each : (i + 1) * each]:
                 sample.mask = mask
-        tokens = self._denoise(request, samples, begin=begin)
+        tokens = self._denoise(call, samples, begin=begin)
         crops = [size for size in pixels for _ in range(each)] if preserve_size and not boxes else None
-        output = self._finish(request, tokens, sizes, seeds, crops)
+        output = self._finish(call, tokens, sizes, seeds, crops)
         if boxes and masks:
             found = output.images if isinstance(output, QwenImagePipelineOutput) else output[0]
             found[:] = [

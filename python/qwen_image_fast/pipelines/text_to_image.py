@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_image_fast.pipelines.arguments import Arguments
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.generation import GenerationPipeline
-from qwen_image_fast.pipelines.request import Request
 from qwen_image_fast.sampling import Sample
 
 
@@ -68,14 +68,14 @@ class QwenImagePipeline(GenerationPipeline):
         Raises:
             ValueError, TypeError: bad arguments, in one sentence; also when the result is not finite.
         """
-        request = Request.of(locals())
-        self._begin(request)
-        cond, uncond = self._conditions(request)
-        sizes = self._sizes(request, height, width)
+        call = Arguments.of(locals())
+        self._begin(call)
+        cond, uncond = self._conditions(call)
+        sizes = self._sizes(call, height, width)
         self._say_size(sizes)
-        generator, seeds = self._generators(request, len(cond))
+        generator, seeds = self._generators(call, len(cond))
         samples = [
             Sample(x, (1, h // 2, w // 2), cond[i], None if uncond is None else uncond[i])
-            for i, (x, (h, w)) in enumerate(zip(self._noise(request, sizes, generator), sizes))
+            for i, (x, (h, w)) in enumerate(zip(self._noise(call, sizes, generator), sizes))
         ]
-        return self._finish(request, self._denoise(request, samples), sizes, seeds)
+        return self._finish(call, self._denoise(call, samples), sizes, seeds)

@@ -16,7 +16,7 @@ TENSOR_INPUTS = ("latents", "prompt_embeds")
 
 
 @dataclass
-class Request:
+class Arguments:
     """The arguments that the calls of all pipelines share; see `QwenImagePipeline.__call__`."""
 
     prompt: Any
@@ -42,7 +42,7 @@ class Request:
     progress: bool
 
     @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> Request:
+    def of(cls, arguments: Mapping[str, Any]) -> Arguments:
         """From a call's `locals()`."""
         return cls(**{f.name: arguments[f.name] for f in fields(cls)} | {n: whole(arguments[n]) for n in WHOLE})
 
