@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 GPU_PYTHON ?= 3.12
 
-.PHONY: demo pipeline extras test lint bench install dev clean cuda-compile gpu-check gpu-wheels gpu-status
+.PHONY: demo pipeline extras test lint matrix bench install dev clean cuda-compile gpu-check gpu-wheels gpu-status
 
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard cmake/*.cmake) \
   $(shell find csrc python training -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.py' -o -name '*.yaml')
@@ -77,6 +77,10 @@ gpu-wheels:
 # docs/gpu-status.md from the results under benchmarks/results.
 gpu-status:
 	$(PYTHON) -m benchmarks.gpu_status
+
+# The wheel with old and new versions of torch, transformers and diffusers; downloads some GB. docs/versions.md from it.
+matrix: $(VENV)/wheel/built
+	$(BIN)/python -m tests.matrix --wheel $(WHEEL)
 
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.run
