@@ -26,7 +26,7 @@ def choice(request):
 def test_threads_choose_for_themselves(choice):
     """Two threads overlap, each enters and leaves while the other is inside; a third one only looks."""
     choose, now, default, chosen = choice
-    meet = threading.Barrier(3, timeout=30)
+    meet = threading.Barrier(3, timeout=600)
 
     def first():
         with choose():
@@ -112,7 +112,7 @@ class Recorded(torch.overrides.TorchFunctionMode):
 def test_results_in_threads_are_those_of_each_choice():
     """The reference of gelu_tanh asks torch for a gelu, the op does not: both at the same time, many times."""
     x = torch.randn(64, 33)
-    start = threading.Barrier(2, timeout=30)
+    start = threading.Barrier(2, timeout=600)
 
     def uses_torch():
         with Recorded() as recorded:

@@ -193,7 +193,7 @@ def test_a_killed_trainer_takes_its_producers_along_and_resumes(folder, tmp_path
         children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
         os.kill(process.pid, signal.SIGKILL)
     mine = f"qif-{process.pid}-"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         alive = [pid for pid in children if Path(f"/proc/{pid}").exists()]
         if not alive and not any(name.startswith(mine) for name in os.listdir("/dev/shm")):

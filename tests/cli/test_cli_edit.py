@@ -223,7 +223,7 @@ def test_a_photograph_and_the_model_of_the_package():
 
 def test_the_readmes_commands_for_the_tiny_model():
     """A red word is drawn, then made blue."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     lines = [line for line in readme.splitlines() if line.startswith("qwen-image-fast") and "--model tiny" in line]
     colours = []
     for line in lines:
