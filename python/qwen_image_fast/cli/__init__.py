@@ -34,7 +34,7 @@ COMMANDS = {
     ),
     "doctor": (
         "cli.machine:doctor_command",
-        "Show the environment and test every op, forward and backward, against its reference.",
+        "Show the environment, test every op, forward and backward, against its reference, and make a picture.",
     ),
     "cache-latents": ("cli.training:cache_latents", "Encode a recipe's samples once, for its field data.cache."),
     "data": ("cli.training:data", "Look at training data."),
