@@ -140,7 +140,7 @@ BAD = [
     ("text", {**ONE, "cfg": float("nan")}, "cfg must be a number, 0 to 100, got nan"),
     ("text", {**ONE, "dtype": "int8"}, "dtype must be auto, float32, bfloat16 or float16, got 'int8'"),
     ("text", {**ONE, "lightning": 6}, "lightning must be 4 or 8, got 6"),
-    ("text", {**ONE, "size": "100x64"}, "width and height must be multiples of 16, got 100 in 100x64; try 96x64"),
+    ("text", {**ONE, "size": "100x64"}, "width must be a multiple of 16 pixels, got 100; try 96"),
     ("text", {**ONE, "size": "99999x99999"}, "width must be an integer, 16 to 8192, got 99999"),
     ("text", {**ONE, "size": "5:4"}, "size must be WIDTHxHEIGHT or one of 1:1, 16:9"),
     ("text", {**ONE, "size": "64x64", "width": 64}, "give either size or width and height, got both"),
@@ -154,7 +154,7 @@ BAD = [
     ("edit", {**ONE, "image": "a.png", "strength": 0.5}, "strength has no effect without a mask"),
     ("edit", {**ONE, "image": ["a", "b"], "mask": "m"}, "image must be given once with a mask, got 2"),
     ("controlnet", {**ONE, "control": ["a", "b"], "mask": "m"}, "control must be given once with a mask, got 2"),
-    ("controlnet", {**ONE, "control": "a", "size": "30x32"}, "multiples of 16, got 30 in 30x32; try 32x32"),
+    ("controlnet", {**ONE, "control": "a", "size": "30x32"}, "width must be a multiple of 16 pixels, got 30; try 32"),
     ("layers", {"image": "a", "resolution": 512}, "resolution must be 640 or 1024, got 512"),
 ]  # fmt: skip
 

@@ -92,8 +92,13 @@ class Request(BaseModel):
 
     def check(self) -> None:
         """What no field can check alone. Raises RequestError."""
+        self.check_model()
         if not self.prompt.strip():
             raise RequestError("the {prompt} is empty")
+
+    def check_model(self) -> None:
+        if not self.model.strip():
+            raise RequestError("the {model} is empty: give a folder or a hub name such as Qwen/Qwen-Image")
 
     def pipeline(self, model_class: str) -> str:
         """The class of the pipeline that makes it from a model whose index names `model_class`, or RequestError."""
@@ -315,6 +320,7 @@ class Layers(Prompted):
     inputs: ClassVar[Sequence[str]] = ("image",)
 
     def check(self) -> None:
+        self.check_model()  # the prompt may be empty
         if self.text_encoder:
             raise RequestError("{text_encoder} must be the model's own, which writes the caption")
 

@@ -157,11 +157,10 @@ def sentence(error: ValidationError, fields: dict[str, FieldInfo], kind: str) ->
 
 def check_multiples(width: int, height: int) -> None:
     """Sides of text to image."""
-    if bad := [side for side in (width, height) if side % 16]:
-        near = "x".join(str(max(16, round(side / 16) * 16)) for side in (width, height))
-        raise RequestError(
-            f"{{width}} and {{height}} must be multiples of 16, got {bad[0]} in {width}x{height}; try {near}"
-        )
+    for name, side in (("width", width), ("height", height)):
+        if side % 16:
+            near = max(16, round(side / 16) * 16)
+            raise RequestError(f"{{{name}}} must be a multiple of 16 pixels, got {side}; try {near}")
 
 
 def tokens_of(width: int, height: int) -> int:

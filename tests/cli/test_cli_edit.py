@@ -332,7 +332,7 @@ BAD = {
     ),
     "--resolution must be 640 or 1024, got 512": ("layers", "a.png", "--resolution", 512),
     "--model must hold a QwenImageLayeredPipeline to take pictures apart, ": ("layers", "a.png"),
-    "multiples of 16, got 30 in 30x32; try 32x32": ("controlnet", "x", "--control", "a.png", "--size", "30x32"),
+    "must be a multiple of 16 pixels, got 30; try 32": ("controlnet", "x", "--control", "a.png", "--size", "30x32"),
     "a.png holds no parameters": ("edit", "--from-image", "a.png"),
     "there is no folder no/such/folder": ("controlnet", "x", "--control", "a.png", "--net", "no/such/folder"),
     "output missing/x.png: there is no folder missing": ("edit", "x", "--image", "a.png", "--output", "missing/x.png"),

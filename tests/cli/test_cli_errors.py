@@ -31,7 +31,7 @@ from qwen_image_fast.pipelines import text_to_image as pipelines
     [
         ([], "nothing to make: give a prompt, --prompts-file or --from-image"),
         (["  "], "the prompt is empty"),
-        (["x", "--size", "100x64"], "multiples of 16, got 100 in 100x64; try 96x64"),
+        (["x", "--size", "100x64"], "must be a multiple of 16 pixels, got 100; try 96"),
         (["x", "--size", "0x64"], "width must be an integer, 16 to 8192, got 0"),
         (["x", "--size", "5:4"], "--size must be WIDTHxHEIGHT or one of 1:1, 16:9"),
         (["x", "--steps", "0"], "--steps"),
@@ -60,7 +60,7 @@ from qwen_image_fast.pipelines import text_to_image as pipelines
             "there is no folder tinny, and it is not a hub name like owner/model; did you mean",
         ),
         (["x", "--size", "99999x99999"], "width must be an integer, 16 to 8192, got 99999"),
-        (["x", "-W", "100"], "--width and --height must be multiples of 16, got 100 in 100x"),
+        (["x", "-W", "100"], "must be a multiple of 16 pixels, got 100; try 96"),
         (["x", "-W", "64", "--size", "64x64"], "give either --size or --width and --height, got both"),
         (["--from-image", "latin.txt"], "there is no picture latin.txt; did you mean latin1.txt?"),
         (["--from-image", "."], ". is a folder; name a PNG picture in it"),

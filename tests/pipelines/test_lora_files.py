@@ -313,7 +313,7 @@ def test_errors(pipe, tmp_path):
         pipe.load_lora_weights(good, "b", hotswap=True)
     with pytest.raises(ValueError, match=r"components must be \['transformer'\], with 'text_encoder' or without"):
         pipe.fuse_lora(["text_encoder"])
-    with pytest.raises(FileNotFoundError, match="must hold one safetensors file, or pass weight_name: none"):
+    with pytest.raises(FileNotFoundError, match="holds no LoRA: it has no safetensors file"):
         pipe.load_lora_weights(tmp_path)
     save_file(good, tmp_path / "m.safetensors", metadata={"lora_adapter_metadata": "{nothing"})
     with pytest.raises(ValueError, match="lora_adapter_metadata of .*m.safetensors must be a JSON object"):

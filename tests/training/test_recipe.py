@@ -122,3 +122,8 @@ def test_a_new_model_is_trained_whole(tmp_path, changes, why):
 def test_what_is_loaded_is_said(tmp_path, changes, said):
     (tmp_path / "recipe.yaml").write_text("steps: 3")
     assert described(read_curriculum(tmp_path / "recipe.yaml", changes)) == said
+
+
+def test_a_colon_without_a_space():
+    with pytest.raises(RecipeError, match="data.tasks needs a space behind the colon: ti2i: 1"):
+        build({"data": {"tasks": {"ti2i:1": None}}})

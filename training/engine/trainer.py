@@ -81,7 +81,9 @@ class Trainer:
         self.checkpoint_folder = self.folder / "checkpoints"
         found = checkpoints.latest(self.checkpoint_folder)
         if found is not None and not resume:
-            raise FileExistsError(f"train: {folder} already has {found.name}; resume it or choose another folder")
+            raise FileExistsError(
+                f"train: {folder} already has {found.name}; resume it (--resume) or choose another folder"
+            )
         self.writer: Writer | None = None
         if parallel is not None:
             from qwen_image_fast.training.parallel.checkpoints import Writer
@@ -103,7 +105,7 @@ class Trainer:
         ]
         if changed and not allow_changes:
             raise ValueError(
-                f"resume: the recipe is not the one of {path}: {'; '.join(changed)}; allow recipe changes to go on so"
+                f"resume: the recipe is not the one of {path}: {'; '.join(changed)}; --allow-changes goes on so"
             )
         if self.parallel is not None:
             from qwen_image_fast.training.parallel.checkpoints import load_parts, named

@@ -100,6 +100,8 @@ def convert(value: Any, kind: Any, path: str) -> Any:
     if origin is list and isinstance(value, list):
         return [convert(v, args[0], f"{path}[{i}]") for i, v in enumerate(value)]
     if origin is dict and isinstance(value, dict):
+        if tight := [name for name, v in value.items() if v is None and ":" in str(name)]:
+            raise RecipeError(f"recipe: {path} needs a space behind the colon: {str(tight[0]).replace(':', ': ', 1)}")
         return {str(k): convert(v, args[1], f"{path}.{k}") for k, v in value.items()}
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:

@@ -140,7 +140,7 @@ def _request(
     """The request, its opened pictures and the class of its pipeline."""
     cls = KINDS[kind]
     try:
-        model = str(given.get("model") or stored.get("model") or cls.model_fields["model"].default)
+        model = str(given.get("model", stored.get("model", cls.model_fields["model"].default)))
         early = make(kind, given, stored)  # what is wrong with any model is said before one is looked for
         if not run.output.endswith("/"):
             _files(early, 1, run)

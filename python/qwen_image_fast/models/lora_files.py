@@ -67,8 +67,10 @@ def _find(path: Path, weight_name: str | None) -> Path:
     pickles = sorted(p for p in path.iterdir() if p.suffix in PICKLE_SUFFIXES)
     if pickles and not files:
         raise ValueError(_pickled(pickles[0]))
-    there = ", ".join(f.name for f in files) or "none"
-    raise FileNotFoundError(f"load_lora_weights: {path} must hold one safetensors file, or pass weight_name: {there}")
+    if not files:
+        raise FileNotFoundError(f"load_lora_weights: {path} holds no LoRA: it has no safetensors file")
+    there = ", ".join(f.name for f in files)
+    raise FileNotFoundError(f"load_lora_weights: {path} holds several files, name one of them (weight_name): {there}")
 
 
 def missing(file: Path) -> str:
