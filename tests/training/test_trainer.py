@@ -175,7 +175,9 @@ def test_a_folder_in_use_and_a_changed_recipe_are_refused(folder, tmp_path):
     with pytest.raises(FileExistsError, match="already has step-00000000; resume it .* or choose another folder"):
         start(recipe, tmp_path)
     changed = small_recipe(folder, optimizer__lr=0.5)
-    with pytest.raises(ValueError, match=r"the recipe is not the one of .*: optimizer.lr: 0.002 -> 0.5; --allow-changes"):
+    with pytest.raises(
+        ValueError, match=r"the recipe is not the one of .*: optimizer.lr: 0.002 -> 0.5; --allow-changes"
+    ):
         start(changed, tmp_path, resume=True)
     start(changed, tmp_path, resume=True, allow_changes=True)
     with pytest.raises(ValueError, match="holds other weights than this recipe trains: 0 are missing"):
