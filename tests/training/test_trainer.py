@@ -263,3 +263,10 @@ def test_learning_rates():
     assert rates[9] == pytest.approx(0.55)
     assert all(a > b for a, b in zip(rates[4:], rates[5:]))
     assert learning_rate(OptimizerRecipe(lr=0.3), 99, 100) == 0.3
+
+
+def test_resuming_says_where_it_goes_on(folder, tmp_path, capsys):
+    start(small_recipe(folder, steps=2), tmp_path, resume=True).run()
+    assert "no checkpoint to resume: begins at step 0" in capsys.readouterr().err
+    start(small_recipe(folder, steps=3), tmp_path, resume=True, allow_changes=True).run()
+    assert "goes on after step 2" in capsys.readouterr().err

@@ -80,6 +80,7 @@ class Trainer:
         self.step = 0
         self.checkpoint_folder = self.folder / "checkpoints"
         found = checkpoints.latest(self.checkpoint_folder)
+        self.resumed = resume
         if found is not None and not resume:
             raise FileExistsError(
                 f"train: {folder} already has {found.name}; resume it (--resume) or choose another folder"
@@ -157,6 +158,9 @@ class Trainer:
             main = self.parallel is None or self.parallel.main
             log: Any = RunLog(self.folder, self.run_of.name, self.run_of.steps, self.step) if main else SilentLog()
             try:
+                if self.resumed:
+                    begins = "no checkpoint to resume: begins at step 0"
+                    log.say(f"goes on after step {self.step}" if self.step else begins)
                 self._loop(log)
             finally:
                 log.close()
