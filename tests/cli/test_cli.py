@@ -215,6 +215,20 @@ def test_a_very_large_picture_is_announced(generate, monkeypatch):
     assert "note: 64x32 pixels with all that goes in are 8 tokens, 0 times those of 1328x1328" in result.stderr
 
 
+@pytest.mark.parametrize(("size", "told", "expected"), [("64x32", None, 1), ("64x32", "3", 3), ("512x512", None, 3)])
+def test_small_products_are_not_shared(generate, monkeypatch, size, told, expected):
+    """8 and 1024 tokens of width 192, against a bound between them."""
+    monkeypatch.setattr("qwen_image_fast.cli.threads.ENOUGH_TO_SHARE", 100 * 192**2)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if told:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    torch.set_num_threads(3)
+    used = []
+    monkeypatch.setattr(pipelines.QwenImagePipeline, "__call__", lambda *_, **__: used.append(torch.get_num_threads()))
+    generate("a cat", size=size)
+    assert used == [expected]
+
+
 # ---- what a picture says -----------------------------------------------------------------------------------------
 
 

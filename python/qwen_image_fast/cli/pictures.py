@@ -10,6 +10,7 @@ from qwen_image_fast import __version__
 from qwen_image_fast.cli import common
 from qwen_image_fast.cli.errors import BAD_INPUT, FAILED, CommandError, failing, is_out_of_memory
 from qwen_image_fast.cli.options import COMMAND_OF, KINDS_OF, Run, command, flag, kind_of, named, positional
+from qwen_image_fast.cli.threads import share_or_not
 from qwen_image_fast.folders import local_folder
 from qwen_image_fast.model_defaults import generation_of, model_class
 from qwen_image_fast.output_files import OutputFiles
@@ -59,6 +60,7 @@ def _draw(name: str, given: dict[str, Any], run: Run) -> None:
         with common.timed(seconds, "load"):
             progress.stage(f"load {given.get('model', request.model)}")
             pipe, about = _load(request, class_name, run)
+        share_or_not(pipe.transformer, request.tokens(opened), min(run.batch, len(prompts)) * request.each)
         pipe.on_stage = progress.stage
         made: list[dict[str, Any]] = []
         for first in range(0, len(prompts), run.batch):
