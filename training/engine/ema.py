@@ -18,20 +18,21 @@ class EMA:
     counter n is part of the state: with a counter reset at resume, the average would be overwritten by the weights.
 
     Args:
-        weights: names and tensors, float32. decay: 0 keeps the average equal to the weights.
+        weights: names and tensors; the averages are float32 whatever these are. decay: 0 keeps the average equal to the
+            weights.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], decay: float):
         self.weights = dict(weights)
         self.decay = decay
         self.updates = 0
-        self.average = {name: w.detach().clone() for name, w in weights.items()}
+        self.average = {name: w.detach().float().clone() for name, w in weights.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        weights = [w.detach() for w in self.weights.values()]
+        weights = [w.detach().float() for w in self.weights.values()]
         torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
 
     @torch.no_grad()

@@ -1,47 +1,51 @@
-"""Float32 master weights, AdamW and Muon on them, learning-rate schedules, and the weights that never learn."""
+"""Master weights, the optimisers on them, and learning-rate schedules."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from qwen_image_fast.training.engine.updates import load_state, make_optimizer, state_of
 from qwen_image_fast.training.parallel.layout import holders, local
 from qwen_image_fast.training.recipe.run import OptimizerRecipe
 
 
 def learning_rate(recipe: OptimizerRecipe, step: int, steps: int) -> float:
     """lr of step 0 ... steps - 1: linear warm-up lr (step + 1) / warmup, then constant, or the half cosine
-    lr (f + (1 - f) (1 + cos(pi t)) / 2), t in [0, 1] over the steps behind the warm-up, f = final_lr."""
+    lr (f + (1 - f) (1 + cos(pi t)) / 2), t in [0, 1] over the steps behind the warm-up, f = final_lr; with restarts
+    t runs from 0 to 1 in each of `cycles` parts of them (Loshchilov and Hutter, arXiv 1608.03983)."""
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
     if recipe.schedule == "constant":
         return recipe.lr
     t = (step - recipe.warmup) / max(steps - recipe.warmup, 1)
+    if recipe.schedule == "cosine-restarts":
+        t = t * recipe.cycles % 1.0
     return recipe.lr * (recipe.final_lr + (1 - recipe.final_lr) * (1 + math.cos(math.pi * t)) / 2)
 
 
 class Optimizer:
-    """One update of all trainable weights: gradients summed in float32, clipped, then AdamW or Muon.
+    """One update of all trainable weights: gradients summed in float32, clipped, then the optimiser of the recipe.
 
     A float32 parameter is its own master weight. A 16-bit one has a float32 master that takes the updates and is
-    rounded into it after each: updates smaller than the rounding step of a 16-bit weight would be lost.
+    rounded into it after each: updates smaller than the rounding step of a 16-bit weight would be lost. With
+    `masters: none` it is its own, its gradients are of 16 bits, and updates are rounded stochastically (rounding.py).
 
     Of a parameter that is split over ranks, the master is this rank's part, and so are the states.
 
     Args:
-        parameters: trainable parameters by name.
+        parameters: trainable parameters by name. seed: of the run.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], recipe: OptimizerRecipe):
-        self.parameters = dict(parameters)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], recipe: OptimizerRecipe, seed: int = 0):
+        self.parameters, self.seed = dict(parameters), seed
         self.masters: dict[str, nn.Parameter] = {}
         for name, p in parameters.items():
-            own = p.dtype == torch.float32 and not isinstance(p, DTensor)
+            own = (p.dtype == torch.float32 or recipe.masters == "none") and not isinstance(p, DTensor)
             self.masters[name] = p if own else nn.Parameter(local(p.detach()).float())
         self._build(recipe)
 
@@ -59,11 +63,10 @@ class Optimizer:
             {"params": [self.masters[n] for n in matrices if n not in set(muon)], "weight_decay": recipe.weight_decay},
             {"params": [p for n, p in self.masters.items() if p.ndim < 2], "weight_decay": 0.0},
         ]
-        common: dict[str, Any] = {"lr": recipe.lr, "betas": tuple(recipe.betas), "eps": recipe.eps}
+        groups = [group for group in groups if group["params"]]
         self.optimizers: list[torch.optim.Optimizer] = []
-        if any(g["params"] for g in groups):
-            groups = [g for g in groups if g["params"]]
-            self.optimizers.append(torch.optim.AdamW(groups, fused=True, **common))
+        if groups:
+            self.optimizers.append(make_optimizer(groups, recipe, self.seed))
         if muon:
             # RMS matched to AdamW's, so that both take the same learning rate (Moonlight, arXiv 2502.16982).
             self.optimizers.append(
@@ -129,17 +132,10 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """Every tensor of the optimisers' states, by "<parameter>/<state>"."""
         names = {id(m): n for n, m in self.masters.items()}
-        return {
-            f"{names[id(p)]}/{key}": value
-            for optimizer in self.optimizers
-            for p, state in optimizer.state.items()
-            for key, value in state.items()
-        }
+        return {name: value for optimizer in self.optimizers for name, value in state_of(optimizer, names).items()}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        owners = {id(p): o for o in self.optimizers for g in o.param_groups for p in g["params"]}
         for full, value in tensors.items():
             name, _, key = full.rpartition("/")
-            master = self.masters[name]
             # AdamW's step counter lives where fused AdamW wants it, next to the weights.
-            owners[id(master)].state[master][key] = value.to(master.device)
+            load_state(self.optimizers, self.masters[name], key, value)

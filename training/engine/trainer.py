@@ -73,7 +73,7 @@ class Trainer:
             for name, p in m.named_parameters()
             if p.requires_grad
         }
-        self.optimizer = Optimizer(self.parameters, self.recipe.optimizer)
+        self.optimizer = Optimizer(self.parameters, self.recipe.optimizer, self.recipe.seed)
         self.ema = EMA(self.optimizer.masters, self.recipe.optimizer.ema)
         peak = peak_flops(task.device)
         self.peak = peak * (parallel.sizes.world if parallel else 1) if peak else None
@@ -238,8 +238,8 @@ class Trainer:
         if not due(self.recipe.log.validate_every) and not due(self.recipe.log.sample_every):
             return
         with self._averaged(), torch.no_grad():
-            if due(self.recipe.log.validate_every):
-                log.metrics(self.step, self.task.validate())
+            if due(self.recipe.log.validate_every) and (values := self.task.validate()):
+                log.metrics(self.step, values)
             if due(self.recipe.log.sample_every):
                 pixels = self.task.sample_grid()
                 if pixels is not None:

@@ -150,6 +150,8 @@ def _merged(common: dict[str, Any], own: dict[str, Any], kind: type) -> dict[str
 def _check(first: RunRecipe, stage: Stage, number: int, before: RunRecipe | None) -> None:
     if before is None:
         return
+    if stage.recipe.optimizer.masters != first.optimizer.masters:
+        raise RecipeError(f"recipe: optimizer.masters must be the same in all stages (stage {number})")
     free = {"gradient_checkpointing", "max_text_tokens"}
     models = [dataclasses.asdict(recipe).get("model", {}) for recipe in (stage.recipe, first)]
     if changed := [name for name in models[0] if name not in free and models[0][name] != models[1][name]]:

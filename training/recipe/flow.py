@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from qwen_image_fast.training.recipe.fields import must, must_be_at_least
 from qwen_image_fast.training.recipe.run import RunRecipe
 
+LEVELS = ("logit-normal", "uniform", "shifted", "resolution")
+
 
 @dataclass
 class ModelRecipe:
@@ -37,10 +39,33 @@ class LoraRecipe:
 
 @dataclass
 class SigmaRecipe:
-    """Noise levels: sigma = sigmoid(mean + std * n), n standard normal."""
+    """Noise levels, 0 for the picture and 1 for noise. name: "logit-normal", sigmoid(mean + std n) with n standard
+    normal; "uniform"; "shifted", uniform and then s u / (1 + (s - 1) u) with s = `shift`; "resolution", the same with
+    the shift that inference has for a picture of that size.
 
+    weighting: "none", or "min-snr", the loss counts min((1 - sigma)^2, gamma sigma^2) (arXiv 2303.09556). gamma: its
+    limit of the ratio of signal to noise.
+    """
+
+    name: str = "logit-normal"
     mean: float = 0.0
     std: float = 1.0
+    shift: float = 1.0
+    weighting: str = "none"
+    gamma: float = 5.0
+
+    def check(self) -> None:
+        must(self.name in LEVELS, "sigma.name", f"be of {', '.join(LEVELS)}", self.name)
+        must(self.weighting in ("none", "min-snr"), "sigma.weighting", "be none or min-snr", self.weighting)
+        must(self.std > 0, "sigma.std", "be above 0", self.std)
+        must(self.gamma > 0, "sigma.gamma", "be above 0", self.gamma)
+        must(self.shift > 0, "sigma.shift", "be above 0", self.shift)
+        for field_name, default, of in (("mean", 0.0, "logit-normal"), ("std", 1.0, "logit-normal"),
+                                        ("shift", 1.0, "shifted")):  # fmt: skip
+            value = getattr(self, field_name)
+            must(value == default or self.name == of, f"sigma.{field_name}",
+                 f"be left out where sigma.name is {self.name}: it is of {of}", value)  # fmt: skip
+        must(self.gamma == 5.0 or self.weighting != "none", "sigma.gamma", "be left out without min-snr", self.gamma)
 
 
 @dataclass
@@ -51,6 +76,9 @@ class FlowRecipe(RunRecipe):
 
     def check(self) -> None:
         super().check()
+        self.sigma.check()
+        must(self.optimizer.masters == "float32" or not self.lora.rank, "optimizer.masters",
+             "be float32 for adapters, which are float32 themselves", self.optimizer.masters)  # fmt: skip
         first = self.data.parts[0].source
         must(not self.log.ocr_samples or first == "synthesis", "log.ocr_samples",
              "be 0 unless the first data.source is synthesis", self.log.ocr_samples)  # fmt: skip

@@ -8,6 +8,8 @@ from qwen_image_fast.training.recipe.data import DataRecipe
 from qwen_image_fast.training.recipe.fields import must, must_be_at_least
 
 BACKENDS = ("here", "processes", "ray")
+OPTIMIZERS = ("adamw", "muon", "adamw8bit", "adafactor", "prodigy")
+SCHEDULES = ("constant", "cosine", "cosine-restarts")
 
 
 @dataclass
@@ -37,9 +39,17 @@ class ProducersRecipe:
 
 @dataclass
 class OptimizerRecipe:
-    """schedule: "constant" or "cosine" (to `final_lr` times lr), both after a linear warm-up. clip 0: no clipping.
+    """name: "adamw"; "muon", matrices of the transformer blocks by torch.optim.Muon and everything else by AdamW;
+    "adamw8bit", states in 8 bits, of bitsandbytes; "adafactor", a factored second moment, of transformers; "prodigy",
+    which finds the learning rate, so that lr is 1, of prodigyopt. The last three by one process.
 
-    name "muon": matrices of the transformer blocks by torch.optim.Muon, everything else by AdamW.
+    lr: of a step at its highest. betas, eps, weight_decay: of the optimiser; the decay of matrices alone. clip: the
+    norm that all gradients together may have; 0: any. schedule: "constant", "cosine" (to `final_lr` times lr) or
+    "cosine-restarts" (as often as `cycles` says), after `warmup` steps in which lr rises linearly. ema: share of the
+    average of the weights that a step keeps; 0: the weights themselves.
+
+    masters: "float32", weights beside those of 16 bits that take the updates; "none", the updates are rounded into the
+    16-bit weights stochastically, with AdamW, by one process: 4 bytes less for each.
     """
 
     name: str = "adamw"
@@ -49,13 +59,21 @@ class OptimizerRecipe:
     weight_decay: float = 0.01
     clip: float = 1.0
     schedule: str = "constant"
+    cycles: int = 1
     warmup: int = 0
     final_lr: float = 0.0
     ema: float = 0.998
+    masters: str = "float32"
 
     def check(self) -> None:
-        must(self.name in ("adamw", "muon"), "optimizer.name", "be adamw or muon", self.name)
-        must(self.schedule in ("constant", "cosine"), "optimizer.schedule", "be constant or cosine", self.schedule)
+        must(self.name in OPTIMIZERS, "optimizer.name", f"be of {', '.join(OPTIMIZERS)}", self.name)
+        must(self.schedule in SCHEDULES, "optimizer.schedule", f"be of {', '.join(SCHEDULES)}", self.schedule)
+        must_be_at_least(1, "optimizer.cycles", self.cycles)
+        must(self.cycles == 1 or self.schedule == "cosine-restarts", "optimizer.cycles",
+             "be 1 unless optimizer.schedule is cosine-restarts", self.cycles)  # fmt: skip
+        must(self.masters in ("float32", "none"), "optimizer.masters", "be float32 or none", self.masters)
+        must(self.masters == "float32" or self.name == "adamw", "optimizer.masters",
+             f"be float32 with {self.name}: adamw alone rounds stochastically", self.masters)  # fmt: skip
         must(self.lr > 0, "optimizer.lr", "be above 0", self.lr)
         must(0 <= self.ema < 1, "optimizer.ema", "be in [0, 1)", self.ema)
         must(len(self.betas) == 2, "optimizer.betas", "be two numbers", self.betas)
