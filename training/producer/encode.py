@@ -16,6 +16,7 @@ from qwen_image_fast.pipelines.conditions import encode_edit_prompts
 from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
 from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
 from qwen_image_fast.training.batches.latents import encode_images
+from qwen_image_fast.training.producer.encoded import EncodedStore
 
 if TYPE_CHECKING:
     from qwen_image_fast.training.batches.batches import Batch, RawSample
@@ -40,20 +41,39 @@ def encode_captions(
 
 
 class Encoders:
-    """The models that only look: VAE, condition encoder, its tokenizer, and its processor where there are edits."""
+    """The models that only look: VAE, condition encoder, its tokenizer, and its processor where there are edits.
 
-    def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, processor: Any):
+    store: keeps what they make; the states only while the encoder does not learn.
+    """
+
+    def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, processor: Any, store: EncodedStore | None = None):
         self.vae, self.text_encoder, self.tokenizer, self.processor = vae, text_encoder, tokenizer, processor
+        self.store = store
 
     def latents(self, batch: Sequence[RawSample]) -> list[Tensor]:
         """Packed latents of all images of a batch, one after another; those made before as they are."""
         images = [image for raw in batch for image in raw.images]
-        if images[0].dtype == np.uint8:
+        if images[0].dtype != np.uint8:
+            return [torch.from_numpy(image) for image in images]
+        if self.store is None:
             return encode_images(self.vae, images)
-        return [torch.from_numpy(image) for image in images]
+        weight = next(self.vae.parameters())
+        return self.store.through(
+            "latents", weight, [(image,) for image in images],
+            lambda places: encode_images(self.vae, [images[place] for place in places]),
+        )  # fmt: skip
 
     def texts(self, batch: Sequence[RawSample], limit: int) -> list[Tensor]:
         """Condition states of each sample, as the pipelines make them: with references, of what Qwen2.5-VL sees too."""
+        weight = self.text_encoder.get_input_embeddings().weight
+        if self.store is None or any(p.requires_grad for p in self.text_encoder.parameters()):
+            return self._texts(batch, limit)
+        items = [(T2I_TEMPLATE, T2I_DROP, limit, raw.caption, len(raw.images), *raw.pictures) for raw in batch]
+        return self.store.through(
+            "states", weight, items, lambda places: self._texts([batch[place] for place in places], limit)
+        )
+
+    def _texts(self, batch: Sequence[RawSample], limit: int) -> list[Tensor]:
         out: dict[int, Tensor] = {}
         plain = [i for i, raw in enumerate(batch) if len(raw.images) == 1]
         edits = [i for i, raw in enumerate(batch) if len(raw.images) > 1]
@@ -76,13 +96,15 @@ class EncodingMaker:
     Args:
         maker: of the raw batches. folder: of the pipeline. vae: the VAE's. device: of the models.
         states: the type of the frozen condition encoder; None: it learns, and the trainer runs it.
+        store: keeps what is encoded.
         limits: most text tokens in each stage of `run`. edits: whether samples may have references.
     """
 
     def __init__(
         self, maker: BatchMaker, folder: Path, vae: Path, device: str, states: torch.dtype | None, limits: list[int],
-        run: Curriculum, edits: bool,
+        run: Curriculum, edits: bool, store: EncodedStore | None = None,
     ):  # fmt: skip
+        self.store = store
         self.maker, self.folder, self.vae, self.device = maker, folder, vae, device
         self.states, self.limits, self.run, self.edits = states, limits, run, edits
         self._encoders: Encoders | None = None
@@ -112,10 +134,10 @@ class EncodingMaker:
     def _load(self) -> Encoders:
         vae = AutoencoderKLQwenImage.from_pretrained(self.vae, device=self.device)
         if self.states is None:
-            return Encoders(vae, None, None, None)
+            return Encoders(vae, None, None, None, self.store)
         kind: Any = QwenImageEditPlusPipeline if self.edits else QwenImagePipeline
         pipe = kind.from_pretrained(
             self.folder, torch_dtype=torch.float32, device=self.device, vae=vae, transformer=None
         )
         encoder = pipe.text_encoder.to(self.states).requires_grad_(False)
-        return Encoders(vae, encoder, pipe.tokenizer, getattr(pipe, "processor", None))
+        return Encoders(vae, encoder, pipe.tokenizer, getattr(pipe, "processor", None), self.store)
