@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from qwen_image_fast.training.parallel.layout import (
     world_size,
 )
 from qwen_image_fast.training.parallel.watch import Watch, sentence
-from qwen_image_fast.training.recipe.curriculum import Curriculum, read_curriculum
+from qwen_image_fast.training.recipe.curriculum import Curriculum, one_stage, read_curriculum
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.flow import FlowRecipe
 from qwen_image_fast.training.recipe.names import check_data, check_models, check_start, find_recipe
 from qwen_image_fast.training.recipe.vae import VaeRecipe
 from qwen_image_fast.training.sources.sample import Source
+from qwen_image_fast.training.sources.survey import said_of, sources_of
 from qwen_image_fast.training.tasks.device import pick_device, pick_dtype
 from qwen_image_fast.training.tasks.flow import FlowTask
 from qwen_image_fast.training.tasks.task import Task
@@ -39,21 +41,31 @@ from qwen_image_fast.training.tasks.vae import VaeTask
 
 
 def make_task(run: Curriculum, folder: Path, source: Source | None = None, parallel: Parallel | None = None) -> Task:
-    """What a run trains; `source` instead of those it names."""
+    """What a run trains; `source` instead of those it names, which are looked at before any model is loaded."""
+    sources = looked_at(run, folder, parallel is None or parallel.main) if source is None else {}
     recipe = run.stages[0].recipe
     if parallel is not None:
         assert isinstance(recipe, FlowRecipe)  # checked
-        return FlowTask(recipe, folder, source, run, parallel)
+        return FlowTask(recipe, folder, source, run, parallel, sources)
     if isinstance(recipe, VaeRecipe):
         if len(run.stages) > 1:
             raise RecipeError("recipe: stages must be of kind flow")
-        return VaeTask(recipe, source)
+        return VaeTask(recipe, source or next(iter(sources.values())))
     device = pick_device(recipe.device)
     for stage in run.stages:
         assert isinstance(stage.recipe, FlowRecipe)
         check_recipe(stage.recipe, device, pick_dtype(stage.recipe.model.dtype, device))
     assert isinstance(recipe, FlowRecipe)
-    return FlowTask(recipe, folder, source, run)
+    return FlowTask(recipe, folder, source, run, sources=sources)
+
+
+def looked_at(run: Curriculum, folder: Path, main: bool) -> dict[str, Source]:
+    """The sources of a run; the first process says what is in them."""
+    sources = sources_of(run)
+    if main:
+        for sentence in said_of(run, sources, folder):
+            tqdm.write(sentence, sys.stderr)
+    return sources
 
 
 def train(
@@ -112,7 +124,8 @@ def _train(run: Curriculum, folder: Path, source: Source | None, options: dict[s
 
 
 def cache_latents(recipe_path: str | Path, overrides: Any, folder: str | Path, count: int) -> None:
-    """Write the first `count` samples of a flow recipe, encoded by its VAE, as a latent cache.
+    """Write the first `count` samples of a flow recipe, encoded by its VAE, as a latent cache, and behind them those of
+    validation.
 
     The VAE computes in the type of the recipe's model, in `producers.count` processes where the backend is that. Files
     that cannot be used are said, and listed in `rejected.jsonl`; others stand for them, as in training."""
@@ -127,12 +140,14 @@ def cache_latents(recipe_path: str | Path, overrides: Any, folder: str | Path, c
 
 
 def _cache_latents(recipe: FlowRecipe, folder: Path, count: int) -> None:
-    task = FlowTask(recipe, folder)
+    task = FlowTask(recipe, folder, sources=looked_at(one_stage(recipe), folder, True))
     maker = task.batches
     pixels = any(recipe.data.tasks.get(name) for name in ("ti2i", "recon"))
     workers = recipe.producers.count if recipe.producers.backend == "processes" else 0
     left_out, lines = LeftOut(), []
-    with tqdm(total=count, unit="sample") as bar:
+    held_out = maker.to_hold_out
+    total = count + held_out
+    with tqdm(total=total, unit="sample") as bar:
 
         def rejected(origin: str, reason: str) -> None:
             lines.append(json.dumps({"origin": origin, "reason": reason}, ensure_ascii=False) + "\n")
@@ -140,8 +155,9 @@ def _cache_latents(recipe: FlowRecipe, folder: Path, count: int) -> None:
                 bar.write(sentence, sys.stderr)
 
         write_cache(
-            folder, task.pipe.vae.to(task.dtype), maker.to_cache, count, pixels=pixels, workers=workers,
-            progress=lambda done: bar.update(done - bar.n), rejected=rejected,
+            folder, task.pipe.vae.to(task.dtype), partial(maker.to_cache, count=count), total, pixels=pixels,
+            workers=workers, progress=lambda done: bar.update(min(done, total) - bar.n), rejected=rejected,
+            held_out=held_out,
         )  # fmt: skip
         if lines:
             atomic_write(folder / REJECTED, lambda file: file.write("".join(lines).encode()))

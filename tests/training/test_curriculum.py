@@ -5,10 +5,12 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from data_pictures import noise
+from source_helpers import write_pairs
 from trainer_helpers import log_of, small_tree, weights
 
 from qwen_image_fast.training.batches.mixture import BLOCK, Order, Segment, slots
@@ -16,6 +18,7 @@ from qwen_image_fast.training.data.record import Record
 from qwen_image_fast.training.data.shards import write_shards
 from qwen_image_fast.training.engine import checkpoint as checkpoints
 from qwen_image_fast.training.engine.trainer import Trainer
+from qwen_image_fast.training.recipe.captions import CaptionsRecipe
 from qwen_image_fast.training.recipe.curriculum import Change, build_curriculum
 from qwen_image_fast.training.recipe.data import PartRecipe
 from qwen_image_fast.training.recipe.fields import RecipeError, set_dotted
@@ -167,8 +170,9 @@ def test_shards_give_each_record_once_an_epoch(tmp_path):
     epochs = [[source.sample(0, epoch * 12 + i).origin for i in range(12)] for epoch in range(2)]
     assert [sorted(epoch) for epoch in epochs] == [sorted(f"{i}.png" for i in range(12))] * 2
     assert epochs[0] != epochs[1]
-    chosen = {"where": {"category": ["Nature"]}, "least": {"score": 3}, "captions": {"raw": 1.0}}
-    source = make_source(PartRecipe(source=str(tmp_path), options=chosen))
+    chosen = {"where": {"category": ["Nature"]}, "least": {"score": 3}}
+    raw = CaptionsRecipe(weights={"raw": 1.0})
+    source = make_source(PartRecipe(source=str(tmp_path), options=chosen, captions=raw))
     assert sorted(source.sample(0, i).caption for i in range(5)) == sorted(f"raw {i}" for i in (3, 5, 7, 9, 11))
     with pytest.raises(RecipeError, match=r"no record of .* is chosen by where \{'category': \['Art'\]\}"):
         make_source(PartRecipe(source=str(tmp_path), options={"where": {"category": ["Art"]}}))
@@ -185,13 +189,16 @@ def shrunk(folder, data):
     for number in range(5):
         stage = f"stages.{number}"
         values |= {f"{stage}.steps": 2, f"{stage}.batch": 2, f"{stage}.data.buckets": buckets}
+        values[f"{stage}.data.hold_out"] = 0.3
     values["stages.0.data.source"] = values["stages.1.data.mixture.0.source"] = data
     values |= {"stages.1.data.mixture.1.source": data, "stages.1.data.mixture.2.options": words}
     for number in (2, 3, 4):
         mixture = f"stages.{number}.data.mixture"
         values |= {f"{mixture}.0.source": data, f"{mixture}.1.options": words}
     for number in (3, 4):  # so few samples, that edits must be frequent to be seen
-        values |= {f"stages.{number}.data.mixture.2.options": SMALL_EDITS, f"stages.{number}.data.mixture.2.weight": 9}
+        mixture = f"stages.{number}.data.mixture"
+        values |= {f"{mixture}.2.options": SMALL_EDITS, f"{mixture}.2.weight": 5, f"{mixture}.3.weight": 5}
+        values[f"{mixture}.3.source"] = str(write_pairs(Path(data).parent / "edits", "folders"))
     return [f"{name}={json.dumps(value)}" for name, value in values.items()]
 
 

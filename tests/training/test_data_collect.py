@@ -122,7 +122,7 @@ def test_damage_becomes_a_fault(tmp_path):
     (root / "1.json").write_text('{"caption": "half')
     (root / "2.json").write_text('{"category": "Cats"}')
     faults = [r.fault for r in collect(root)]
-    assert faults[0] == "its caption is not UTF-8"
+    assert faults[0] == "its caption is not UTF-8; save it as UTF-8"
     assert faults[1].startswith("its JSON cannot be read")
     assert faults[2] == "the category must be one of Nature, Design, People, Synthetic, got 'Cats'"
 

@@ -55,7 +55,7 @@ def test_training_with_the_extra_train_alone(folder, tmp_path):
         "filtered": {"data.source": str(pictures), "data.filters": chosen},
         "table": {"data.source": str(tmp_path / "table.jsonl")},
         "pairs": {"data.source": str(tmp_path / "pairs"), "data.tasks": {"ti2i": 1.0},
-                  "data.options": {"instruction": "change it"}},
+                  "data.captions": {"default": "change it"}},
         "squares": {"data.tasks": {"t2i": 1.0, "ti2i": 1.0}},
         "synthesis": {"data.source": "synthesis", "data.options": drawn, "data.tasks": {"t2i": 1.0, "ti2i": 1.0}},
     }  # fmt: skip

@@ -7,10 +7,12 @@ from trainer_helpers import small_recipe, small_transformer
 
 from qwen_image_fast import reference
 from qwen_image_fast.training import randomness
-from qwen_image_fast.training.batches.batches import FlowBatches, choose, logit_normal
+from qwen_image_fast.training.batches.batches import FlowBatches, choose
+from qwen_image_fast.training.batches.noise import noise_level, weight_at
 from qwen_image_fast.training.randomness import epoch_position, generator, normal
 from qwen_image_fast.training.recipe.data import DataRecipe
 from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.recipe.flow import SigmaRecipe
 from qwen_image_fast.training.sources.buckets import fit, nearest_bucket
 from qwen_image_fast.training.sources.make import make_source
 from qwen_image_fast.training.sources.squares import Squares
@@ -105,10 +107,39 @@ def test_the_frozen_weights_are_exactly_those_without_gradient():
 
 def test_logit_normal_levels():
     rng = generator(0, "test")
-    draws = np.array([logit_normal(rng, 0.5, 2.0) for _ in range(20000)])
+    draws = np.array([noise_level(rng, SigmaRecipe(mean=0.5, std=2.0), 64) for _ in range(20000)])
     logit = np.log(draws / (1 - draws))
     assert abs(logit.mean() - 0.5) < 0.05
     assert abs(logit.std() - 2.0) < 0.05
+
+
+def test_noise_levels_by_name_and_weights():
+    def levels(**fields):
+        recipe = SigmaRecipe(**fields)
+        recipe.check()
+        rng = generator(0, "test")
+        return np.array([noise_level(rng, recipe, 4096) for _ in range(8000)])
+
+    uniform = np.sort(levels(name="uniform"))
+    assert np.abs(uniform - np.linspace(0, 1, 8000)).max() < 0.02
+    np.testing.assert_allclose(np.sort(levels(name="shifted", shift=3.0)), 3 * uniform / (1 + 2 * uniform))
+    shift = np.exp(0.5 + 0.4 * (4096 - 256) / 7936)  # of the released scheduler
+    np.testing.assert_allclose(np.sort(levels(name="resolution")), shift * uniform / (1 + (shift - 1) * uniform))
+    assert noise_level(generator(0, "a"), SigmaRecipe("resolution"), 256) < noise_level(
+        generator(0, "a"), SigmaRecipe("resolution"), 8192
+    )
+    recipe = SigmaRecipe(weighting="min-snr", gamma=4.0)
+    for sigma in (0.1, 1 / 3, 0.5, 0.9, 1.0):
+        expected = min(((1 - sigma) / sigma) ** 2, 4.0) * sigma**2
+        assert abs(weight_at(sigma, recipe) - expected) < 1e-12 and weight_at(sigma, SigmaRecipe()) == 1.0
+    for fields, message in (
+        ({"name": "normal"}, "sigma.name must be of logit-normal, uniform, shifted, resolution, got 'normal'"),
+        ({"name": "uniform", "mean": 0.8}, "sigma.mean must be left out where sigma.name is uniform"),
+        ({"shift": 3.0}, "sigma.shift must be left out where sigma.name is logit-normal"),
+        ({"gamma": 3.0}, "sigma.gamma must be left out without min-snr"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            levels(**fields)
 
 
 def test_random_numbers_depend_on_every_part_and_on_nothing_else():
@@ -200,7 +231,7 @@ def test_synthesis_is_a_source_of_images_and_edits():
     for data, sentence in (
         (
             DataRecipe(source="nowhere"),
-            "data.source must be squares, .* shards with index.parquet or a table .*, got 'nowhere'",
+            "data.source must be squares, .* shards with index.parquet, a table .*, got 'nowhere'",
         ),
         (DataRecipe(options={"sice": 3}), "data.options must fit the source squares: .*sice"),
         (DataRecipe(source="synthesis", options={"preset": "x"}), "data.options.preset must be tiny or empty, got 'x'"),

@@ -40,7 +40,7 @@ def test_training_from_a_cache(folder, tmp_path):
     }))  # fmt: skip
     cache_latents(path, (), tmp_path / "cache", 12)
     cache = LatentCache(tmp_path / "cache")
-    assert len(cache) == 12
+    assert len(cache) == 14  # two for validation
     recipe = small_recipe(folder, data__cache=str(tmp_path / "cache"), data__tasks={"t2i": 0.5, "recon": 0.5}, batch=10)
     run = start(recipe, tmp_path / "run")
     fresh = small_recipe(folder, data__tasks={"t2i": 1.0, "ti2i": 1.0})
@@ -52,7 +52,7 @@ def test_training_from_a_cache(folder, tmp_path):
             np.testing.assert_allclose(a, b.numpy(), rtol=2e-3, atol=2e-3)
         for a, b in zip(cached.pixels, expected.images, strict=True):
             np.testing.assert_array_equal(a, b)
-    batch = run.task.maker.batch(0, 0)  # one epoch: each sample but the two for validation
+    batch = run.task.maker.batch(0, 0)  # of the twelve
     assert len({tuple(raw.images[0][0, :4]) for raw in batch}) > 1
     assert {raw.task for raw in batch} >= {"ti2i"}
     run.train_step([batch])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -12,13 +12,15 @@ from torch import Tensor
 from qwen_image_fast.models.rope import ImageShape
 from qwen_image_fast.training.batches.latents import LatentCache, Made
 from qwen_image_fast.training.batches.mixture import Order, Segment, order_of
+from qwen_image_fast.training.batches.noise import noise_level, weight_at
 from qwen_image_fast.training.batches.replace import usable
+from qwen_image_fast.training.data.screen import Rejected
 from qwen_image_fast.training.randomness import epoch_position, generator, key, normal
 from qwen_image_fast.training.recipe.curriculum import Change, Curriculum, one_stage
-from qwen_image_fast.training.recipe.data import TASKS, part_key
+from qwen_image_fast.training.recipe.data import TASKS, DataRecipe, part_key
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.flow import FlowRecipe
-from qwen_image_fast.training.sources.buckets import fit, nearest_bucket
+from qwen_image_fast.training.sources.buckets import fit, size_for, sizes_for, token_weights
 from qwen_image_fast.training.sources.sample import Sample, Source
 
 # What a reconstruction sample asks for.
@@ -34,7 +36,8 @@ class RawSample:
     images: the target and its references, uint8 [H, W, 3], or packed latents float [tokens, channels] from a cache.
     shapes: (frames, height, width) in tokens of each. pictures: the references as the condition encoder sees them,
     uint8 [H, W, 3]. index: its position in the stream of samples. states: of the condition encoder, [tokens, width],
-    where a producer has run it. rejected: origin and reason of those in whose place it stands.
+    where a producer has run it. rejected: origin and reason of those in whose place it stands. weight: what its loss
+    counts. token_weights: float32 [tokens] of its target, what each counts in it; None: all alike.
     """
 
     index: int
@@ -47,6 +50,8 @@ class RawSample:
     sigma: float
     rejected: list[tuple[str, str]] = field(default_factory=list)
     states: Tensor | None = None
+    weight: float = 1.0
+    token_weights: np.ndarray | None = None
 
 
 class Batch(list[RawSample]):
@@ -59,7 +64,8 @@ class Batch(list[RawSample]):
 
 
 class Content(NamedTuple):
-    """Of a sample: task, text, target and references, their shapes, the references' pixels, and what was rejected."""
+    """Of a sample: task, text, target and references, their shapes, the references' pixels, what was rejected, and what
+    its loss and its tokens count."""
 
     task: str
     caption: str
@@ -67,6 +73,8 @@ class Content(NamedTuple):
     shapes: list[ImageShape]
     pictures: list[np.ndarray]
     rejected: list[tuple[str, str]]
+    weight: float = 1.0
+    token_weights: np.ndarray | None = None
 
 
 class FlowBatches:
@@ -103,8 +111,9 @@ class FlowBatches:
         if source is not None:
             self.sources = dict.fromkeys(self.parts, source)
         self.validation_seed = key(recipe.seed, "validation") % 2**31
-        weights = tuple((k, part.weight) for k, part in self.parts.items())
-        self._validation_order = Order(self.validation_seed, [Segment(0, weights)])
+        # Parts that draw their pictures have others for another seed; those of files, the ones that are held out.
+        weights = tuple((k, part.weight) for k, part in self.parts.items() if self._has_others(k) and part.weight > 0)
+        self._validation_order = Order(self.validation_seed, [Segment(0, weights)]) if weights else None
         self.use(())
 
     def use(self, changes: Sequence[Change]) -> None:
@@ -116,6 +125,10 @@ class FlowBatches:
         """Of the first part."""
         return self.sources.get(next(iter(self.parts)))
 
+    def _has_others(self, part: str) -> bool:
+        """Whether a part has samples that training never sees."""
+        return bool(getattr(self.sources.get(part), "held_places", True))
+
     def batch(self, step: int, micro: int) -> Batch:
         """Micro-batch `micro` of step `step` of the run; RecipeError where the data cannot be used."""
         recipe = self.recipe
@@ -125,8 +138,13 @@ class FlowBatches:
         return Batch(self.sample(recipe.seed, step, index) for index in range(first, first + count))
 
     def validation(self) -> list[RawSample]:
-        """Samples that training never sees, each once at every level; without text dropout."""
+        """Samples that training never sees, each once at every level, without text dropout; none where no part has
+        any."""
         count = self.recipe.log.validation_samples
+        if self.cache is not None and not self.cache.meta.get("held_out", count):
+            return []
+        if self.cache is None and self._validation_order is None:
+            return []
         return [
             self.sample(self.validation_seed, 0, i, sigma=sigma) for sigma in VALIDATION_SIGMAS for i in range(count)
         ]
@@ -134,23 +152,26 @@ class FlowBatches:
     def sample(self, seed: int, step: int, index: int, sigma: float | None = None) -> RawSample:
         recipe, draws = self.recipe, generator(seed, "sample", step=step, sample=index)
         dropped = float(draws.random()) < recipe.data.text_dropout
-        drawn = logit_normal(draws, recipe.sigma.mean, recipe.sigma.std)
-        task, caption, images, shapes, pictures, rejected = self.content(seed, index)
-        frames, height, width = shapes[0]
+        made = self.content(seed, index)
+        frames, height, width = made.shapes[0]
+        level = noise_level(draws, recipe.sigma, height * width) if sigma is None else sigma
+        counts = made.weight * weight_at(level, recipe.sigma) if sigma is None else 1.0
         return RawSample(
-            index, task, "" if dropped and sigma is None else caption, images, shapes, pictures,
+            index, made.task, "" if dropped and sigma is None else made.caption, made.images, made.shapes,
+            made.pictures,
             normal((frames * height * width, self.channels), seed, "noise", step=step, sample=index),
-            drawn if sigma is None else sigma, rejected,
+            level, made.rejected, None, counts, made.token_weights,
         )  # fmt: skip
 
     def content(self, seed: int, index: int) -> Content:
         """What the sample shows, the same in every step."""
         data = self.recipe.data
         if self.cache is not None:
-            held_out = self.recipe.log.validation_samples
-            place = len(self.cache) - 1 - index
-            if seed != self.validation_seed:
-                place = epoch_position(seed, index, len(self.cache) - held_out)
+            trained = len(self.cache) - self.cache.meta.get("held_out", self.recipe.log.validation_samples)
+            if seed == self.validation_seed:
+                place = trained + index % (len(self.cache) - trained)
+            else:
+                place = epoch_position(seed, index, trained)
             cached = self.cache.read(place)
             # Which samples are edits was decided when the cache was made.
             draws = generator(seed, "task", sample=index)
@@ -159,46 +180,79 @@ class FlowBatches:
                 raise RecipeError(
                     "recipe: data.cache must have been made with this recipe: it lacks references' pixels"
                 )
-            found = Content(task, cached.text, cached.latents, cached.shapes, cached.pixels, [])
+            found = Content(
+                task, cached.text, cached.latents, cached.shapes, cached.pixels, [], 1.0, cached.token_weights
+            )
         else:
-            task, sample, rejected = self.drawn(seed, index)
-            images, shapes = to_buckets([sample.image, *sample.references], data.buckets)
-            found = Content(task, sample.caption, images, shapes, images, rejected)
+            task, sample, rejected, weight = self.drawn(seed, index)
+            images, shapes = to_buckets([sample.image, *sample.references], data)
+            found = Content(
+                task, sample.caption, images, shapes, images, rejected, weight, masked(sample, images, data)
+            )
         if task == "recon":
             return found._replace(caption=KEEP_INSTRUCTION, images=found.images * 2, shapes=found.shapes * 2)
         return found._replace(pictures=found.pictures[1:])
 
-    def drawn(self, seed: int, index: int) -> tuple[str, Sample, list[tuple[str, str]]]:
-        """The task of a sample, what its source gives for it, an edit or a picture and its caption, and what that
-        stands for."""
-        order = self._validation_order if seed == self.validation_seed else self.order
+    def drawn(self, seed: int, index: int) -> tuple[str, Sample, list[tuple[str, str]], float]:
+        """The task of a sample, what its source gives for it, an edit or a picture and its caption, what that stands
+        for, and what its loss counts."""
+        validates = seed == self.validation_seed and self._validation_order is not None
+        order = self._validation_order if validates and self._validation_order else self.order
         of, position = order.place(index)
         part = self.parts[of]
         task = choose(generator(seed, "task", sample=index), part.tasks)
-        make = getattr(self.sources[of], "edit" if task == "ti2i" else "sample", None)
+        source: Any = self.sources[of]
+        if validates and hasattr(source, "held_out"):
+            return (
+                task,
+                *usable(lambda _, place: self._whole(source.held_out(place, task == "ti2i")), seed, position),
+                1.0,
+            )
+        make = getattr(source, "edit" if task == "ti2i" else "sample", None)
         if make is None:
             raise RecipeError(f"recipe: data.tasks must not have ti2i: the source {part.source} has no edits")
         # Two parts that draw their samples must not draw the same ones.
         alone = len({part_key(p) for stage in self.run.stages for p in stage.recipe.data.parts}) == 1
-        return task, *usable(make, seed if alone else key(seed, of) % 2**31, position)
+        made = usable(lambda s, place: self._whole(make(s, place)), seed if alone else key(seed, of) % 2**31, position)
+        return task, *made, 1.0 if validates else part.loss_weight
+
+    def _whole(self, sample: Sample) -> Sample:
+        """A sample some of whose loss counts; `Rejected` where all the white of its mask would be cut off."""
+        if sample.mask is not None and not self.recipe.data.mask_floor:
+            data = self.recipe.data
+            size = size_for(sample.image.shape[0], sample.image.shape[1], data.sizes, data.upscale)
+            if not token_weights(fit(sample.mask, size)).any():
+                raise Rejected(sample.origin, "empty_mask: all the white of its mask is cut off")
+        return sample
 
     def edits(self, count: int) -> tuple[list[Sample], list[tuple[str, str]]]:
-        """Held-out edits of the first part to look at, and what they stand for; none where it has no edits."""
-        if not hasattr(self.source, "edit"):
+        """Held-out edits of the first part to look at, and what they stand for; none where it has no edits. Where it
+        holds none out, some of those it is trained on."""
+        source: Any = self.source
+        if not hasattr(source, "edit"):
             return [], []
-        made = [usable(self.source.edit, self.validation_seed, i) for i in range(count)]
+        make = source.edit
+        if getattr(source, "held_places", None):
+            count = min(count, len(source.held_places))
+
+            def make(_: int, place: int) -> Sample:
+                return source.held_out(place, True)
+
+        made = [usable(make, self.validation_seed, i) for i in range(count)]
         return [sample for sample, _ in made], [why for _, rejected in made for why in rejected]
 
-    def to_cache(self, index: int) -> Made:
-        """Sample `index` for `write_cache`; the image of a reconstruction once."""
-        _, sample, rejected = self.drawn(self.recipe.seed, index)
-        images, shapes = to_buckets([sample.image, *sample.references], self.recipe.data.buckets)
-        return Made(sample.caption, images, shapes, rejected)
+    @property
+    def to_hold_out(self) -> int:
+        """Samples at the end of a cache that are for validation."""
+        return self.recipe.log.validation_samples if self._validation_order else 0
 
-
-def logit_normal(rng: np.random.Generator, mean: float = 0.0, std: float = 1.0) -> float:
-    """sigma = 1 / (1 + exp(-(mean + std n))), n standard normal (Qwen-Image report, arXiv 2508.02324, section 4.1)."""
-    return float(1.0 / (1.0 + np.exp(-(mean + std * rng.standard_normal()))))
+    def to_cache(self, index: int, count: int) -> Made:
+        """Sample `index` for `write_cache`; from `count` on those of validation. The image of a reconstruction once."""
+        validates = index >= count
+        seed = self.validation_seed if validates else self.recipe.seed
+        _, sample, rejected, _ = self.drawn(seed, index - count if validates else index)
+        images, shapes = to_buckets([sample.image, *sample.references], self.recipe.data)
+        return Made(sample.caption, images, shapes, rejected, masked(sample, images, self.recipe.data))
 
 
 def choose(draws: np.random.Generator, weights: Mapping[str, float]) -> str:
@@ -210,12 +264,19 @@ def choose(draws: np.random.Generator, weights: Mapping[str, float]) -> str:
     return str(draws.choice(list(weights), p=[w / total for w in weights.values()]))
 
 
-def to_buckets(
-    images: Sequence[np.ndarray], buckets: Sequence[Sequence[int]]
-) -> tuple[list[np.ndarray], list[ImageShape]]:
-    """Each image cut to its bucket, and its shape in tokens of 16 x 16 pixels."""
-    sizes = [nearest_bucket(*image.shape[:2], buckets) for image in images]
+def to_buckets(images: Sequence[np.ndarray], data: DataRecipe) -> tuple[list[np.ndarray], list[ImageShape]]:
+    """Target and references cut to their buckets, and their shapes in tokens of 16 x 16 pixels."""
+    sizes = sizes_for([image.shape for image in images], data.sizes, data.upscale)
     return [fit(image, size) for image, size in zip(images, sizes)], [(1, h // 16, w // 16) for h, w in sizes]
+
+
+def masked(sample: Sample, images: Sequence[np.ndarray], data: DataRecipe) -> np.ndarray | None:
+    """What each token of the target counts, by the sample's mask: from `data.mask_floor` where it is black to 1."""
+    if sample.mask is None:
+        return None
+    height, width = images[0].shape[:2]
+    white = token_weights(fit(sample.mask, (height, width)))
+    return data.mask_floor + (1 - data.mask_floor) * white
 
 
 class StagedBatches:

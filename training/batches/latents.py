@@ -51,12 +51,14 @@ def to_pixels(images: Sequence[np.ndarray], like: Tensor) -> Tensor:
 
 
 class Made(NamedTuple):
-    """A sample to be encoded: text, target and references, their shapes; (origin, reason) of those it stands for."""
+    """A sample to be encoded: text, target and references, their shapes; (origin, reason) of those it stands for; what
+    each token of the target counts, if not all alike."""
 
     text: str
     images: list[np.ndarray]
     shapes: list[ImageShape]
     rejected: list[tuple[str, str]]
+    token_weights: np.ndarray | None = None
 
 
 def write_cache(
@@ -69,8 +71,9 @@ def write_cache(
     workers: int = 0,
     progress: Callable[[int], Any] = lambda done: None,
     rejected: Callable[[str, str], Any] = lambda origin, reason: None,
+    held_out: int = 0,
 ) -> None:
-    """Encode samples 0 ... count - 1 into `folder`.
+    """Encode samples 0 ... count - 1 into `folder`, of which the last `held_out` are for validation.
 
     All tokens lie one after another in one float16 file, with `pixels` all images in a uint8 file beside it, for a
     condition encoder that looks at them; `index.jsonl` has a line for each sample with its text and the rows and shape
@@ -93,6 +96,8 @@ def write_cache(
                 for origin, reason in made.rejected:
                     rejected(origin, reason)
                 record: dict[str, Any] = {"caption": made.text, "images": [], "pixels": []}
+                if made.token_weights is not None:
+                    record["weights"] = [round(float(weight), 3) for weight in made.token_weights]
                 for image, shape in zip(made.images, made.shapes):
                     value = next(encoded)
                     tokens.write(value.tobytes())
@@ -104,7 +109,7 @@ def write_cache(
                         offset += image.size
                 index.write(json.dumps(record, ensure_ascii=False) + "\n")
             progress(span.stop)
-    meta = {"samples": count, "rows": rows, "channels": channels, "pixels": offset}
+    meta = {"samples": count, "rows": rows, "channels": channels, "pixels": offset, "held_out": held_out}
     atomic_write(folder / META, lambda file: file.write(json_bytes(meta)))
 
 
@@ -142,12 +147,13 @@ def _encode_in_worker(span: range) -> tuple[list[Made], list[np.ndarray]]:
 @dataclass
 class Cached:
     """text; latents of target and references, [tokens, channels] float32; their (frames, height, width) in tokens;
-    their pixels, uint8 [H, W, 3], or none."""
+    their pixels, uint8 [H, W, 3], or none; what each token of the target counts."""
 
     text: str
     latents: list[np.ndarray]
     shapes: list[ImageShape]
     pixels: list[np.ndarray]
+    token_weights: np.ndarray | None = None
 
 
 class LatentCache:
@@ -198,4 +204,5 @@ class LatentCache:
             pixels = [
                 np.array(self.pixels[start : start + 3 * h * w]).reshape(h, w, 3) for start, h, w in record["pixels"]
             ]
-        return Cached(record["caption"], latents, shapes, pixels)
+        weights = np.array(record["weights"], np.float32) if "weights" in record else None
+        return Cached(record["caption"], latents, shapes, pixels, weights)

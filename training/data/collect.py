@@ -1,4 +1,4 @@
-"""Reading records from folders, WebDataset tar shards, parquet and JSON lines, one at a time.
+"""Reading records from folders, WebDataset tar shards, parquet, JSON lines and CSV, one at a time.
 
 What cannot be read does not stop the run: the record comes without a picture, or without captions, and says why in
 `fault`. Only a source that is missing or has no records at all is an error.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import csv
 import dataclasses
+import io
 import json
 import os
 import tarfile
@@ -19,10 +21,14 @@ from typing import Any
 from qwen_image_fast.extras import needed_for
 
 from .record import Record, record_of
+from .text_files import decoded
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LARGEST_FILE = 256 * 2**20
-_TABLES = (".tar", ".tar.gz", ".tgz", ".parquet", ".jsonl")
+CAPTION_SUFFIXES = (".txt", ".caption")
+# Where a table has its pictures, if not in the column that is asked for: those of Hugging Face's image folders first.
+IMAGE_COLUMNS = ("image", "file_name", "image_path", "path", "file")
+_TABLES = (".tar", ".tar.gz", ".tgz", ".parquet", ".jsonl", ".csv")
 
 
 def collect(
@@ -31,11 +37,13 @@ def collect(
     """The records of a source, in a fixed order, with one of them in memory at a time.
 
     Args:
-        path: a `.tar`, `.tar.gz`, `.tgz`, `.parquet` or `.jsonl` file, a folder that has such files, or a folder of
-            pictures, read in depth, each with `<name>.txt` (the raw caption) and `<name>.json` (see `record_of`).
+        path: a `.tar`, `.tar.gz`, `.tgz`, `.parquet`, `.jsonl` or `.csv` file, a folder that has such files, or a
+            folder of pictures, read in depth, each with `<name>.txt` or `<name>.caption` (the raw caption) and
+            `<name>.json` (see `record_of`). What is hidden is not read.
         source, licence, category: of records that do not say their own. Without a source, the path's name.
         image_column: of tables: the path of the picture, relative to the table; in parquet also its bytes, or the
-            `{bytes, path}` of Hugging Face datasets. In JSON lines, `<image_column>_base64` holds bytes.
+            `{bytes, path}` of Hugging Face datasets. In JSON lines, `<image_column>_base64` holds bytes. A table
+            without it has them in `file_name`, `image_path`, `path` or `file`.
 
     Raises:
         FileNotFoundError: there is no such path, or nothing in it to read.
@@ -74,6 +82,8 @@ def _tables(files: list[Path], column: str, defaults: Mapping[str, str]) -> Iter
         name = file.name.lower()
         if name.endswith(".jsonl"):
             yield from _json_lines(file, column, defaults)
+        elif name.endswith(".csv"):
+            yield from _csv(file, column, defaults)
         elif name.endswith(".parquet"):
             # The index beside shards describes them; it has no pictures of its own.
             if file.name != "index.parquet" or len(files) == 1:
@@ -88,14 +98,21 @@ def _folder(folder: Path, root: Path, defaults: Mapping[str, str]) -> Iterator[R
         names = sorted((entry.name, entry.is_dir()) for entry in entries)
     for name, is_folder in names:
         path = folder / name
+        if name.startswith("."):
+            continue
         if is_folder:
             yield from _folder(path, root, defaults)
         elif path.suffix.lower() in IMAGE_SUFFIXES:
-            origin = path.relative_to(root).as_posix()
-            image, fault = read_picture(path)
-            text, fault = _sidecar(path.with_suffix(".txt"), fault)
-            fields, fault = _sidecar(path.with_suffix(".json"), fault)
-            yield _assembled(image, text, fields, fault, origin, defaults)
+            yield record_of_picture(path, path.relative_to(root).as_posix(), defaults)
+
+
+def record_of_picture(path: Path, origin: str, defaults: Mapping[str, str]) -> Record:
+    """A picture of a folder, with the captions and fields that stand beside it."""
+    image, fault = read_picture(path)
+    texts = [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
+    text, fault = _sidecar(next((file for file in texts if file.exists()), texts[0]), fault)
+    fields, fault = _sidecar(path.with_suffix(".json"), fault)
+    return _assembled(image, text, fields, fault, origin, defaults)
 
 
 def read_picture(path: Path) -> tuple[bytes, str]:
@@ -121,15 +138,16 @@ def _assembled(
     values: dict[str, Any] = {}
     try:
         if fields is not None:
-            values = json.loads(fields)
+            values = json.loads(decoded(fields))
             if not isinstance(values, dict):
-                raise ValueError(f"its JSON must be an object, got {type(values).__name__}")
-        if text is not None and "caption" not in values and "captions" not in values:
-            values["caption"] = text.decode("utf-8").strip()
-    except UnicodeDecodeError:
-        fault, values = fault or "its caption is not UTF-8", {}
+                raise ValueError(f"it must be an object, got {type(values).__name__}")
     except (ValueError, RecursionError) as error:
         fault, values = fault or f"its JSON cannot be read: {error}", {}
+    try:
+        if text is not None and not ({"caption", "captions", "text"} & values.keys()):
+            values["caption"] = decoded(text)
+    except ValueError as error:
+        fault, values = fault or f"its caption {error}", {}
     record = record_of(image, values, origin, defaults)
     return dataclasses.replace(record, fault=fault) if fault else record
 
@@ -167,11 +185,18 @@ def _sample(
     file: Path, key: str | None, parts: Mapping[str, bytes], fault: str, defaults: Mapping[str, str]
 ) -> Record | None:
     image = next((content for suffix, content in parts.items() if suffix in IMAGE_SUFFIXES), None)
-    if key is None or not (image is not None or fault or {".txt", ".json"} & parts.keys()):
+    if key is None or not (image is not None or fault or {*CAPTION_SUFFIXES, ".json"} & parts.keys()):
         return None
+    return record_of_parts(parts, fault, f"{file.name}:{key}", defaults)
+
+
+def record_of_parts(parts: Mapping[str, bytes], fault: str, origin: str, defaults: Mapping[str, str]) -> Record:
+    """The record of a WebDataset sample: its files by what follows their common name."""
+    image = next((content for suffix, content in parts.items() if suffix in IMAGE_SUFFIXES), None)
     if image is None:
         fault = fault or "the sample has no picture"
-    return _assembled(image or b"", parts.get(".txt"), parts.get(".json"), fault, f"{file.name}:{key}", defaults)
+    text = next((parts[suffix] for suffix in CAPTION_SUFFIXES if suffix in parts), None)
+    return _assembled(image or b"", text, parts.get(".json"), fault, origin, defaults)
 
 
 def _json_lines(file: Path, column: str, defaults: Mapping[str, str]) -> Iterator[Record]:
@@ -186,14 +211,46 @@ def record_of_line(file: Path, line: bytes, number: int, column: str, defaults: 
     """The record of line `number` of a file of JSON lines; see `collect`."""
     origin = f"{file.name}:{number}"
     try:
-        fields = json.loads(line)
+        return record_of_row(file, fields_of_line(line, column), column, origin, defaults)
+    except ValueError as error:
+        return Record(b"", **defaults, origin=origin, fault=f"line {number} cannot be read: {error}")
+
+
+def fields_of_line(line: bytes, column: str) -> dict[str, Any]:
+    """The object of a line of JSON, with the bytes of `<column>_base64` in `column`; ValueError where it is none."""
+    try:
+        fields = json.loads(decoded(line))
         if not isinstance(fields, dict):
             raise ValueError(f"it must be an object, got {type(fields).__name__}")
-        image = fields.pop(f"{column}_base64", None)
-        image = image if image is None else base64.b64decode(image, validate=True)
+        if (content := fields.pop(f"{column}_base64", None)) is not None:
+            fields[column] = base64.b64decode(content, validate=True)
+        return fields
     except (ValueError, TypeError, RecursionError, binascii.Error) as error:
-        return Record(b"", **defaults, origin=origin, fault=f"line {number} cannot be read: {error}")
-    return record_of_row(file, fields, fields.pop(column, None) if image is None else image, column, origin, defaults)
+        raise ValueError(str(error)) from error
+
+
+def _csv(file: Path, column: str, defaults: Mapping[str, str]) -> Iterator[Record]:
+    try:
+        for number, fields in csv_rows(file):
+            yield record_of_row(file, fields, column, f"{file.name}:{number}", defaults)
+    except (ValueError, OSError) as error:
+        yield Record(b"", **defaults, origin=file.name, fault=str(error))
+
+
+def csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number, from 1, and fields of each row of a CSV table whose first row names the columns.
+
+    Raises:
+        ValueError: it is no such table, in a sentence. OSError: it cannot be read.
+    """
+    try:
+        rows = csv.DictReader(io.StringIO(decoded(file.read_bytes())), strict=True)
+        for number, fields in enumerate(rows, 1):
+            if None in fields:
+                raise ValueError(f"row {number} has more fields than the first row has names")
+            yield number, {name: value for name, value in fields.items() if value not in (None, "")}
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{file} is no CSV table: {error}") from error
 
 
 def _parquet(file: Path, column: str, defaults: Mapping[str, str]) -> Iterator[Record]:
@@ -207,23 +264,37 @@ def _parquet(file: Path, column: str, defaults: Mapping[str, str]) -> Iterator[R
             for batch in table.iter_batches(batch_size=8):
                 for fields in batch.to_pylist():
                     origin = f"{file.name}:{number}"
-                    yield record_of_row(file, fields, fields.pop(column, None), column, origin, defaults)
+                    yield record_of_row(file, fields, column, origin, defaults)
                     number += 1
     except (pa.ArrowInvalid, OSError) as error:
         fault = f"{file.name} is damaged after row {number}: {error}"
         yield Record(b"", **defaults, origin=f"{file.name}:{number}", fault=fault)
 
 
-def record_of_row(
-    file: Path, fields: dict[str, Any], image: Any, column: str, origin: str, defaults: Mapping[str, str]
-) -> Record:
+def record_of_row(file: Path, fields: dict[str, Any], column: str, origin: str, defaults: Mapping[str, str]) -> Record:
     """The record of a table's row, its picture given as bytes, as a path beside the table, or as {bytes, path}."""
-    fault = ""
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, str):
-        image, fault = read_picture(file.parent / image)
-    elif not isinstance(image, bytes):
-        image, fault = b"", f"the row has no path or bytes in {column}"
+    column = image_column(fields, column)
+    image, fault = picture_of(file, fields.pop(column, None), column)
     record = record_of(image, fields, origin, defaults)
     return dataclasses.replace(record, fault=fault) if fault else record
+
+
+def image_column(fields: Mapping[str, Any], asked: str) -> str:
+    """The column that has the picture: the one asked for, or where the row lacks it, the first of `IMAGE_COLUMNS`."""
+    return asked if asked in fields else next((name for name in IMAGE_COLUMNS if name in fields), asked)
+
+
+def path_of(file: Path, value: Any) -> Path | None:
+    """The file that a table's field names; None: it holds the bytes, or nothing."""
+    if isinstance(value, Mapping):
+        value = None if value.get("bytes") else value.get("path")
+    return file.parent / value if isinstance(value, str) else None
+
+
+def picture_of(file: Path, value: Any, column: str) -> tuple[bytes, str]:
+    """The bytes of a picture that a table's field names or holds, and a sentence where there are none."""
+    if (path := path_of(file, value)) is not None:
+        return read_picture(path)
+    if isinstance(value, Mapping):
+        value = value.get("bytes")
+    return (value, "") if isinstance(value, bytes) else (b"", f"the row has no path or bytes in {column}")

@@ -76,17 +76,16 @@ def record_of(image: bytes, fields: Mapping[str, Any], origin: str, defaults: Ma
 
     Args:
         image: the encoded file.
-        fields: `captions` (a mapping) or `caption` (the raw one), `source`, `licence` or `license`, `category`,
+        fields: `captions`, `caption` or `text` (see `captions_of`), `source`, `licence` or `license`, `category`,
             `metadata`; every other field joins the metadata. `id` and `origin` of an earlier run are dropped.
         origin: where it was read.
         defaults: `source`, `licence` and `category` where the fields have none.
     """
     rest = {name: value for name, value in fields.items() if value is not None and name not in ("id", "origin")}
     try:
-        captions = _taken(rest, "captions", {}, Mapping)
-        captions = {str(kind): text for kind, text in captions.items() if text is not None}
-        if "caption" in rest:
-            captions["raw"] = rest.pop("caption")
+        captions, weights = captions_of(rest)
+        if weights:
+            rest["caption_weights"] = weights
         licence = rest.pop("license", "")
         known = {
             "source": _taken(rest, "source", "", str) or defaults.get("source", ""),
@@ -98,6 +97,44 @@ def record_of(image: bytes, fields: Mapping[str, Any], origin: str, defaults: Ma
         return Record(image, captions, metadata=metadata, origin=origin, **known)
     except (ValueError, TypeError) as error:
         return Record(image, source=defaults.get("source", ""), origin=origin, fault=str(error))
+
+
+def captions_of(fields: dict[str, Any]) -> tuple[dict[str, str], dict[str, float]]:
+    """Captions by kind, and the weights of those that have one; taken out of `fields`.
+
+    `captions`: an object by kind, or a list of texts or of {text, weight}, whose kinds are then "1", "2", ...
+    `caption`, or in its absence `text` where there are no captions: the raw one, or such a list.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    given = fields.pop("captions", None)
+    single = fields.pop("caption", None)
+    if single is None and not given:
+        single = fields.pop("text", None)
+    if isinstance(single, list) and not given:
+        given, single = single, None
+    captions: dict[str, str] = {}
+    weights: dict[str, float] = {}
+    if isinstance(given, list):
+        for number, entry in enumerate(given, 1):
+            text = entry.get("text") if isinstance(entry, Mapping) else entry
+            captions[str(number)] = text
+            if isinstance(entry, Mapping) and "weight" in entry:
+                weights[str(number)] = _weight(entry["weight"])
+    elif isinstance(given, Mapping):
+        captions = {str(kind): text for kind, text in given.items() if text is not None}
+    elif given is not None:
+        raise ValueError(f"the field captions must be an object or a list, got {given!r:.80}")
+    if single is not None:
+        captions["raw"] = single
+    return captions, weights
+
+
+def _weight(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ValueError(f"the weight of a caption must be a number of at least 0, got {value!r:.80}")
+    return float(value)
 
 
 def _taken(fields: dict[str, Any], name: str, default: Any, kind: type) -> Any:

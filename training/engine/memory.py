@@ -63,7 +63,7 @@ def estimate(
 
 def tokens_of_batch(recipe: FlowRecipe, references: int = 0) -> int:
     """Most tokens of a micro-batch: the largest bucket for the target and each reference, the longest text."""
-    largest = max((height // 16) * (width // 16) for height, width in recipe.data.buckets)
+    largest = max((height // 16) * (width // 16) for height, width in recipe.data.sizes)
     return recipe.batch * (largest * (1 + references) + recipe.model.max_text_tokens)
 
 

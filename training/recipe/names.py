@@ -84,9 +84,10 @@ def check_data(run: Curriculum) -> None:
         if data.cache and not Path(data.cache).expanduser().is_dir():
             raise RecipeError(f"recipe: data.cache: there is no folder {data.cache}{nearest_file(data.cache)}")
         for part in data.parts:
-            if part.source not in DRAWN and not Path(part.source).expanduser().exists():
+            here = part.source in DRAWN or part.source.startswith("hub:") or Path(part.source).expanduser().exists()
+            if not here:
                 near = nearest(part.source, DRAWN) or nearest_file(part.source)
                 raise RecipeError(
-                    f"recipe: data.source must be {', '.join(DRAWN)}, a folder, a table or shards, there is no "
-                    f"{part.source}{near}"
+                    f"recipe: data.source must be {', '.join(DRAWN)}, a folder, a table, shards or hub:owner/name, "
+                    f"there is no {part.source}{near}"
                 )

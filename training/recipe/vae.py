@@ -44,7 +44,7 @@ class VaeRecipe(RunRecipe):
         names = [part.name for part in data.parts]
         must(not (data.mixture or data.filters), "data.mixture", "be empty, as data.filters, for kind vae", names)
         must(self.mode in ("scratch", "decoder"), "mode", "be scratch or decoder", self.mode)
-        least = min(side for bucket in data.buckets for side in bucket)
+        least = min(side for bucket in data.sizes for side in bucket)
         must(0 <= self.crop <= least and self.crop % 8 == 0, "crop",
              f"be a multiple of 8 up to the smallest side, {least}", self.crop)  # fmt: skip
         must(self.mode == "scratch" or bool(self.folder), "folder", "name a VAE for mode decoder", self.folder)

@@ -1,20 +1,17 @@
-"""Edits by example: pictures before and after, and the instruction that leads from one to the other."""
+"""Folders of edits by example: pictures before and after, and the instruction that leads from one to the other."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from qwen_image_fast.training.data.collect import IMAGE_SUFFIXES, read_picture
+from qwen_image_fast.training.data.collect import CAPTION_SUFFIXES, IMAGE_SUFFIXES, read_picture
 from qwen_image_fast.training.data.record import Record
-from qwen_image_fast.training.data.screen import Screen
-from qwen_image_fast.training.randomness import epoch_position
+from qwen_image_fast.training.data.text_files import decoded
 from qwen_image_fast.training.recipe.fields import RecipeError
-from qwen_image_fast.training.sources.sample import Sample
+from qwen_image_fast.training.sources.example import Example
+from qwen_image_fast.training.sources.folder import MASK, by_stem, skipped, walk
 
 BEFORE, AFTER = "before", "after"
 TABLE = "pairs.jsonl"
@@ -22,118 +19,91 @@ TABLE = "pairs.jsonl"
 
 @dataclass(frozen=True)
 class Pair:
-    """after: the target. before: its references, one or more. instruction: what was done. fault: why it cannot be
-    used, a sentence."""
+    """after: the target. before: what it was made from. text: the file of the instruction. mask: white where the loss
+    counts."""
 
     after: Path
-    before: tuple[Path, ...]
-    instruction: str
-    fault: str = ""
+    before: Path
+    text: Path | None
+    mask: Path | None
 
 
-class EditPairs:
-    """Pairs of a folder, in an order of its own in each epoch. The folder has
+class Pairs:
+    """Edits of a folder, which has
 
-    - two folders `before/` and `after/` with pictures of the same names, or
-    - pictures `NAME.before.png` and `NAME.after.png`, of any suffix, or
-    - `pairs.jsonl`, a line `{"image": ..., "references": [...], "instruction": ...}` for each pair, with paths relative
-      to the folder.
+    - two folders `before/` and `after/` with pictures of the same names, and `mask/` where there are masks, or
+    - pictures `NAME.before.png`, `NAME.after.png` and `NAME.mask.png`, of any suffix.
 
-    In the first two, the instruction is in `NAME.txt`, beside the pictures or in `after/`, or `instruction` for all.
-
-    Args:
-        screen: says which pictures are used; both of a pair must pass.
-        instruction: of pairs that have none of their own.
+    The instruction of a pair is in `NAME.txt` or `NAME.caption`, beside the pictures or in `after/` or `before/`.
 
     Raises:
-        RecipeError: a picture has no partner, a pair no instruction, the table a line that is no pair.
+        RecipeError: a picture has no partner, or two have one name.
     """
 
-    def __init__(self, folder: str, screen: Screen | None = None, instruction: str = ""):
-        self.screen = screen or Screen({})
-        root = Path(folder)
-        found = _table(root) if (root / TABLE).is_file() else _by_name(root, instruction)
-        self.pairs = list(found)
-        if not self.pairs:
-            raise RecipeError(f"recipe: data.source must hold pairs, got {folder}, which has none")
+    edits = True
 
-    def edit(self, seed: int, index: int) -> Sample:
-        pair = self.pairs[epoch_position(seed, index, len(self.pairs))]
-        after, *before = (self._pixels(path, pair.fault) for path in (pair.after, *pair.before))
-        return Sample(after, pair.instruction, before, origin=str(pair.after))
+    def __init__(self, root: Path):
+        pictures, others, hidden = walk(root)
+        sides: dict[str, dict[Path, Path]] = {BEFORE: {}, AFTER: {}, MASK: {}}
+        unused = []
+        folders = in_folders(root)
+        for path in pictures:
+            if folders:
+                top, *rest = path.relative_to(root).parts
+                side, name = top, Path(*rest) if rest else Path()
+            else:
+                side, name = Path(path.stem).suffix[1:], path.relative_to(root).with_name(Path(path.stem).stem + ".x")
+            if side in sides and name != Path():
+                sides[side][path] = name
+            else:
+                unused.append(path)
+        before, after, masks = (by_stem({found[p].with_name(found[p].stem + p.suffix): p for p in found})
+                                for found in sides.values())  # fmt: skip
+        if alone := sorted(before.keys() ^ after.keys()):
+            lonely = before.get(alone[0]) or after[alone[0]]
+            raise RecipeError(f"recipe: every picture needs its partner, {lonely} has none ({len(alone)} of them)")
+        if not after:
+            raise RecipeError(f"recipe: data.source must hold pairs, got {root}, which has none")
+        texts = {path for path in others if path.suffix.lower() in CAPTION_SUFFIXES}
+        places = [root / AFTER, root, root / BEFORE] if folders else [root]
+        used: set[Path] = set()
+        self.pairs = []
+        for name, path in after.items():
+            beside = [p / f"{name}{suffix}" for p in places for suffix in CAPTION_SUFFIXES]
+            text = next((file for file in beside if file in texts), None)
+            used |= {text} if text else set()
+            self.pairs.append(Pair(path, before[name], text, masks.pop(name, None)))
+        self.skipped = skipped(root, [*unused, *masks.values(), *(p for p in others if p not in used)], hidden)
+        self.folders = [name.parent.as_posix() for name in after]
 
-    def _pixels(self, path: Path, fault: str) -> np.ndarray:
-        content, unread = read_picture(path)
-        return self.screen.pixels(Record(content, origin=str(path), fault=fault or unread))
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def read(self, place: int) -> Example:
+        pair = self.pairs[place]
+        captions, fault = {}, ""
+        if pair.text is not None:
+            content, fault = read_picture(pair.text)
+            try:
+                captions = {"raw": decoded(content)}
+            except ValueError as error:
+                fault = f"its instruction {pair.text} {error}"
+        content, unread = read_picture(pair.after)
+        target = Record(content, captions, origin=str(pair.after), fault=fault or unread)
+        return Example(target, (_record(pair.before),), None if pair.mask is None else _record(pair.mask))
+
+
+def _record(path: Path) -> Record:
+    content, fault = read_picture(path)
+    return Record(content, origin=str(path), fault=fault)
+
+
+def in_folders(root: Path) -> bool:
+    return (root / BEFORE).is_dir() and (root / AFTER).is_dir()
 
 
 def has_pairs(folder: Path) -> bool:
-    """Whether a folder is one for `EditPairs`."""
-    both = (folder / BEFORE).is_dir() and (folder / AFTER).is_dir()
-    return both or (folder / TABLE).is_file() or any(folder.glob(f"*.{BEFORE}.*"))
-
-
-def _pictures(files: Sequence[Path]) -> dict[str, Path]:
-    """By name without the suffix; RecipeError for two of one name."""
-    found: dict[str, Path] = {}
-    for path in sorted(files):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."):
-            if path.stem in found:
-                raise RecipeError(f"recipe: {path} and {found[path.stem].name} have the same name: keep one of them")
-            found[path.stem] = path
-    return found
-
-
-def _by_name(root: Path, instruction: str) -> Iterator[Pair]:
-    if (root / BEFORE).is_dir():
-        before = _pictures(list((root / BEFORE).iterdir()))
-        after = _pictures(list((root / AFTER).iterdir()))
-        texts = [root / AFTER, root]
-    else:
-        before, after = (
-            {Path(name).stem: path for name, path in _pictures(list(root.glob(f"*.{side}.*"))).items()}
-            for side in (BEFORE, AFTER)
-        )
-        texts = [root]
-    if alone := sorted(before.keys() ^ after.keys()):
-        lonely = before.get(alone[0]) or after[alone[0]]
-        raise RecipeError(f"recipe: every picture needs its partner, {lonely} has none ({len(alone)} of them)")
-    for name, path in after.items():
-        file = next((folder / f"{name}.txt" for folder in texts if (folder / f"{name}.txt").is_file()), None)
-        text, fault = instruction, ""
-        try:
-            text = file.read_text(encoding="utf-8-sig").strip() if file else instruction
-        except (OSError, UnicodeDecodeError) as error:
-            fault = f"its instruction {file} cannot be read: {error}"
-        if not (text or fault):
-            raise RecipeError(
-                f"recipe: every pair needs an instruction, {path} has none: write {texts[0] / name}.txt, or set "
-                "data.options.instruction for all"
-            )
-        yield Pair(path, (before[name],), text, fault)
-
-
-def _table(root: Path) -> Iterator[Pair]:
-    try:
-        lines = (root / TABLE).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe: {root / TABLE} cannot be read: {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"line {number} of {root / TABLE}"
-        try:
-            row = json.loads(line)
-            image, references, text = row["image"], row["references"], row["instruction"]
-            references = [references] if isinstance(references, str) else references
-            paths = [root / name for name in (image, *references)]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RecipeError(
-                f'recipe: {where} must be {{"image": path, "references": [path, ...], "instruction": text}}: {error!r}'
-            ) from error
-        if not (isinstance(text, str) and text.strip() and references):
-            raise RecipeError(f"recipe: {where} must have an instruction and at least one reference")
-        for path in paths:
-            if not path.is_file():
-                raise RecipeError(f"recipe: {where} names {path}, which is not there")
-        yield Pair(paths[0], tuple(paths[1:]), text.strip())
+    """Whether a folder is one for `Pairs`."""
+    sides: Sequence[str] = (BEFORE, AFTER)
+    named = (path for side in sides for path in folder.glob(f"*.{side}.*"))
+    return in_folders(folder) or any(path.suffix.lower() in IMAGE_SUFFIXES for path in named)

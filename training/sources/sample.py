@@ -13,17 +13,20 @@ import numpy as np
 class Sample:
     """image: uint8 [H, W, 3]. caption: describes it, or says how it comes from `references`, 0..N images.
 
-    origin: which file or record it is; empty where it was drawn.
+    origin: which file or record it is; empty where it was drawn. mask: uint8 [H, W], 255 where the loss counts and
+    0 where it does not; None: everywhere.
     """
 
     image: np.ndarray
     caption: str
     references: Sequence[np.ndarray] = ()
     origin: str = ""
+    mask: np.ndarray | None = None
 
 
 class Source(Protocol):
-    """A source of edits has a method `edit` like `sample`, whose samples have references, beside it or instead."""
+    """A source of edits has a method `edit` like `sample`, whose samples have references. One that holds pictures out
+    has `held_places` and a method `held_out`; one that draws others for another seed needs neither."""
 
     def sample(self, seed: int, index: int) -> Sample:
         """Sample `index` of the stream of `seed`, an image and its caption: always the same one."""

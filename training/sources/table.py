@@ -1,21 +1,48 @@
-"""A table of pictures: JSON lines or parquet, with a path or bytes, and captions, in each row."""
+"""Tables of pictures or of edits: JSON lines, CSV or parquet, with paths or bytes and captions in each row."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from qwen_image_fast.extras import needed_for
-from qwen_image_fast.training.data.collect import LARGEST_FILE, record_of_line, record_of_row
+from qwen_image_fast.training.data.collect import (
+    LARGEST_FILE,
+    csv_rows,
+    fields_of_line,
+    image_column,
+    path_of,
+    picture_of,
+    record_of_row,
+)
 from qwen_image_fast.training.data.record import Record
-from qwen_image_fast.training.data.screen import Rejected, Screen
-from qwen_image_fast.training.randomness import epoch_position
 from qwen_image_fast.training.recipe.fields import RecipeError
-from qwen_image_fast.training.sources.sample import Sample
+from qwen_image_fast.training.sources.example import Example
 
-SUFFIXES = (".jsonl", ".parquet")
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+INSTRUCTIONS = ("instruction", "edit_prompt", "prompt")
+REFERENCES = ("references", "reference", "source_image", "original_image", "input_image", "before")
+EDITED = ("image", "file_name", "edited_image", "target_image", "after", "output_image")
+
+
+class Unreadable(ValueError):
+    """A sentence about a row."""
+
+
+class Rows(Protocol):
+    file: Path
+
+    def __len__(self) -> int: ...
+
+    def origin(self, place: int) -> str: ...
+
+    def fields(self, place: int) -> dict[str, Any]:
+        """Those of a row; `Unreadable` where it has none."""
 
 
 class JsonLines:
@@ -36,15 +63,37 @@ class JsonLines:
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def read(self, place: int) -> Record:
+    def origin(self, place: int) -> str:
+        return f"{self.file.name}:{self.numbers[place]}"
+
+    def fields(self, place: int) -> dict[str, Any]:
         number = self.numbers[place]
         try:
             with open(self.file, "rb") as lines:
                 lines.seek(int(self.offsets[place]))
-                line = lines.readline(LARGEST_FILE)
-        except OSError as error:
-            return Record(b"", origin=f"{self.file.name}:{number}", fault=f"line {number} cannot be read: {error}")
-        return record_of_line(self.file, line, number, self.column, {})
+                return fields_of_line(lines.readline(LARGEST_FILE), self.column)
+        except (OSError, ValueError) as error:
+            raise Unreadable(f"line {number} cannot be read: {error}") from error
+
+
+class Csv:
+    """The rows of a CSV table, in memory."""
+
+    def __init__(self, file: Path, column: str):
+        self.file = file
+        try:
+            self.rows = list(csv_rows(file))
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"recipe: data.source: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def origin(self, place: int) -> str:
+        return f"{self.file.name}:{self.rows[place][0]}"
+
+    def fields(self, place: int) -> dict[str, Any]:
+        return dict(self.rows[place][1])
 
 
 class Parquet:
@@ -56,66 +105,178 @@ class Parquet:
             import pyarrow as pa
             import pyarrow.parquet as pq
 
-        self.file, self.column = file, column
+        self.file = file
         try:
             with pq.ParquetFile(file) as table:
                 sizes = [table.metadata.row_group(k).num_rows for k in range(table.metadata.num_row_groups)]
-                columns = table.schema_arrow.names
         except (pa.ArrowInvalid, OSError) as error:
             raise RecipeError(f"recipe: data.source {file} cannot be read: {error}") from error
-        if column not in columns:
-            raise RecipeError(
-                f"recipe: data.options.image_column must be a column of {file}: {', '.join(columns)}; got {column!r}"
-            )
         self.ends = np.cumsum([0, *sizes])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def read(self, place: int) -> Record:
+    def origin(self, place: int) -> str:
+        return f"{self.file.name}:{place}"
+
+    def fields(self, place: int) -> dict[str, Any]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        origin = f"{self.file.name}:{place}"
         group = int(np.searchsorted(self.ends, place, side="right")) - 1
         try:
             with pq.ParquetFile(self.file) as table:
                 rows = table.read_row_group(group).slice(place - int(self.ends[group]), 1)
             (fields,) = rows.to_pylist()
         except (pa.ArrowInvalid, OSError) as error:
-            return Record(b"", origin=origin, fault=f"row {place} cannot be read: {error}")
-        return record_of_row(self.file, fields, fields.pop(self.column, None), self.column, origin, {})
+            raise Unreadable(f"row {place} cannot be read: {error}") from error
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+_READERS: dict[str, Any] = {".jsonl": JsonLines, ".csv": Csv, ".parquet": Parquet}
 
 
 class Table:
-    """Pictures and captions of a table, in an order of its own in each epoch.
+    """The rows of a table, pictures or edits.
 
     Args:
-        path: of a `.jsonl` or `.parquet` file. screen: says which pictures are used.
-        image_column: has the picture's path, relative to the table, or its bytes; see `data.collect.collect`. Captions
-            are in `caption` (the raw one) or `captions` (an object); the best one is used.
+        file: of one of `SUFFIXES`.
+        image_column: has the picture's path, relative to the table, or its bytes; see `data.collect.collect`.
+        caption_column: has the caption, or of an edit the instruction; empty: `caption`, `captions` or `text`, of an
+            edit also `instruction`, `edit_prompt` or `prompt`.
+        reference_columns: have what an edit begins with, a path, bytes or a list of them; empty: the first of
+            `references`, `reference`, `source_image`, `original_image`, `input_image`, `before`. A table that has none
+            is one of pictures.
+        references: of a table of edits, [least, most]: rows with so many of them alone; empty: all rows.
+
+    A column `mask` has a picture that is white where the loss counts.
 
     Raises:
-        RecipeError: the table cannot be read, has no rows, or no caption in its first one.
+        RecipeError: the table cannot be read, has no rows, or lacks a column that is asked for.
         ImportError: pyarrow, for parquet, is not installed.
     """
 
-    def __init__(self, path: str, screen: Screen | None = None, image_column: str = "image"):
-        self.screen = screen or Screen({})
-        file = Path(path)
-        reader: Any = JsonLines if file.suffix.lower() == ".jsonl" else Parquet
-        self.rows = reader(file, image_column)
+    def __init__(
+        self,
+        file: Path,
+        image_column: str = "",
+        caption_column: str = "",
+        reference_columns: Sequence[str] = (),
+        references: Sequence[int] = (),
+    ):
+        self.caption_column, self.asked = caption_column, image_column
+        self.rows: Rows = _READERS[file.suffix.lower()](file, image_column or "image")
+        self.skipped: list[str] = []
         if not len(self.rows):
-            raise RecipeError(f"recipe: data.source must have rows, got {path}, which has none")
-        first = self.rows.read(0)
-        if not (first.caption or first.fault):
-            raise RecipeError(
-                f"recipe: rows of data.source need a caption or captions, {first.origin} has none; its other fields: "
-                f"{', '.join(first.metadata) or 'none'}"
-            )
+            raise RecipeError(f"recipe: data.source must have rows, got {file}, which has none")
+        first = self._first()
+        for name, columns in (
+            ("image_column", [image_column]), ("caption_column", [caption_column]),
+            ("reference_columns", reference_columns),
+        ):  # fmt: skip
+            for column in columns:
+                if column and column not in first:
+                    raise RecipeError(
+                        f"recipe: data.options.{name} must be a column of {file}: {', '.join(first)}; got {column!r}"
+                    )
+        self.reference_columns = list(reference_columns) or [name for name in REFERENCES if name in first][:1]
+        self.edits = bool(self.reference_columns)
+        self.places = np.arange(len(self.rows))
+        if references:
+            self._choose(file, list(references))
+        self.folders = [""] * len(self.places)
 
-    def sample(self, seed: int, index: int) -> Sample:
-        record = self.rows.read(epoch_position(seed, index, len(self.rows)))
-        if not (record.caption or record.fault):
-            raise Rejected(record.origin, "no_caption: the row has no caption")
-        return Sample(self.screen.pixels(record), record.caption, origin=record.origin)
+    def _first(self) -> Mapping[str, Any]:
+        """The first row that can be read."""
+        for place in range(min(len(self.rows), 1000)):
+            try:
+                return self.rows.fields(place)
+            except Unreadable:
+                pass
+        return {}
+
+    def _choose(self, file: Path, limits: list[int]) -> None:
+        if not (self.edits and len(limits) == 2 and 1 <= limits[0] <= limits[1]):
+            raise RecipeError(
+                f"recipe: data.options.references must be [least, most] of a table of edits, got {limits}"
+            )
+        counts = np.array([len(self._references(place)) for place in self.places])
+        self.places = np.flatnonzero((limits[0] <= counts) & (counts <= limits[1]))
+        if not len(self.places):
+            raise RecipeError(f"recipe: no row of {file} has {limits[0]} to {limits[1]} references")
+
+    def _references(self, place: int) -> list[Any]:
+        try:
+            return self._listed(self.rows.fields(int(place)))
+        except Unreadable:
+            return []
+
+    def _listed(self, fields: dict[str, Any]) -> list[Any]:
+        """The references of a row, taken out of it."""
+        listed = []
+        for name in self.reference_columns:
+            value = fields.pop(name, None)
+            listed += value if isinstance(value, list) else [] if value is None else [value]
+        return listed
+
+    def paths(self) -> Iterator[Path]:
+        """The files that its rows name."""
+        for place in range(len(self.rows)):
+            with contextlib.suppress(Unreadable):
+                for value in self.rows.fields(place).values():
+                    for entry in value if isinstance(value, list) else [value]:
+                        if (path := path_of(self.rows.file, entry)) is not None:
+                            yield path
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def read(self, place: int) -> Example:
+        row = int(self.places[place])
+        file, origin = self.rows.file, self.rows.origin(row)
+        try:
+            fields = self.rows.fields(row)
+        except Unreadable as error:
+            return Example(Record(b"", origin=origin, fault=str(error)))
+        before, mask = self._listed(fields), fields.pop("mask", None)
+        captions = [self.caption_column] if self.caption_column else list(INSTRUCTIONS if self.edits else ())
+        if (caption := next((name for name in captions if name in fields), None)) is not None:
+            for other in ("caption", "captions", "text") if caption == self.caption_column else ():
+                if other != caption:
+                    fields.pop(other, None)
+            fields["caption"] = fields.pop(caption)
+        asked = self.asked or next((name for name in EDITED if self.edits and name in fields), "image")
+        column = image_column(fields, asked)
+        given = [fields.get(column), *before, *([] if mask is None else [mask])]
+        paths = [path_of(file, value) for value in given]
+        missing = next((path for path in paths if path is not None and not path.is_file()), None)
+        target = record_of_row(file, fields, column, origin, {})
+        if self.edits and not (before or target.fault):
+            target = dataclasses.replace(target, fault=f"the row has no {' or '.join(self.reference_columns)}")
+        references = tuple(_picture(file, value, origin, f"reference {n}") for n, value in enumerate(before, 1))
+        return Example(target, references, None if mask is None else _picture(file, mask, origin, "mask"), missing)
+
+
+def _picture(file: Path, value: Any, origin: str, column: str) -> Record:
+    image, fault = picture_of(file, value, column)
+    return Record(image, origin=f"{origin}, {column}", fault=fault)
+
+
+class Joined:
+    """Several catalogues one after another, of one kind."""
+
+    def __init__(self, parts: Sequence[Any], skipped: Sequence[str] = ()):
+        self.parts = list(parts)
+        self.ends = np.cumsum([0, *(len(part) for part in self.parts)])
+        self.skipped = [*skipped, *(sentence for part in self.parts for sentence in part.skipped)]
+        self.edits = self.parts[0].edits
+        self.folders = [folder for part in self.parts for folder in part.folders]
+        if any(part.edits != self.edits for part in self.parts):
+            raise RecipeError("recipe: the tables of data.source must all be of pictures, or all of edits")
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, place: int) -> Example:
+        part = int(np.searchsorted(self.ends, place, side="right")) - 1
+        return self.parts[part].read(place - int(self.ends[part]))

@@ -27,12 +27,13 @@ from qwen_image_fast.training.parallel.layout import Parallel
 from qwen_image_fast.training.parallel.ulysses import split_layout
 from qwen_image_fast.training.producer.backend import BatchMaker
 from qwen_image_fast.training.producer.encode import Encoders, EncodingMaker
+from qwen_image_fast.training.producer.encoded import EncodedStore, models_of
 from qwen_image_fast.training.recipe.curriculum import Curriculum, one_stage
-from qwen_image_fast.training.recipe.data import DataRecipe
 from qwen_image_fast.training.recipe.flow import FlowRecipe
 from qwen_image_fast.training.recipe.names import model_folder, vae_folder
-from qwen_image_fast.training.sources.make import make_source, make_sources
+from qwen_image_fast.training.sources.make import make_source
 from qwen_image_fast.training.sources.sample import Source
+from qwen_image_fast.training.sources.survey import sources_of
 from qwen_image_fast.training.tasks.device import pick_device, pick_dtype
 from qwen_image_fast.training.tasks.flops import step_flops
 from qwen_image_fast.training.tasks.grid import grid
@@ -49,6 +50,7 @@ class FlowSample:
         shape: its (frames, height, width) in tokens.
         noise: eps, like `target`. sigma: noise level in [0, 1].
         references, reference_shapes: the latents of 0..N reference images and their shapes.
+        weights: float32 [tokens], what each counts in its loss, not all 0; None: all alike.
     """
 
     target: Tensor
@@ -57,6 +59,7 @@ class FlowSample:
     sigma: float
     references: Sequence[Tensor] = ()
     reference_shapes: Sequence[ImageShape] = ()
+    weights: Tensor | None = None
 
 
 def flow_losses(
@@ -66,7 +69,8 @@ def flow_losses(
 
     x_sigma = (1 - sigma) x0 + sigma eps (Liu et al., arXiv 2209.03003; in the sign of the released model). References
     follow the target in the image stream without noise and without loss. The loss of a batch is the mean of the result:
-    a large image counts as much as a small one, and a sample as much as alone in its batch.
+    a large image counts as much as a small one, and a sample as much as alone in its batch. With weights w of its
+    tokens the loss of a sample is sum w error^2 / sum w.
 
     Args:
         transformer: a `QwenImageTransformer2DModel`. samples: on its device, in any floating-point type.
@@ -102,23 +106,36 @@ def flow_losses(
         layout, img_rows, txt_rows = split_layout(layout, parallel.cp_rank, parallel.sizes.cp, parallel.cp_group)
         modulation = transformer.sample_modulation(sigma)
         out = transformer.forward_packed(img[img_rows], transformer.embed_text(states[txt_rows]), layout, modulation)
-        return _own_losses(out, eps - x0, torch.cat(kept), lengths, img_rows)
+        return _own_losses(out, eps - x0, torch.cat(kept), samples, img_rows)
     txt = transformer.embed_text(states)
     out = transformer.forward_packed(img, txt, layout, transformer.sample_modulation(sigma))
     if len(out) != len(x0):
         out = out[torch.cat(kept).to(weight.device)]
     errors = (out.float() - (eps - x0)).square()
+    if any(s.weights is not None for s in samples):
+        errors = errors * _scaled_weights(samples, errors.device)[:, None]
     if len(set(lengths)) == 1:
         return errors.view(len(samples), -1).mean(1)
     return torch.stack([e.mean() for e in errors.split(lengths)])
 
 
-def _own_losses(out: Tensor, velocity: Tensor, kept: Tensor, lengths: Sequence[int], rows: slice) -> Tensor:
+def _scaled_weights(samples: Sequence[FlowSample], device: torch.device) -> Tensor:
+    """float32, of all tokens one after another: w / mean w of each sample, 1 where it has none."""
+    scaled = [
+        torch.ones(len(s.target), device=device) if s.weights is None else s.weights.to(device) / s.weights.mean()
+        for s in samples
+    ]
+    return torch.cat(scaled)
+
+
+def _own_losses(out: Tensor, velocity: Tensor, kept: Tensor, samples: Sequence[FlowSample], rows: slice) -> Tensor:
     """The part of each sample's loss from the image rows `rows`, which `out` has. kept: the rows of `velocity`."""
+    lengths = [len(s.target) for s in samples]
     own = (kept >= rows.start) & (kept < rows.stop)
     sample = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[own].to(out.device)
     own = own.to(out.device)
     errors = (out[kept.to(out.device)[own] - rows.start].float() - velocity[own]).square().mean(1)
+    errors = errors * _scaled_weights(samples, out.device)[own]
     counts = torch.tensor(lengths, dtype=torch.float32, device=out.device)
     return errors.new_zeros(len(lengths)).index_add(0, sample, errors) / counts
 
@@ -128,7 +145,7 @@ class FlowTask:
 
     Args:
         recipe: of the run. folder: of the run; without `recipe.model.folder` the tiny model is made in `start/` there.
-        source: instead of the one that the recipe names.
+        source: instead of those that the recipe names. sources: those, by `part_key`; None: made here.
         run: where there are several stages; `recipe` is then the first one's.
     """
 
@@ -139,12 +156,18 @@ class FlowTask:
         source: Source | None = None,
         run: Curriculum | None = None,
         parallel: Parallel | None = None,
+        sources: dict[str, Source] | None = None,
     ):
         self.recipe, self.run, self.parallel = recipe, run or one_stage(recipe), parallel
         self.rejected: list[tuple[None, str, str]] = []
+        if sources is None:
+            sources = sources_of(self.run) if source is None else {}
         self.device = parallel.device if parallel else pick_device(recipe.device)
         self.folder = model_folder(recipe.model.folder) if recipe.model.folder else folder / "start"
         self.vae_folder = vae_folder(recipe.model.vae) if recipe.model.vae else self.folder / "vae"
+        self.store: EncodedStore | None = None
+        if recipe.data.encoded:
+            self.store = EncodedStore(Path(recipe.data.encoded).expanduser(), models_of(self.folder, self.vae_folder))
         main = parallel is None or parallel.main
         if main and not recipe.model.folder and not (self.folder / "model_index.json").is_file():
             write_untrained(self.folder, seed=recipe.seed, edit=True)
@@ -185,18 +208,18 @@ class FlowTask:
         if recipe.model.compile:
             self.transformer.forward_packed = torch.compile(self.transformer.forward_packed)
         self.encoders = Encoders(
-            self.pipe.vae, self.text_encoder, self.pipe.tokenizer, getattr(self.edit_pipe, "processor", None)
+            self.pipe.vae,
+            self.text_encoder,
+            self.pipe.tokenizer,
+            getattr(self.edit_pipe, "processor", None),
+            self.store,
         )
         channels, share = self.transformer.config.in_channels, parallel.share if parallel else (0, 1)
         if len(self.run.stages) == 1:
             cache = LatentCache(recipe.data.cache) if recipe.data.cache else None
-            sources: dict[str, Source] = {}
-            if source is None and not (cache and recipe.data.source == DataRecipe.source):
-                sources = make_sources(recipe.data.parts)
             self.makers = [FlowBatches(recipe, source, channels, cache, sources=sources, share=share)]
             self.maker: BatchMaker = self.makers[0]
         else:
-            sources = make_sources(parts_of_data) if source is None else {}
             common: dict[str, Any] = {"run": self.run, "sources": sources, "share": share}
             self.makers = [
                 FlowBatches(cast(FlowRecipe, stage.recipe), source, channels, number=k, **common)
@@ -222,6 +245,7 @@ class FlowTask:
         return EncodingMaker(
             maker, self.folder, self.vae_folder, str(device), None if recipe.model.train_text_encoder else self.dtype,
             [cast(FlowRecipe, stage.recipe).model.max_text_tokens for stage in self.run.stages], self.run, self.edits,
+            self.store,
         )  # fmt: skip
 
     def loss(self, batch: list[RawSample]) -> Losses:
@@ -230,7 +254,8 @@ class FlowTask:
         images = [sum(f * h * w for f, h, w in raw.shapes) for raw in batch]
         lengths, adapters = [len(text) for text in texts], self.recipe.lora.rank > 0
         flops = step_flops(self.transformer.config, images, lengths, adapters=adapters)
-        return Losses(losses.mean(), losses, sum(images), {}, flops)
+        weights = torch.tensor([raw.weight for raw in batch], device=losses.device)
+        return Losses((losses * weights).mean(), losses, sum(images), {}, flops)
 
     def to_latents(self, batch: list[RawSample]) -> list[FlowSample]:
         latents = iter(self.encoders.latents(batch))
@@ -238,7 +263,8 @@ class FlowTask:
         for raw in batch:
             target, *references = [next(latents).to(self.device) for _ in raw.images]
             noise = raw.noise.to(self.device)
-            samples.append(FlowSample(target, raw.shapes[0], noise, raw.sigma, references, raw.shapes[1:]))
+            counts = None if raw.token_weights is None else torch.from_numpy(raw.token_weights)
+            samples.append(FlowSample(target, raw.shapes[0], noise, raw.sigma, references, raw.shapes[1:], counts))
         return samples
 
     def texts(self, batch: list[RawSample]) -> list[Tensor]:
@@ -255,6 +281,8 @@ class FlowTask:
     def validate(self) -> dict[str, float]:
         """Mean loss of the validation samples at each noise level, and over all."""
         raw, losses = self.batches.validation(), []
+        if not raw:
+            return self._text_accuracy()
         first = raw[: self.recipe.log.validation_samples]  # the others are the same at other noise levels
         self.rejected += [(None, *why) for sample in first for why in sample.rejected]
         for start in range(0, len(raw), self.recipe.batch):
@@ -299,7 +327,7 @@ class FlowTask:
         return values
 
     def _sampling(self) -> dict[str, Any]:
-        height, width = self.recipe.data.buckets[0]
+        height, width = self.recipe.data.sizes[0]
         steps = self.recipe.log.sample_steps
         return {"height": height, "width": width, "num_inference_steps": steps, "true_cfg_scale": 1.0}
 

@@ -24,7 +24,7 @@ from qwen_image_fast.training.recipe.names import vae_folder
 from qwen_image_fast.training.recipe.vae import VaeRecipe
 from qwen_image_fast.training.sources.buckets import fit, nearest_bucket
 from qwen_image_fast.training.sources.make import make_source
-from qwen_image_fast.training.sources.sample import Source
+from qwen_image_fast.training.sources.sample import Sample, Source
 from qwen_image_fast.training.tasks.device import pick_device
 from qwen_image_fast.training.tasks.grid import grid
 from qwen_image_fast.training.tasks.task import Losses
@@ -122,8 +122,21 @@ class VaeBatches:
     ) -> tuple[list[np.ndarray], list[tuple[int, str, str]]]:
         """uint8 [H, W, 3], all in the bucket of the first one; with `crop` a random square of that side of each. And
         index, origin and reason of those that others stand for."""
-        made = [usable(self.source.sample, seed, i) for i in indices]
-        size = nearest_bucket(*made[0][0].image.shape[:2], self.recipe.data.buckets)
+        return self._cut([usable(self.source.sample, seed, i) for i in indices], seed, indices, step)
+
+    def held_out(self, seed: int, indices: Sequence[int]) -> tuple[list[np.ndarray], list[tuple[int, str, str]]]:
+        """`images` that training never sees; where pictures of files are trained on and none is held out, some of
+        those."""
+        source: Any = self.source
+        if not getattr(source, "held_places", None):
+            return self.images(seed, indices)
+        made = [usable(lambda _, place: source.held_out(place, False), seed, i) for i in indices]
+        return self._cut(made, seed, indices, 0)
+
+    def _cut(
+        self, made: Sequence[tuple[Sample, list[tuple[str, str]]]], seed: int, indices: Sequence[int], step: int
+    ) -> tuple[list[np.ndarray], list[tuple[int, str, str]]]:
+        size = nearest_bucket(*made[0][0].image.shape[:2], self.recipe.data.sizes)
         images = [self._crop(fit(sample.image, size), seed, i, step) for i, (sample, _) in zip(indices, made)]
         return images, [(i, *why) for i, (_, rejected) in zip(indices, made) for why in rejected]
 
@@ -142,6 +155,7 @@ class VaeTask:
 
     def __init__(self, recipe: VaeRecipe, source: Source | None = None):
         self.recipe = recipe
+        source = source if source is not None else make_source(recipe.data)
         self.rejected: list[tuple[None, str, str]] = []
         self.device = pick_device(recipe.device)
         if recipe.folder:
@@ -164,7 +178,7 @@ class VaeTask:
             if "time_conv" in name:  # an image does not pass through them
                 p.requires_grad_(False)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
-        self.maker = VaeBatches(recipe, source if source is not None else make_source(recipe.data))
+        self.maker = VaeBatches(recipe, source)
 
     def enter(self, number: int) -> None:
         """There is one stage."""
@@ -197,7 +211,7 @@ class VaeTask:
         return f"sample {batch.first + index}"
 
     def _held_out(self, count: int) -> list[np.ndarray]:
-        images, rejected = self.maker.images(key(self.recipe.seed, "validation") % 2**31, range(count))
+        images, rejected = self.maker.held_out(key(self.recipe.seed, "validation") % 2**31, range(count))
         self.rejected += [(None, origin, reason) for _, origin, reason in rejected]
         return images
 
@@ -206,7 +220,9 @@ class VaeTask:
         return x, self.vae.decode(self.vae.encode(x).latent_dist.mode()).sample
 
     def validate(self) -> dict[str, float]:
-        """PSNR of images that training never sees, in dB for pixels in [-1, 1]."""
+        """PSNR of images that training never sees, in dB for pixels in [-1, 1]; nothing where there are none."""
+        if not getattr(self.maker.source, "held_places", True):
+            return {}
         x, made = self._reconstruct(self._held_out(self.recipe.log.validation_samples))
         return {"validation_psnr": psnr(made - x)}
 

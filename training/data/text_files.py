@@ -1,0 +1,26 @@
+"""Captions as people's editors save them: UTF-8 with or without its mark, UTF-16 and UTF-32 with theirs."""
+
+from __future__ import annotations
+
+import codecs
+
+# Those of UTF-32 first: the little-endian one begins as UTF-16's does.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"), (codecs.BOM_UTF8, "utf-8-sig"),
+)  # fmt: skip
+
+
+def decoded(content: bytes) -> str:
+    """The text of a file, without its byte order mark and the white space around it.
+
+    Raises:
+        ValueError: it is not UTF-8, nor UTF-16 or UTF-32 with a byte order mark; "is not ..." goes on a sentence.
+    """
+    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and b"\0" in content:
+        raise ValueError("is not UTF-8, perhaps UTF-16 without its byte order mark; save it as UTF-8")
+    try:
+        return content.decode(encoding).strip()
+    except UnicodeDecodeError as error:
+        raise ValueError("is not UTF-8; save it as UTF-8") from error

@@ -1,0 +1,46 @@
+"""All sources of a run, made and looked at before a model is loaded, and what there is to say about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from qwen_image_fast.training.recipe.curriculum import Curriculum
+from qwen_image_fast.training.recipe.data import DataRecipe, part_key
+from qwen_image_fast.training.sources.cropping import cuts_of, sentences, write_table
+from qwen_image_fast.training.sources.examples import Examples
+from qwen_image_fast.training.sources.make import make_sources
+from qwen_image_fast.training.sources.sample import Source
+
+
+def sources_of(run: Curriculum) -> dict[str, Source]:
+    """The sources of all stages by `part_key`. A run on cached latents that names no source has none."""
+    first = run.stages[0].recipe.data
+    if first.cache and first.source == DataRecipe.source:
+        return {}
+    return make_sources([part for stage in run.stages for part in stage.recipe.data.parts])
+
+
+def said_of(run: Curriculum, sources: dict[str, Source], folder: Path) -> Iterator[str]:
+    """Sentences about the pictures of a run: what there is, at which sizes they are trained, and what is lost. Writes
+    the table of all of them into the run's folder."""
+    files = {key: source for key, source in sources.items() if isinstance(source, Examples)}
+    for source in files.values():
+        yield from source.said()
+    stages, said = [], set()
+    for stage in run.stages:
+        data = stage.recipe.data
+        cuts = [cut for part in data.parts if (key := part_key(part)) in files for cut in cuts_of(files[key], data)]
+        stages.append((stage.name, cuts))
+        for sentence in sentences(cuts, data):
+            if sentence not in said:
+                said.add(sentence)
+                yield sentence if len(run.stages) == 1 else f"{stage.name}: {sentence}"
+    if files:
+        yield f"every picture and what is cut off of it: {write_table(folder, stages)}"
+    validates = any(stage.recipe.log.validate_every for stage in run.stages)
+    if validates and len(files) == len(sources) and not any(source.held_places for source in files.values()):
+        yield (
+            "no picture is held out, so there is no validation loss: data.hold_out is a share, rounded down, such as "
+            "data.hold_out=0.1 of ten pictures"
+        )

@@ -1,0 +1,55 @@
+"""The caption that a picture has this time: a function of (seed, index)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from qwen_image_fast.training.data.record import Record
+from qwen_image_fast.training.randomness import generator
+from qwen_image_fast.training.recipe.captions import PLACE, CaptionsRecipe
+
+
+def caption_of(record: Record, recipe: CaptionsRecipe, seed: int, index: int) -> str:
+    """The caption of a record at a place of the stream; "" where it has none and the recipe gives none."""
+    draws = generator(seed, "caption", sample=index)
+    text = _chosen(record, recipe.weights, draws)
+    if text and (recipe.shuffle or recipe.drop):
+        text = _parts(text, recipe, draws)
+    return with_trigger(text or recipe.default, recipe.trigger)
+
+
+def plain_caption(record: Record, recipe: CaptionsRecipe) -> str:
+    """The same without chance, for validation: the best caption, whole and in its order."""
+    return with_trigger(record.caption.strip() or recipe.default, recipe.trigger)
+
+
+def with_trigger(text: str, trigger: str) -> str:
+    if not trigger:
+        return text
+    if PLACE in text:
+        return text.replace(PLACE, trigger)
+    return f"{trigger}, {text}" if text else trigger
+
+
+def _chosen(record: Record, weights: Mapping[str, float], draws: np.random.Generator) -> str:
+    if not weights and "1" in record.captions:  # a list
+        own = record.metadata.get("caption_weights", {})
+        weights = {kind: own.get(kind, 1.0) for kind in record.captions}
+    if not weights or sum(weights.values()) <= 0:
+        return record.caption.strip()
+    kinds, total = list(weights), sum(weights.values())
+    kind = str(draws.choice(kinds, p=[weights[name] / total for name in kinds]))
+    return record.captions.get(kind, record.caption).strip()
+
+
+def _parts(text: str, recipe: CaptionsRecipe, draws: np.random.Generator) -> str:
+    """Shuffled and thinned out behind the first `keep` parts; one part stays at least."""
+    parts = [part.strip() for part in text.split(recipe.separator.strip()) if part.strip()]
+    first, rest = parts[: recipe.keep], parts[recipe.keep :]
+    kept = [part for part, draw in zip(rest, draws.random(len(rest))) if draw >= recipe.drop]
+    if recipe.shuffle:
+        kept = [kept[place] for place in draws.permutation(len(kept))]
+    joined = [*first, *kept] or parts[:1]
+    return f"{recipe.separator.strip()} ".join(joined)
