@@ -29,7 +29,7 @@ TRAINING = [
     {"data"},
     {"sources"},
     {"batches"},
-    {"lora", "trainable", "parallel"},
+    {"adapters", "lora", "trainable", "parallel"},
     {"producer"},
     {"tasks"},
     {"engine", "parallel.checkpoints", "parallel.plan"},

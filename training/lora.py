@@ -1,90 +1,133 @@
-"""LoRA (Hu et al., arXiv 2106.09685) on linear layers: y = W x + b + (alpha / rank) B (A x), in PEFT's file layout."""
+"""Which layers get an adapter, of which rank and alpha; and the adapters' files, in PEFT's layout and in diffusers'."""
 
 from __future__ import annotations
 
+import fnmatch
 import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qwen_image_fast.checkpoint import json_bytes, save_state
-from qwen_image_fast.training.parallel.layout import Parallel, full, local, part_of
-from qwen_image_fast.training.randomness import normal
+from qwen_image_fast.training.adapters import AdapterLinear, DoraLinear, LokrLinear, LoraLinear
+from qwen_image_fast.training.parallel.layout import Parallel, full
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.flow import LoraRecipe
 
-ADAPTER, BASE = ".lora_", ".base."  # in the names of adapters, and of the weights below one
+Value = TypeVar("Value")
+
+BASE = ".base."  # in the names of the weights below an adapter
 WEIGHTS, PEFT_WEIGHTS, PEFT_CONFIG = "pytorch_lora_weights", "adapter_model", "adapter_config.json"
+# Layers of a block by what they are; "text" has all of the text stream, the others are of the image stream.
+GROUPS = {
+    "attention": ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    "mlp": ("img_mlp.net.0.proj", "img_mlp.net.2"),
+    "modulation": ("img_mod.1",),
+    "text": (
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out", "txt_mlp.net.0.proj",
+        "txt_mlp.net.2", "txt_mod.1",
+    ),
+}  # fmt: skip
 
 
-class LoraLinear(nn.Module):
-    """A linear layer and its adapter. `reset_lora` starts A like PEFT's (Kaiming uniform) and B at
-    zero: the layer starts unchanged.
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of a model, by its name, belongs to an adapter."""
+    return ".lora_" in name or ".lokr_" in name
 
-    Args:
-        base: the layer, which stays frozen. rank, alpha: of the adapter. A, B: float32, as in PEFT.
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a layer is meant by a pattern: a group, "all", the end of its name, or that with * and ?."""
+    if pattern == "all":
+        return name.startswith("transformer_blocks.")
+    ends = GROUPS.get(pattern, (pattern,))
+    return any(fnmatch.fnmatchcase(f".{name}", f"*.{end}") for end in ends)
+
+
+def chosen(name: str, patterns: Mapping[str, Value], otherwise: Value) -> Value:
+    """The value of the last pattern that means a layer."""
+    return next((value for pattern, value in reversed(patterns.items()) if fits(name, pattern)), otherwise)
+
+
+def rank_of(name: str, recipe: LoraRecipe) -> int:
+    return chosen(name, recipe.ranks, recipe.rank)
+
+
+def scale_of(name: str, recipe: LoraRecipe) -> float:
+    """alpha / rank of a layer, or alpha / sqrt(rank) (rank-stabilised, Kalajdzievski, arXiv 2312.03732)."""
+    rank = rank_of(name, recipe)
+    return chosen(name, recipe.alphas, recipe.alpha) / (math.sqrt(rank) if recipe.rank_stabilised else rank)
+
+
+def adapted_layers(model: nn.Module, recipe: LoraRecipe) -> dict[str, nn.Linear]:
+    """The linear layers that `recipe.targets` mean.
+
+    Raises:
+        RecipeError: a pattern means no layer, or a rank is above a layer's, beyond which it would add nothing.
     """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = {n: m for n, m in linear.items() if any(fits(n, target) for target in recipe.targets)}
+    asked = (("targets", recipe.targets, linear), ("ranks", recipe.ranks, found), ("alphas", recipe.alphas, found))
+    for field, patterns, layers in asked:
+        for pattern in patterns:
+            if not any(fits(name, pattern) for name in layers):
+                ends = sorted({re.sub(r"^transformer_blocks\.\d+\.(attn\.)?", "", name) for name in layers})
+                raise RecipeError(
+                    f"recipe: lora.{field} must be {', '.join(GROUPS)}, all, or ends of names of linear layers, with * "
+                    f"for any letters, got {pattern!r}; there are {', '.join(ends)}"
+                )
+    for name, layer in found.items():
+        rank, most = rank_of(name, recipe), min(layer.in_features, layer.out_features)
+        if rank > most and recipe.kind != "lokr":
+            raise RecipeError(f"recipe: lora.rank must be at most {most}, the rank of {name}, got {rank}")
+    return found
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float):
-        super().__init__()
-        self.base, self.scale = base, alpha / rank
-        place = {"device": base.weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **place)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **place)
 
-    @property
-    def weight(self) -> Tensor:
-        """Of the base layer: its type and device are asked for from outside."""
-        return self.base.weight
+def make_adapter(layer: nn.Linear, name: str, recipe: LoraRecipe) -> AdapterLinear:
+    """The adapter of a layer, not yet begun.
 
-    def forward(self, x: Tensor) -> Tensor:
-        low = F.linear(x, self.lora_A.weight.to(x.dtype))
-        return self.base(x) + self.scale * F.linear(low, self.lora_B.weight.to(x.dtype))
+    Raises:
+        RecipeError: dropout is asked for where a LoKr has no rank of which parts could be left out.
+    """
+    rank, scale = rank_of(name, recipe), scale_of(name, recipe)
+    if recipe.kind == "lokr":
+        made = LokrLinear(layer, rank, scale, recipe.factor)
+        if recipe.dropout and not made.rank:
+            most = -(-max(made.lokr_w2.shape) // 2)
+            raise RecipeError(f"recipe: lora.dropout needs lora.rank below {most} for the LoKr of {name}, got {rank}")
+        return made
+    return (DoraLinear if recipe.kind == "dora" else LoraLinear)(layer, rank, scale)
 
 
 def add_lora(model: nn.Module, recipe: LoraRecipe, seed: int = 0) -> list[str]:
-    """Wrap the linear layers whose names end in one of `recipe.targets`; returns their names."""
-    targets = recipe.targets
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and any(name == t or name.endswith("." + t) for t in targets)
-    ]
-    for target in targets:
-        if not any(n == target or n.endswith("." + target) for n in names):
-            raise RecipeError(f"recipe: lora.targets must be ends of names of linear layers, got {target!r}")
-    for name in names:
-        base = model.get_submodule(name)
-        assert isinstance(base, nn.Linear)
-        model.set_submodule(name, LoraLinear(base, recipe.rank, recipe.alpha))
+    """Put an adapter on each of `adapted_layers`; returns their names."""
+    layers = adapted_layers(model, recipe)
+    for name, layer in layers.items():
+        model.set_submodule(name, make_adapter(layer, name, recipe))
     reset_lora(model, seed)
-    return names
+    return list(layers)
 
 
 @torch.no_grad()
 def reset_lora(model: nn.Module, seed: int) -> None:
-    """A: uniform in +-sqrt(6 / (1 + 5) / in_features), drawn from (seed, name of the layer). B: 0."""
+    """Begin every adapter, without effect on its layer, drawn from (seed, name of the layer)."""
     for name, module in model.named_modules():
-        if isinstance(module, LoraLinear):
-            a = module.lora_A.weight
-            uniform = 2 * torch.special.ndtr(normal(tuple(a.shape), seed, f"lora {name}")) - 1
-            (rows, columns), (row, column) = part_of(a)
-            own = uniform[row : row + rows, column : column + columns]
-            local(a).copy_(own / math.sqrt(module.base.in_features))
-            local(module.lora_B.weight).zero_()
+        if isinstance(module, AdapterLinear):
+            module.reset(seed, name)
 
 
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
-    """Adapter tensors in PEFT's names: <layer>.lora_A.weight [rank, in], <layer>.lora_B.weight [out, rank]."""
+    """Adapter tensors in PEFT's names: <layer>.lora_A.weight [rank, in], <layer>.lora_B.weight [out, rank], of DoRA
+    also <layer>.lora_magnitude_vector [out]; of LoKr <layer>.lokr_w1, and lokr_w2 or lokr_w2_a and lokr_w2_b."""
     return {
-        f"{name}.{part}.weight": getattr(module, part).weight.detach()
+        f"{name}.{part}": tensor.detach()
         for name, module in model.named_modules()
-        if isinstance(module, LoraLinear)
-        for part in ("lora_A", "lora_B")
+        if isinstance(module, AdapterLinear)
+        for part, tensor in module.tensors().items()
     }
 
 
@@ -93,19 +136,47 @@ def save_lora(model: Any, folder: Path, recipe: LoraRecipe, parallel: Parallel |
 
     Of several ranks every one calls it and rank 0 writes.
 
-    `pytorch_lora_weights.safetensors` has keys "transformer.<layer>.lora_A.weight" and B times alpha / rank, since a
-    file without alpha is read with scale 1; an alpha tensor would make diffusers take the file for one of another tool.
-    `adapter_model.safetensors` and `adapter_config.json` are PEFT's: keys "base_model.model.<layer>...", alpha in the
-    configuration.
+    `pytorch_lora_weights.safetensors` has keys "transformer.<layer>.lora_A.weight" and B, or LoKr's W1, times its
+    scale, since a file without alpha is read with scale 1; an alpha tensor would make diffusers take the file for one
+    of another tool. `adapter_model.safetensors` and `adapter_config.json` are PEFT's: keys
+    "base_model.model.<layer>...", ranks and alphas in the configuration.
     """
-    state, scale = {n: full(t).cpu() for n, t in lora_state(model).items()}, recipe.alpha / recipe.rank
+    state = {n: full(t).cpu() for n, t in lora_state(model).items()}
     if parallel is not None and not parallel.main:
         return
-    scaled = {f"transformer.{n}": t * scale if ".lora_B." in n else t for n, t in state.items()}
-    save_state(scaled, folder, base_name=WEIGHTS)
-    config = {"peft_type": "LORA", "r": recipe.rank, "lora_alpha": recipe.alpha, "target_modules": recipe.targets}
+    save_state(for_diffusers(state, model), folder, base_name=WEIGHTS)
     named = {f"base_model.model.{n}": t for n, t in state.items()}
-    save_state(named, folder, base_name=PEFT_WEIGHTS, extra_files={PEFT_CONFIG: json_bytes(config)})
+    config = json_bytes(peft_config(model, recipe))
+    save_state(named, folder, base_name=PEFT_WEIGHTS, extra_files={PEFT_CONFIG: config})
+
+
+def for_diffusers(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of `lora_state` as `pytorch_lora_weights.safetensors` holds them."""
+    scales = {name: m.scale for name, m in model.named_modules() if isinstance(m, AdapterLinear)}
+
+    def scaled(name: str, tensor: Tensor) -> Tensor:
+        layer = re.sub(r"\.(lora_B\.weight|lokr_w1)$", "", name)
+        return tensor if layer == name else tensor * scales[layer]
+
+    return {f"transformer.{name}": scaled(name, tensor) for name, tensor in state.items()}
+
+
+def peft_config(model: nn.Module, recipe: LoraRecipe) -> dict[str, Any]:
+    """`adapter_config.json`: layers by their whole names, and what differs from the common rank and alpha by layer."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, AdapterLinear)}
+    ranks = {name: rank_of(name, recipe) for name in layers}
+    config: dict[str, Any] = {"r": recipe.rank, "target_modules": sorted(layers)}
+    config["rank_pattern"] = {name: rank for name, rank in ranks.items() if rank != recipe.rank}
+    if recipe.kind == "lokr":
+        # PEFT divides by the rank alone, and scales whole factors too.
+        alphas = {name: module.scale * ranks[name] for name, module in layers.items()}
+        pattern = {name: alpha for name, alpha in alphas.items() if alpha != recipe.alpha}
+        return {"peft_type": "LOKR", "alpha": recipe.alpha, "decompose_factor": recipe.factor or -1,
+                "alpha_pattern": pattern, **config}  # fmt: skip
+    alphas = {name: chosen(name, recipe.alphas, recipe.alpha) for name in layers}
+    pattern = {name: alpha for name, alpha in alphas.items() if alpha != recipe.alpha}
+    kinds = {"use_dora": recipe.kind == "dora", "use_rslora": recipe.rank_stabilised}
+    return {"peft_type": "LORA", "lora_alpha": recipe.alpha, "alpha_pattern": pattern, **kinds, **config}
 
 
 def load_lora(model: nn.Module, folder: Path) -> None:

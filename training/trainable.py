@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen_image_fast.training.lora import ADAPTER
+from qwen_image_fast.training.lora import is_adapter
 
 # The text output of the last block reaches nothing, so these never get a gradient.
 DEAD_IN_LAST_BLOCK = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
@@ -22,5 +22,5 @@ def freeze_dead(transformer: Any) -> list[str]:
 def choose_trainable(transformer: Any, *, adapters: bool) -> None:
     """Let all weights learn, or the adapters alone; never those that the loss does not depend on."""
     for name, p in transformer.named_parameters():
-        p.requires_grad_(ADAPTER in name or not adapters)
+        p.requires_grad_(is_adapter(name) or not adapters)
     freeze_dead(transformer)

@@ -12,6 +12,7 @@ from torch import nn
 from qwen_image_fast.checkpoint import pretrained_folder, read_config
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.tiny import tiny_configs
+from qwen_image_fast.training.lora import adapted_layers, make_adapter
 from qwen_image_fast.training.recipe.data import DataRecipe
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.flow import FlowRecipe, LoraRecipe
@@ -99,11 +100,11 @@ def references_of(data: DataRecipe) -> int:
 
 
 def adapter_weights(transformer: nn.Module, recipe: LoraRecipe) -> int:
-    """Parameters of the adapters on a transformer; 0 for rank 0."""
-    layers = [
-        m for n, m in transformer.named_modules() if isinstance(m, nn.Linear) and n.endswith(tuple(recipe.targets))
-    ]
-    return sum(recipe.rank * (m.in_features + m.out_features) for m in layers)
+    """Parameters of the adapters on a transformer on the meta device; 0 for rank 0."""
+    if not recipe.rank:
+        return 0
+    adapters = [make_adapter(layer, name, recipe) for name, layer in adapted_layers(transformer, recipe).items()]
+    return sum(tensor.numel() for adapter in adapters for tensor in adapter.tensors().values())
 
 
 def check_recipe(recipe: FlowRecipe, device: torch.device, dtype: torch.dtype) -> Needed:

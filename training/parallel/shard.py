@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from qwen_image_fast.checkpoint import find_weights, read_config
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.tensor_files import Entry, read_header, read_into
-from qwen_image_fast.training.lora import ADAPTER, BASE, add_lora, reset_lora
+from qwen_image_fast.training.lora import BASE, add_lora, is_adapter, reset_lora
 from qwen_image_fast.training.parallel.layout import Parallel, local, part_of
 from qwen_image_fast.training.parallel.tensor import parallelize
 from qwen_image_fast.training.recipe.flow import FlowRecipe
@@ -91,7 +91,7 @@ def fill(model: nn.Module, files: Iterable[Path]) -> int:
     entries: dict[str, Entry] = {}
     for path in files:
         entries |= read_header(path)
-    wanted = {n.replace(BASE, "."): p for n, p in model.named_parameters() if ADAPTER not in n}
+    wanted = {n.replace(BASE, "."): p for n, p in model.named_parameters() if not is_adapter(n)}
     wrong = sorted(wanted.keys() ^ entries.keys())
     wrong += [n for n, p in wanted.items() if n in entries and tuple(p.shape) != entries[n].shape]
     if wrong:

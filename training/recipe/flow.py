@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from qwen_image_fast.training.recipe.fields import must, must_be_at_least
 from qwen_image_fast.training.recipe.run import RunRecipe
 
+ADAPTERS = ("lora", "dora", "lokr")
 LEVELS = ("logit-normal", "uniform", "shifted", "resolution")
 
 
@@ -30,11 +31,36 @@ class ModelRecipe:
 
 @dataclass
 class LoraRecipe:
-    """rank 0: full tuning. targets: ends of the names of the linear layers of the transformer that get an adapter."""
+    """rank: of the adapters; 0: none, all weights learn. alpha: the adapters count alpha / rank. kind: "lora"; "dora",
+    with a magnitude for each row of the weight; "lokr", Kronecker products. factor: of "lokr", the most rows and
+    columns of the first matrix; 0: the root of the layer's.
+
+    targets: the linear layers of the transformer that get an adapter: "attention", "mlp", "modulation" (of the image
+    stream), "text" (all of the text stream), "all", or ends of their names, with * for any letters. ranks, alphas: of
+    layers, by the same patterns, where they are not `rank` and `alpha`; of several that fit, the last.
+
+    rank_stabilised: the adapters count alpha / sqrt(rank) instead. dropout: share of the rank that a micro-batch does
+    without.
+    """
 
     rank: int = 0
     alpha: float = 16.0
+    kind: str = "lora"
+    factor: int = 0
     targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    ranks: dict[str, int] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+    rank_stabilised: bool = False
+    dropout: float = 0.0
+
+    def check(self) -> None:
+        must_be_at_least(0, "lora.rank", self.rank)
+        must(self.kind in ADAPTERS, "lora.kind", f"be of {', '.join(ADAPTERS)}", self.kind)
+        must(0 <= self.dropout < 1, "lora.dropout", "be in [0, 1)", self.dropout)
+        must_be_at_least(0, "lora.factor", self.factor)
+        must(not self.factor or self.kind == "lokr", "lora.factor", "be 0 unless lora.kind is lokr", self.factor)
+        for pattern, rank in self.ranks.items():
+            must_be_at_least(1, f"lora.ranks.{pattern}", rank)
 
 
 @dataclass
@@ -84,6 +110,6 @@ class FlowRecipe(RunRecipe):
              "be 0 unless the first data.source is synthesis", self.log.ocr_samples)  # fmt: skip
         types = ("auto", "float32", "bfloat16")
         must(self.model.dtype in types, "model.dtype", "be auto, float32 or bfloat16", self.model.dtype)
-        must_be_at_least(0, "lora.rank", self.lora.rank)
+        self.lora.check()
         must(not (self.lora.rank and self.model.train_text_encoder), "model.train_text_encoder",
              "be false where lora.rank is above 0", True)  # fmt: skip

@@ -19,6 +19,7 @@ from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
 from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
 from qwen_image_fast.tiny import write_untrained
+from qwen_image_fast.training.adapters import draw_kept
 from qwen_image_fast.training.batches.batches import VALIDATION_SIGMAS, FlowBatches, RawSample, StagedBatches
 from qwen_image_fast.training.batches.latents import LatentCache
 from qwen_image_fast.training.lora import add_lora, save_lora
@@ -250,6 +251,9 @@ class FlowTask:
 
     def loss(self, batch: list[RawSample]) -> Losses:
         texts = self.texts(batch)
+        if dropout := self.recipe.lora.dropout:
+            # The same on every rank, whose samples of a micro-batch are others.
+            draw_kept(self.transformer, dropout, self.recipe.seed, batch[0].index // self.recipe.batch)
         losses = flow_losses(self.transformer, self.to_latents(batch), texts, self.parallel)
         images = [sum(f * h * w for f, h, w in raw.shapes) for raw in batch]
         lengths, adapters = [len(text) for text in texts], self.recipe.lora.rank > 0
