@@ -22,7 +22,7 @@ LAYERS = [
 ]
 # The rooms of training/, from the bottom up. A file may stand on another floor than its room.
 TRAINING = [
-    {"randomness"},
+    {"randomness", "text_files"},
     {"recipe"},
     {"synthesis"},
     {"evaluation"},

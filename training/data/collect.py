@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen_image_fast.extras import needed_for
+from qwen_image_fast.training.text_files import decoded
 
 from .record import Record, record_of
-from .text_files import decoded
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LARGEST_FILE = 256 * 2**20

@@ -71,7 +71,7 @@ def cases_of_file(path: Path) -> list[TextCase]:
         ValueError: a line has no text, or is not what it must be.
     """
     cases = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip():
             continue
         prompt, texts = line.strip(), None

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from qwen_image_fast.training.data.collect import CAPTION_SUFFIXES, IMAGE_SUFFIXES, read_picture
 from qwen_image_fast.training.data.record import Record
-from qwen_image_fast.training.data.text_files import decoded
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.sources.example import Example
 from qwen_image_fast.training.sources.folder import MASK, by_stem, skipped, walk
+from qwen_image_fast.training.text_files import decoded
 
 BEFORE, AFTER = "before", "after"
 TABLE = "pairs.jsonl"

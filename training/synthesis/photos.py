@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from qwen_image_fast.pictures import to_rgb
+from qwen_image_fast.training.text_files import decoded
 
 # Only files that the wheel holds: reading them needs no download. File → English and Chinese subject.
 _WHEEL_PHOTOS = {
@@ -22,7 +23,7 @@ _WHEEL_PHOTOS = {
     "motorcycle_left.png": ("a motorcycle", "一辆摩托车"),
     "rocket.jpg": ("a rocket", "一枚火箭"),
 }
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _LONGEST_SIDE = 1024
 
 
@@ -43,7 +44,7 @@ def find_photos(folder: str | None) -> tuple[tuple[str, str, str], ...]:
 
     Args:
         folder: searched in depth, in order of name; the line of text in `<name>.txt` beside a photograph is its
-            subject ("a cat on a sofa"), else it is "a photograph"; "" where that file is empty or not UTF-8. None: the
+            subject ("a cat on a sofa"), else it is "a photograph"; "" where that file is empty or no text. None: the
             photographs in scikit-image's wheel.
 
     Raises:
@@ -51,7 +52,8 @@ def find_photos(folder: str | None) -> tuple[tuple[str, str, str], ...]:
     """
     if folder is not None:
         root = Path(folder).expanduser()
-        files = sorted(f for f in root.rglob("*") if f.suffix.lower() in _SUFFIXES) if root.is_dir() else []
+        found = sorted(root.rglob("*")) if root.is_dir() else []
+        files = [f for f in found if f.suffix.lower() in _SUFFIXES and not f.name.startswith(".")]
         if not files:
             raise FileNotFoundError(f"the folder {folder} has no photographs: files must end in {', '.join(_SUFFIXES)}")
         return tuple((str(file), *_subject(file)) for file in files)
@@ -72,8 +74,8 @@ def _subject(file: Path) -> tuple[str, str]:
     beside = file.with_suffix(".txt")
     if beside.is_file():
         try:
-            subject = " ".join(beside.read_text(encoding="utf-8").split()).rstrip(".")
-        except (OSError, UnicodeDecodeError):
+            subject = " ".join(decoded(beside.read_bytes()).split()).rstrip(".")
+        except (OSError, ValueError):
             subject = ""
         return subject, subject
     return "a photograph", "一张照片"
