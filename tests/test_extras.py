@@ -1,6 +1,7 @@
 """What the extras promise: their packages, and a sentence that names the extra where one is missing."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.extras.__main__ import FEATURES, RESULTS, failures
 from typer.testing import CliRunner
 
 import qwen_image_fast
@@ -98,6 +100,18 @@ def test_a_missing_package(package, args, sentence, monkeypatch, tmp_path):
     result = CliRunner().invoke(app, [*args.split(), *(["--out", "out"])])
     assert result.exit_code == 2 and result.stderr.startswith(f"error: {sentence}"), result.output
     assert result.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_the_results_are_of_every_extra_and_good():
+    """What `make extras` left."""
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))["extras"]
+    assert found.keys() == {extra or "no extra" for extra in FEATURES} and failures(found) == []
+    assert {extra.split(",")[-1] for extra in FEATURES} == {"", *EXTRAS}
+    for extra, features in FEATURES.items():
+        assert len(found[extra or "no extra"]) == 1 + len(features)
+    assert failures({"data": {"installation seconds": 3, "report": "exit code 1: no"}}) == [
+        "data: report: exit code 1: no"
+    ]
 
 
 def test_pyarrow_missing_where_a_module_begins(tmp_path):

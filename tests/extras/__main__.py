@@ -1,7 +1,8 @@
 """Every extra in a clean environment of its own: what it promises is imported and run.
 
-python -m tests.extras WHEEL --out results.json [train data ...]. Environments are made below `--work` and removed after
-use; packages come from where pip is told to find them, in the versions of constraints.txt.
+python -m tests.extras WHEEL [train data ...]; results go to benchmarks/results/extras.json, where those of other extras
+are kept. Environments are made below `--work` and removed after use; packages come from where pip is told to find them,
+in the versions of constraints.txt.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "extras.json"
 TINY = "--size 64x64 --steps 1 --device cpu"
 DROP_IN = """
 import torch, qwen_image_fast
-from diffusers import QwenImageEditPlusPipeline
+from diffusers import QwenImagePipeline
 from qwen_image_fast.folders import SHIPPED
 from peft import LoraConfig
-pipe = QwenImageEditPlusPipeline.from_pretrained(SHIPPED, torch_dtype=torch.float32)
+pipe = QwenImagePipeline.from_pretrained(SHIPPED, torch_dtype=torch.float32)
 print(qwen_image_fast.accelerate(pipe))
 pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-from PIL import Image
-pipe(Image.new("RGB", (64, 64)), "a red circle", height=64, width=64, num_inference_steps=1, true_cfg_scale=1.0)
+pipe("a red circle", height=64, width=64, num_inference_steps=1, true_cfg_scale=1.0)
 """
 # What runs with nothing else installed: commands, or a script where there is no command. The recipes that they name
 # are made by `recipes`.
@@ -116,18 +117,27 @@ def main() -> int:
     parser.add_argument("wheel", type=Path)
     parser.add_argument("extras", nargs="*", help="all, where none is named; none: no extra")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="a JSON file for the results")
     options = parser.parse_args()
     chosen = [{"none": ""}.get(extra, extra) for extra in options.extras] or list(FEATURES)
     found: dict[str, dict[str, object]] = {}
-    if options.out and options.out.exists():  # of other extras
+    if options.out.exists():  # of other extras
         found = json.loads(options.out.read_text(encoding="utf-8"))["extras"]
     for extra in chosen:
         found[extra or "no extra"] = check(extra, options.wheel.resolve(), options.work)
         report = {"date": datetime.date.today().isoformat(), "python": sys.version.split()[0], "extras": found}
-        if options.out:
-            options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return int(any(value != "runs" for one in found.values() for name, value in one.items() if "seconds" not in name))
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    bad = failures(found)
+    print("\n".join(["failed:", *bad]) if bad else "every extra suffices")
+    return int(bool(bad))
+
+
+def failures(found: dict[str, dict[str, object]]) -> list[str]:
+    """What did not run, of all extras."""
+    return [
+        f"{extra}: {name}: {said}" for extra, own in found.items() for name, said in own.items()
+        if name != "installation seconds" and said != "runs"
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":
