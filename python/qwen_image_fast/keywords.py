@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
+
+F = TypeVar("F", bound=Callable)
 
 HUB = ("revision", "cache_dir", "token", "local_files_only")
 # What diffusers' `from_pretrained` takes besides, and why this package's does not.
@@ -40,6 +43,29 @@ def refuse(where: str, unknown: Iterable[str], known: Iterable[str]) -> None:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
         raise TypeError(f"{where}: {name} is not an argument; {hint}")
+
+
+def hinted(function: F) -> F:
+    """A function with a TypeError for keywords that it lacks, which names the nearest: Python names none until 3.13."""
+    known = keyword_names(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if unknown := [name for name in kwargs if name not in known]:
+            name = function.__qualname__.removesuffix(".__call__")
+            refuse(name, unknown, [k for k in known if k != "self"])
+        return function(*args, **kwargs)
+
+    return cast(F, call)
+
+
+def check_visible(where: str, device: Any) -> None:
+    """ValueError for a GPU where torch sees none, in a sentence that torch's own errors are not."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        why = "torch was built without CUDA" if torch.version.cuda is None else "torch sees no GPU here"
+        raise ValueError(
+            f"{where}: device must be one that is there, got {device}: {why}; `qwen-image-fast doctor` says more"
+        )
 
 
 def keyword_names(function: Callable) -> list[str]:
@@ -77,9 +103,11 @@ def one_device(device: Any, device_map: Any, use_safetensors: bool | None) -> to
     if isinstance(device_map, Mapping) and list(device_map) == [""]:
         device_map = device_map[""]
     if device_map is None:
+        check_visible("from_pretrained", device)
         return torch.device(device)
     if isinstance(device_map, Mapping) or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
         raise ValueError(f"from_pretrained: device_map must be one device for all weights, got {device_map!r}")
+    check_visible("from_pretrained", device_map)
     return torch.device(device_map)
 
 

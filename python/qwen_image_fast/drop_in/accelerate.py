@@ -23,6 +23,7 @@ from qwen_image_fast.drop_in.swapped import Swapped
 from qwen_image_fast.drop_in.vae import FastCausalConv3d, FastResample
 from qwen_image_fast.drop_in.vae_flops import decoding_flops
 from qwen_image_fast.extras import needed_for
+from qwen_image_fast.keywords import hinted
 from qwen_image_fast.models.vae_conv import Convolution
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 OLDEST_DIFFUSERS = (0, 37)  # as in pyproject.toml; transformers of before have neither layers nor references
 
 
+@hinted
 def accelerate(pipe: Any, convolution: Convolution = "auto") -> Report:
     """Make a diffusers Qwen-Image pipeline faster in place; the images stay the same up to rounding.
 

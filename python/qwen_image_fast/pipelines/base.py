@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from qwen_image_fast.graphs import StepGraphs
+from qwen_image_fast.keywords import check_visible, hinted
 from qwen_image_fast.models.outputs import Output
 from qwen_image_fast.pipelines.counterparts import Counterparts
 from qwen_image_fast.pipelines.folder import PipelineFolder
@@ -51,6 +52,11 @@ class Pipeline(Counterparts, PipelineFolder, LoraMixin):
     uses_vision = False
     # Whether it is loaded with its language-model head, to write captions.
     writes_captions = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__call__" in vars(cls):
+            cls.__call__ = hinted(cls.__call__)  # type: ignore[method-assign,attr-defined]
 
     def __init__(self, scheduler, vae, text_encoder, tokenizer, transformer, *, free_modulation_weights: bool = False):
         if type(transformer).__module__.startswith("diffusers."):
@@ -97,7 +103,10 @@ class Pipeline(Counterparts, PipelineFolder, LoraMixin):
 
     def to(self, *args, silence_dtype_warnings: bool = True, **kwargs):
         """Move or cast all models, as `torch.nn.Module.to`; returns the pipeline. No dtype warns here, so that
-        `silence_dtype_warnings` is always kept."""
+        `silence_dtype_warnings` is always kept. ValueError for a GPU where torch sees none."""
+        for device in (*args[:1], kwargs.get("device")):
+            if isinstance(device, (str, torch.device)):
+                check_visible("to", device)
         for part in self._modules:
             part.to(*args, **kwargs)
         return self
