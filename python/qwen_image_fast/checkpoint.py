@@ -161,7 +161,7 @@ def load_state_into(
     """
     device = torch.device(device)
     opened = files if isinstance(files, Opened) else open_weights(files, part)
-    _check_fit(model, opened.weights, strict)
+    check_fit(model, opened.weights, strict)
     wanted = model.state_dict().keys()
     taken = {name: weight for name, weight in opened.weights.items() if name in wanted}
     tensors = read_weights(taken, opened.dtype(dtype), device)
@@ -174,7 +174,8 @@ def load_state_into(
     model.to(device)
 
 
-def _check_fit(model: nn.Module, entries: Mapping[str, Weight], strict: bool) -> None:
+def check_fit(model: nn.Module, entries: Mapping[str, Weight], strict: bool = True) -> None:
+    """ValueError where weights, not yet read, are not those of `model`: what is missing, unexpected or different."""
     wanted = model.state_dict()
     problems: dict[str, list[str]] = {"missing": [], "unexpected": [], "different": []}
     for name, tensor in wanted.items():

@@ -106,11 +106,25 @@ def nearest_file(path: PathLike) -> str:
     return f"; did you mean {beside[near[0]]}?" if near else ""
 
 
+def read_text(path: PathLike) -> str:
+    """A text file in UTF-8, with a byte order mark or without; ValueError where it is in another encoding."""
+    content = Path(path).read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} is not text in UTF-8, as line {line} shows; save it as UTF-8 (of GBK, for example: "
+            f"iconv -f GBK -t UTF-8)"
+        ) from error
+
+
 def read_json(path: PathLike) -> dict[str, Any]:
     """The object in a json file; ValueError where the file is not valid json or not an object."""
+    text = read_text(path)
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # also undecodable bytes
+        value = json.loads(text)
+    except ValueError as error:
         raise ValueError(f"{path} is not valid json ({error}); download or write it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a json object, got {type(value).__name__}")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from qwen_image_fast.folders import nearest_file
 from qwen_image_fast.once import warn_once
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ def decode(
         raise ValueError(f"{name} must be a file, an address is not fetched, got {source}")
     if isinstance(source, bytes) and not source:
         raise ValueError(f"{name} could not be read as a picture: it is empty")
+    if not isinstance(source, bytes) and not os.path.exists(source):
+        raise FileNotFoundError(f"{name}: there is no picture {os.fspath(source)}{nearest_file(source)}")
     with _reading(name), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         if largest is not None and image.width * image.height > largest:
             raise ValueError(f"it has {image.width} x {image.height} pixels, more than {largest}")
@@ -93,7 +96,13 @@ def _reading(name: str) -> Iterator[None]:
     except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:
-        reason = "its type is not known" if isinstance(error, UnidentifiedImageError) else error
+        reason: object = error
+        if isinstance(error, UnidentifiedImageError):
+            reason = "its type is not known"
+        elif isinstance(error, IsADirectoryError):
+            reason = "it is a folder"
+        elif isinstance(error, OSError) and error.strerror:
+            reason = error.strerror  # without the number of the error
         raise ValueError(f"{name} could not be read as a picture: {reason}") from error
 
 

@@ -126,9 +126,13 @@ class Request(BaseModel):
         )
         return self.steps - int(max(self.steps - min(self.steps * strength, self.steps), 0))
 
+    def parts(self, opened: Opened) -> list[int]:
+        """Image tokens of all that goes through every step for one picture: the result, and what stands beside it."""
+        return [tokens_of(*self.size(opened))]
+
     def tokens(self, opened: Opened) -> int:
-        """Image tokens of one picture in every step."""
-        return tokens_of(*self.size(opened))
+        """Of them together."""
+        return sum(self.parts(opened))
 
     def call(self, opened: Opened) -> dict[str, Any]:
         """The arguments of the pipeline's call."""
@@ -241,9 +245,9 @@ class Edit(Resized):
             raise RequestError(f"{{image}} must be given once for {self.model}, got {len(self.image)}")
         return "QwenImageEditPipeline" if model_class == "QwenImageEditPipeline" else "QwenImageEditPlusPipeline"
 
-    def tokens(self, opened: Opened) -> int:
+    def parts(self, opened: Opened) -> list[int]:
         pictures = [self.size(opened), *(picture.size for picture in opened["image"])]
-        return sum(4096 if self.megapixel else tokens_of(*size) for size in pictures)
+        return [4096 if self.megapixel else tokens_of(*size) for size in pictures]
 
     def call(self, opened: Opened) -> dict[str, Any]:
         arguments = {**super().call(opened), "preserve_size": not self.megapixel}
@@ -333,8 +337,8 @@ class Layers(Prompted):
         scale = 1.0 if self.exact else (self.resolution**2 / (width * height)) ** 0.5
         return round(width * scale), round(height * scale)
 
-    def tokens(self, opened: Opened) -> int:
-        return (self.count + 2) * tokens_of(*self.size(opened))
+    def parts(self, opened: Opened) -> list[int]:
+        return [tokens_of(*self.size(opened))] * (self.count + 2)
 
 
 AnyRequest = Text | ImageToImage | Inpaint | Edit | ControlNet | Layers

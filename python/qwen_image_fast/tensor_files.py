@@ -26,6 +26,11 @@ DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": tor
 DTYPES |= {"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PICKLES = (b"PK\x03\x04", b"\x80\x02\x8a")  # how files of torch.save begin, the new and the old
+# How files begin that are taken for weights by mistake.
+OTHERS = {
+    b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"RIFF": "a WebP picture", b"GIF8": "a GIF picture",
+    b"GGUF": "a GGUF file", b"%PDF": "a PDF", b"\x1f\x8b": "a gzip archive", b"7z\xbc\xaf": "a 7z archive",
+}  # fmt: skip
 CONVERT = "where you trust it, convert it: safetensors.torch.save_file(torch.load(file, weights_only=True), new_file)"
 READERS = 4  # threads; one alone is bound by the copy out of the page cache
 STAGING_BYTES = 4 << 20  # what each holds on the host besides the result, to convert or to copy to an accelerator
@@ -56,11 +61,15 @@ def read_header(path: str | os.PathLike) -> dict[str, Entry]:
             safe_open(path, framework="pt")  # checks offsets, shapes, types and the length of the file
         except SafetensorError as error:
             what = f"is truncated or not safetensors ({error})"
-            start = file.read(20)
+            start = file.read(64)
             if start.startswith(b"version https://git"):
                 what = "is a Git LFS pointer, not the file itself"
+            elif start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+                what = "is a web page, not the file itself, as of a download that asks to log in"
             elif start.startswith(PICKLES):
                 raise ValueError(f"{path} is a pickle, which can run code, and is not read: {CONVERT}") from error
+            elif kind := next((kind for mark, kind in OTHERS.items() if start.startswith(mark)), None):
+                raise ValueError(f"{path} is {kind}, not a safetensors file") from error
             raise ValueError(f"read_header: {path} ({path.stat().st_size} bytes) {what}; download it again") from error
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -92,7 +93,9 @@ def test_seeds_are_new_each_time(generate):
 
 def test_files_are_kept_unless_overwritten(generate):
     Path("x.png").write_text("mine")
-    assert generate("a cat", "--output", "x.png", "--quiet").stdout.split() == ["x-0001.png"]
+    kept = generate("a cat", "--output", "x.png", "--quiet")
+    assert kept.stdout.split() == ["x-0001.png"]
+    assert kept.stderr == "note: x.png is there and stays: written as x-0001.png; --overwrite replaces it\n"
     assert Path("x.png").read_text() == "mine"
     assert generate("a cat", "--output", "x.png", "--overwrite", "--quiet").stdout.split() == ["x.png"]
     assert read_parameters("x.png")["prompt"] == "a cat"
@@ -141,6 +144,20 @@ def test_a_lora_is_repeated(generate):
         2,
         "--lora could not be read: Input should be a finite number",
     )
+
+
+def test_loras_without_effect_and_twice_are_said(generate):
+    key = "transformer_blocks.0.attn.to_q.lora_{}.weight"
+    save_file({key.format("A"): torch.ones(2, 192), key.format("B"): torch.ones(192, 2)}, "x.safetensors")
+    place = Path("x.safetensors").resolve()
+    result = generate("a cat", "--lora", "x.safetensors=0", "--quiet", "-o", "none.png")
+    assert result.exit_code == 0 and result.stderr == f"note: --lora {place} has no effect with the weight 0\n"
+    twice = ("--lora", "x.safetensors", "--lora", f"{place}=0.5")
+    result = generate("a cat", *twice, "--quiet", "-o", "twice.png", "-s", 1)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == f"note: --lora {place} is given 2 times: its weights add up to 1.5\n"
+    once = generate("a cat", "--lora", "x.safetensors=1.5", "--quiet", "-o", "once.png", "-s", 1)
+    assert once.exit_code == 0 and once.stderr == "" and pixels("once.png") == pixels("twice.png")
 
 
 def test_the_tiny_model_has_its_own_size_and_steps(monkeypatch):
@@ -208,11 +225,12 @@ def test_prompts_are_counted_and_written_as_they_are_done(generate, monkeypatch)
         assert any(line.startswith(f"prompt {n} of 3, step 1/2, ") and line.endswith(" left") for line in lines), lines
 
 
-def test_a_very_large_picture_is_announced(generate, monkeypatch):
+def test_a_very_large_picture_is_announced_once(generate, monkeypatch):
     monkeypatch.setattr("qwen_image_fast.cli.pictures.MANY_TOKENS", 7)
     result = generate("a cat", size="64x32", steps=1)
     assert result.exit_code == 0, result.output
-    assert "note: 64x32 pixels with all that goes in are 8 tokens, 0 times those of 1328x1328" in result.stderr
+    assert result.stderr.count("note:") == 1
+    assert "note: 64x32 pixels with all that goes in are 8 tokens, 0.0 times those of 1328x1328" in result.stderr
 
 
 @pytest.mark.parametrize(("size", "told", "expected"), [("64x32", None, 1), ("64x32", "3", 3), ("512x512", None, 3)])
@@ -247,10 +265,17 @@ def test_inspect_prints_the_command_of_a_picture(generate, prompt):
     assert generate(*options, "--", prompt).exit_code == 0
     shown = CliRunner().invoke(app, ["inspect", "x.png"])
     assert shown.exit_code == 0 and prompt in shown.stdout and "generate --from-image x.png" in shown.stdout
+    assert re.search(r"^negative_prompt +dogs$", shown.stdout, re.M)
     result = CliRunner().invoke(app, [*command_of("x.png"), "-o", "y.png"] if prompt == "a cat" else
                                 ["generate", "-o", "y.png", *command_of("x.png")[1:]])  # fmt: skip
     assert result.exit_code == 0, result.output
     assert Path("y.png").read_bytes() == Path("x.png").read_bytes()
+
+
+def test_inspect_shows_a_space(generate):
+    assert generate("a cat", "-o", "x.png").exit_code == 0
+    shown = CliRunner().invoke(app, ["inspect", "x.png"])
+    assert re.search(r"^negative_prompt +a space$", shown.stdout, re.M)
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,7 @@ ERRORS = [
     (cut_short(), ValueError, "x could not be read as a picture: image file is truncated"),
     (None, TypeError, "x must be a file, a PIL image, an array or a tensor, got NoneType"),
     ("none.png", FileNotFoundError, "none.png"),
-    ("/", ValueError, "x could not be read as a picture: .*s a directory"),
+    ("/", ValueError, "x could not be read as a picture: it is a folder"),
     ("https://host/a.png", ValueError, "x must be a file, an address is not fetched, got https://host/a.png"),
     (b"", ValueError, "x could not be read as a picture: it is empty"),
     (b"GIF89a", ValueError, "x could not be read as a picture: "),

@@ -226,7 +226,7 @@ def test_one_file_of_a_hub_repository_is_downloaded(pipe, tmp_path, monkeypatch,
     """Repositories of LoRAs hold many, of gigabytes each."""
     asked = []
     monkeypatch.setattr(
-        "qwen_image_fast.pipelines.lora.resolve_folder",
+        "qwen_image_fast.models.lora_files.resolve_folder",
         lambda name, allow_patterns, **hub: asked.append((name, allow_patterns, hub)) or tmp_path,
     )
     (tmp_path / "v1").mkdir()

@@ -262,7 +262,7 @@ def test_the_command_line(tiny_folder, tmp_path, states, monkeypatch):
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
     for wrong, code, text in (
         (["--transformer", "q9.gguf"], 2, "there is no file q9.gguf; did you mean q8.gguf?"),
-        (["--transformer", files["vae"]], 1, "vae.safetensors: these are not the weights of a Qwen-Image transformer"),
+        (["--transformer", files["vae"]], 2, "vae.safetensors: these are not the weights of a Qwen-Image transformer"),
         (["--text-encoder", "."], 2, "is a folder; name one of its files"),
     ):
         refused = generate(*call, *wrong)

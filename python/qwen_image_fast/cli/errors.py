@@ -51,7 +51,7 @@ class Sentences(TyperGroup):
         except typer.BadParameter.__base__ as error:  # click's UsageError, of click or of the copy inside typer
             code = BAD_INPUT
             if sentence := error.format_message():  # none where the help is shown instead
-                print_error(sentence)
+                print_error(sentence + _advice(sentence, getattr(error, "ctx", None)))
         except Exception as error:
             code = BAD_INPUT if isinstance(error, FileExistsError) else FAILED  # the name that was asked for is taken
             _print_failure(error)
@@ -60,10 +60,26 @@ class Sentences(TyperGroup):
         sys.exit(code)
 
 
+def _advice(sentence: str, context: typer.Context | None) -> str:
+    """What to do with words that are too many."""
+    if context is None or not sentence.startswith("Got unexpected extra argument"):
+        return ""
+    parameters = context.command.params
+    takes = [p.name for p in parameters if p.param_type_name == "argument"]
+    several = ", or give several by --prompts-file" if any(p.name == "prompts_file" for p in parameters) else ""
+    if not takes:
+        return ""
+    return f": {context.command.name} takes one {takes[0]}; put quotes around one of several words{several}"
+
+
 def print_error(sentence: object) -> None:
-    """Without the name of the function that found it, which errors of the Python API begin with."""
-    text = re.sub(r"^[a-z]+(_[a-z0-9]+)+: ", "", plain(sentence))
-    err.print(f"[bold red]error:[/bold red] {text}", soft_wrap=True, highlight=False)
+    err.print(f"[bold red]error:[/bold red] {escape(sentence_of(sentence))}", soft_wrap=True, highlight=False)
+
+
+def sentence_of(error: object) -> str:
+    """On one line, without the name of the function that found it, which errors of the Python API begin with."""
+    text = system_sentence(error) if isinstance(error, OSError) else str(error)
+    return re.sub(r"^[a-z]+(_[a-z0-9]+)+: ", "", " ".join(text.split()))
 
 
 def plain(text: object) -> str:

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from qwen_image_fast.cli.errors import BAD_INPUT, FAILED, CommandError, failing
 from qwen_image_fast.cli.options import flag
-from qwen_image_fast.folders import HUB_NAME, local_folder, nearest_file, resolve_folder
+from qwen_image_fast.folders import HUB_NAME, local_folder, nearest_file, read_text, resolve_folder
 from qwen_image_fast.model_defaults import GENERATION_FILE
+from qwen_image_fast.pictures import decode, to_mask
 from qwen_image_fast.request import Request
-from qwen_image_fast.request_fields import InputPicture, has_pictures
+from qwen_image_fast.request_fields import InputPicture, Lora, has_pictures
 from qwen_image_fast.weights.places import find_file
 
 
 def prompts_of(path: Path) -> list[str]:
     """The prompts of a file, one per line."""
     try:
-        lines = path.expanduser().read_text(encoding="utf-8-sig").split("\n")
+        lines = read_text(path.expanduser()).split("\n")
     except FileNotFoundError as error:
         raise CommandError(f"there is no file {path}{nearest_file(path)}") from error
     except IsADirectoryError as error:
         raise CommandError(f"{path} is a folder, not a file of prompts") from error
     except PermissionError as error:
         raise CommandError(f"{path} may not be read") from error
-    except UnicodeDecodeError as error:
-        raise CommandError(f"{path} could not be read as UTF-8 text: {error}") from error
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not prompts:
         raise CommandError(f"{path} holds no prompt")
@@ -67,6 +70,7 @@ def settled(
     if request.text_encoder is not None:
         found["text_encoder"] = [_weight_file(file) for file in request.text_encoder]
     found["lora"] = [lora.model_copy(update={"name": lora_file(lora.name)}) for lora in request.lora]
+    _say_loras(found["lora"], note)
     _check_mask(opened)
     return found, opened
 
@@ -98,6 +102,17 @@ def lora_file(name: str) -> str:
     return name
 
 
+def _say_loras(loras: Sequence[Lora], note: Callable[[str], None]) -> None:
+    """Of those that do nothing, or more than may be meant."""
+    for lora in loras:
+        if lora.scale == 0:
+            note(f"--lora {lora.name} has no effect with the weight 0")
+    for name, count in Counter(lora.name for lora in loras).items():
+        if count > 1:
+            whole = sum(lora.scale for lora in loras if lora.name == name)
+            note(f"--lora {name} is given {count} times: its weights add up to {whole:g}")
+
+
 def _found(one: InputPicture, option: str, from_image: Path | None, note) -> tuple[InputPicture, Image.Image]:
     """A picture's file where it is now, or beside the picture that was made of it."""
     path = Path(one.path).expanduser()
@@ -115,30 +130,25 @@ def _found(one: InputPicture, option: str, from_image: Path | None, note) -> tup
 def open_picture(path: Path, option: str, from_image: Path | None = None) -> Image.Image:
     """The first frame, upright."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what is large is said by its tokens
+            return decode(str(path), path)
     except FileNotFoundError as error:
         moved = f"; if {from_image} was made from a file that has moved, give {flag(option)}"
         raise CommandError(
             f"there is no picture {path}{nearest_file(path) if from_image is None else moved}"
         ) from error
-    except IsADirectoryError as error:
-        raise CommandError(f"{path} could not be read as a picture: it is a folder") from error
-    except UnidentifiedImageError as error:
-        raise CommandError(f"{path} could not be read as a picture: it is of no format that Pillow knows") from error
-    except (Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise CommandError(
-            f"{path} could not be read as a picture: {getattr(error, 'strerror', 0) or error}"
-        ) from error
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def _check_mask(opened: dict[str, Any]) -> None:
-    """One pixel of rounding in either side is the same aspect ratio."""
+    """Of the picture's aspect ratio, one pixel of rounding in either side aside, and white somewhere."""
     mask = opened.get("mask")
     if mask is not None:
-        from qwen_image_fast.pipelines.masks import check_ratio
+        from qwen_image_fast.pipelines.masks import check_ratio, check_white
 
         shown = opened["image"] if "image" in opened else opened["control"]
         with failing(BAD_INPUT, ValueError):
             check_ratio("--mask", mask, shown[0] if isinstance(shown, list) else shown)
+            check_white("--mask", to_mask("--mask", mask))

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from qwen_image_fast.cli.progress import Progress
     from qwen_image_fast.output_files import OutputFiles
 
-MANY_TOKENS = 4 * 83 * 83  # four times those of 1328x1328
+MANY_TOKENS = 4 * 83 * 83  # in all, four times those of 1328x1328
+LARGE = 8192  # of one picture: what the released schedules know
 
 
 def draw(name: str, given: dict[str, Any], run: Run) -> None:
@@ -56,10 +57,10 @@ def _draw(name: str, given: dict[str, Any], run: Run) -> None:
         files = _files(request, len(prompts), run)
         width, height = request.size(opened)
         files.check_space(files.count * (width * height * (4 if kind == "layers" else 3) + 1024))
-        _warn(request, opened, run, progress)
+        _warn(request, opened, progress)
         with common.timed(seconds, "load"):
             progress.stage(f"load {given.get('model', request.model)}")
-            pipe, about = _load(request, class_name, run)
+            pipe, about = _load(request, opened, class_name, run)
         share_or_not(pipe.transformer, request.tokens(opened), min(run.batch, len(prompts)) * request.each)
         pipe.on_stage = progress.stage
         made: list[dict[str, Any]] = []
@@ -169,29 +170,36 @@ def _files(request: Request, prompts: int, run: Run) -> OutputFiles:
     if run.output.endswith("/"):
         try:
             output.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            name = run.output.rstrip("/")
+            raise CommandError(f"--output {run.output} must be a folder, {name} is a file: leave the / out") from error
+        except NotADirectoryError as error:
+            raise CommandError(f"the folder {output} could not be made: a part of it is a file") from error
         except OSError as error:
             raise CommandError(f"the folder {output} could not be made: {error.strerror}") from error
     with failing(BAD_INPUT, ValueError):
         return OutputFiles(output, run.overwrite, prompts * getattr(request, "count", request.each))
 
 
-def _warn(request: Request, opened: Mapping[str, Any], run: Run, progress: Progress) -> None:
+def _warn(request: Request, opened: Mapping[str, Any], progress: Progress) -> None:
     """Of work that takes long, before it does; how long, the first step tells."""
-    tokens = request.tokens(opened)
-    if tokens > MANY_TOKENS and not run.quiet:
+    parts = request.parts(opened)
+    if (tokens := sum(parts)) > MANY_TOKENS or max(parts) > LARGE:
         width, height = request.size(opened)
         less = "--megapixel or a smaller --size" if request.kind == "edit" else "a smaller --size"
         progress.note(
-            f"{width}x{height} pixels with all that goes in are {tokens} tokens, {tokens / 83**2:.0f} times those of "
+            f"{width}x{height} pixels with all that goes in are {tokens} tokens, {tokens / 83**2:.1f} times those of "
             f"1328x1328, and attention takes the square of that: the first step tells how long, {less} less"
         )
 
 
-def _load(request: Request, class_name: str, run: Run) -> tuple[Any, dict[str, Any]]:
+def _load(request: Request, opened: Mapping[str, Any], class_name: str, run: Run) -> tuple[Any, dict[str, Any]]:
     """The pipeline on its device and in its dtype, with LoRAs and the Lightning schedule, and what a PNG says of it."""
     import qwen_image_fast as q
+    from qwen_image_fast.cli.checks import check_before_loading
 
     device = common.device_name(run.device)
+    check_before_loading(request, opened, getattr(q, class_name))
     dtype = request.dtype if request.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
     place = {"torch_dtype": common.torch_dtype(dtype), "device": device}
     parts: dict[str, Any] = {n: f for n in ("transformer", "text_encoder", "vae") if (f := getattr(request, n))}
@@ -236,17 +244,25 @@ def _write(
     made = []
     for k, image in enumerate(layers):
         own = {**about, "layer": k + 1} if isinstance(result, list) else about
-        paths = [files.write(image, own)]
+        paths = [_kept(files, files.write(image, own), progress)]
         if run.compare and k == len(layers) - 1:
             from qwen_image_fast.cli.compare import side_by_side
 
             beside = [*(went_in if isinstance(went_in, list) else [went_in]), *layers[:k]]
             other = paths[0].with_name(f"{paths[0].stem}-compare.png")
-            paths.append(OutputFiles(other, run.overwrite, 1).write(side_by_side([*beside, image]), own))
+            more = OutputFiles(other, run.overwrite, 1)
+            paths.append(_kept(more, more.write(side_by_side([*beside, image]), own), progress))
         made += [{"file": str(path), "seed": own["seed"], "prompt": own["prompt"]} for path in paths]
         for path in paths if not run.as_json else []:
             progress.say(str(path) if run.quiet else f"{path}  seed {own['seed']}")
     return made
+
+
+def _kept(files: OutputFiles, written: Path, progress: Progress) -> Path:
+    """Say where another file had the name that was asked for."""
+    if files.single is not None and written != files.single:
+        progress.note(f"{files.single} is there and stays: written as {written}; --overwrite replaces it")
+    return written
 
 
 generate = command("generate", "Make pictures from prompts, or change one, and write them as PNG.", draw)

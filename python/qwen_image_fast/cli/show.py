@@ -37,4 +37,4 @@ def _text(value: Any) -> str:
         return ", ".join(map(_text, value))
     if isinstance(value, dict):
         return str(value["path"]) if "path" in value else f"{value.get('name')} x {value.get('scale')}"
-    return str(value)
+    return ("a space" if value == " " else repr(value)) if str(value).isspace() else str(value)

@@ -14,6 +14,7 @@ from torch import nn
 
 from qwen_image_fast.checkpoint import (
     check_config,
+    check_fit,
     find_weights,
     json_bytes,
     load_state_into,
@@ -23,7 +24,7 @@ from qwen_image_fast.checkpoint import (
     weight_patterns,
 )
 from qwen_image_fast.folders import read_json
-from qwen_image_fast.keywords import check_saving, keyword_names, one_device, one_dtype, refuse
+from qwen_image_fast.keywords import check_saving, check_visible, keyword_names, one_device, one_dtype, refuse
 from qwen_image_fast.weights.formats import Opened, check_part, open_weights
 from qwen_image_fast.weights.places import single_file
 
@@ -79,6 +80,13 @@ class PretrainedModel(nn.Module):
     @property
     def device(self):
         return next(self.parameters()).device
+
+    def to(self, *args, **kwargs):
+        """As `torch.nn.Module.to`. ValueError for a GPU where torch sees none."""
+        for device in (*args[:1], kwargs.get("device")):
+            if isinstance(device, (str, torch.device)):
+                check_visible("to", device)
+        return super().to(*args, **kwargs)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """The number of parameter values; a parameter used in several places counts once."""
@@ -201,11 +209,26 @@ class PretrainedModel(nn.Module):
         opened: Opened | None = None,
     ) -> Model:
         opened = opened or open_weights(files, cls.part)
-        with torch.device("meta"):
-            model = cls.from_config({**config, **({"zero_cond_t": True} if opened.zero_cond_t else {})})
+        model = cls.empty({**config, **({"zero_cond_t": True} if opened.zero_cond_t else {})})
         load_state_into(model, opened, dtype=dtype, device=device)
         model.weight_files = files
         return model.eval()
+
+    @classmethod
+    def empty(cls: type[Model], config: Mapping[str, Any]) -> Model:
+        """The model of a stored configuration without weights, on the meta device."""
+        with torch.device("meta"):
+            return cls.from_config(config)
+
+    @classmethod
+    def check_weights(cls, config: Mapping[str, Any] | None, opened: Opened) -> None:
+        """ValueError where opened files, of which no weight is read, are not those of a stored configuration.
+
+        `config`: None where the file says it by its shapes.
+        """
+        config = cls._config_of(None, opened, {}) if config is None else config
+        model = cls.empty({**config, **({"zero_cond_t": True} if opened.zero_cond_t else {})})
+        check_fit(model, opened.weights)
 
     def save_pretrained(
         self,

@@ -4,24 +4,66 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..checkpoint import PICKLE_SUFFIXES
-from ..folders import read_json
+from ..folders import read_json, resolve_folder
 from ..tensor_files import CONVERT, read_header
 from .lora_keys import Parts, by_layer
 from .lora_kinds import Adapter, Difference, Hadamard, Kronecker, Pair
 
+logger = logging.getLogger(__name__)
+
 _FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _PEFT_DEFAULT = 8  # of r and alpha, where a configuration does not say
+
+
+def locate_lora(
+    source: str | os.PathLike, subfolder: str | None, weight_name: str | None, hub: Mapping[str, Any]
+) -> tuple[Path, str | None]:
+    """A local file, or a folder and the file in it, if that is known; downloaded where `source` is none here."""
+    path = Path(source).expanduser()
+    if path.exists():
+        if hub["revision"] is not None:
+            logger.warning("load_lora_weights: revision has no effect, as %s is a local path", path)
+        if path.is_file():
+            if subfolder is not None or weight_name not in (None, path.name):
+                raise ValueError(
+                    f"load_lora_weights: subfolder and weight_name must be of a folder, got the file {path}"
+                )
+            return path, None
+        return _inside(path, subfolder), weight_name
+    name = os.fspath(source)
+    owner, repository, file = (*name.split("/", 2), "", "")[:3]
+    if Path(name).suffix in {".safetensors", *PICKLE_SUFFIXES}:
+        if path.parent.is_dir() or not file or owner in ("", ".", "..", "~"):
+            raise FileNotFoundError(missing(path))
+        if weight_name is None:
+            name, weight_name = f"{owner}/{repository}", file
+    inner = f"{subfolder}/" if subfolder else ""
+    patterns = [inner + pattern for pattern in (weight_name or "*.safetensors", "*adapter_config.json")]
+    return _inside(resolve_folder(name, allow_patterns=patterns, **hub), subfolder), weight_name
+
+
+def _inside(folder: Path, subfolder: str | None) -> Path:
+    if subfolder is None:
+        return folder
+    if not (folder / subfolder).is_dir():
+        there = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "none"
+        raise FileNotFoundError(
+            f"load_lora_weights: {folder} has no subfolder {subfolder!r}; subfolders there: {there}"
+        )
+    return folder / subfolder
 
 
 def read_lora(path: Path, weight_name: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -30,27 +72,32 @@ def read_lora(path: Path, weight_name: str | None = None) -> tuple[dict[str, Ten
     Raises:
         FileNotFoundError, ValueError: no file, several, or a damaged one; what is wrong is named.
     """
-    file = _find(path, weight_name)
+    file = find_lora(path, weight_name)
     if file.suffix in PICKLE_SUFFIXES:
         raise ValueError(_pickled(file))
     read_header(file)  # a damaged file is named
     with safe_open(file, framework="pt") as content:
         state = {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118  not a dict
-        text = (content.metadata() or {}).get("lora_adapter_metadata", "{}")
+        metadata = content.metadata() or {}
+    return state, lora_config(file, metadata)
+
+
+def lora_config(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's configuration of a file: of its own texts, or beside it; empty where there is none."""
     try:
-        config = dict(json.loads(text))
+        config = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"load_lora_weights: lora_adapter_metadata of {file} must be a JSON object") from error
     if file.name == _FILES[1] and (file.parent / "adapter_config.json").is_file():
         config = read_json(file.parent / "adapter_config.json")
-    return state, config
+    return config
 
 
 def _pickled(file: Path) -> str:
     return f"{file} is a pickle, which can run code, and only safetensors are loaded: {CONVERT}"
 
 
-def _find(path: Path, weight_name: str | None) -> Path:
+def find_lora(path: Path, weight_name: str | None = None) -> Path:
     """The file at `path`, or the one in that folder."""
     if weight_name is not None and not path.is_file():
         path = path / weight_name
@@ -114,6 +161,20 @@ def _adapter(name: str, parts: Parts, layer: Any, config: Mapping[str, Any]) -> 
             raise ValueError(f"load_lora_weights: {name} must hold finite numbers, got NaN or infinity in its {part}")
     if "alpha" in parts and parts["alpha"].numel() != 1:
         raise ValueError(f"load_lora_weights: alpha of {name} must be one number, got {parts['alpha'].numel()}")
+    change, rank, shape = _change(name, parts, layer)
+    scale = 1.0 if rank is None else _scale(name, rank, parts.get("alpha"), config)
+    bias = parts.get("diff_b")
+    if "lora_B.bias" in parts:
+        bias = parts["lora_B.bias"].float() * scale
+    if bias is not None:
+        _check_bias(name, bias, layer)
+    elif change is None:
+        raise ValueError(f"load_lora_weights: {name} must have an adapter beside its {' and '.join(sorted(parts))}")
+    return Adapter(change, scale, _magnitude(name, parts.get("dora_scale"), shape, change), bias)
+
+
+def _change(name: str, parts: Parts, layer: Any) -> tuple[Any, int | None, list[int]]:
+    """The change of a layer's weight, if there is one, its rank, if it has one, and the weight's shape."""
     given = parts.keys() - {"alpha", "dora_scale", "diff_b", "lora_B.bias"}
     kinds = {key.split("_")[0] for key in given}
     if len(kinds) > 1:
@@ -125,15 +186,29 @@ def _adapter(name: str, parts: Parts, layer: Any, config: Mapping[str, Any]) -> 
             f"load_lora_weights: {name} is a norm, for which a file may only hold a difference, got {', '.join(parts)}"
         )
     change, rank = _KINDS[kinds.pop()](name, parts, shape) if kinds else (None, None)
-    scale = 1.0 if rank is None else _scale(name, rank, parts.get("alpha"), config)
-    bias = parts.get("diff_b")
-    if "lora_B.bias" in parts:
-        bias = parts["lora_B.bias"].float() * scale
-    if bias is not None:
-        _check_bias(name, bias, layer)
-    elif change is None:
-        raise ValueError(f"load_lora_weights: {name} must have an adapter beside its {' and '.join(sorted(parts))}")
-    return Adapter(change, scale, _magnitude(name, parts.get("dora_scale"), shape, change), bias)
+    return change, rank, shape
+
+
+class Described(NamedTuple):
+    """What a layer's adapter is; alpha: None where the file says none, for a scale of 1."""
+
+    kind: str
+    rank: int | None
+    alpha: float | None
+
+
+def describe_adapters(layers: Mapping[str, Parts], model: nn.Module, config: Mapping[str, Any]) -> dict[str, Described]:
+    """The adapters of layers of `model`, of which alone the alphas must have values. ValueError: other shapes."""
+    found = {}
+    for name, parts in layers.items():
+        change, rank, _ = _change(name, parts, model.get_submodule(name))
+        alpha = float(parts["alpha"]) if "alpha" in parts else None
+        if alpha is None and config and rank is not None:
+            key = "lora_alpha" if "lora_alpha" in config else "alpha"
+            alpha = pattern_value(config.get("alpha_pattern"), name, config.get(key, _PEFT_DEFAULT))
+        kind = "DoRA" if "dora_scale" in parts else KINDS.get(type(change), "differences of biases")
+        found[name] = Described(kind, rank or None, alpha)
+    return found
 
 
 def _check_bias(name: str, bias: Tensor, layer: Any) -> None:
@@ -233,6 +308,7 @@ def _difference(name: str, parts: Parts, shape: list[int]) -> tuple[Difference, 
 
 
 _KINDS: dict[str, Any] = {"lora": _pair, "hada": _hadamard, "lokr": _kronecker, "diff": _difference}
+KINDS = {Pair: "LoRA", Hadamard: "LoHa", Kronecker: "LoKr", Difference: "differences of weights"}
 
 
 def _scale(name: str, rank: int, alpha: Tensor | None, config: Mapping[str, Any]) -> float:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..weights.formats import CALLED, parts_of_names
 from .lora import LoraLinear
 
 # The tensors of one layer by part: lora_A, lora_B, lora_B.bias, hada_w1_a, ..., lokr_w1, ..., diff, diff_b, alpha and
@@ -87,11 +88,22 @@ def by_layer(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Parts]:
         if part in found[name]:
             raise ValueError(f"load_lora_weights: {name} must have one adapter, got a second one with {key}")
         found[name][part] = tensor
+    if unknown and (parts := parts_of_names(unknown)):
+        raise ValueError(
+            f"load_lora_weights: this is no LoRA: it holds the weights of {CALLED[parts[0]]}, which are loaded as "
+            f"{parts[0]}="
+        )
     if unknown or not found:
         raise ValueError(
             f"load_lora_weights: keys must be LoRA pairs of layers of {type(model).__name__}, got {_shown(unknown)}"
         )
     return found
+
+
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether any of a file's keys is an adapter's."""
+    matches = (_KEY.fullmatch(key) for key in keys)
+    return any(m and (m["lora_A"] or m["lora_B"] or m["other"] or m["diff"] or m["diff_b"]) for m in matches)
 
 
 def _is_norm(module: Any) -> bool:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import find_weights, load_state_into, read_config
+from ..checkpoint import check_fit, find_weights, load_state_into, read_config
 from ..once import warn_once
-from ..weights.formats import check_part, open_weights
+from ..weights.formats import Opened, check_part, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -204,22 +204,43 @@ def load_text_encoder(
         FileNotFoundError: no config, no weights, or a missing shard.
         ValueError: another model family, only pickled weights, or weights that do not match the config.
     """
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
-
     folder = Path(folder)
+    files, opened = _open(folder, vision, variant, files)
+    model = empty_text_encoder(folder, vision)
+    holder = under_stored_names(model, opened.weights)
+    load_state_into(holder, opened, dtype=torch_dtype, device=device, strict=False)  # passes over the head
+    model.weight_files, model.settings_folder = files, folder
+    return model.eval()
+
+
+def check_text_encoder(folder: Path, vision: bool, variant: str | None, files: Sequence[Path] | None) -> None:
+    """What `load_text_encoder` would refuse, from headers, without reading a weight; raises as it does."""
+    opened = _open(folder, vision, variant, files)[1]
+    check_fit(under_stored_names(empty_text_encoder(folder, vision), opened.weights), opened.weights, strict=False)
+
+
+def _open(folder: Path, vision: bool, variant: str | None, files: Sequence[Path] | None) -> tuple[list[Path], Opened]:
+    """The files of the weights, given or of the folder, opened."""
     family = read_config(folder).get("model_type")
     if family != "qwen2_5_vl":
         raise ValueError(f"load_text_encoder: model_type in {folder} must be 'qwen2_5_vl', got {family!r}")
-    own = files is None
-    files = find_weights(folder, base_name="model", variant=variant) if files is None else list(files)
+    if files is None:
+        own = find_weights(folder, base_name="model", variant=variant)
+        return own, open_weights(own, "text_encoder")
+    files = list(files)
     opened = open_weights(files, "text_encoder")
-    if not own:
-        check_part(opened, files, "text_encoder")
-        if vision and not any("visual." in name for name in opened.weights):
-            raise ValueError(
-                f"load_text_encoder: {' and '.join(map(str, files))} must hold the vision tower, which pictures need; "
-                "llama.cpp has it in a second file, named mmproj: name both"
-            )
+    check_part(opened, files, "text_encoder")
+    if vision and not any("visual." in name for name in opened.weights):
+        raise ValueError(
+            f"load_text_encoder: {' and '.join(map(str, files))} must hold the vision tower, which pictures need; "
+            "llama.cpp has it in a second file, named mmproj: name both"
+        )
+    return files, opened
+
+
+def empty_text_encoder(folder: Path, vision: bool) -> Any:
+    """The model of a folder's configuration on the meta device, but for what no file holds."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
     config = Qwen2_5_VLConfig.from_pretrained(folder)
     with torch.device("meta"):
@@ -233,11 +254,7 @@ def load_text_encoder(
             model.set_submodule(name, rope[type(module)])
     if not vision:
         model.visual = None
-
-    holder = under_stored_names(model, opened.weights)
-    load_state_into(holder, opened, dtype=torch_dtype, device=device, strict=False)  # passes over the head
-    model.weight_files, model.settings_folder = files, folder
-    return model.eval()
+    return model
 
 
 def under_stored_names(model: Any, keys: Iterable[str]) -> nn.ModuleDict:

@@ -27,6 +27,7 @@ from qwen_image_fast.models.vision import IMAGE_TOKEN, Seen, VisionProcessor, en
 from qwen_image_fast.pictures import Picture, to_rgb
 from qwen_image_fast.pipelines.images import area_size, pad_to_multiple, resize, shrink, to_tensor
 from qwen_image_fast.pipelines.latents import latent_statistics, pack_latents
+from qwen_image_fast.pipelines.masks import check_reach
 
 CONDITION_AREA = 384 * 384  # of Edit-Plus' pictures for Qwen2.5-VL
 VAE_AREA = 1024 * 1024
@@ -162,6 +163,13 @@ def mask_tokens(mask: Image.Image, height: int, width: int, channels: int) -> Te
     white = torch.from_numpy(np.asarray(mask.convert("L"), dtype=np.float32) / 255)[None, None] >= 0.5
     latent = F.interpolate(white.float(), size=(height, width))
     return pack_latents(latent.expand(1, channels, height, width)[:, :, None])[0]
+
+
+def check_effect(name: str, mask: Image.Image, width: int, height: int, scale: int = 8) -> None:
+    """ValueError where a mask changes nothing of a picture that is made in that size, kept to the pixel."""
+    latent = -(-height // (2 * scale)) * 2, -(-width // (2 * scale)) * 2
+    fitted = fit(mask, (height, width), latent, scale, pad=True)
+    check_reach(name, bool(mask_tokens(fitted, *latent, channels=1).any()), width, height)
 
 
 def fit(image: Image.Image, pixels: tuple[int, int], latent: tuple[int, int], scale: int, pad: bool) -> Image.Image:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from qwen_image_fast.models.controlnet import QwenImageControlNetModel
@@ -14,11 +15,11 @@ from qwen_image_fast.models.packing import pack
 from qwen_image_fast.pictures import to_mask, to_rgb
 from qwen_image_fast.pipelines.arguments import Arguments, check_number, per_prompt
 from qwen_image_fast.pipelines.base import CONTROLNET, QwenImagePipelineOutput
-from qwen_image_fast.pipelines.conditions import encode_distribution, normalized
+from qwen_image_fast.pipelines.conditions import check_effect, encode_distribution, normalized
 from qwen_image_fast.pipelines.generation import GenerationPipeline
 from qwen_image_fast.pipelines.images import resize, to_tensor
 from qwen_image_fast.pipelines.latents import pack_latents
-from qwen_image_fast.pipelines.masks import check_ratio, check_reach, check_white
+from qwen_image_fast.pipelines.masks import check_ratio, check_white
 from qwen_image_fast.sampling import Residuals, Sample
 
 
@@ -52,11 +53,8 @@ class ControlPipeline(GenerationPipeline):
                 raise TypeError(
                     f"controlnet must be a QwenImageControlNetModel of this package, or several, got {kind}"
                 )
-            if transformer is not None and (own := _family(net)) != (expected := _family(transformer)):
-                different = {name: (value, own[name]) for name, value in expected.items() if own[name] != value}
-                raise ValueError("controlnet must be of the transformer's family: " + "; ".join(
-                    f"{name} must be {value}, got {got}" for name, (value, got) in different.items()
-                ))  # fmt: skip
+            if transformer is not None:
+                check_family(net, transformer)
 
     @property
     def controlnets(self) -> list[QwenImageControlNetModel]:
@@ -80,11 +78,13 @@ class ControlPipeline(GenerationPipeline):
         )))  # fmt: skip
         sizes = self._sizes(call, height, width)
         self._say_size(sizes)
+        for net in nets:
+            check_masked(net, control_mask is not None)
+        given = [self._control_pictures(call, image, control_mask, sizes) for image in images]
         cond, uncond = self._conditions(call)
         generator, seeds = self._generators(call, len(cond))
         with self._stage("encode"):
-            tokens = [self._control_tokens(call, net, image, control_mask, sizes, generator)
-                      for net, image in zip(nets, images)]  # fmt: skip
+            tokens = [self._control_tokens(*own, sizes, generator) for own in given]
         samples = [
             Sample(x, (1, h // 2, w // 2), cond[i], None if uncond is None else uncond[i])
             for i, (x, (h, w)) in enumerate(zip(self._noise(call, sizes, generator), sizes))
@@ -117,38 +117,58 @@ class ControlPipeline(GenerationPipeline):
             raise ValueError(f"control_image must hold one for each of the {len(nets)} ControlNets, got {got}")
         return nets, list(control_image)
 
-    def _control_tokens(self, call, net, image, mask, sizes, generator) -> Tensor:
+    def _control_pictures(self, call, image, mask, sizes) -> tuple[list[Image.Image], list[Image.Image] | None]:
+        """A control picture of every image, and its mask if there is one, in pixels of the image."""
+        each, count, scale = call.num_images_per_prompt, self._count(call), self.vae_scale_factor
+        pixels = [(w * scale, h * scale) for h, w in sizes]
+        pictures = [to_rgb("control_image", one) for one in per_prompt("control_image", image, count)]
+        fitted = [resize(pictures[k // each], *size) for k, size in enumerate(pixels)]
+        if mask is None:
+            return fitted, None
+        masks = [to_mask("control_mask", one) for one in per_prompt("control_mask", mask, count)]
+        for own, picture in zip(masks, pictures):
+            check_ratio("control_mask", own, picture)
+            check_white("control_mask", own)
+        for k, (width, height) in enumerate(pixels[::each]):
+            check_effect("control_mask", masks[k], width, height, scale)
+        return fitted, [resize(masks[k // each], *size) for k, size in enumerate(pixels)]
+
+    def _control_tokens(self, pictures, masks, sizes, generator) -> Tensor:
         """The packed condition of all images: normalised latents, drawn from the VAE's distribution; with a mask of
         the picture blanked where it is white, and what is kept of each latent pixel."""
-        extra = net.config.extra_condition_channels
-        if (extra == 0) != (mask is None):
-            what = "a union ControlNet, which takes no mask" if extra == 0 else "an inpainting ControlNet"
-            raise ValueError(f"controlnet must fit the pipeline, got {what}")
-        each, count = call.num_images_per_prompt, self._count(call)
-        pictures = [to_rgb("control_image", one) for one in per_prompt("control_image", image, count)]
-        masks = None
-        if mask is not None:
-            masks = [to_mask("control_mask", one) for one in per_prompt("control_mask", mask, count)]
-            for own, picture in zip(masks, pictures):
-                check_ratio("control_mask", own, picture)
-                check_white("control_mask", own)
         single = generator is None or isinstance(generator, torch.Generator)
-        rows, scale = [], self.vae_scale_factor
+        rows = []
         for k, (h, w) in enumerate(sizes):
-            pixels = to_tensor(resize(pictures[k // each], w * scale, h * scale))
+            pixels = to_tensor(pictures[k])
             white = None
             if masks is not None:
-                grey = resize(masks[k // each], w * scale, h * scale).convert("L")
-                white = (to_tensor(grey.convert("RGB"))[:, :1] >= 0).float()
+                white = (to_tensor(masks[k].convert("L").convert("RGB"))[:, :1] >= 0).float()
                 pixels = pixels.masked_fill(white.bool(), -1)
             distribution = encode_distribution(self.vae, pixels)
             latents = normalized(self.vae, distribution.sample(generator if single else generator[k]))
             if white is not None:
                 kept = 1 - torch.nn.functional.interpolate(white[:, :, 0], size=(h, w))[:, :, None]
-                check_reach("control_mask", not kept.all(), w * scale, h * scale)
                 latents = torch.cat([latents, kept.to(latents)], 1)
             rows.append(pack_latents(latents)[0].to(self.device, self.dtype))
         return torch.cat(rows)
+
+
+def check_family(net, transformer) -> None:
+    """ValueError unless a ControlNet, on any device, is one for this transformer."""
+    if (own := _family(net)) != (expected := _family(transformer)):
+        different = {name: (value, own[name]) for name, value in expected.items() if own[name] != value}
+        raise ValueError("controlnet must be of the transformer's family: " + "; ".join(
+            f"{name} must be {value}, got {got}" for name, (value, got) in different.items()
+        ))  # fmt: skip
+
+
+def check_masked(net, masked: bool) -> None:
+    """ValueError unless a ControlNet is made for a call with a mask, or without."""
+    if (net.config.extra_condition_channels > 0) != masked:
+        what = (
+            "an inpainting ControlNet, which needs a mask" if not masked else "a union ControlNet, which takes no mask"
+        )
+        raise ValueError(f"controlnet must fit the pipeline, got {what}")
 
 
 def _family(model) -> dict[str, object]:

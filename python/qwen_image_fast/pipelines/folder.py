@@ -11,29 +11,20 @@ from typing import Any, ClassVar
 
 import torch
 
-from qwen_image_fast.checkpoint import BASE_NAME, has_weights, json_bytes
+from qwen_image_fast.checkpoint import json_bytes
 from qwen_image_fast.files import atomic_write
 from qwen_image_fast.folders import DOWNLOAD_PATTERNS, read_json, resolve_folder
 from qwen_image_fast.keywords import check_saving, keyword_names, one_device, part_dtypes, refuse
 from qwen_image_fast.model_defaults import GENERATION_FILE
-from qwen_image_fast.models.controlnet import QwenImageControlNetModel
 from qwen_image_fast.models.text_encoder import load_captioner, load_text_encoder
 from qwen_image_fast.models.text_encoder_files import save_text_encoder
-from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
-from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.models.vision import VisionProcessor
+from qwen_image_fast.pipelines.parts import MODELS, WEIGHTS, check_parts, settings_of, variants_of
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler
 from qwen_image_fast.weights.formats import parts_in
 from qwen_image_fast.weights.places import single_file
 
 logger = logging.getLogger(__name__)
-
-MODELS = {
-    "transformer": QwenImageTransformer2DModel,
-    "vae": AutoencoderKLQwenImage,
-    "controlnet": QwenImageControlNetModel,
-}
-WEIGHTS = {**dict.fromkeys(MODELS, BASE_NAME), "text_encoder": "model"}  # base names of the parts' weights
 
 
 class PipelineFolder:
@@ -101,10 +92,12 @@ class PipelineFolder:
             )
         missing = [n for n in cls.parts if n not in components and n in index and index[n] in (None, [None, None])]
         read = [n for n in cls.parts if n not in components and n not in missing]
-        variants = _variants(folder, [n for n in read if n in WEIGHTS], variant)
+        variants = variants_of(folder, [n for n in read if n in WEIGHTS], variant)
+        files = {n: cls._files(n, c, hub) for n, c in components.items() if _is_file(c)}
+        check_parts(folder, read, variants, files, cls.uses_vision, cls.writes_captions)
         loaded: dict[str, Any] = {}
-        for name, files in {n: c for n, c in components.items() if _is_file(c)}.items():
-            components[name] = cls._load_files(folder, name, files, {"torch_dtype": dtypes[name], "device": where}, hub)
+        for name, paths in files.items():
+            components[name] = cls._load_files(folder, name, paths, {"torch_dtype": dtypes[name], "device": where})
         for name in read:
             models = {"torch_dtype": dtypes[name], "device": where, "variant": variants.get(name)}
             loaded[name] = cls._load(folder, name, models)
@@ -128,16 +121,19 @@ class PipelineFolder:
         return _load_settings(folder, name)
 
     @classmethod
-    def _load_files(cls, folder: Path, name: str, files: Any, models: dict[str, Any], hub: dict[str, Any]) -> Any:
-        """A part with weights from files, and settings from its place in the folder."""
+    def _files(cls, name: str, given: Any, hub: Mapping[str, Any]) -> list[Path]:
+        """The files that a part's weights are to be read from, on this disk."""
+        one = isinstance(given, (str, os.PathLike))
+        if not (name in MODELS and one) and (name != "text_encoder" or cls.writes_captions):
+            raise TypeError(f"from_pretrained: {name} must be the part itself for a {cls.__name__}, got {given}")
         hub = {key: value for key, value in hub.items() if key != "revision"}  # which is the folder's
-        settings = folder / name if (folder / name / "config.json").is_file() else None
-        if name in MODELS and isinstance(files, (str, os.PathLike)):
-            return MODELS[name].from_single_file(files, config=settings, **models, **hub)
-        if name != "text_encoder" or cls.writes_captions:
-            raise TypeError(f"from_pretrained: {name} must be the part itself for a {cls.__name__}, got {files}")
-        files = [files] if isinstance(files, (str, os.PathLike)) else files
-        paths = [single_file(file, **hub) for file in files]
+        return [single_file(file, **hub) for file in ([given] if one else given)]
+
+    @classmethod
+    def _load_files(cls, folder: Path, name: str, paths: list[Path], models: dict[str, Any]) -> Any:
+        """A part with weights from files, and settings from its place in the folder."""
+        if name in MODELS:
+            return MODELS[name].from_single_file(paths[0], config=settings_of(folder, name), **models)
         return load_text_encoder(folder / name, vision=cls.uses_vision, files=paths, **models)
 
     @classmethod
@@ -219,21 +215,6 @@ def _without(parts: Iterable[str], given: Mapping[str, Any]) -> list[str] | None
         return None
     settings = [pattern for pattern in DOWNLOAD_PATTERNS if pattern != "*.safetensors"]
     return settings + [f"{part}/*.safetensors" for part in parts if part not in given]
-
-
-def _variants(folder: Path, names: list[str], variant: str | None) -> dict[str, str]:
-    """The variant of the parts that have it. ValueError where none has."""
-    if variant is None:
-        return {}
-    having = [name for name in names if has_weights(folder / name, WEIGHTS[name], variant)]
-    if not having and names:
-        raise ValueError(
-            f"from_pretrained: variant must be one that {folder} has, got {variant!r}: no part has files like "
-            f"{WEIGHTS[names[0]]}.{variant}.safetensors"
-        )
-    if others := [name for name in names if name not in having]:
-        logger.warning("variant %s: read without it, for lack of such files: %s", variant, ", ".join(others))
-    return dict.fromkeys(having, variant)
 
 
 def _load_settings(folder: Path, name: str) -> Any:

@@ -100,10 +100,11 @@ class GenerationPipeline(PromptPipeline):
         return 2 * tokens[0], 2 * tokens[1]
 
     def _say_size(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """Warn, before minutes of silence, of latents, height and width, larger than any that the schedule knows."""
+        """Warn, before minutes of silence, of latents, height and width, larger than any that the schedule knows; not
+        where stages are told, by whoever also tells of sizes."""
         known = self.scheduler.config.get("max_image_seq_len", 8192)
         height, width = max(sizes, key=lambda size: size[0] * size[1], default=(0, 0))
-        if (tokens := height * width // 4) > known:
+        if (tokens := height * width // 4) > known and self.on_stage is None:
             warn_once(
                 logger, self, "a picture of %dx%d has %d tokens, where the model knows up to %d, and time grows with "
                 "their square: give a smaller height and width, or a smaller picture",

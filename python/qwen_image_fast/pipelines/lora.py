@@ -6,15 +6,13 @@ import inspect
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from qwen_image_fast.checkpoint import PICKLE_SUFFIXES
-from qwen_image_fast.folders import nearest, resolve_folder
+from qwen_image_fast.folders import nearest
 from qwen_image_fast.models.lora import TEXT_ENCODER, adapters_of
-from qwen_image_fast.models.lora_files import missing, parse_lora, read_lora
+from qwen_image_fast.models.lora_files import locate_lora, parse_lora, read_lora
 from qwen_image_fast.models.lora_keys import component_config, split_components, without_absent
 from qwen_image_fast.models.lora_kinds import Adapter
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler, named_schedule
@@ -77,7 +75,7 @@ class LoraMixin:
             state = dict(source)
         else:
             hub = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
-            path, weight_name = _locate(source, subfolder, weight_name, {"revision": revision, **hub})
+            path, weight_name = locate_lora(source, subfolder, weight_name, {"revision": revision, **hub})
             state, config = read_lora(path, weight_name)
         if prefix is not None:
             state = {k.removeprefix(f"{prefix}."): t for k, t in state.items() if k.startswith(f"{prefix}.")}
@@ -95,18 +93,12 @@ class LoraMixin:
 
     def _parse_adapters(self, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Adapter]:
         """The layers of both models."""
-        own, whole = split_components(state)
-        text = {} if self.text_encoder is None else without_absent(whole, self.text_encoder)
-        if len(text) < len(whole):
+        layers, text, left = parse_components(state, config, self.transformer, self.text_encoder)
+        if left:
             what = "the text encoder" if self.text_encoder is None else "parts of the text encoder"
             logger.warning(
-                "load_lora_weights: %d tensors for %s are left out, as this pipeline runs without",
-                len(whole) - len(text),
-                what,
+                "load_lora_weights: %d tensors for %s are left out, as this pipeline runs without", left, what
             )
-        layers = {}
-        if own or not text:
-            layers = parse_lora(own, self.transformer, component_config(config, "transformer"))
         if text:
             adapters = adapters_of(self.transformer)
             if adapters.text_encoder not in (None, self.text_encoder):
@@ -114,8 +106,7 @@ class LoraMixin:
                     "load_lora_weights: the transformer has adapters together with another text encoder; unload them "
                     "there"
                 )
-            found = parse_lora(text, self.text_encoder, component_config(config, "text_encoder"))
-            layers |= {TEXT_ENCODER + name: adapter for name, adapter in found.items()}
+            layers |= {TEXT_ENCODER + name: adapter for name, adapter in text.items()}
             adapters.text_encoder = self.text_encoder
         return layers
 
@@ -191,42 +182,18 @@ class LoraMixin:
         return arguments
 
 
-def _locate(
-    source: str | os.PathLike, subfolder: str | None, weight_name: str | None, hub: Mapping[str, Any]
-) -> tuple[Path, str | None]:
-    """A local file, or a folder and the file in it, if that is known; downloaded where `source` is none here."""
-    path = Path(source).expanduser()
-    if path.exists():
-        if hub["revision"] is not None:
-            logger.warning("load_lora_weights: revision has no effect, as %s is a local path", path)
-        if path.is_file():
-            if subfolder is not None or weight_name not in (None, path.name):
-                raise ValueError(
-                    f"load_lora_weights: subfolder and weight_name must be of a folder, got the file {path}"
-                )
-            return path, None
-        return _inside(path, subfolder), weight_name
-    name = os.fspath(source)
-    owner, repository, file = (*name.split("/", 2), "", "")[:3]
-    if Path(name).suffix in {".safetensors", *PICKLE_SUFFIXES}:
-        if path.parent.is_dir() or not file or owner in ("", ".", "..", "~"):
-            raise FileNotFoundError(missing(path))
-        if weight_name is None:
-            name, weight_name = f"{owner}/{repository}", file
-    inner = f"{subfolder}/" if subfolder else ""
-    patterns = [inner + pattern for pattern in (weight_name or "*.safetensors", "*adapter_config.json")]
-    return _inside(resolve_folder(name, allow_patterns=patterns, **hub), subfolder), weight_name
+def parse_components(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], transformer: Any, text_encoder: Any
+) -> tuple[dict[str, Adapter], dict[str, Adapter], int]:
+    """The adapters of the transformer and of the text encoder, and how many tensors of the latter are left out.
 
-
-def _inside(folder: Path, subfolder: str | None) -> Path:
-    if subfolder is None:
-        return folder
-    if not (folder / subfolder).is_dir():
-        there = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "none"
-        raise FileNotFoundError(
-            f"load_lora_weights: {folder} has no subfolder {subfolder!r}; subfolders there: {there}"
-        )
-    return folder / subfolder
+    The models may be on the meta device; `text_encoder`: None: its part is left out. ValueError: as `parse_lora`.
+    """
+    own, whole = split_components(state)
+    text = {} if text_encoder is None else without_absent(whole, text_encoder)
+    layers = parse_lora(own, transformer, component_config(config, "transformer")) if own or not text else {}
+    found = parse_lora(text, text_encoder, component_config(config, "text_encoder")) if text else {}
+    return layers, found, len(whole) - len(text)
 
 
 def _unknown(name: str) -> str:

@@ -98,16 +98,22 @@ def check_part(opened: Opened, files: Sequence[Path], part: str) -> None:
 
 def parts_in(path: Path) -> list[str]:
     """Which parts of a model a file holds, by the names of its tensors; ValueError where it holds none."""
-    tensors, _, architecture = _contents(path)
-    found = [part for part in CALLED if any(names.KNOWN[part].fullmatch(n) for n in _names(tensors, part).values())]
+    tensors, _, architecture = contents(path)
+    found = parts_of_names(tensors)
     if not found:
         what = f"is a GGUF of the architecture {architecture}" if architecture else f"holds {', '.join([*tensors][:3])}"
         raise ValueError(f"{path} {what}: these are the weights of no part of Qwen-Image")
     return found
 
 
+def parts_of_names(tensors: Iterable[str]) -> list[str]:
+    """Which parts of a model tensors of these names are of."""
+    names_ = list(tensors)
+    return [part for part in CALLED if any(names.KNOWN[part].fullmatch(n) for n in our_names(names_, part))]
+
+
 def _open(path: Path, part: str | None) -> tuple[dict[str, Weight], set[str]]:
-    tensors, metadata, architecture = _contents(path)
+    tensors, metadata, architecture = contents(path)
     wanted = ARCHITECTURES.get(part or "", set())
     if architecture and wanted and architecture not in wanted:
         raise ValueError(
@@ -117,7 +123,7 @@ def _open(path: Path, part: str | None) -> tuple[dict[str, Weight], set[str]]:
     return _decodable(path, tensors, part, metadata), set(tensors)
 
 
-def _contents(path: Path) -> tuple[Mapping[str, Weight], Mapping[str, str], str]:
+def contents(path: Path) -> tuple[Mapping[str, Weight], Mapping[str, str], str]:
     """The tensors of a file, the texts of a safetensors file, the architecture of a GGUF."""
     with open(path, "rb") as file:
         start = file.read(9)
@@ -167,11 +173,9 @@ def _check_once(path: Path, ours: Mapping[str, str]) -> None:
         theirs[our] = name
 
 
-def _names(tensors: Iterable[str], part: str) -> dict[str, str]:
-    """The names of a part's tensors, and ours."""
-    bare = names.without_prefix(tensors, part)
-    ours = _renamed(bare.values(), part)
-    return {name: ours[without] for name, without in bare.items()}
+def our_names(tensors: Iterable[str], part: str) -> list[str]:
+    """Our names of the tensors that are a part's, of the names in a file."""
+    return list(_renamed(names.without_prefix(tensors, part).values(), part).values())
 
 
 def _renamed(bare: Iterable[str], part: str | None) -> dict[str, str]:

@@ -1,0 +1,100 @@
+"""What is wrong with masks and files of weights, before a model is loaded: by headers and configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qwen_image_fast.checkpoint import find_weights, pretrained_folder, read_config, weight_patterns
+from qwen_image_fast.cli.errors import BAD_INPUT, CommandError, sentence_of
+from qwen_image_fast.cli.options import flag
+from qwen_image_fast.folders import read_json
+from qwen_image_fast.models.controlnet import QwenImageControlNetModel
+from qwen_image_fast.models.lora_files import locate_lora, read_lora
+from qwen_image_fast.models.lora_keys import split_components
+from qwen_image_fast.models.text_encoder import empty_text_encoder
+from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
+from qwen_image_fast.pictures import to_mask
+from qwen_image_fast.pipelines.conditions import VAE_AREA, check_effect
+from qwen_image_fast.pipelines.control import check_family, check_masked
+from qwen_image_fast.pipelines.images import area_size
+from qwen_image_fast.pipelines.lora import parse_components
+from qwen_image_fast.request import Request
+from qwen_image_fast.weights.formats import check_part, open_weights
+
+
+def check_before_loading(request: Request, opened: Mapping[str, Any], pipeline: Any) -> None:
+    """CommandError for what the pipeline, of that class, would refuse only once it is loaded."""
+    if "mask" in opened:
+        _check_mask(request, opened)
+    _check_files(request)
+    if request.kind != "controlnet" and not request.lora:
+        return
+    transformer = QwenImageTransformer2DModel.empty(read_config(_part(request, "transformer")))
+    if request.kind == "controlnet":
+        _check_net(request.net, "mask" in opened, transformer)  # type: ignore[attr-defined]
+    _check_loras(request, transformer, pipeline)
+
+
+def _check_mask(request: Request, opened: Mapping[str, Any]) -> None:
+    """It must be white where latents are; that it is white somewhere is known already."""
+    size = request.size(opened)
+    if getattr(request, "megapixel", False):
+        size = area_size(VAE_AREA, *opened["image"][0].size)
+    with _about("mask", None):
+        check_effect("--mask", to_mask("--mask", opened["mask"]), *size)
+
+
+def _check_files(request: Request) -> None:
+    """Those on this disk: what they hold, and that they are whole."""
+    for name in ("transformer", "text_encoder", "vae"):
+        given = getattr(request, name) or []
+        files = [Path(file) for file in ([given] if isinstance(given, str) else given)]
+        if files and all(file.is_file() for file in files):
+            with _about(name, " and ".join(map(str, files))):
+                check_part(open_weights(files, name), files, name)
+
+
+def _check_net(net: str, masked: bool, transformer: Any) -> None:
+    """A ControlNet's folder and whether it goes with the transformer, and with a mask."""
+    cls = QwenImageControlNetModel
+    with _about("net", net):
+        folder = pretrained_folder(net, None, [cls.config_name, "model_index.json", *weight_patterns(cls.weights_name)])
+        if (folder / "model_index.json").is_file() and not (folder / cls.config_name).is_file():
+            holds = read_json(folder / "model_index.json").get("_class_name")
+            raise CommandError(f"--net must be the folder of a ControlNet alone, {net} holds a whole {holds}")
+        config = read_config(folder, cls.config_name)
+        cls.check_weights(config, open_weights(find_weights(folder, cls.weights_name)))
+        model = cls.empty(config)
+        check_family(model, transformer)
+        check_masked(model, masked)
+
+
+def _check_loras(request: Request, transformer: Any, pipeline: Any) -> None:
+    """Whole files, as they are small: keys, shapes and numbers."""
+    encoder = None
+    for lora in request.lora:
+        with _about("lora", lora.name):
+            state, config = read_lora(*locate_lora(lora.name, None, None, {"revision": None}))
+            if encoder is None and split_components(state)[1] and not pipeline.writes_captions:
+                encoder = empty_text_encoder(_part(request, "text_encoder"), pipeline.uses_vision)
+            parse_components(state, config, transformer, encoder)
+
+
+def _part(request: Request, name: str) -> Path:
+    """The folder of a part of the model, of which the configuration is there."""
+    return pretrained_folder(request.model, name, ["config.json"])
+
+
+@contextmanager
+def _about(field: str, value: str | None) -> Iterator[None]:
+    """What is wrong is the input of this option."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        text = sentence_of(error)
+        if value is not None:
+            text = f"{flag(field)} {text}" if text.startswith(value) else f"{flag(field)} {value}: {text}"
+        raise CommandError(text, BAD_INPUT) from error
