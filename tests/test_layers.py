@@ -16,7 +16,8 @@ LAYERS = [
     {"chat", "schedulers", "model_defaults", "request", "request_fields"},
     {"graphs", "sampling"},
     {"pipelines"},
-    {"tiny", "drop_in", "inspect_model", "png_metadata", "output_files", "doctor", "doctor_cases", "doctor_picture"},
+    {"tiny", "drop_in", "inspect_file", "inspect_model", "png_metadata", "output_files"}
+    | {"doctor", "doctor_cases", "doctor_picture"},
     {"training"},
     {"cli", "__main__"},
 ]

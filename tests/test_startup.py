@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from PIL import Image
 
 import qwen_image_fast
 from qwen_image_fast import cli
@@ -80,6 +81,25 @@ def test_training_says_what_it_loads_before_it_does(tmp_path, command):
     assert result.stderr.splitlines()[:2] == [
         "tiny-1-shapes: loading torch and a new model with the VAE tiny", "torch is imported",
     ], result.stderr  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("doctor", "load torch, 0:00"),
+        ("bench --quick", "load torch, 0:00"),
+        ("inspect tiny", "read the headers of tiny, 0:00"),
+        ("train tiny/1-shapes --plan", "tiny-1-shapes: loading torch to count the weights"),
+        ("generate x --model tiny", "load tiny, 0:00"),
+        ("edit x --image a.png --mask a.png --model tiny", "load tiny, 0:00"),
+    ],
+)
+def test_the_first_line_comes_before_torch(tmp_path, command, line):
+    (tmp_path / "torch.py").write_text("import sys; print('torch is imported', file=sys.stderr); sys.exit(3)")
+    Image.new("RGB", (16, 16), "white").save(tmp_path / "a.png")
+    args = [sys.executable, "-m", "qwen_image_fast", *command.split()]
+    result = subprocess.run(args, capture_output=True, text=True, env=environment(tmp_path), cwd=tmp_path, timeout=120)
+    assert result.stderr.splitlines()[:2] == [line, "torch is imported"], result.stderr
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -169,4 +189,4 @@ def test_ctrl_c_while_importing(tmp_path, module, while_importing):
             _, stderr = process.communicate(timeout=600)
         finally:
             process.kill()
-    assert (process.returncode, stderr) == (130, b"interrupted\n")
+    assert (process.returncode, stderr.splitlines()[-1]) == (130, b"interrupted") and b"Traceback" not in stderr

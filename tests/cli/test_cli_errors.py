@@ -52,7 +52,13 @@ from qwen_image_fast.pipelines import text_to_image as pipelines
         (["x", "--prompts-file", "prompts.txt"], "give either a prompt or --prompts-file, got both"),
         (["--prompts-file", "none.txt"], "there is no file none.txt"),
         (["--prompts-file", "prompts.txt"], "prompts.txt holds no prompt"),
-        (["--prompts-file", "latin1.txt"], "latin1.txt could not be read as UTF-8 text"),
+        (["--prompts-file", "latin1.txt"], "latin1.txt is not text in UTF-8, as line 1 shows; save it as UTF-8"),
+        (["--prompts-file", "gbk.txt"], "gbk.txt is not text in UTF-8, as line 2 shows; save it as UTF-8"),
+        (
+            ["x", "--output", "latin1.txt/"],
+            "--output latin1.txt/ must be a folder, latin1.txt is a file: leave the / o",
+        ),
+        (["x", "--output", "latin1.txt/a/"], "the folder latin1.txt/a could not be made: a part of it is a file"),
         (["--from-image", "none"], "none"),
         (["--from-image", "latin1.txt"], "latin1.txt is not a PNG picture"),
         (
@@ -73,7 +79,7 @@ from qwen_image_fast.pipelines import text_to_image as pipelines
         (["x", "--image", "latin1.tx"], "there is no picture latin1.tx; did you mean latin1.txt?"),
         (
             ["x", "--image", "latin1.txt"],
-            "latin1.txt could not be read as a picture: it is of no format that Pillow knows",
+            "latin1.txt could not be read as a picture: its type is not known",
         ),
         (["x", "--compare"], "--compare has no effect without a picture"),
         (["x", "--batch", "2"], "--batch has no effect without --prompts-file"),
@@ -83,16 +89,37 @@ from qwen_image_fast.pipelines import text_to_image as pipelines
         ),
         (["x", "--output", "folder"], "there is no folder folder; folder/ would be made"),
         (["x", "--frobnicate"], "--frobnicate"),
-        (["x", "y"], "y"),
+        (
+            ["x", "y"],
+            "(y): generate takes one prompt; put quotes around one of several words, or give several by --prompts-file",
+        ),
     ],
 )
 def test_bad_input(generate, args, text, monkeypatch):
     monkeypatch.setattr(doctor, "has_cuda_kernels", lambda: False)
     Path("prompts.txt").write_text("# nothing\n\n")
     Path("latin1.txt").write_bytes("é".encode("latin-1"))
+    Path("gbk.txt").write_bytes("a cat\n一只红色的猫\n".encode("gbk"))
     result = generate(*args, steps=None, size=None if {"-W", "--size"} & {*args} else "64x32")
     refused(result, 2, text)
-    assert not re.search(r"Errno|\b[a-z]+_[a-z]+:", result.stderr), "no numbers of errors, no names of functions"
+    assert not re.search(r"Errno|codec|\b[a-z]+_[a-z]+:", result.stderr), "no numbers of errors, no names of functions"
+
+
+@pytest.mark.parametrize(
+    ("args", "advice"),
+    [
+        (
+            "edit make it",
+            "edit takes one prompt; put quotes around one of several words, or give several by --prompts-f",
+        ),
+        ("layers a.png b.png", "layers takes one image; put quotes around one of several words\n"),
+        ("inspect a b", "inspect takes one what; put quotes"),
+        ("doctor please", " (please)\n"),
+    ],
+)
+def test_words_too_many(args, advice):
+    result = CliRunner().invoke(app, args.split())
+    assert result.exit_code == 2 and advice in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
 def test_unknown_command_and_none():
@@ -199,7 +226,7 @@ def test_no_numbers_of_errors_and_no_names_of_functions(monkeypatch, error, text
 
     monkeypatch.setattr(doctor, "environment", fail)
     result = CliRunner().invoke(app, ["doctor"])
-    assert (result.exit_code, result.stderr) == (1, text)
+    assert (result.exit_code, said(result)) == (1, text)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from qwen_image_fast.cli.common import DTYPE_HELP, JSON, check_dtype, print_json, torch_dtype
-from qwen_image_fast.cli.errors import BAD_INPUT, FAILED, CommandError, failing, out, print_error
+from qwen_image_fast.cli.errors import BAD_INPUT, FAILED, CommandError, failing, out, plain, print_error
+from qwen_image_fast.cli.progress import Progress
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -32,13 +33,21 @@ def inspect(
 
         show(path, as_json)
         return
-    from qwen_image_fast import inspect_model
-
     with (
+        Progress(not as_json) as progress,
         failing(FAILED, ConnectionError, PermissionError),
         failing(BAD_INPUT, FileNotFoundError, NotADirectoryError, ValueError),
     ):
-        found = inspect_model.inspect_model(what)
+        progress.stage(f"read the headers of {what}")
+        from qwen_image_fast import inspect_file, inspect_model
+
+        if other := inspect_file.other_file(what):
+            description = inspect_file.describe(other)
+        else:
+            found = inspect_model.inspect_model(what)
+    if other:
+        _show(description, as_json)
+        return
     margin = inspect_model.MARGIN_GB if margin is None else margin
     if as_json:
         print_json(inspect_model.as_json(found, margin))
@@ -50,12 +59,28 @@ def inspect(
         raise typer.Exit(FAILED)
 
 
+def _show(described: dict[str, Any], as_json: bool) -> None:
+    """What `inspect_file` found."""
+    if as_json:
+        print_json(described)
+        return
+    from qwen_image_fast.inspect_file import lines
+
+    for name, value in lines(described):
+        out.print(f"[bold]{name:14}[/bold] {plain(value)}", soft_wrap=True, highlight=False)
+
+
 def doctor_command(as_json: JSON = False) -> None:
     """Show the environment, test every op, forward and backward, against its reference, and make a picture."""
-    from qwen_image_fast import doctor, doctor_picture
+    with Progress(not as_json) as progress:
+        progress.stage("load torch")
+        from qwen_image_fast import doctor, doctor_picture
 
-    environment, verdicts, old = doctor.environment(), doctor.self_test(), doctor.too_old()
-    drawn = doctor_picture.draw("cuda" if doctor.has_cuda_kernels() else "cpu")
+        environment, old = doctor.environment(), doctor.too_old()
+        progress.stage("test every op")
+        verdicts = doctor.self_test()
+        progress.stage("make a picture")
+        drawn = doctor_picture.draw("cuda" if doctor.has_cuda_kernels() else "cpu")
     bad = [v for v in verdicts if v.problem]
     if as_json:
         print_json({"environment": environment, "too_old": old, "self_test": [vars(v) for v in verdicts],
@@ -87,13 +112,17 @@ def bench(
     if width % 128:
         raise CommandError(f"--width must be a multiple of 128, got {width}")
     check_dtype(dtype)
-    import torch
+    with Progress(not as_json) as progress:
+        progress.stage("load torch")
+        import torch
 
-    from qwen_image_fast import doctor
+        from qwen_image_fast import doctor
 
-    tokens, repeats = (256, 3) if quick else (1024, 11)
-    timings = doctor.time_ops(tokens, 3072, torch_dtype(dtype), repeats)
-    timings.append(doctor.time_transformer(tokens, width, torch_dtype(dtype), repeats))
+        tokens, repeats = (256, 3) if quick else (1024, 11)
+        progress.stage("time the ops")
+        timings = doctor.time_ops(tokens, 3072, torch_dtype(dtype), repeats)
+        progress.stage("time the transformer")
+        timings.append(doctor.time_transformer(tokens, width, torch_dtype(dtype), repeats))
     if as_json:
         print_json({"dtype": dtype, "tokens": tokens, "timings": [vars(t) for t in timings]})
         return

@@ -72,6 +72,7 @@ def train(
     with _explained():
         chosen = _checked(recipe, overrides, data=not plan)
         if plan:
+            err.print(f"{chosen.name}: loading torch to count the weights", markup=False, soft_wrap=True)
             from rich.console import Console
 
             from qwen_image_fast.training.parallel.plan import print_plan
