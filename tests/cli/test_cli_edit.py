@@ -237,6 +237,18 @@ def test_the_readmes_commands_for_the_tiny_model():
     assert colours == ["red", "blue"]
 
 
+def test_what_a_newcomer_copies_first_from_the_readme_runs_offline(in_tmp, monkeypatch):
+    """The first block of Python, and of each command the first line."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: pytest.fail("the hub was asked"))
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    exec(readme.split("```python\n")[1].split("```")[0], {})
+    assert size("hello.png") == (128, 128)
+    lines = [line for line in readme.splitlines() if line.startswith("qwen-image-fast ")]
+    firsts = {line.split()[1]: line for line in reversed(lines)}
+    assert firsts.keys() == {"generate", "edit", "inspect", "doctor"}
+    assert all("tiny" in line or "hello.png" in line or "doctor" in line for line in firsts.values())
+
+
 def test_a_mask(models):
     args = ("--image", "a.png", "--mask", "mask.png", "--output", "out.png")
     result = run("edit", "a hole", *args, "--strength", 0.5, model=models / "edit")
