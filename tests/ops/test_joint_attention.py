@@ -96,6 +96,29 @@ def test_strided_inputs(attention):
     assert torch.equal(attention(*shifted, lens), expected)
 
 
+@pytest.mark.parametrize("kernel", ["dense", "varlen", "loop"])
+def test_what_torchs_kernels_read_is_aligned(monkeypatch, kernel):
+    """They read 16 bytes at once, and a misaligned address ends the process; samples in a loop start anywhere."""
+    seen = []
+
+    def attend(q, k, v, *_):
+        seen.extend((q, k, v))
+        return q
+
+    monkeypatch.setattr(MODULE, "varlen_attn", attend)
+    monkeypatch.setattr(MODULE, "_sdpa", attend)
+    monkeypatch.setattr(MODULE, "attention_kernel", lambda *_: kernel)
+    monkeypatch.setattr(MODULE.lib, "on_cuda", lambda t: True)
+    lens = [6, 6] if kernel == "dense" else [5, 7]
+    whole = torch.arange(12 * 3 * 20.0).view(12, 3, 20).bfloat16()
+    row_off = torch.cat([whole.new_zeros(1), whole.flatten()])[1:].view(whole.shape)[..., :16]
+    for t in (whole[..., :16], whole[..., 1:17], row_off, whole[:, 1:, :16].contiguous()):
+        assert torch.equal(joint_attention(t, t, t, lens), t)
+    assert len(seen) == (24 if kernel == "loop" else 12)
+    for t in seen:
+        assert t.data_ptr() % 16 == 0 and all(2 * s % 16 == 0 for s in t.stride()[:-1]) and t.stride(-1) == 1
+
+
 @pytest.mark.parametrize("device", ["cuda-emulated", "cuda-packed"])
 def test_packed_kernel_as_an_op(request, monkeypatch, device):
     """opcheck, torch.compile, and the same bits in every run, directly and by the registered op."""

@@ -82,6 +82,11 @@ def _has_values(t: Tensor) -> bool:
     return type(t) in _plain_types and (t.is_cpu or t.is_cuda) and not (t.is_neg() or _is_functional_tensor(t))
 
 
+def has_address(t: Tensor) -> bool:
+    """Whether `t` lies in memory that can be asked for: no tracing, no subclass, not on `meta`."""
+    return not torch.compiler.is_compiling() and not transformed() and _has_values(t)
+
+
 def launch(name: str, on: Tensor, *args: Any, scratch: tuple | None = None) -> None:
     """Run a kernel of `_C` where the tensor `on` is; on CUDA in the current stream of its device.
 

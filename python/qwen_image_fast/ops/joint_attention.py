@@ -68,6 +68,7 @@ def joint_attention(
     if kernel == "varlen":
         cu_q = _cumulative(q_lens, q) if cu_q is None else cu_q
         cu_k = _cumulative(k_lens, q) if cu_k is None else cu_k
+        q, k, v = map(_as_kernels_read, (q, k, v))
         return varlen_attn(q, k, v, cu_q, cu_k, max(q_lens), max(k_lens))  # type: ignore[return-value]
     if kernel == "packed":
         if lib.call_directly(q, k, v):
@@ -116,6 +117,21 @@ def describe_attention(device: str, dtype: torch.dtype = torch.bfloat16, head_di
     return f"{dense} of torch", short if short == long else f"{short}; {long} where samples are long"
 
 
+def _as_kernels_read(t: Tensor) -> Tensor:
+    """CUDA kernels read 16 bytes at once, and torch's do not all look whether they may: a fault would end the process.
+
+    Under torch.compile, which copies inputs that are not aligned, nothing is known of addresses.
+    """
+    if not lib.has_address(t):
+        return t
+    steps = [t.data_ptr()]
+    if t.shape[-1] * t.itemsize % 16 == 0:  # else no copy would bring the rows there, and torch pads them
+        steps += [s * t.itemsize for s, n in zip(t.stride()[:-1], t.shape) if n > 1]
+    if t.stride(-1) == 1 and not any(n % 16 for n in steps):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 def _cumulative(lens: Sequence[int], like: Tensor) -> Tensor:
     return torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=like.device)
 
@@ -125,6 +141,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.device.type == "cpu" and q.dtype.itemsize == 2 and torch.is_grad_enabled() and q.requires_grad:
         # torch's backward of 16-bit attention on the CPU takes six times as long as its float32 one.
         return _sdpa(q.float(), k.float(), v.float()).to(q.dtype)
+    if lib.on_cuda(q):
+        q, k, v = map(_as_kernels_read, (q, k, v))
     backends = preferred_backends(q) if q.numel() else []
     if backends:
         with sdpa_kernel(backends, set_priority=True):
@@ -164,15 +182,9 @@ def joint_attention_reference(q, k, v, q_lens, k_lens=None):
 # ---- the kernel of this package: csrc/kernels/joint_attention.h --------------------------------------------------
 
 
-def _as_the_kernel_reads(t: Tensor) -> Tensor:
-    if t.is_contiguous() and t.data_ptr() % 16 == 0:
-        return t
-    return t.clone(memory_format=torch.contiguous_format)
-
-
 def _forward(q: Tensor, k: Tensor, v: Tensor, q_lens: list[int], k_lens: list[int]) -> tuple[Tensor, Tensor]:
     out, lse = _fake(q, k, v, q_lens, k_lens)
-    q, k, v = map(_as_the_kernel_reads, (q, k, v))
+    q, k, v = (_as_kernels_read(t.contiguous()) for t in (q, k, v))
     lib.launch(
         "joint_attention_forward", q,
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), q_lens, k_lens, *q.shape[1:],
@@ -187,7 +199,7 @@ def _fake(q, k, v, q_lens, k_lens):
 
 def _backward(grad_out: Tensor, q, k, v, out, lse, q_lens: list[int], k_lens: list[int]):
     grads = _backward_fake(grad_out, q, k, v, out, lse, q_lens, k_lens)
-    grad_out, q, k, v, out = map(_as_the_kernel_reads, (grad_out, q, k, v, out))
+    grad_out, q, k, v, out = (_as_kernels_read(t.contiguous()) for t in (grad_out, q, k, v, out))
     lib.launch(
         "joint_attention_backward", q,
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), q_lens, k_lens, *q.shape[1:],
