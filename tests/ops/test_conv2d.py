@@ -1,3 +1,8 @@
+import math
+import re
+import sys
+from types import SimpleNamespace
+
 import harness
 import pytest
 import torch
@@ -66,6 +71,24 @@ def test_compile():
 @pytest.mark.parametrize("shape", [(0, 4, 4, 8, 8), (1, 4, 4, 8, 0)])
 def test_empty(shape):
     assert conv2d(*make(*shape)).shape == (*shape[:3], shape[4])
+
+
+def test_more_elements_than_the_kernel_counts(monkeypatch):
+    """Of what goes in and of what comes out: more channels make a small image's result larger than it."""
+
+    class OnCuda:
+        is_cuda, dtype = True, torch.bfloat16
+
+        def __init__(self, *shape):
+            self.shape, self.numel, self.data_ptr = shape, lambda: math.prod(shape), lambda: 0
+
+    module = sys.modules[conv2d.__module__]
+    monkeypatch.setattr(module, "_C", SimpleNamespace(conv2d_forward_cuda=None))
+    weight = SimpleNamespace(shape=(64, 8, 3, 3))
+    for height, fault in ((2**12, None), (2**13, "give a result of fewer"), (2**16, "have fewer than 2\\^31 elements")):
+        x = OnCuda(1, height, 2**12, 8)
+        found = module.obstacle(x, weight, (*x.shape[:3], 64))
+        assert (found is None) if fault is None else re.match(fault, found[1])
 
 
 X, WEIGHT = torch.randn(1, 4, 5, 8), torch.randn(6, 8, 3, 3)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -91,21 +94,28 @@ def _check(x, weight, bias, residual, padding, kernel) -> list[int]:
     return shape
 
 
-def _uses_cutlass(x: Tensor, weight: Tensor, kernel: str) -> bool:
+def obstacle(x: Tensor, weight: Tensor, shape: Sequence[int]) -> tuple[str, str, object] | None:
+    """What keeps the CUTLASS kernel from a result of `shape`: an argument, a rule and a value."""
+    if not (x.is_cuda and hasattr(_C, "conv2d_forward_cuda")):
+        return "x", "be on CUDA, in a build with CUTLASS's kernels, for kernel='cutlass'", x.device
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return "dtype", "be float16 or bfloat16 for kernel='cutlass'", x.dtype
+    if weight.shape[0] % 8 or weight.shape[1] % 8:
+        return "weight", "have multiples of 8 channels for kernel='cutlass'", tuple(weight.shape)
+    if x.numel() >= 2**31 or x.data_ptr() % 16:
+        return "x", "have fewer than 2^31 elements, aligned to 16 bytes, for kernel='cutlass'", tuple(x.shape)
+    if math.prod(shape) >= 2**31:
+        return "x", "give a result of fewer than 2^31 elements for kernel='cutlass'", tuple(x.shape)
+    return None
+
+
+def _uses_cutlass(x: Tensor, weight: Tensor, shape: Sequence[int], kernel: str) -> bool:
     if kernel == "torch" or (kernel == "auto" and (*weight.shape[1::-1], weight.shape[2]) not in FASTER_THAN_CUDNN):
         return False
-    obstacle: tuple[str, str, object] | None = None
-    if not (x.is_cuda and hasattr(_C, "conv2d_forward_cuda")):
-        obstacle = ("x", "be on CUDA, in a build with CUTLASS's kernels, for kernel='cutlass'", x.device)
-    elif x.dtype not in (torch.float16, torch.bfloat16):
-        obstacle = ("dtype", "be float16 or bfloat16 for kernel='cutlass'", x.dtype)
-    elif weight.shape[0] % 8 or weight.shape[1] % 8:
-        obstacle = ("weight", "have multiples of 8 channels for kernel='cutlass'", tuple(weight.shape))
-    elif x.numel() >= 2**31 or x.data_ptr() % 16:
-        obstacle = ("x", "have fewer than 2^31 elements, aligned to 16 bytes, for kernel='cutlass'", tuple(x.shape))
-    if obstacle and kernel == "cutlass":
-        lib.fail(_OP, *obstacle)
-    return obstacle is None
+    found = obstacle(x, weight, shape)
+    if found and kernel == "cutlass":
+        lib.fail(_OP, *found)
+    return found is None
 
 
 def _forward(
@@ -114,7 +124,7 @@ def _forward(
     shape = _check(x, weight, bias, residual, padding, kernel)
     if 0 in shape:
         return x.new_empty(shape)
-    if not _uses_cutlass(x, weight, kernel):
+    if not _uses_cutlass(x, weight, shape, kernel):
         out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=tuple(padding)).permute(0, 2, 3, 1).contiguous()
         return out if residual is None else out.add_(residual)
     out = x.new_empty(shape)
