@@ -1,5 +1,7 @@
 """The VAE on CUDA: fused norm, folded upsampling, convolutions by cuDNN and by CUTLASS, strips."""
 
+import sys
+
 import pytest
 import torch
 
@@ -26,7 +28,8 @@ def test_as_on_the_cpu(dtype, kernel, monkeypatch):
         if dtype == torch.float32:
             pytest.skip("the CUTLASS kernel takes 16 bit")
         shapes = {(c, d, k) for c in (32, 64, 128) for d in (32, 64, 128, 256) for k in (1, 2, 3)}
-        monkeypatch.setattr("qwen_image_fast.ops.conv2d.FASTER_THAN_CUDNN", frozenset(shapes))
+        # The module: the package's attribute of this name is the function.
+        monkeypatch.setattr(sys.modules[conv2d.__module__], "FASTER_THAN_CUDNN", frozenset(shapes))
     torch.manual_seed(0)
     vae = AutoencoderKLQwenImage(base_dim=32, num_res_blocks=1).eval()
     x, z = torch.rand(1, 3, 1, 72, 40) * 2 - 1, torch.randn(1, 16, 1, 9, 5)

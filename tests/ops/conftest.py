@@ -39,8 +39,11 @@ def on_device(name: str, request) -> Iterator[str]:
     elif not (torch.cuda.is_available() and _C.build_info()["cuda_architectures"]):
         pytest.skip("needs a GPU and a build with CUDA")
     else:
+        convolutions = torch.backends.cudnn
+        before, convolutions.allow_tf32 = convolutions.allow_tf32, False
         with torch.device("cuda"):
             yield name
+        convolutions.allow_tf32 = before
 
 
 @pytest.fixture(params=DEVICES)
