@@ -1,11 +1,12 @@
 // conv2d as an implicit matrix product of CUTLASS's: rows are pixels, columns output channels, and the depth runs over
 // the taps and the input channels. mma.sync and cp.async, so that one source serves every GPU from Ampere on. The VAE
-// has 96, 192 or 384 channels: tiles of 96 columns for the first, of 192 for the others, leave none of them idle.
+// has 96, 192 or 384 channels, and no tile of 96 or 192 columns: CUTLASS's threads would not store all of one.
 #include <cutlass/conv/kernel/default_conv2d_fprop_with_broadcast.h>
 #include <cutlass/cutlass.h>
 #include <cutlass/epilogue/thread/linear_combination_bias_elementwise.h>
 
 #include "common/dtype.h"
+#include "cutlass_kernels/thread_map.cuh"
 #include "kernels/conv2d.h"
 
 namespace qif {
@@ -28,14 +29,15 @@ struct Conv2dTile {
   static constexpr int kThreads = 32 * Kernel::WarpCount::kCount;
   static constexpr int kShared = static_cast<int>(sizeof(typename Kernel::SharedStorage));
   static_assert(kShared <= 99 * 1024);  // what a block may have on sm_86 and sm_89
+  static_assert(stores_every_element_once<typename Kernel::Epilogue::OutputTileIterator::ThreadMap>());
 };
 
 template <class T, int Columns>
 struct Choice;
 template <class T>
-struct Choice<T, 96> : Conv2dTile<T, GemmShape<128, 96, 32>, GemmShape<64, 48, 32>, 4> {};
+struct Choice<T, 64> : Conv2dTile<T, GemmShape<128, 64, 32>, GemmShape<64, 32, 32>, 4> {};
 template <class T>
-struct Choice<T, 192> : Conv2dTile<T, GemmShape<128, 192, 32>, GemmShape<64, 48, 32>, 4> {};
+struct Choice<T, 128> : Conv2dTile<T, GemmShape<128, 128, 32>, GemmShape<64, 64, 32>, 4> {};
 
 template <class T, int Columns>
 __global__ void __launch_bounds__(Choice<T, Columns>::kThreads)
@@ -63,19 +65,20 @@ static int run(const Conv2d& p, cudaStream_t stream) {
   const typename Kernel::Arguments arguments(size, tensor(p.x, h, w, c), tensor(p.weight, r, s, c), residual, out,
                                              {1.0f, p.residual ? 1.0f : 0.0f}, cutlass::conv::SplitKMode::kSerial,
                                              const_cast<void*>(p.bias));
-  const typename Kernel::Params params(arguments);
+  typename Kernel::Params params(arguments);
   const auto kernel = conv2d_tile<T, Columns>;
   if (const cudaError_t error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kShared))
     return error;
   const dim3 grid = typename Kernel::ThreadblockSwizzle().get_grid_shape(params.grid_tiled_shape);
-  kernel<<<grid, Tile::kThreads, Tile::kShared, stream>>>(params);
-  return cudaGetLastError();
+  void* addresses[] = {&params};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, Tile::kThreads, addresses, Tile::kShared,
+                          stream);
 }
 
 template <class T>
 static int run(const Conv2d& p, cudaStream_t stream) {
-  return p.out_channels <= 96 ? run<T, 96>(p, stream) : run<T, 192>(p, stream);
+  return p.out_channels <= 96 ? run<T, 64>(p, stream) : run<T, 128>(p, stream);
 }
 
 }  // namespace conv

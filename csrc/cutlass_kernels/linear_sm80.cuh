@@ -10,6 +10,7 @@
 #include <cutlass/epilogue/threadblock/fusion/visitors.hpp>
 
 #include "cutlass_kernels/linear_epilogue.cuh"
+#include "cutlass_kernels/thread_map.cuh"
 #include "kernels/linear_tiles.h"
 
 namespace qif {
@@ -88,6 +89,7 @@ struct LinearSm80 {
   using Warp = cutlass::gemm::GemmShape<64, 64, 32>;
   using Instruction = cutlass::gemm::GemmShape<16, 8, 16>;
   using ThreadMap = cutlass::epilogue::threadblock::OutputTileThreadLayout<Tile, Warp, T, 8, 1>;
+  static_assert(stores_every_element_once<ThreadMap>());
   using Visitor = RowVisitor<E, T, ThreadMap>;
   using Base = typename cutlass::gemm::kernel::DefaultGemmWithVisitor<
       T, Row, cutlass::ComplexTransform::kNone, 8, T, Column, cutlass::ComplexTransform::kNone, 8, T, Row, 8, float,
@@ -167,8 +169,9 @@ int LinearSm80<E, T, Groups>::run(const LinearGroup& group, cudaStream_t stream)
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                      static_cast<int>(sizeof(SharedStorage))))
     return error;
-  kernel<<<static_cast<unsigned>(p.tiles.count()), kThreads, sizeof(SharedStorage), stream>>>(p);
-  return cudaGetLastError();
+  void* addresses[] = {&p};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), static_cast<unsigned>(p.tiles.count()), kThreads,
+                          addresses, sizeof(SharedStorage), stream);
 }
 
 template <LinearEpilogue E, int Groups>
