@@ -23,7 +23,7 @@ LAYERS = [
 ]
 # The rooms of training/, from the bottom up. A file may stand on another floor than its room.
 TRAINING = [
-    {"randomness", "text_files"},
+    {"randomness", "terminal", "text_files"},
     {"recipe"},
     {"synthesis"},
     {"evaluation"},
@@ -34,7 +34,7 @@ TRAINING = [
     {"producer"},
     {"tasks"},
     {"engine", "parallel.checkpoints", "parallel.plan"},
-    {"run", "ship"},
+    {"run", "ship", "export", "compare"},
     {"evaluation.cli", "data.cli"},
 ]
 # What ops share; the rest of ops/ is one op a file.

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from qwen_image_fast.checkpoint import json_bytes, save_state
+from qwen_image_fast.files import atomic_write
 from qwen_image_fast.training.adapters import AdapterLinear, DoraLinear, LokrLinear, LoraLinear
 from qwen_image_fast.training.parallel.layout import Parallel, full
 from qwen_image_fast.training.recipe.fields import RecipeError
@@ -23,6 +24,7 @@ Value = TypeVar("Value")
 
 BASE = ".base."  # in the names of the weights below an adapter
 WEIGHTS, PEFT_WEIGHTS, PEFT_CONFIG = "pytorch_lora_weights", "adapter_model", "adapter_config.json"
+LORAS = "loras"  # folder of a run with the adapters of each checkpoint
 # Layers of a block by what they are; "text" has all of the text stream, the others are of the image stream.
 GROUPS = {
     "attention": ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -159,6 +161,33 @@ def for_diffusers(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Te
         return tensor if layer == name else tensor * scales[layer]
 
     return {f"transformer.{name}": scaled(name, tensor) for name, tensor in state.items()}
+
+
+def for_comfyui(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `for_diffusers` by ComfyUI's names: diffusion_model.<layer>.lora_down, lora_up and alpha, which is
+    the rank, so that the scale is 1; of DoRA also dora_scale [out, 1]; of LoKr lokr_w1 and so on, as they are."""
+    out: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        layer, _, part = ("diffusion_model." + key.removeprefix("transformer.")).rpartition(".lora_")
+        if part == "A.weight":
+            out[f"{layer}.lora_down.weight"], out[f"{layer}.alpha"] = tensor, torch.tensor(float(len(tensor)))
+        elif part == "B.weight":
+            out[f"{layer}.lora_up.weight"] = tensor
+        elif part == "magnitude_vector":
+            out[f"{layer}.dora_scale"] = tensor[:, None]
+        else:
+            out["diffusion_model." + key.removeprefix("transformer.")] = tensor
+    return out
+
+
+def save_lora_file(model: Any, path: Path, parallel: Parallel | None = None) -> Path:
+    """Write the adapters as one file in diffusers' layout, and return its path. Of several ranks as `save_lora`."""
+    state = {n: full(t).cpu() for n, t in lora_state(model).items()}
+    if parallel is None or parallel.main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = save({n: t.contiguous() for n, t in for_diffusers(state, model).items()}, {"format": "pt"})
+        atomic_write(path, lambda file: file.write(content))
+    return path
 
 
 def peft_config(model: nn.Module, recipe: LoraRecipe) -> dict[str, Any]:

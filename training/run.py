@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,8 @@ from tqdm import tqdm
 
 from qwen_image_fast.files import atomic_write, claimed
 from qwen_image_fast.training.batches.latents import META, write_cache
-from qwen_image_fast.training.engine.memory import check_recipe, transformer_config
+from qwen_image_fast.training.engine.interrupts import Interrupted
+from qwen_image_fast.training.engine.memory import available, check_recipe, gigabytes, transformer_config
 from qwen_image_fast.training.engine.run_log import REJECTED, LeftOut
 from qwen_image_fast.training.engine.trainer import Trainer, TrainingStopped
 from qwen_image_fast.training.parallel.layout import (
@@ -30,7 +32,14 @@ from qwen_image_fast.training.parallel.watch import Watch, sentence
 from qwen_image_fast.training.recipe.curriculum import Curriculum, one_stage, read_curriculum
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.flow import FlowRecipe
-from qwen_image_fast.training.recipe.names import check_data, check_models, check_start, find_recipe
+from qwen_image_fast.training.recipe.names import (
+    check_data,
+    check_models,
+    check_start,
+    check_unused,
+    described,
+    find_recipe,
+)
 from qwen_image_fast.training.recipe.vae import VaeRecipe
 from qwen_image_fast.training.sources.sample import Source
 from qwen_image_fast.training.sources.survey import said_of, sources_of
@@ -38,11 +47,20 @@ from qwen_image_fast.training.tasks.device import pick_device, pick_dtype
 from qwen_image_fast.training.tasks.flow import FlowTask
 from qwen_image_fast.training.tasks.task import Task
 from qwen_image_fast.training.tasks.vae import VaeTask
+from qwen_image_fast.training.terminal import Terminal
 
 
-def make_task(run: Curriculum, folder: Path, source: Source | None = None, parallel: Parallel | None = None) -> Task:
-    """What a run trains; `source` instead of those it names, which are looked at before any model is loaded."""
-    sources = looked_at(run, folder, parallel is None or parallel.main) if source is None else {}
+def make_task(
+    run: Curriculum,
+    folder: Path,
+    source: Source | None = None,
+    parallel: Parallel | None = None,
+    say: Callable[[str], Any] = lambda sentence: None,
+) -> Task:
+    """What a run trains; `source` instead of those it names, which are looked at before any model is loaded. say: is
+    told what the run will need."""
+    main = parallel is None or parallel.main
+    sources = looked_at(run, folder, say if main else lambda sentence: None) if source is None else {}
     recipe = run.stages[0].recipe
     if parallel is not None:
         assert isinstance(recipe, FlowRecipe)  # checked
@@ -54,17 +72,22 @@ def make_task(run: Curriculum, folder: Path, source: Source | None = None, paral
     device = pick_device(recipe.device)
     for stage in run.stages:
         assert isinstance(stage.recipe, FlowRecipe)
-        check_recipe(stage.recipe, device, pick_dtype(stage.recipe.model.dtype, device))
+        needed = check_recipe(stage.recipe, device, pick_dtype(stage.recipe.model.dtype, device))
+        say(f"{stage.name}: {stage.recipe.steps} steps of {stage.recipe.batch * stage.recipe.accumulate} samples; "
+            f"memory about {needed}, of {gigabytes(available(device))} that are free")  # fmt: skip
     assert isinstance(recipe, FlowRecipe)
     return FlowTask(recipe, folder, source, run, sources=sources)
 
 
-def looked_at(run: Curriculum, folder: Path, main: bool) -> dict[str, Source]:
-    """The sources of a run; the first process says what is in them."""
+def _to_stderr(sentence: str) -> None:
+    tqdm.write(sentence, sys.stderr)
+
+
+def looked_at(run: Curriculum, folder: Path, say: Callable[[str], Any]) -> dict[str, Source]:
+    """The sources of a run; `say` is told what is in them."""
     sources = sources_of(run)
-    if main:
-        for sentence in said_of(run, sources, folder):
-            tqdm.write(sentence, sys.stderr)
+    for about in said_of(run, sources, folder):
+        say(about)
     return sources
 
 
@@ -76,28 +99,36 @@ def train(
     resume: bool = False,
     allow_changes: bool = False,
     source: Source | None = None,
+    terminal: Terminal | None = None,
 ) -> Trainer:
     """Train to the end, on all processes that torchrun started.
 
-    What the recipe names is looked for before anything is loaded.
+    What the recipe names is looked for before anything is loaded. `terminal`: where it is followed, already shown.
 
-    Errors: RecipeError, FileExistsError for a folder in use, TrainingStopped, also where another rank dies, OSError.
+    Errors: RecipeError, FileExistsError for a folder in use, TrainingStopped, also where another rank dies, OSError;
+    Interrupted where it was asked to end.
     """
     run, folder = read_curriculum(find_recipe(recipe_path), overrides), Path(folder).expanduser()
     check_models(run)
     check_start(run)
     if source is None:
         check_data(run)
-    options = {"resume": resume, "allow_changes": allow_changes}
-    with claimed(folder) if int(os.environ.get("RANK", "0")) == 0 else nullcontext():
-        return _train(run, folder, source, options)
+    if not resume:
+        check_unused(folder)
+    main = int(os.environ.get("RANK", "0")) == 0
+    with (
+        claimed(folder) if main else nullcontext(),
+        nullcontext(terminal) if terminal is not None else Terminal(run.name, main) as shown,
+    ):
+        return _train(run, folder, source, {"resume": resume, "allow_changes": allow_changes, "terminal": shown})
 
 
 def _train(run: Curriculum, folder: Path, source: Source | None, options: dict[str, Any]) -> Trainer:
-    first = run.stages[0].recipe
+    first, terminal = run.stages[0].recipe, options["terminal"]
     sizes = sizes_of(first.parallel, world_size())
+    terminal.stage(f"loading {described(run)}")
     if sizes.world == 1:
-        trainer = Trainer(run, make_task(run, folder, source), folder, **options)
+        trainer = Trainer(run, make_task(run, folder, source, say=terminal.say), folder, **options)
         trainer.run()
         return trainer
     check_torch()
@@ -110,9 +141,14 @@ def _train(run: Curriculum, folder: Path, source: Source | None, options: dict[s
     watch = Watch(parallel.rank, sizes.world, lambda: made[0].last_checkpoint() if made else "nothing was trained")
     watch.start()
     try:
-        trainer = Trainer(run, make_task(run, folder, source, parallel), folder, parallel=parallel, **options)
+        trainer = Trainer(
+            run, make_task(run, folder, source, parallel, terminal.say), folder, parallel=parallel, **options
+        )
         made.append(trainer)
         trainer.run()
+    except Interrupted:  # of all ranks alike
+        watch.stop()
+        raise
     except (RecipeError, FileExistsError, ValueError, TrainingStopped):  # every rank sees these alike
         watch.failed(RuntimeError("see its message"))
         raise
@@ -140,7 +176,7 @@ def cache_latents(recipe_path: str | Path, overrides: Any, folder: str | Path, c
 
 
 def _cache_latents(recipe: FlowRecipe, folder: Path, count: int) -> None:
-    task = FlowTask(recipe, folder, sources=looked_at(one_stage(recipe), folder, True))
+    task = FlowTask(recipe, folder, sources=looked_at(one_stage(recipe), folder, _to_stderr))
     maker = task.batches
     pixels = any(recipe.data.tasks.get(name) for name in ("ti2i", "recon"))
     workers = recipe.producers.count if recipe.producers.backend == "processes" else 0

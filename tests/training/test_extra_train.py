@@ -45,7 +45,8 @@ def test_training_with_the_extra_train_alone(folder, tmp_path):
     rows = [{"image": f"pictures/{i}.png", "caption": f"picture {i}"} for i in range(2)]
     (tmp_path / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
     recipe = {"steps": 1, "batch": 2, "device": "cpu", "model": {"folder": str(folder)},
-              "data": {"buckets": [[32, 32]]}, "log": {"validate_every": 1, "validation_samples": 1}}  # fmt: skip
+              "data": {"source": "squares", "buckets": [[32, 32]]},
+              "log": {"validate_every": 1, "validation_samples": 1}}  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     chosen = {"stages": [1, 2], "without": ["nsfw"], "curation": {"min_side": 8, "min_bytes": 1},
               "quality": {"max_texture": 999, "min_clarity": 0, "max_saturation": 1}}  # fmt: skip

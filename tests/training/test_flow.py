@@ -233,7 +233,7 @@ def test_synthesis_is_a_source_of_images_and_edits():
             DataRecipe(source="nowhere"),
             "data.source must be squares, .* shards with index.parquet, a table .*, got 'nowhere'",
         ),
-        (DataRecipe(options={"sice": 3}), "data.options must fit the source squares: .*sice"),
+        (DataRecipe(source="squares", options={"sice": 3}), "data.options must fit the source squares: .*sice"),
         (DataRecipe(source="synthesis", options={"preset": "x"}), "data.options.preset must be tiny or empty, got 'x'"),
     ):
         with pytest.raises(RecipeError, match=sentence):

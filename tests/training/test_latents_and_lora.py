@@ -36,7 +36,7 @@ def test_training_from_a_cache(folder, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(json.dumps({
         "device": "cpu", "batch": 4, "steps": 2, "model": {"folder": str(folder)}, "log": {"validation_samples": 2},
-        "data": {"options": {"size": 32}, "buckets": [[32, 32]], "tasks": {"t2i": 1.0, "ti2i": 1.0}},
+        "data": {"source": "squares", "options": {"size": 32}, "buckets": [[32, 32]], "tasks": {"t2i": 1, "ti2i": 1}},
     }))  # fmt: skip
     cache_latents(path, (), tmp_path / "cache", 12)
     cache = LatentCache(tmp_path / "cache")
@@ -62,7 +62,7 @@ def test_workers_write_the_same_cache(folder, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(json.dumps({
         "device": "cpu", "model": {"folder": str(folder)},
-        "data": {"options": {"size": 32}, "buckets": [[32, 32]], "tasks": {"t2i": 1.0, "ti2i": 1.0}},
+        "data": {"source": "squares", "options": {"size": 32}, "buckets": [[32, 32]], "tasks": {"t2i": 1, "ti2i": 1}},
     }))  # fmt: skip
     for name, changes in (("alone", ()), ("workers", ("producers.backend=processes", "producers.count=2"))):
         cache_latents(path, changes, tmp_path / name, 70)
@@ -74,7 +74,7 @@ def test_a_cache_without_pixels_serves_no_reconstruction(folder, tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(json.dumps({
         "device": "cpu", "batch": 2, "model": {"folder": str(folder)}, "log": {"validation_samples": 1},
-        "data": {"options": {"size": 32}, "buckets": [[32, 32]]},
+        "data": {"source": "squares", "options": {"size": 32}, "buckets": [[32, 32]]},
     }))  # fmt: skip
     cache_latents(path, (), tmp_path / "cache", 4)
     recipe = small_recipe(folder, data__cache=str(tmp_path / "cache"), data__tasks={"recon": 1.0})

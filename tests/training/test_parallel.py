@@ -56,8 +56,9 @@ def stages(folder):
             "name": "mixed", "steps": 5, "optimizer": {"lr": 1e-3}, "carry": {"optimizer": False},
             "data": {
                 "mixture": [
-                    {"name": "edits", "options": {"size": 32}, "tasks": {"ti2i": 0.6, "recon": 0.4}},
-                    {"name": "large", "options": {"size": 48}},
+                    {"name": "edits", "source": "squares", "options": {"size": 32},
+                     "tasks": {"ti2i": 0.6, "recon": 0.4}},
+                    {"name": "large", "source": "squares", "options": {"size": 48}},
                 ],
                 "buckets": [[32, 32], [48, 48]],
             },

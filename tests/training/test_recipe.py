@@ -1,21 +1,31 @@
 """Recipes: YAML, dotted overrides, and sentences for everything that cannot work."""
 
-from dataclasses import asdict
+import typing
+from dataclasses import asdict, is_dataclass
 
 import pytest
 
 from qwen_image_fast.training.recipe.curriculum import read_curriculum
 from qwen_image_fast.training.recipe.fields import RecipeError, differences
+from qwen_image_fast.training.recipe.fitted import LARGE
 from qwen_image_fast.training.recipe.flow import FlowRecipe
-from qwen_image_fast.training.recipe.names import RECIPES, check_data, check_models, check_start, described, find_recipe
-from qwen_image_fast.training.recipe.read import build, read_recipe
+from qwen_image_fast.training.recipe.meanings import meanings, written_out
+from qwen_image_fast.training.recipe.names import (
+    check_data,
+    check_models,
+    check_start,
+    described,
+    find_recipe,
+    shipped,
+    summary,
+)
+from qwen_image_fast.training.recipe.read import KINDS, build, read_recipe
 from qwen_image_fast.training.recipe.vae import VaeRecipe
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda p: p.stem)
-def test_shipped_recipes_are_valid(path):
-    assert read_curriculum(path).name == f"{path.parent.name}-{path.stem}"
-    assert find_recipe(f"{path.parent.name}/{path.stem}") == path
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_recipes_are_valid(name):
+    assert read_curriculum(find_recipe(name)).name == name.replace("/", "-")
 
 
 def test_overrides_reach_nested_fields(tmp_path):
@@ -69,7 +79,7 @@ def test_bad_overrides_and_files(tmp_path):
         read_recipe(path, ["steps"])
     with pytest.raises(RecipeError, match="steps has a value of its own"):
         read_recipe(path, ["steps.more=1"])
-    with pytest.raises(RecipeError, match="there is no file nothing; shipped recipes: curriculum/report"):
+    with pytest.raises(RecipeError, match="there is no file nothing; shipped recipes: edit-lora, lora, cur"):
         find_recipe("nothing")
 
 
@@ -106,11 +116,67 @@ def test_the_nearest_name_is_offered_before_anything_is_loaded(tmp_path, monkeyp
 def test_a_new_model_is_trained_whole(tmp_path, changes, why):
     """Its weights are random: an adapter on them, or states of a random text encoder, would be nothing."""
     path = tmp_path / "recipe.yaml"
-    path.write_text("model: {train_text_encoder: false}")
+    path.write_text("model: {folder: new, train_text_encoder: false}")
     with pytest.raises(RecipeError, match=f"model.folder must name a model, such as Qwen/Qwen-Image, where {why}"):
         check_start(read_curriculum(path, changes))
     check_start(read_curriculum(path, [*changes, "model.folder=tiny"]))
     check_start(read_curriculum(path, ["model.train_text_encoder=true"]))
+    with pytest.raises(RecipeError, match="no model is named: give --model .* tiny, a folder or a hub name .*; new"):
+        check_start(read_curriculum(path, ["model.train_text_encoder=true", "model.folder="]))
+
+
+def test_the_nearest_field_is_one_of_that_meaning():
+    for wrong, right in (("learnrate", "lr"), ("learning_rate", "lr"), ("weigth_decay", "weight_decay")):
+        with pytest.raises(RecipeError, match=f"no field optimizer.{wrong}; did you mean optimizer.{right}"):
+            build({"optimizer": {wrong: 1}})
+    with pytest.raises(RecipeError, match="no field optimizer.speed; fields: name, lr, "):
+        build({"optimizer": {"speed": 1}})
+
+
+def test_data_must_be_named(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("steps: 3")
+    with pytest.raises(RecipeError, match="no data are named: give --images, .* --pairs, .* or data.source"):
+        check_data(read_curriculum(path))
+    check_data(read_curriculum(path, ["data.source=squares"]))
+
+
+def groups(kind):
+    """A dataclass of a recipe and all in it."""
+    yield kind
+    for hint in typing.get_type_hints(kind).values():
+        if is_dataclass(hint):
+            yield from groups(hint)
+        elif typing.get_args(hint) and is_dataclass(typing.get_args(hint)[0]):
+            yield from groups(typing.get_args(hint)[0])
+
+
+@pytest.mark.parametrize("kind", sorted({g for k in KINDS.values() for g in groups(k)}, key=lambda g: g.__name__))
+def test_every_field_has_a_meaning(kind):
+    plain = {name for name, hint in typing.get_type_hints(kind).items() if not is_dataclass(hint)}
+    found = meanings(kind)
+    assert plain <= found.keys()
+    assert all(len(found[name]) > 5 for name in plain)
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_recipe_written_out_is_the_same_recipe(tmp_path, name):
+    run = read_curriculum(find_recipe(name), [] if name == "tiny/vae" else ["model.folder=tiny"][: "vae" not in name])
+    path = tmp_path / "written.yaml"
+    path.write_text(written_out(run), encoding="utf-8")
+    assert read_curriculum(path).stages[0].recipe == run.stages[0].recipe
+    assert summary(name)
+
+
+def test_what_is_left_to_the_model(tmp_path):
+    """Sizes, and all that is said for small models; what is said by name stays."""
+    lora = find_recipe("lora")
+    large, small = (read_curriculum(lora, [f"model.folder={name}"]).stages[0].recipe for name in ("a/b", "tiny"))
+    assert large.data.buckets == LARGE and large.batch == 1 and large.model.gradient_checkpointing
+    assert small.data.buckets == [[128, 128]] and small.batch == 8 and not small.model.gradient_checkpointing
+    assert small.lora == large.lora
+    said = read_curriculum(lora, ["model.folder=tiny", "batch=3", "data.buckets=[[64, 64]]"]).stages[0].recipe
+    assert said.batch == 3 and said.data.buckets == [[64, 64]]
 
 
 @pytest.mark.parametrize(

@@ -101,4 +101,4 @@ def test_what_cannot_be(captions, message):
 
 def test_drawn_pictures_have_their_own_captions():
     with pytest.raises(RecipeError, match="data.captions must be empty for squares"):
-        make_source(DataRecipe(captions=CaptionsRecipe(trigger="sks")))
+        make_source(DataRecipe(source="squares", captions=CaptionsRecipe(trigger="sks")))

@@ -15,10 +15,12 @@ from trainer_helpers import log_of, small_recipe, start, weights
 from qwen_image_fast import QwenImagePipeline
 from qwen_image_fast.training.engine import checkpoint as checkpoints
 from qwen_image_fast.training.engine.ema import EMA
+from qwen_image_fast.training.engine.interrupts import Interrupted
 from qwen_image_fast.training.engine.optimizer import learning_rate
 from qwen_image_fast.training.engine.trainer import TrainingStopped
 from qwen_image_fast.training.recipe.run import OptimizerRecipe
 from qwen_image_fast.training.sources.squares import Squares
+from qwen_image_fast.training.tasks.flow import FlowTask
 
 
 def assert_same(a, b):
@@ -45,10 +47,14 @@ def test_the_loss_falls(learned):
 
 
 def test_logs_and_samples_are_there(learned):
-    assert (learned / "samples" / "samples-00000080.png").stat().st_size > 0
+    lines = [json.loads(line) for line in (learned / "samples" / "samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["number"]) for line in lines] == [(step, n) for step in (0, 80) for n in range(3)]
+    assert all((learned / "samples" / line["file"]).stat().st_size > 0 for line in lines)
     assert list((learned / "tensorboard").iterdir())
     first = json.loads((learned / "log.jsonl").read_text().splitlines()[0])
     assert {"loss", "grad_norm", "lr", "images_per_s", "tokens_per_s", "data_wait", "memory_gb"} <= first.keys()
+    by_noise = [value for name, value in first.items() if name.startswith("loss_noise_")]
+    assert len(by_noise) > 1 and min(by_noise) < first["loss"] < max(by_noise)
 
 
 def test_the_result_is_a_pipeline_with_the_averaged_weights(learned):
@@ -79,6 +85,7 @@ sys.path.insert(0, {helpers!r})
 torch.set_num_threads({threads})
 from trainer_helpers import small_recipe, start
 from qwen_image_fast.training.sources.squares import Squares
+from qwen_image_fast.training.tasks.flow import FlowTask
 
 class Deadly(Squares):
     def sample(self, seed, index):
@@ -115,6 +122,75 @@ def test_a_killed_run_resumes_bit_by_bit(folder, tmp_path):
     assert [p.name for p in (run / "checkpoints").iterdir() if p.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("where", ["in a step", "in a sample"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_what_was_learned(folder, tmp_path, monkeypatch, number, where):
+    """And the run goes on as if it had never come."""
+    changes = {**RUN, "checkpoint__every": 100, "log__sample_every": 5, "log__prompts": ["red square"], "lora__rank": 2}
+    recipe = small_recipe(folder, model__train_text_encoder=False, **changes)
+    whole = start(recipe, tmp_path / "whole")
+    whole.run()
+
+    class Interrupting(Squares):
+        def sample(self, seed, index):
+            if index == 4 * 4 and where == "in a step":  # the first of the fifth step
+                os.kill(os.getpid(), number)
+            return super().sample(seed, index)
+
+    def never_done():
+        os.kill(os.getpid(), number)
+        raise AssertionError("pictures are drawn on")
+
+    if where == "in a sample":
+        monkeypatch.setattr(FlowTask, "samples", lambda task: never_done() if run_of[0].step else [])
+    before, run = signal.getsignal(number), tmp_path / "stopped"
+    run_of = [start(recipe, run, Interrupting(32))]
+    with pytest.raises(Interrupted) as end:
+        run_of[0].run()
+    monkeypatch.undo()
+    assert signal.getsignal(number) is before
+    assert (end.value.number, end.value.step, end.value.steps) == (number, 5, 10)
+    assert end.value.kept == [run / "checkpoints" / "step-00000005", run / "loras" / "step-00000005.safetensors"]
+    assert not (run / "model").exists()
+    resumed = start(recipe, run, resume=True)
+    assert resumed.step == 5
+    resumed.run()
+    assert_same(weights(whole), weights(resumed))
+    assert_same(whole.ema.average, resumed.ema.average)
+    assert_same(whole.optimizer.state(), resumed.optimizer.state())
+
+
+STOPPED = """
+import sys
+sys.path.insert(0, {helpers!r})
+from trainer_helpers import small_recipe, start
+from qwen_image_fast.training.sources.squares import Squares
+from qwen_image_fast.training.tasks.flow import FlowTask
+from pathlib import Path
+import os, signal
+
+class Stubborn(Squares):
+    def sample(self, seed, index):
+        if index == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.{second})
+        return super().sample(seed, index)
+
+start(small_recipe({folder!r}), Path({run!r}), Stubborn(32)).run()
+"""
+
+
+@pytest.mark.parametrize("second, kept", [("SIGINT", False), ("SIGTERM", True)])
+def test_a_second_interrupt_ends_at_once(folder, tmp_path, second, kept):
+    script = STOPPED.format(
+        helpers=str(Path(__file__).parent), folder=str(folder), run=str(tmp_path / "run"), second=second
+    )
+    ended = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    assert ("stopped at once" in ended.stderr) != kept
+    assert (ended.returncode == 130) != kept, ended.stderr
+    assert (checkpoints.latest(tmp_path / "run" / "checkpoints") is not None) == kept
+
+
 def test_only_the_newest_checkpoints_stay(folder, tmp_path):
     start(small_recipe(folder, steps=5, checkpoint__every=1, checkpoint__keep=2), tmp_path).run()
     names = [p.name for p in checkpoints.checkpoints(tmp_path / "checkpoints")]
@@ -123,7 +199,7 @@ def test_only_the_newest_checkpoints_stay(folder, tmp_path):
 
 def test_a_full_disk_keeps_the_checkpoint_before(folder, tmp_path, monkeypatch):
     trainer = start(small_recipe(folder), tmp_path)
-    kept = trainer.save()
+    (kept,) = trainer.save()
     before = (kept / "state.safetensors").read_bytes()
     trainer.train_step([trainer.task.maker.batch(0, 0)])
 

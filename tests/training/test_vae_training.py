@@ -65,7 +65,7 @@ def test_it_learns_and_writes_its_own_statistics(run):
         first = VaeTask(recipe()).validate()["validation_psnr"]
         with trainer.ema.swapped(trainer.parameters):
             assert trainer.task.validate()["validation_psnr"] > first + 3
-    assert (folder / "samples" / "samples-00000025.png").exists()
+    assert (folder / "samples" / "step-00000025-0.png").exists()
 
 
 def test_an_exported_vae_draws_its_mean(run):

@@ -39,8 +39,9 @@ class Needed:
         return self.weights + self.training + self.activations
 
     def __str__(self) -> str:
-        parts = f"weights {_gb(self.weights)}, optimiser {_gb(self.training)}, activations {_gb(self.activations)}"
-        return f"{_gb(self.total)} ({parts})"
+        weights, training, activations = map(gigabytes, (self.weights, self.training, self.activations))
+        parts = f"weights {weights}, optimiser {training}, activations {activations}"
+        return f"{gigabytes(self.total)} ({parts})"
 
 
 def estimate(
@@ -87,7 +88,7 @@ def available(device: torch.device) -> int:
 
 def transformer_config(recipe: Any) -> Any:
     """The configuration of the transformer that a flow recipe starts from."""
-    folder = getattr(getattr(recipe, "model", None), "folder", "")
+    folder = getattr(getattr(recipe, "model", None), "start", "")
     if not folder:
         return tiny_configs()["transformer"]
     config = QwenImageTransformer2DModel.config_name
@@ -114,14 +115,15 @@ def check_recipe(recipe: FlowRecipe, device: torch.device, dtype: torch.dtype) -
         RecipeError: it will not fit into the memory that is free now.
     """
     config, others = transformer_config(recipe), 0
-    if recipe.model.folder:
-        folder = model_folder(recipe.model.folder)
+    if recipe.model.start:
+        folder = model_folder(recipe.model.start)
         files = [f for part in ("text_encoder", "vae") for f in (folder / part).glob("*.safetensors")]
         others = sum(file.stat().st_size for file in files) // 2  # released in 16 bits
     with torch.device("meta"):
         transformer = QwenImageTransformer2DModel.from_config(config)
     own = sum(p.numel() for p in transformer.parameters())
     if recipe.lora.rank:
+        adapted_layers(transformer, recipe.lora)  # refuses what cannot be
         frozen, trained = own + others, adapter_weights(transformer, recipe.lora)
     else:
         learns = others if recipe.model.train_text_encoder else 0
@@ -136,10 +138,10 @@ def check(needed: Needed, there: int) -> None:
     """RecipeError where a run would not fit, with what to change."""
     if needed.total > there:
         raise RecipeError(
-            f"recipe: this run needs about {needed}, {_gb(there)} are free: lower batch and raise accumulate, set "
-            "model.gradient_checkpointing, use smaller data.buckets, or train adapters with lora.rank"
+            f"recipe: this run needs about {needed}, {gigabytes(there)} are free: lower batch and raise accumulate, "
+            "set model.gradient_checkpointing, use smaller data.buckets, or train adapters with lora.rank"
         )
 
 
-def _gb(size: int) -> str:
+def gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB"

@@ -1,4 +1,4 @@
-"""What a run tells: one progress line on the terminal, and TensorBoard and JSONL files always."""
+"""What a run tells: on the terminal, and in TensorBoard and JSONL files."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import json
 import resource
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from qwen_image_fast.files import atomic_write
+from qwen_image_fast.training.tasks.grid import grid
+from qwen_image_fast.training.tasks.task import Drawn
+from qwen_image_fast.training.terminal import Terminal
 
 
 def memory_gb(device: torch.device) -> float:
@@ -28,6 +28,7 @@ def memory_gb(device: torch.device) -> float:
 
 
 REJECTED = "rejected.jsonl"
+SAMPLES, SAMPLES_INDEX = "samples", "samples.jsonl"
 MOST_SAID = 50
 
 
@@ -51,36 +52,28 @@ class LeftOut:
 
 
 class RunLog:
-    """Files `log.jsonl`, `tensorboard/` and `samples/` in the folder of a run, and the progress line.
+    """Files `log.jsonl`, `tensorboard/` and `samples/` in the folder of a run, and what the terminal shows.
 
     Args:
-        folder: of the run. steps: in total. step: updates made before; later lines of an interrupted run are dropped,
-            since they will be written again.
+        folder: of the run. terminal: where it is said. step: updates made before; later lines of an interrupted run are
+            dropped, since they will be written again.
     """
 
-    def __init__(self, folder: Path, name: str, steps: int, step: int = 0):
+    def __init__(self, folder: Path, terminal: Terminal, step: int = 0):
         from torch.utils.tensorboard.writer import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         path = folder / "log.jsonl"
         _drop_after(path, step)
-        _drop_after(folder / REJECTED, step)
+        for other in (REJECTED, f"{SAMPLES}/{SAMPLES_INDEX}"):
+            _drop_after(folder / other, step)
         self.left_out = LeftOut()
         for line in _lines(folder / REJECTED):  # said before the run was interrupted
             self.left_out.sentence(line["origin"], line["reason"])
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed with the log
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
-        self.console = Console(stderr=True)
-        self.progress = Progress(
-            TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"),
-            TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal,
-        )  # fmt: skip
-        self.bar = self.progress.add_task(name, total=steps, completed=step, line="")
-        self.progress.start()
-
-    def advance(self, step: int) -> None:
-        self.progress.update(self.bar, completed=step)
+        self.terminal, self.say = terminal, terminal.say
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """One JSONL line and one TensorBoard point for each value; training metrics also become the progress line."""
@@ -94,15 +87,10 @@ class RunLog:
                 f"loss {values['loss']:.4f}  {values['images_per_s']:.1f} img/s  {values['tokens_per_s']:.0f} tok/s  "
                 f"{speed}data {values['data_wait']:.0%}  {values['memory_gb']:.1f} GB"
             )
-            self.progress.update(self.bar, line=line)
-            if self.progress.disable:
-                self.console.print(f"step {step}  {line}", highlight=False)
+            self.terminal.line(line)
         else:
             words = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-            self.console.print(f"step {step}  {words}", highlight=False)
-
-    def say(self, sentence: str) -> None:
-        self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+            self.say(f"step {step}  {words}")
 
     def rejected(self, step: int, samples: Iterable[tuple[int | None, str, str]]) -> None:
         """Keep which samples of a step (None: of its validation) could not be used, and why, in `rejected.jsonl`; say
@@ -114,16 +102,22 @@ class RunLog:
             with open(self.folder / REJECTED, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def image(self, step: int, name: str, pixels: np.ndarray) -> Path:
-        """Keep an image, uint8 [H, W, 3]."""
-        path = self.folder / "samples" / f"{name}-{step:08d}.png"
-        path.parent.mkdir(exist_ok=True)
-        atomic_write(path, lambda file: Image.fromarray(pixels).save(file, format="PNG"))
-        self.board.add_image(name, pixels, step, dataformats="HWC")
-        return path
+    def samples(self, step: int, drawn: Sequence[Drawn]) -> None:
+        """Keep sample pictures of a step: a PNG for each, what was given beside what was made of it, a line in
+        `samples.jsonl`, and all of them in TensorBoard."""
+        folder, rows = self.folder / SAMPLES, []
+        folder.mkdir(exist_ok=True)
+        for number, one in enumerate(drawn):
+            rows.append(grid(list(one.pictures)))
+            name = f"step-{step:08d}-{number}.png"
+            atomic_write(folder / name, lambda file: Image.fromarray(rows[-1]).save(file, format="PNG"))
+            line = {"step": step, "number": number, "title": one.title, "file": name}
+            with open(folder / SAMPLES_INDEX, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        if rows:
+            self.board.add_image("samples", grid(rows, columns=4), step, dataformats="HWC")
 
     def close(self) -> None:
-        self.progress.stop()
         self.board.close()
         self.file.close()
 

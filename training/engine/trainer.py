@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import math
 import re
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ from qwen_image_fast.checkpoint import read_json
 from qwen_image_fast.training.batches.mixture import Watched
 from qwen_image_fast.training.engine import checkpoint as checkpoints
 from qwen_image_fast.training.engine.ema import EMA
+from qwen_image_fast.training.engine.interrupts import Interrupted, Interrupts
+from qwen_image_fast.training.engine.meter import Meter
 from qwen_image_fast.training.engine.optimizer import Optimizer, learning_rate
 from qwen_image_fast.training.engine.run_log import RunLog, SilentLog, memory_gb
 from qwen_image_fast.training.parallel.layout import Parallel
@@ -32,9 +35,11 @@ from qwen_image_fast.training.producer.store import Store
 from qwen_image_fast.training.producer.store import start as start_producers
 from qwen_image_fast.training.recipe.curriculum import Carry, Change, Curriculum, one_stage
 from qwen_image_fast.training.recipe.fields import RecipeError, differences
+from qwen_image_fast.training.recipe.names import check_unused
 from qwen_image_fast.training.recipe.run import RunRecipe
 from qwen_image_fast.training.tasks.flops import peak_flops
 from qwen_image_fast.training.tasks.task import Task
+from qwen_image_fast.training.terminal import Terminal
 
 if TYPE_CHECKING:  # imported where several processes run: torch must be newer for them than for one
     from qwen_image_fast.training.parallel.checkpoints import Writer
@@ -51,6 +56,7 @@ class Trainer:
         recipe, task: what to do; the recipe of a run of one stage, or a curriculum. folder: of the run; made if it is
             not there.
         parallel: this process among others; all have the same folder, and rank 0 alone logs.
+        terminal: where the run is followed, already shown; None: `run` shows one of its own.
         resume: go on from the newest checkpoint of the folder, where there is one.
         allow_changes: resume although the recipe is not the one of the checkpoint.
 
@@ -61,9 +67,9 @@ class Trainer:
 
     def __init__(
         self, recipe: RunRecipe | Curriculum, task: Task, folder: Path, *, resume: bool = False,
-        allow_changes: bool = False, parallel: Parallel | None = None,
+        allow_changes: bool = False, parallel: Parallel | None = None, terminal: Terminal | None = None,
     ):  # fmt: skip
-        self.parallel = parallel
+        self.parallel, self.terminal = parallel, terminal
         self.run_of = recipe if isinstance(recipe, Curriculum) else one_stage(recipe)
         self.stage, self.recipe = 0, self.run_of.stages[0].recipe  # those of the step under way
         self.task, self.folder = task, Path(folder)
@@ -78,13 +84,13 @@ class Trainer:
         peak = peak_flops(task.device)
         self.peak = peak * (parallel.sizes.world if parallel else 1) if peak else None
         self.step = 0
+        self.seen: list[tuple[float, float]] = []  # noise level and loss of the latest step's samples, on this rank
+        self.interrupts, self.all_asked = Interrupts(), 0
         self.checkpoint_folder = self.folder / "checkpoints"
         found = checkpoints.latest(self.checkpoint_folder)
         self.resumed = resume
-        if found is not None and not resume:
-            raise FileExistsError(
-                f"train: {folder} already has {found.name}; resume it (--resume) or choose another folder"
-            )
+        if not resume:
+            check_unused(self.folder)
         self.writer: Writer | None = None
         if parallel is not None:
             from qwen_image_fast.training.parallel.checkpoints import Writer
@@ -141,8 +147,15 @@ class Trainer:
         }
         return checkpoints.Checkpoint(record["step"], record["recipe"], record["ema_updates"], weights, average, states)
 
-    def save(self) -> Path:
-        """Write a checkpoint; of several ranks, in the background. Returns its folder."""
+    def save(self) -> list[Path]:
+        """Write a checkpoint, of several ranks in the background, and the adapters as they are used.
+
+        Returns its folder, and the file of the adapters where there is one."""
+        with self._averaged(), checkpoints.explained(self.checkpoint_folder, self.step):
+            used = self.task.keep(self.folder, self.step)
+        return [self._save(), *([used] if used else [])]
+
+    def _save(self) -> Path:
         state = checkpoints.Checkpoint(
             self.step, self.run_of.described(), self.ema.updates, dict(self.optimizer.masters), self.ema.average,
             self.optimizer.state(),
@@ -153,15 +166,24 @@ class Trainer:
         return checkpoints.save(self.checkpoint_folder, state, self.recipe.checkpoint.keep)
 
     def run(self) -> None:
-        """Train to the recipe's last step, then write `folder/model`."""
-        with reference() if self.recipe.reference_ops else contextlib.nullcontext():
-            main = self.parallel is None or self.parallel.main
-            log: Any = RunLog(self.folder, self.run_of.name, self.run_of.steps, self.step) if main else SilentLog()
+        """Train to the recipe's last step, then write `folder/model`.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM came, and a checkpoint was written.
+        """
+        main = self.parallel is None or self.parallel.main
+        with contextlib.ExitStack() as stack:
+            if self.recipe.reference_ops:
+                stack.enter_context(reference())
+            terminal = self.terminal or stack.enter_context(Terminal(self.run_of.name, main))
+            log: Any = RunLog(self.folder, terminal, self.step) if main else SilentLog()
             try:
                 if self.resumed:
                     begins = "no checkpoint to resume: begins at step 0"
                     log.say(f"goes on after step {self.step}" if self.step else begins)
-                self._loop(log)
+                terminal.begin(self.run_of.steps, self.step)
+                with self.interrupts:
+                    self._loop(log, terminal)
             finally:
                 log.close()
             with self._averaged():
@@ -186,8 +208,12 @@ class Trainer:
         last = checkpoints.latest(self.checkpoint_folder)
         return f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
 
-    def _loop(self, log: Any) -> None:
+    def _loop(self, log: Any, terminal: Terminal) -> None:
         meter = Meter(self.peak)
+        if self.step == 0:
+            self._look_unless_asked(log, last=False)
+        if asked := self._asked():
+            raise Interrupted(asked, self.step, self.run_of.steps, self.save())
         for batches, waited in self._batches(log):
             if (stage := self.run_of.number(self.step)) != self.stage:
                 self._enter(stage, self.run_of.stages[stage].carry)
@@ -198,8 +224,8 @@ class Trainer:
             rejected = [sample for batch in batches for sample in batch.rejected]
             if self.parallel is not None and losses["rejected"]:
                 rejected = self.parallel.gather_samples(rejected)
-            meter.add(losses, recipe.batch * recipe.accumulate)
-            log.advance(self.step)
+            meter.add(losses, recipe.batch * recipe.accumulate, self.seen)
+            terminal.step(self.step)
             if self.writer is not None:
                 self.writer.poll()
             log.rejected(self.step, rejected)
@@ -214,12 +240,23 @@ class Trainer:
                 log.metrics(self.step, values)
                 meter = Meter(self.peak)
             start = time.perf_counter()
-            self._look(log, last)
-            if self.step % recipe.checkpoint.every == 0 or last:
-                self.save()
-            meter.start += time.perf_counter() - start  # speeds are those of training
+            self._look_unless_asked(log, last)
+            asked = self._asked()
+            if self.step % recipe.checkpoint.every == 0 or last or asked:
+                kept = self.save()
+            if asked and self.step < self.run_of.steps:
+                if self.writer is not None:
+                    self.writer.finish()
+                raise Interrupted(asked, self.step, self.run_of.steps, kept)
+            spent = time.perf_counter() - start
+            meter.start += spent  # speeds are those of training
+            terminal.pause(spent)
         if self.writer is not None:
             self.writer.finish()
+
+    def _asked(self) -> int:
+        """The signal that asks for an end; of several ranks, where all of them know of one since their last update."""
+        return self.interrupts.asked if self.parallel is None else self.all_asked
 
     def _enter(self, stage: int, carry: Carry) -> None:
         self.stage, self.recipe = stage, self.run_of.stages[stage].recipe
@@ -229,21 +266,26 @@ class Trainer:
         if not carry.ema:
             self.ema.restart()
 
+    def _look_unless_asked(self, log: Any, last: bool) -> None:
+        if self.parallel is not None and not self._asked():
+            self._look(log, last)
+        elif not self._asked():
+            with self.interrupts.heeded_at_once():
+                self._look(log, last)
+
     def _look(self, log: Any, last: bool) -> None:
-        """Validation loss and sample grid with the averaged weights, where this step is due for them."""
+        """Validation loss and sample pictures with the averaged weights, where this step is due for them."""
 
         def due(every: int) -> bool:
-            return every > 0 and (self.step % every == 0 or last)
+            return every > 0 and (self.step % every == 0 or last)  # step 0 is before training
 
-        if not due(self.recipe.log.validate_every) and not due(self.recipe.log.sample_every):
+        if not due(self.recipe.log.sample_every) and not (due(self.recipe.log.validate_every) and self.step):
             return
         with self._averaged(), torch.no_grad():
-            if due(self.recipe.log.validate_every) and (values := self.task.validate()):
+            if due(self.recipe.log.validate_every) and self.step and (values := self.task.validate()):
                 log.metrics(self.step, values)
             if due(self.recipe.log.sample_every):
-                pixels = self.task.sample_grid()
-                if pixels is not None:
-                    log.image(self.step, "samples", pixels)
+                log.samples(self.step, self.task.samples())
         log.rejected(self.step, self.task.rejected)
         self.task.rejected = []
 
@@ -253,6 +295,7 @@ class Trainer:
         # Every micro-batch of every rank has as many samples.
         parts = len(batches) * (self.parallel.sizes.dp if self.parallel else 1)
         tokens, flops, extra, seen = 0, 0.0, {}, []
+        levels: list[float] = []
         for batch in batches:
             losses = self.task.loss(batch)
             (losses.total / parts).backward()
@@ -261,6 +304,7 @@ class Trainer:
             flops += losses.flops
             extra = losses.extra
             seen.append(losses.per_sample.detach())
+            levels += losses.levels
             total = total + losses.total.detach() / parts
         rejected = sum(len(batch.rejected) for batch in batches)
         if self.parallel is None:
@@ -275,6 +319,7 @@ class Trainer:
         self.optimizer.step(lr)
         self.ema.update()
         self.step += 1
+        self.seen = list(zip(levels, torch.cat(seen).tolist())) if levels else []
         counted = {"tokens": tokens, "flops": flops, "rejected": rejected}
         return {"loss": loss, "grad_norm": norm, "lr": lr, **counted, **extra}
 
@@ -286,9 +331,11 @@ class Trainer:
         sizes = self.parallel.sizes
         # Squares are counted once for each part of a gradient; samples, by every rank of cp.
         squares = self.optimizer.squares(sizes.world) * sizes.tp
-        same = torch.tensor([tokens, flops, rejected], dtype=torch.float64) / sizes.cp
+        asked = self.interrupts.asked
+        same = torch.tensor([tokens, flops, rejected, asked > 0], dtype=torch.float64) / sizes.cp
         mine = torch.cat([torch.stack([torch.as_tensor(loss, device=squares.device), squares]).double().cpu(), same])
         total = self.parallel.sum(mine).tolist()
+        self.all_asked = (asked or signal.SIGTERM) if total[5] else 0
         return total[0], math.sqrt(total[1]), round(total[2]), total[3], round(total[4])
 
     def _not_finite(self, batches: list[Any], seen: list[Tensor], loss: float, norm: float) -> str:
@@ -302,7 +349,8 @@ class Trainer:
             where = max(self.parallel.gather(where), key=len)
         kept = self.last_checkpoint()
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
-        return f"train: {what} in the batch {where}; {kept}; lower optimizer.lr or look at that sample, then resume"
+        advice = "lower optimizer.lr or look at that sample, then go on with --resume and --allow-changes"
+        return f"train: {what} in the batch {where}; {kept}; {advice}"
 
     def _batches(self, log: Any) -> Iterator[tuple[list[Any], float]]:
         """The micro-batches of every step to come, and the seconds spent waiting for them."""
@@ -333,33 +381,3 @@ class Trainer:
             except RecipeError as error:
                 log.say(f"{error}; the run goes on as before")
         return watched.changes if self.parallel is None else self.parallel.from_main(watched.changes)
-
-
-class Meter:
-    """Means and speeds between two log lines. peak: operations per second that the devices could do, if known."""
-
-    def __init__(self, peak: float | None = None) -> None:
-        self.start, self.peak = time.perf_counter(), peak
-        self.waited, self.steps, self.images, self.tokens, self.flops, self.rejected = 0.0, 0, 0, 0, 0.0, 0
-        self.sums: dict[str, float] = {}
-
-    def add(self, losses: dict[str, float], images: int) -> None:
-        self.steps += 1
-        self.images += images
-        self.tokens += int(losses["tokens"])
-        self.flops += losses["flops"]
-        self.rejected += int(losses["rejected"])
-        for name, value in losses.items():
-            if name not in ("tokens", "flops", "rejected"):
-                self.sums[name] = self.sums.get(name, 0.0) + value
-
-    def values(self) -> dict[str, float]:
-        seconds = max(time.perf_counter() - self.start, 1e-9)
-        return {name: value / self.steps for name, value in self.sums.items()} | {
-            "images_per_s": self.images / seconds,
-            "tokens_per_s": self.tokens / seconds,
-            **({"tflops": self.flops / seconds / 1e12} if self.flops else {}),
-            **({"mfu": self.flops / seconds / self.peak} if self.flops and self.peak else {}),
-            "data_wait": self.waited / seconds,
-            "rejected": self.rejected,
-        }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,14 @@ from torch import Tensor
 
 from qwen_image_fast.models.text_encoder import T2I_DROP, T2I_TEMPLATE
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
+from qwen_image_fast.once import warn_once
 from qwen_image_fast.pipelines.conditions import encode_edit_prompts
 from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
 from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
 from qwen_image_fast.training.batches.latents import encode_images
 from qwen_image_fast.training.producer.encoded import EncodedStore
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from qwen_image_fast.training.batches.batches import Batch, RawSample
@@ -32,7 +36,12 @@ def encode_captions(
     Short rows are filled up behind their end. Attention is causal, so what is kept never sees the filling, and no
     attention mask is needed.
     """
-    ids = [row[: drop + limit] for row in tokenizer([template.format(c) for c in captions])["input_ids"]]
+    whole = tokenizer([template.format(c) for c in captions])["input_ids"]
+    for caption, row in zip(captions, whole):
+        if len(row) > drop + limit:
+            what = "the caption %.40r is cut: its last %d tokens are beyond model.max_text_tokens, %d"
+            warn_once(logger, text_encoder, what, caption, len(row) - drop - limit, limit)
+    ids = [row[: drop + limit] for row in whole]
     longest = max(len(row) for row in ids)
     device = text_encoder.get_input_embeddings().weight.device
     filled = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=device)

@@ -8,13 +8,13 @@ always, the optimiser's state and the average as `carry` says. The learning rate
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen_image_fast.training.recipe.fields import RecipeError, convert, read_tree
+from qwen_image_fast.training.recipe.fields import RecipeError, convert, merged
+from qwen_image_fast.training.recipe.fitted import read_fitted
 from qwen_image_fast.training.recipe.read import KINDS, build
 from qwen_image_fast.training.recipe.run import RunRecipe
 
@@ -105,7 +105,7 @@ def read_curriculum(path: str | Path, overrides: Sequence[str] = ()) -> Curricul
     Raises:
         RecipeError: a sentence about the field that is unknown, of a wrong type or impossible.
     """
-    return build_curriculum(read_tree(path, overrides))
+    return build_curriculum(read_fitted(path, overrides))
 
 
 def build_curriculum(tree: Any) -> Curriculum:
@@ -134,17 +134,7 @@ def _stage(common: dict[str, Any], own: Any, number: int, first: int) -> Stage:
         if field_name in own:
             raise RecipeError(f"recipe: {field_name} must stand above the stages: it is one for the whole run")
     kind = KINDS.get(common.get("kind", "flow"), RunRecipe)
-    return Stage(name, build(_merged(common, own, kind) | {"name": name}), carry, first)
-
-
-def _merged(common: dict[str, Any], own: dict[str, Any], kind: type) -> dict[str, Any]:
-    """`own` over `common`, group by group; a list or a table of free names is replaced as a whole."""
-    hints, merged = typing.get_type_hints(kind), dict(common)
-    for name, value in own.items():
-        group = hints.get(name)
-        both = isinstance(value, dict) and isinstance(common.get(name), dict)
-        merged[name] = _merged(common[name], value, group) if both and dataclasses.is_dataclass(group) else value
-    return merged
+    return Stage(name, build(merged(common, own, kind) | {"name": name}), carry, first)
 
 
 def _check(first: RunRecipe, stage: Stage, number: int, before: RunRecipe | None) -> None:

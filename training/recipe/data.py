@@ -12,6 +12,10 @@ from qwen_image_fast.training.recipe.fields import must, must_be_at_least
 
 TASKS = ("t2i", "ti2i", "recon")
 DRAWN = ("squares", "synthesis")  # sources that draw their pictures
+UNNAMED = (
+    "recipe: no data are named: give --images, a folder of pictures with captions, --pairs, a folder of pictures "
+    "before and after, or data.source: also a table, shards, synthesis or squares"
+)
 
 
 # Width to height of the report's nine shapes (arXiv 2508.02324, section 4.2).
@@ -28,7 +32,7 @@ class PartRecipe:
 
     name: str = ""
     weight: float = 1.0
-    source: str = "squares"
+    source: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     tasks: dict[str, float] = field(default_factory=dict)
     filters: dict[str, Any] = field(default_factory=dict)
@@ -59,7 +63,7 @@ class DataRecipe:
     key of the picture, the caption and the model, for itself and later runs; both empty: encode on the fly.
     """
 
-    source: str = "squares"
+    source: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     filters: dict[str, Any] = field(default_factory=dict)
     mixture: list[PartRecipe] = field(default_factory=list)

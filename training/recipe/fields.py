@@ -37,14 +37,35 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Any:
 
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        for override in overrides:
-            name, equals, value = override.partition("=")
-            if not equals or not name:
-                raise RecipeError(f"recipe: an override must look like optimizer.lr=1e-3, got {override!r}")
-            set_dotted(tree, name, yaml.safe_load(value))
     except yaml.YAMLError as error:
-        raise RecipeError(f"recipe: {path} and the overrides must be valid YAML: {error}") from error
+        raise RecipeError(f"recipe: {path} must be valid YAML: {error}") from error
+    return overridden(tree, overrides)
+
+
+def overridden(tree: Any, overrides: Sequence[str]) -> Any:
+    """`tree`, in place, with the fields that overrides such as "optimizer.lr=1e-3" change."""
+    with needed_for("reading a recipe"):
+        import yaml
+
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals or not name:
+            raise RecipeError(f"recipe: an override must look like optimizer.lr=1e-3, got {override!r}")
+        try:
+            set_dotted(tree, name, yaml.safe_load(value))
+        except yaml.YAMLError as error:
+            raise RecipeError(f"recipe: {override} must hold valid YAML: {error}") from error
     return tree
+
+
+def merged(common: dict[str, Any], own: dict[str, Any], kind: type) -> dict[str, Any]:
+    """`own` over `common`, group by group; a list or a table of free names is replaced as a whole."""
+    hints, both = typing.get_type_hints(kind), dict(common)
+    for name, value in own.items():
+        group = hints.get(name)
+        groups = isinstance(value, dict) and isinstance(common.get(name), dict) and dataclasses.is_dataclass(group)
+        both[name] = merged(common[name], value, group) if groups else value  # type: ignore[arg-type]
+    return both
 
 
 def set_dotted(tree: Any, name: str, value: Any) -> None:
@@ -117,5 +138,11 @@ def convert(value: Any, kind: Any, path: str) -> Any:
 
 
 def _nearest(name: str, fields: dict[str, Any], dot: str) -> str:
-    near = difflib.get_close_matches(name, fields, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name, fields, n=1, cutoff=0.6) or [f for f in fields if _shortens(f, name.lower())]
     return f"; did you mean {dot}{near[0]}?" if near else f"; fields: {', '.join(fields)}"
+
+
+def _shortens(short: str, name: str) -> bool:
+    """Whether a field's name is an abbreviation, as lr of learnrate or learning_rate."""
+    letters = iter(name)
+    return len(short) <= 3 and short[0] == name[0] and all(letter in letters for letter in short)

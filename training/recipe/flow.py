@@ -9,15 +9,18 @@ from qwen_image_fast.training.recipe.run import RunRecipe
 
 ADAPTERS = ("lora", "dora", "lokr")
 LEVELS = ("logit-normal", "uniform", "shifted", "resolution")
+NEW = "new"
 
 
 @dataclass
 class ModelRecipe:
     """folder: the diffusers-layout pipeline to start from: a folder, "tiny" (the one that comes with the package) or
-    the name of a hub repository; empty: the tiny model with random weights.
+    the name of a hub repository; "new": one of tiny's shape with random weights.
 
     vae: a VAE, or a pipeline's, instead of that of `folder`. dtype: of the weights in the forward pass; "auto" is
-    bfloat16 on CUDA, float32 on the CPU. The optimiser's weights are always float32.
+    bfloat16 on CUDA, float32 on the CPU. The optimiser's weights are always float32. train_text_encoder: whether it
+    learns too, as that of tiny did. max_text_tokens: of a caption, which is cut behind them. gradient_checkpointing:
+    less memory for a third more time. compile: by torch.compile.
     """
 
     folder: str = ""
@@ -27,6 +30,11 @@ class ModelRecipe:
     max_text_tokens: int = 256
     gradient_checkpointing: bool = False
     compile: bool = False
+
+    @property
+    def start(self) -> str:
+        """`folder`, empty for a new model."""
+        return "" if self.folder == NEW else self.folder
 
 
 @dataclass
@@ -67,7 +75,7 @@ class LoraRecipe:
 class SigmaRecipe:
     """Noise levels, 0 for the picture and 1 for noise. name: "logit-normal", sigmoid(mean + std n) with n standard
     normal; "uniform"; "shifted", uniform and then s u / (1 + (s - 1) u) with s = `shift`; "resolution", the same with
-    the shift that inference has for a picture of that size.
+    the shift that inference has for a picture of that size. mean, std: of logit-normal. shift: of shifted.
 
     weighting: "none", or "min-snr", the loss counts min((1 - sigma)^2, gamma sigma^2) (arXiv 2303.09556). gamma: its
     limit of the ratio of signal to noise.

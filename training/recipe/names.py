@@ -9,9 +9,9 @@ from pathlib import Path
 
 from qwen_image_fast.folders import local_folder, nearest, nearest_file, resolve_folder
 from qwen_image_fast.training.recipe.curriculum import Curriculum
-from qwen_image_fast.training.recipe.data import DRAWN
+from qwen_image_fast.training.recipe.data import DRAWN, UNNAMED
 from qwen_image_fast.training.recipe.fields import RecipeError
-from qwen_image_fast.training.recipe.flow import FlowRecipe
+from qwen_image_fast.training.recipe.flow import NEW, FlowRecipe
 from qwen_image_fast.training.recipe.vae import VaeRecipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -23,9 +23,19 @@ def find_recipe(name: str | Path) -> Path:
     for path in (Path(name).expanduser(), RECIPES / f"{name}.yaml"):
         if path.is_file():
             return path
-    shipped = sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml"))
-    near = nearest(str(name), shipped) or nearest_file(name)
-    raise RecipeError(f"recipe: there is no file {name}; shipped recipes: {', '.join(shipped)}{near}")
+    near = nearest(str(name), shipped()) or nearest_file(name)
+    raise RecipeError(f"recipe: there is no file {name}; shipped recipes: {', '.join(shipped())}{near}")
+
+
+def shipped() -> list[str]:
+    """Names of the shipped recipes, those that start a user's own work first."""
+    names = [str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml")]
+    return sorted(names, key=lambda name: ("/" in name, name))
+
+
+def summary(name: str) -> str:
+    """The first line of a shipped recipe, which says what it is for."""
+    return find_recipe(name).read_text(encoding="utf-8").split("\n")[0].removeprefix("# ")
 
 
 def model_folder(name: str) -> Path:
@@ -43,7 +53,7 @@ def models_of(run: Curriculum) -> dict[str, str]:
     """The models that a run names, by field; all its stages have the same ones."""
     recipe, named = run.stages[0].recipe, {}
     if isinstance(recipe, FlowRecipe):
-        named = {"model.folder": recipe.model.folder, "model.vae": recipe.model.vae}
+        named = {"model.folder": recipe.model.start, "model.vae": recipe.model.vae}
     elif isinstance(recipe, VaeRecipe):
         named = {"folder": recipe.folder}
     return {field: name for field, name in named.items() if name}
@@ -52,7 +62,7 @@ def models_of(run: Curriculum) -> dict[str, str]:
 def described(run: Curriculum) -> str:
     """The models of a run, for a person: those named, and which are new."""
     named, recipe = models_of(run), run.stages[0].recipe
-    if isinstance(recipe, FlowRecipe) and not recipe.model.folder:
+    if isinstance(recipe, FlowRecipe) and not recipe.model.start:
         return "a new model" + (f" with the VAE {recipe.model.vae}" if recipe.model.vae else ", its VAE random too")
     return ", ".join(named.values()) or "a new VAE"
 
@@ -69,12 +79,26 @@ def check_models(run: Curriculum) -> None:
 
 
 def check_start(run: Curriculum) -> None:
-    """RecipeError where a part of a new model, whose weights are random, would stay as it is."""
+    """RecipeError where no model is named, or where a part of a new one, whose weights are random, would stay so."""
     recipe = run.stages[0].recipe
-    if isinstance(recipe, FlowRecipe) and not recipe.model.folder:
-        frozen = "lora.rank is above 0" if recipe.lora.rank else "model.train_text_encoder is false"
-        if recipe.lora.rank or not recipe.model.train_text_encoder:
-            raise RecipeError(f"recipe: model.folder must name a model, such as Qwen/Qwen-Image, where {frozen}")
+    if not isinstance(recipe, FlowRecipe) or recipe.model.start:
+        return
+    if not recipe.model.folder:
+        raise RecipeError(
+            "recipe: no model is named: give --model (model.folder), which is tiny, a folder or a hub name such as "
+            f"Qwen/Qwen-Image; {NEW} trains one of tiny's shape from random weights"
+        )
+    frozen = "lora.rank is above 0" if recipe.lora.rank else "model.train_text_encoder is false"
+    if recipe.lora.rank or not recipe.model.train_text_encoder:
+        raise RecipeError(f"recipe: model.folder must name a model, such as Qwen/Qwen-Image, where {frozen}")
+
+
+def check_unused(folder: Path) -> None:
+    """FileExistsError where a run's folder has checkpoints already."""
+    if found := sorted(path.parent.name for path in folder.glob("checkpoints/step-*/trainer.json")):
+        raise FileExistsError(
+            f"train: {folder} already has {found[-1]}; resume it (--resume) or choose another folder (--out)"
+        )
 
 
 def check_data(run: Curriculum) -> None:
@@ -84,8 +108,10 @@ def check_data(run: Curriculum) -> None:
         if data.cache and not Path(data.cache).expanduser().is_dir():
             raise RecipeError(f"recipe: data.cache: there is no folder {data.cache}{nearest_file(data.cache)}")
         for part in data.parts:
+            if not part.source and not data.cache:
+                raise RecipeError(UNNAMED)
             here = part.source in DRAWN or part.source.startswith("hub:") or Path(part.source).expanduser().exists()
-            if not here:
+            if part.source and not here:
                 near = nearest(part.source, DRAWN) or nearest_file(part.source)
                 raise RecipeError(
                     f"recipe: data.source must be {', '.join(DRAWN)}, a folder, a table, shards or hub:owner/name, "

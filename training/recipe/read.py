@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen_image_fast.training.recipe.fields import RecipeError, convert, read_tree
+from qwen_image_fast.training.recipe.fields import RecipeError, convert
+from qwen_image_fast.training.recipe.fitted import read_fitted
 from qwen_image_fast.training.recipe.flow import FlowRecipe
 from qwen_image_fast.training.recipe.run import RunRecipe
 from qwen_image_fast.training.recipe.vae import VaeRecipe
@@ -16,7 +17,7 @@ KINDS: dict[str, type[RunRecipe]] = {"flow": FlowRecipe, "vae": VaeRecipe}
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunRecipe:
     """The recipe in a YAML file, changed by overrides of the form "optimizer.lr=1e-3", values in YAML."""
-    return build(read_tree(path, overrides))
+    return build(read_fitted(path, overrides))
 
 
 def build(tree: Any) -> RunRecipe:

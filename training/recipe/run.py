@@ -14,8 +14,8 @@ SCHEDULES = ("constant", "cosine", "cosine-restarts")
 
 @dataclass
 class ProducersRecipe:
-    """Who makes the batches. backend: "here", the process that trains; "processes" of this machine, with shared memory;
-    "ray", actors of a cluster. The batches and their order are the same.
+    """Who makes the batches. backend: here, the process that trains; processes of this machine, with shared memory; or
+    ray, actors of a cluster. The batches and their order are the same.
 
     count: processes or actors. ahead: micro-batches made ahead of the one in use, at most. encode: they also run the
     VAE, and the condition encoder unless it learns. device: of these; "auto": that of the run. cpus, gpus: of a Ray
@@ -45,8 +45,9 @@ class OptimizerRecipe:
 
     lr: of a step at its highest. betas, eps, weight_decay: of the optimiser; the decay of matrices alone. clip: the
     norm that all gradients together may have; 0: any. schedule: "constant", "cosine" (to `final_lr` times lr) or
-    "cosine-restarts" (as often as `cycles` says), after `warmup` steps in which lr rises linearly. ema: share of the
-    average of the weights that a step keeps; 0: the weights themselves.
+    "cosine-restarts", all after the warm-up. cycles: of cosine-restarts. warmup: steps in which lr rises linearly.
+    final_lr: where a cosine ends, as a share of lr. ema: share of the average of the weights that a step keeps; 0: the
+    weights themselves.
 
     masters: "float32", weights beside those of 16 bits that take the updates; "none", the updates are rounded into the
     16-bit weights stochastically, with AdamW, by one process: 4 bytes less for each.
@@ -82,6 +83,8 @@ class OptimizerRecipe:
 
 @dataclass
 class CheckpointRecipe:
+    """every: steps between checkpoints. keep: how many of the newest stay."""
+
     every: int = 500
     keep: int = 2
 
@@ -92,9 +95,12 @@ class CheckpointRecipe:
 
 @dataclass
 class LogRecipe:
-    """Steps between log lines, validations and sample grids (0: never). prompts, sample_steps: of the grids.
+    """every: steps between log lines. validate_every, sample_every: steps between validations, and between sample
+    pictures; 0: never. validation_samples: of each noise level.
 
-    ocr_samples: held-out captions of the synthesis source that are drawn and read back at each validation.
+    ocr_samples: held-out captions of the synthesis source that are drawn and read back at each validation. prompts: of
+    the sample pictures; empty: captions that are held out. sample_count: pictures without prompts, and edits.
+    sample_steps, guidance: of the sample pictures; 0: what the model makes best.
     """
 
     every: int = 10
@@ -102,12 +108,16 @@ class LogRecipe:
     validation_samples: int = 16
     ocr_samples: int = 0
     sample_every: int = 0
-    sample_steps: int = 20
     prompts: list[str] = field(default_factory=list)
+    sample_count: int = 8
+    sample_steps: int = 0
+    guidance: float = 0.0
 
     def check(self) -> None:
         must_be_at_least(1, "log.every", self.every)
-        must_be_at_least(1, "log.sample_steps", self.sample_steps)
+        must_be_at_least(0, "log.sample_steps", self.sample_steps)
+        must_be_at_least(0, "log.guidance", self.guidance)
+        must_be_at_least(1, "log.sample_count", self.sample_count)
 
 
 @dataclass
@@ -132,8 +142,10 @@ class ParallelRecipe:
 
 @dataclass
 class RunRecipe:
-    """What every run has. batch: samples of a micro-batch; accumulate: micro-batches of a step.
+    """What every run has.
 
+    kind: flow, the transformer, or vae. name: of the run, in what it says. seed: of everything that is drawn. steps:
+    updates. batch: samples of a micro-batch. accumulate: micro-batches of a step. device: cpu, cuda, cuda:1 or auto.
     reference_ops: run the PyTorch references of the fused ops, on a device that has no kernels.
     """
 

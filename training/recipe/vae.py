@@ -10,10 +10,9 @@ from qwen_image_fast.training.recipe.run import RunRecipe
 
 @dataclass
 class VaeLossRecipe:
-    """Reconstruction: MSE + l1 * L1. perceptual: its share of the gradient at the last layer; 0: none.
-
-    latent_noise: deviation of the noise on the latents z. prior: weight of mean z^2 / 2, the part of the
-    Kullback-Leibler divergence from N(0, 1) that a fixed deviation leaves; it keeps the noise from being outgrown.
+    """Reconstruction: MSE + l1 * L1. l1: weight of the absolute error. perceptual: its share of the gradient at the
+    last layer; 0: none. latent_noise: deviation of the noise on the latents z. prior: weight of mean z^2 / 2, the part
+    of the Kullback-Leibler divergence from N(0, 1) that a fixed deviation leaves; it keeps the noise large beside z.
     """
 
     l1: float = 0.1
@@ -24,7 +23,8 @@ class VaeLossRecipe:
 
 @dataclass
 class VaeRecipe(RunRecipe):
-    """mode "scratch": a new VAE; "decoder": the decoder of `folder` (a VAE, or a pipeline's), its encoder frozen.
+    """mode: scratch, a new VAE, or decoder, that of `folder`, its encoder frozen. folder: a VAE, or a pipeline's.
+    base_dim: width of a new VAE.
 
     crop: side in pixels of the random square of each image that is used, a multiple of 8; 0: the whole image.
     statistics: images of which the latents' mean and deviation are measured at the end ("scratch").

@@ -12,7 +12,7 @@ from qwen_image_fast.training.data.collect import CAPTION_SUFFIXES
 from qwen_image_fast.training.data.screen import Screen
 from qwen_image_fast.training.data.shard_index import INDEX
 from qwen_image_fast.training.recipe.captions import CaptionsRecipe
-from qwen_image_fast.training.recipe.data import DRAWN, DataRecipe, PartRecipe, part_key
+from qwen_image_fast.training.recipe.data import DRAWN, UNNAMED, DataRecipe, PartRecipe, part_key
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.sources.example import Catalogue
 from qwen_image_fast.training.sources.examples import Edits, Examples
@@ -47,6 +47,8 @@ def make_source(recipe: DataRecipe | PartRecipe) -> Source:
 
 
 def _named(part: PartRecipe) -> Source:
+    if not part.source:
+        raise RecipeError(UNNAMED)
     if part.source in DRAWN:
         for name, value in (("filters", part.filters), ("repeats", part.repeats)):
             if value:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qwen_image_fast.checkpoint import find_weights, save_state
+from qwen_image_fast.folders import SHIPPED
+from qwen_image_fast.model_defaults import GENERATION_FILE
 from qwen_image_fast.models.packing import pack
 from qwen_image_fast.models.rope import ImageShape
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
@@ -22,7 +23,7 @@ from qwen_image_fast.tiny import write_untrained
 from qwen_image_fast.training.adapters import draw_kept
 from qwen_image_fast.training.batches.batches import VALIDATION_SIGMAS, FlowBatches, RawSample, StagedBatches
 from qwen_image_fast.training.batches.latents import LatentCache
-from qwen_image_fast.training.lora import add_lora, save_lora
+from qwen_image_fast.training.lora import LORAS, add_lora, save_lora, save_lora_file
 from qwen_image_fast.training.parallel.export import export_model, full_state
 from qwen_image_fast.training.parallel.layout import Parallel
 from qwen_image_fast.training.parallel.ulysses import split_layout
@@ -37,8 +38,8 @@ from qwen_image_fast.training.sources.sample import Source
 from qwen_image_fast.training.sources.survey import sources_of
 from qwen_image_fast.training.tasks.device import pick_device, pick_dtype
 from qwen_image_fast.training.tasks.flops import step_flops
-from qwen_image_fast.training.tasks.grid import grid
-from qwen_image_fast.training.tasks.task import Losses
+from qwen_image_fast.training.tasks.flow_samples import samples, sampling
+from qwen_image_fast.training.tasks.task import Drawn, Losses
 from qwen_image_fast.training.trainable import choose_trainable
 
 
@@ -145,7 +146,7 @@ class FlowTask:
     """A `Task`: see `trainer.py`.
 
     Args:
-        recipe: of the run. folder: of the run; without `recipe.model.folder` the tiny model is made in `start/` there.
+        recipe: of the run. folder: of the run; without `recipe.model.start` the tiny model is made in `start/` there.
         source: instead of those that the recipe names. sources: those, by `part_key`; None: made here.
         run: where there are several stages; `recipe` is then the first one's.
     """
@@ -164,14 +165,15 @@ class FlowTask:
         if sources is None:
             sources = sources_of(self.run) if source is None else {}
         self.device = parallel.device if parallel else pick_device(recipe.device)
-        self.folder = model_folder(recipe.model.folder) if recipe.model.folder else folder / "start"
+        self.folder = model_folder(recipe.model.start) if recipe.model.start else folder / "start"
         self.vae_folder = vae_folder(recipe.model.vae) if recipe.model.vae else self.folder / "vae"
         self.store: EncodedStore | None = None
         if recipe.data.encoded:
             self.store = EncodedStore(Path(recipe.data.encoded).expanduser(), models_of(self.folder, self.vae_folder))
         main = parallel is None or parallel.main
-        if main and not recipe.model.folder and not (self.folder / "model_index.json").is_file():
+        if main and not recipe.model.start and not (self.folder / "model_index.json").is_file():
             write_untrained(self.folder, seed=recipe.seed, edit=True)
+            shutil.copyfile(SHIPPED / GENERATION_FILE, self.folder / GENERATION_FILE)  # of its shape, so of its size
         self.dtype = pick_dtype(recipe.model.dtype, self.device)
         parts: dict[str, Any] = {}
         if parallel is not None:
@@ -181,12 +183,15 @@ class FlowTask:
             parallel.barrier()
             weights = self.folder / "transformer"
             parts["transformer"], self.bytes_read = load_transformer(weights, recipe, parallel, self.dtype)
-        if recipe.model.vae:
-            parts["vae"] = AutoencoderKLQwenImage.from_pretrained(self.vae_folder, device=self.device)
+        parts["vae"] = AutoencoderKLQwenImage.from_pretrained(
+            self.vae_folder, torch_dtype=torch.float32, device=self.device
+        )
         parts_of_data = [part for stage in self.run.stages for part in stage.recipe.data.parts]
         self.edits = any(part.tasks.get(task) for part in parts_of_data for task in ("ti2i", "recon"))
         kind: Any = QwenImageEditPlusPipeline if self.edits else QwenImagePipeline
-        pipe = kind.from_pretrained(self.folder, torch_dtype=torch.float32, device=self.device, **parts)
+        # In the type in which it computes: float32 weights of a large model would need twice the memory for a moment.
+        loaded = torch.float32 if recipe.model.train_text_encoder else self.dtype
+        pipe = kind.from_pretrained(self.folder, torch_dtype=loaded, device=self.device, **parts)
         shared = {name: getattr(pipe, name) for name in QwenImagePipeline.parts}
         self.pipe, self.edit_pipe = QwenImagePipeline(**shared), pipe if self.edits else None
         self.transformer: Any = self.pipe.transformer.train()
@@ -259,7 +264,8 @@ class FlowTask:
         lengths, adapters = [len(text) for text in texts], self.recipe.lora.rank > 0
         flops = step_flops(self.transformer.config, images, lengths, adapters=adapters)
         weights = torch.tensor([raw.weight for raw in batch], device=losses.device)
-        return Losses((losses * weights).mean(), losses, sum(images), {}, flops)
+        levels = [raw.sigma for raw in batch]
+        return Losses((losses * weights).mean(), losses, sum(images), {}, flops, levels)
 
     def to_latents(self, batch: list[RawSample]) -> list[FlowSample]:
         latents = iter(self.encoders.latents(batch))
@@ -331,27 +337,18 @@ class FlowTask:
         return values
 
     def _sampling(self) -> dict[str, Any]:
-        height, width = self.recipe.data.sizes[0]
-        steps = self.recipe.log.sample_steps
-        return {"height": height, "width": width, "num_inference_steps": steps, "true_cfg_scale": 1.0}
+        return sampling(self.recipe, self.folder)
 
-    def sample_grid(self) -> np.ndarray | None:
-        """Pictures of the recipe's prompts; below them references and what was made of them."""
-        prompts, seed = self.recipe.log.prompts, self.recipe.seed
-        if not prompts:
+    def samples(self) -> list[Drawn]:
+        drawn, rejected = samples(self.recipe, self.batches, self.pipe, self.edit_pipe, self._sampling())
+        self.rejected += rejected
+        return drawn
+
+    def keep(self, folder: Path, step: int) -> Path | None:
+        """The adapters so far as `loras/step-<step>.safetensors`, for `generate --lora` and others."""
+        if not self.recipe.lora.rank:
             return None
-        made = self.pipe(prompts, seed=seed, output_type="np", progress=False, **self._sampling())
-        rows = [(image * 255).round().astype(np.uint8) for image in made.images]
-        pairs, rejected = self.batches.edits(len(prompts))
-        self.rejected += [(None, *why) for why in rejected]
-        if self.edit_pipe is not None and pairs:
-            edited = self.edit_pipe(
-                [list(pair.references) for pair in pairs], [pair.caption for pair in pairs], seed=seed,
-                output_type="np", progress=False, **self._sampling(),
-            )  # fmt: skip
-            rows += [pair.references[0] for pair in pairs]
-            rows += [(image * 255).round().astype(np.uint8) for image in edited.images]
-        return grid(rows, columns=len(prompts))
+        return save_lora_file(self.transformer, folder / LORAS / f"step-{step:08d}.safetensors", self.parallel)
 
     def export(self, folder: Path) -> None:
         """The pipeline's folder with the trained parts, or the LoRA files alone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,8 @@ from qwen_image_fast.training.producer.backend import BatchMaker
 class Losses:
     """total: what is differentiated, a mean over samples. per_sample: [samples] float32, of the batch's samples.
 
-    flops: of forward and backward, where they are known. extra: further numbers for the log.
+    flops: of forward and backward, where they are known. extra: further numbers for the log. levels: the noise level of
+    each sample, where there is one.
     """
 
     total: Tensor
@@ -25,6 +27,15 @@ class Losses:
     tokens: int
     extra: dict[str, float]
     flops: float = 0.0
+    levels: Sequence[float] = ()
+
+
+@dataclass
+class Drawn:
+    """title: what was asked for. pictures: uint8 [H, W, 3], of which the last was made and the others were given."""
+
+    title: str
+    pictures: Sequence[np.ndarray]
 
 
 class Task(Protocol):
@@ -46,7 +57,12 @@ class Task(Protocol):
 
     def validate(self) -> dict[str, float]: ...
 
-    def sample_grid(self) -> np.ndarray | None: ...
+    def samples(self) -> list[Drawn]:
+        """Pictures to look at, the same ones at every step; none where the recipe asks for none."""
+
+    def keep(self, folder: Path, step: int) -> Path | None:
+        """Write what was trained so far into the folder of a run, in the form in which it is used, where that is
+        small: adapters. The modules hold the averaged weights."""
 
     def export(self, folder: Path) -> None:
         """Write what was trained in the layout in which it is used; the modules hold the averaged weights."""

@@ -26,8 +26,7 @@ from qwen_image_fast.training.sources.buckets import fit, nearest_bucket
 from qwen_image_fast.training.sources.make import make_source
 from qwen_image_fast.training.sources.sample import Sample, Source
 from qwen_image_fast.training.tasks.device import pick_device
-from qwen_image_fast.training.tasks.grid import grid
-from qwen_image_fast.training.tasks.task import Losses
+from qwen_image_fast.training.tasks.task import Drawn, Losses
 
 # Bounds of the weight that the dynamic balance gives the perceptual loss.
 BALANCE_RANGE = (1e-4, 1e4)
@@ -226,12 +225,15 @@ class VaeTask:
         x, made = self._reconstruct(self._held_out(self.recipe.log.validation_samples))
         return {"validation_psnr": psnr(made - x)}
 
-    def sample_grid(self) -> np.ndarray | None:
-        """Held-out images above their reconstructions."""
+    def samples(self) -> list[Drawn]:
+        """Held-out images and their reconstructions."""
         images = self._held_out(8)
         _, made = self._reconstruct(images)
         pixels = ((made[:, :, 0] / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return grid([*images, *pixels])
+        return [Drawn("a held-out picture, and what became of it", pair) for pair in zip(images, pixels)]
+
+    def keep(self, folder: Path, step: int) -> None:
+        """Nothing: a VAE is written at the end."""
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:

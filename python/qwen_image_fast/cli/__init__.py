@@ -21,7 +21,7 @@ COMMANDS = {
         "Make pictures led by control pictures, or inpaint with an inpainting ControlNet.",
     ),
     "train": (
-        "cli.training:train",
+        "cli.train:train",
         "Train by a recipe; the result is in OUT/model, logs and checkpoints beside it. Under torchrun: by all.",
     ),
     "inspect": (
@@ -42,6 +42,10 @@ COMMANDS = {
 }
 
 
+# What follows a command's name and is no argument of it, but a command beside it.
+WORDS = {"train": {"export": "cli.train_results:export", "compare": "cli.train_results:compare"}}
+
+
 class _Later(TyperCommand):
     """A command of which only the name and the first sentence are known until it is used."""
 
@@ -49,11 +53,14 @@ class _Later(TyperCommand):
         super().__init__(name, help=sentence)
         self.place = place
 
-    def make_context(self, *args: Any, **kwargs: Any):
-        return self.load().make_context(*args, **kwargs)
+    def make_context(self, info_name: str | None, args: list[str], *more: Any, **kwargs: Any):
+        place = WORDS.get(self.name or "", {}).get(args[0]) if args else None
+        if place is not None:
+            return self.load(place).make_context(f"{info_name} {args[0]}", args[1:], *more, **kwargs)
+        return self.load().make_context(info_name, args, *more, **kwargs)
 
-    def load(self):
-        module, attribute = self.place.split(":")
+    def load(self, place: str = ""):
+        module, attribute = (place or self.place).split(":")
         found = getattr(import_module(f"qwen_image_fast.{module}"), attribute)
         if isinstance(found, typer.Typer):
             group = typer.main.get_group(found)

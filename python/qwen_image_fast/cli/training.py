@@ -1,8 +1,7 @@
-"""`train`, `cache-latents` and what begins with `data`; what they need is imported when they run."""
+"""`cache-latents` and what begins with `data`; what they need is imported when they run."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ data = typer.Typer(help="Look at training data.", no_args_is_help=True)
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
     """Bad recipes and missing packages end with exit code 2, a run that had to stop with 1."""
     try:
         # A stopped run is a RuntimeError; a bad recipe, or a resumed run that does not fit, is a ValueError.
@@ -42,48 +41,24 @@ def _explained() -> Iterator[None]:
         raise CommandError(text) from error
 
 
-def _checked(recipe: str, overrides: list[str] | None, *, data: bool = True) -> Curriculum:
-    """The run of a recipe, all that it names found, before torch is imported; says what will be loaded."""
+def checked(
+    recipe: str, overrides: list[str] | None, *, data: bool = True, run_folder: Path | None = None
+) -> Curriculum:
+    """The run of a recipe, all that it names found, before torch is imported.
+
+    `run_folder`: must hold no run yet.
+    """
     from qwen_image_fast.training.recipe.curriculum import read_curriculum
-    from qwen_image_fast.training.recipe.names import check_data, check_models, check_start, described, find_recipe
+    from qwen_image_fast.training.recipe.names import check_data, check_models, check_start, check_unused, find_recipe
 
     chosen = read_curriculum(find_recipe(recipe), overrides or ())
     check_models(chosen)
     if data:
         check_start(chosen)
         check_data(chosen)
-        if int(os.environ.get("RANK", "0")) == 0:
-            err.print(f"{chosen.name}: loading torch and {described(chosen)}", markup=False, soft_wrap=True)
+        if run_folder is not None:
+            check_unused(run_folder.expanduser())
     return chosen
-
-
-def train(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("outputs/run"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
-    allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Resume with a recipe that differs.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Print what GPUS would need; train nothing.")] = False,
-    gpus: Annotated[int, typer.Option(help="With --plan: how many.", min=1)] = 8,
-    memory: Annotated[float, typer.Option(help="With --plan: GB of each.")] = 80.0,
-    gpu: Annotated[str, typer.Option(help="With --plan: their kind, such as H100 or A100.")] = "H100",
-) -> None:
-    """Train by a recipe; the result is in OUT/model, logs and checkpoints beside it. Under torchrun: by all."""
-    with _explained():
-        chosen = _checked(recipe, overrides, data=not plan)
-        if plan:
-            err.print(f"{chosen.name}: loading torch to count the weights", markup=False, soft_wrap=True)
-            from rich.console import Console
-
-            from qwen_image_fast.training.parallel.plan import print_plan
-
-            print_plan(chosen, gpus, memory, gpu, Console(width=120))
-            return
-        from qwen_image_fast.training.run import train as run
-
-        run(recipe, overrides or (), out, resume=resume, allow_changes=allow_changes)
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(out / "model")
 
 
 def cache_latents(
@@ -93,8 +68,11 @@ def cache_latents(
     count: Annotated[int, typer.Option(help="Samples.", min=1)] = 10000,
 ) -> None:
     """Encode a recipe's samples once, for its field data.cache."""
-    with _explained():
-        _checked(recipe, overrides)
+    with explained():
+        from qwen_image_fast.training.recipe.names import described
+
+        chosen = checked(recipe, overrides)
+        err.print(f"{chosen.name}: loading torch and {described(chosen)}", markup=False, soft_wrap=True)
         from qwen_image_fast.training.run import cache_latents as run
 
         run(recipe, overrides or (), out, count)
@@ -115,7 +93,7 @@ def preview_samples(
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
 ) -> None:
     """Write a contact sheet of synthesised text-rendering data."""
-    with _explained():
+    with explained():
         from qwen_image_fast.training.synthesis.preview import find_recipe, write_preview
 
         chosen = find_recipe(recipe, size, tuple(language or ("en",)), tuple(fonts or ()), photos)
@@ -129,7 +107,7 @@ def filter_records(
     out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("outputs/filtered"),
 ) -> None:
     """Filter a data set in the report's seven stages; shards, an audit of every score and examples go to OUT."""
-    with _explained():
+    with explained():
         from qwen_image_fast.training.data.cli import filter_command
 
         filter_command(recipe, overrides, out)
@@ -137,7 +115,7 @@ def filter_records(
 
 def report(folder: Annotated[Path, typer.Argument(help="The result of `data filter`.")]) -> None:
     """Write FOLDER/report.html: losses, score histograms with examples, balance, duplicates, in one page."""
-    with _explained():
+    with explained():
         from qwen_image_fast.training.data.report import write_report
 
         print(write_report(folder))
@@ -149,7 +127,7 @@ def annotate_records(
     out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("outputs/annotated"),
 ) -> None:
     """Caption pictures by a vision-language model; a stopped run goes on with the same command."""
-    with _explained():
+    with explained():
         from qwen_image_fast.training.data.cli import annotate_command
 
         annotate_command(recipe, overrides, out)

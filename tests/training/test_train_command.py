@@ -1,0 +1,189 @@
+"""`train` as a first-time user has it: options instead of YAML, refusals before anything is loaded, a LoRA."""
+
+import json
+import os
+import re
+import shlex
+import signal
+
+import pytest
+import torch
+import yaml
+from data_pictures import noise
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from qwen_image_fast import QwenImageTransformer2DModel
+from qwen_image_fast.cli import app
+from qwen_image_fast.models.lora_files import parse_lora
+from qwen_image_fast.training.export import FORMATS
+from qwen_image_fast.training.recipe.curriculum import build_curriculum
+from qwen_image_fast.training.sources.examples import Examples
+from qwen_image_fast.training.tasks.flow import FlowTask
+
+TRANSFORMER = "diffusion_pytorch_model.safetensors"
+SHORT = ["steps=4", "batch=2", "lora.rank=2", "log.sample_every=4", "log.validate_every=4", "log.sample_count=2",
+         "log.validation_samples=2", "checkpoint.every=2", "log.every=1", "device=cpu"]  # fmt: skip
+
+
+@pytest.fixture
+def small(folder, tmp_path, monkeypatch):
+    """The current folder has the small model as `small`, which says that its pictures are small, and `pictures`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").mkdir()
+    for part in folder.iterdir():
+        (tmp_path / "small" / part.name).symlink_to(part)
+    (tmp_path / "small" / "generation.json").write_text('{"width": 32, "height": 32, "steps": 2, "cfg": 2.0}')
+    (tmp_path / "pictures").mkdir()
+    for i in range(4):
+        (tmp_path / "pictures" / f"{i}.png").write_bytes(noise(i))
+        (tmp_path / "pictures" / f"{i}.txt").write_text(f"picture {i}")
+    return tmp_path
+
+
+def run(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def train(*words):
+    return run("train", "lora", "--images", "pictures", "--model", "small", "--out", "run", *SHORT, *words)
+
+
+def test_pictures_become_a_lora_that_generate_uses(small):
+    result = train()
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "run/model\n"
+    said = result.stderr.splitlines()
+    assert said[0] == "lora: loading torch and small" and "memory about" in result.stderr
+    assert any(re.match(r"step 1 of 4", line) for line in said)
+    loras = sorted(path.name for path in (small / "run" / "loras").iterdir())
+    assert loras == ["step-00000002.safetensors", "step-00000004.safetensors"]
+    last = small / "run" / "model" / "pytorch_lora_weights.safetensors"
+    assert (small / "run" / "loras" / loras[-1]).stat().st_size >= last.stat().st_size - 1000
+    lines = [json.loads(line) for line in (small / "run" / "samples" / "samples.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in lines} == {0, 4}
+    assert {line["title"] for line in lines} <= {f"picture {i}" for i in range(4)}
+    made = run("generate", "picture 1", "--model", "small", "--lora", f"run/loras/{loras[0]}", "--output", "x.png")
+    assert made.exit_code == 0 and (small / "x.png").is_file(), made.output
+
+
+def test_what_a_run_made_is_exported_and_compared(small):
+    assert train().exit_code == 0
+    written = {style: run("train", "export", "run", "--step", 2, "--format", style) for style in FORMATS}
+    places = {style: small / result.stdout.strip() for style, result in written.items()}
+    ours = load_file(small / "run" / "loras" / "step-00000002.safetensors")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in load_file(places["diffusers"]).items())
+    model = QwenImageTransformer2DModel.from_pretrained(small / "small" / "transformer")
+    adapters = [parse_lora(load_file(place), model, {}) for place in places.values()]
+    assert adapters[0].keys() == adapters[1].keys() and len(adapters[0]) == 16
+    for layer, one in adapters[0].items():
+        w = model.get_submodule(layer).weight
+        torch.testing.assert_close(one.delta(w), adapters[1][layer].delta(w))
+    assert all(name.startswith("diffusion_model.") for name in load_file(places["comfyui"]))
+    for words, text in (
+        (["--step", 3], "run has no checkpoint of step 3; there are 2, 4"),
+        (["--format", "webui"], "--format must be one of diffusers, comfyui"),
+        (["--step", 2], "step-00000002-diffusers.safetensors is already there; choose another name (--out)"),
+    ):
+        refused = run("train", "export", "run", *words)
+        assert refused.exit_code == 2 and text in " ".join(refused.stderr.split()), refused.output
+    page = (small / run("train", "compare", "run").stdout.strip()).read_text()
+    assert page.count("data:image/png;base64,") == len(list((small / "run" / "samples").glob("*.png"))) > 2
+    assert all(word in page for word in ("<th>before</th><th>step 4</th>", "<th>picture ", "Loss of training by noise"))
+    assert run("train", "compare", "pictures").exit_code == 2
+
+
+def test_whole_weights_are_exported_from_a_checkpoint(small):
+    words = ["lora.rank=0", "checkpoint.keep=5", "log.sample_every=0", "log.validate_every=0"]
+    assert train(*words).exit_code == 0
+    for step in (2, 4):
+        assert run("train", "export", "run", "--step", step, "--out", f"out{step}").exit_code == 0
+    files = [load_file(small / name / "transformer" / TRANSFORMER) for name in ("out2", "out4", "run/model")]
+    assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[2].items())
+    assert any(not torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
+    assert run("generate", "x", "--model", "out2", "--output", "x.png").exit_code == 0
+
+
+def test_pairs_become_an_edit_lora(small):
+    (small / "pairs").mkdir()
+    for i in range(2):
+        for side in ("before", "after"):
+            (small / "pairs" / f"{i}.{side}.png").write_bytes(noise(i if side == "after" else 7))
+        (small / "pairs" / f"{i}.txt").write_text("make it noisy")
+    words = ["train", "edit-lora", "--pairs", "pairs", "--model", "small", "--out", "run", *SHORT]
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in (small / "run" / "samples" / "samples.jsonl").read_text().splitlines()]
+    assert {line["title"] for line in lines} == {"make it noisy"}
+    refused = run(*words[:-1])
+    assert refused.exit_code == 2 and "already has step-00000004; resume it (--resume)" in refused.stderr
+
+
+def test_samples_have_the_models_own_guidance(small):
+    recipe = build_curriculum({"model": {"folder": "small"}, "data": {"source": "pictures"}}).stages[0].recipe
+    task = FlowTask(recipe, small / "run")
+    call = task._sampling()
+    assert (call["true_cfg_scale"], call["num_inference_steps"], call["negative_prompt"]) == (2.0, 2, " ")
+    task.recipe.log.guidance, task.recipe.log.sample_steps = 1.0, 3
+    assert task._sampling()["true_cfg_scale"] == 1.0 and "negative_prompt" not in task._sampling()
+    assert task._sampling()["num_inference_steps"] == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_go_on(small, monkeypatch, number):
+    sample, count = Examples.sample, iter(range(10**6))
+
+    def interrupting(self, *args):
+        if next(count) == 9:
+            os.kill(os.getpid(), number)
+        return sample(self, *args)
+
+    monkeypatch.setattr(Examples, "sample", interrupting)
+    result = train("log.sample_every=0", "log.validate_every=0", "steps=9")
+    monkeypatch.undo()
+    monkeypatch.chdir(small)
+    assert result.exit_code == 128 + number, result.output
+    kept = re.search(r"stopped after step (\d) of 9; kept: (\S+), (\S+)\n", result.stderr)
+    assert (small / kept[2]).is_dir() and (small / kept[3]).is_file() and int(kept[1]) < 9
+    command = shlex.split(re.search(r"go on with: (.*)", result.stderr)[1])
+    assert command[0] == "qwen-image-fast" and command[-1] == "--resume"
+    again = run(*command[1:])
+    assert again.exit_code == 0 and f"goes on after step {kept[1]}" in again.stderr, again.output
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ([], "no recipe is named: lora and edit-lora begin your own work, --list prints all"),
+        (["lora"], "no model is named: give --model (model.folder), which is tiny, a folder or a hub name"),
+        (["lora", "--model", "tiny"], "no data are named: give --images, a folder of pictures with captions, --pairs,"),
+        (["lora", "--model", "tiny", "--images", "picture"], "there is no picture; did you mean pictures?"),
+        (["lora", "--model", "tny", "--images", "pictures"], "there is no folder tny, and it is not a hub name"),
+        (["lora", "--images", "a", "--pairs", "b"], "give either --images or --pairs"),
+        (["edit-lora", "--images", "pictures"], "edit-lora learns from pairs: give --pairs instead of --images"),
+        (["curriculum/tiny", "--images", "pictures"], "--images has no effect on curriculum/tiny: its"),
+        (["lora", "--model", "small", "--images", "empty"], "empty, which has none"),
+        (["lora", "--model", "small", "--images", "pictures", "lora.targets=[to_x]"],
+         "lora.targets must be ends of names of linear layers, got 'to_x'; there are add_k_proj, add_q_proj,"),
+        (["lora", "--model", "small", "--images", "pictures", "lora.rank=33"], "lora.rank must be at most 32, the"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_a_model_is_loaded(small, monkeypatch, words, text):
+    from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
+
+    (small / "empty").mkdir()
+    monkeypatch.setattr(QwenImagePipeline, "from_pretrained", lambda *args, **kwargs: pytest.fail("loads a model"))
+    result = run("train", *words)
+    last = result.stderr.splitlines()[-1]
+    assert result.exit_code == 2 and last.startswith("error: ") and text in last, result.output
+
+
+def test_recipes_are_listed_and_shown(small):
+    names = [line.split()[0] for line in run("train", "--list").stdout.splitlines()]
+    assert {"lora", "edit-lora", "tiny/vae"} <= set(names)
+    shown = run("train", "lora", "--model", "small", "--images", "pictures", "--show", "steps=7").stdout
+    assert "\n# updates.\nsteps: 7\n" in shown
+    tree = yaml.safe_load(shown)
+    assert tree["model"]["folder"] == "small" and tree["data"]["buckets"] == [[32, 32]]
+    (small / "mine.yaml").write_text(shown)
+    assert run("train", "mine.yaml", "--show").stdout == shown
