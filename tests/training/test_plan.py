@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from qwen_image_fast.cli import app
 from qwen_image_fast.training.parallel.layout import Sizes
-from qwen_image_fast.training.parallel.plan import choose, model_of, plan_of
+from qwen_image_fast.training.parallel.plan import choose, known_gpu, model_of, plan_of
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.names import find_recipe
 from qwen_image_fast.training.recipe.read import read_recipe
@@ -113,6 +113,31 @@ def test_every_stage_of_a_curriculum_has_a_plan():
 def test_what_cannot_be_planned_is_refused(recipe, gpus, memory, gpu, words):
     with pytest.raises(RecipeError, match=words):
         choose(recipe(), gpus, memory, gpu)
+
+
+@pytest.mark.parametrize("name", ["RTX4090", "rtx 4090", "NVIDIA GeForce RTX-4090"])
+def test_a_gpu_by_any_spelling(name):
+    assert known_gpu(name) == "RTX 4090"
+
+
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        (["lora.rank=8"], "use more GPUs or smaller data.buckets"),
+        (["lora.rank=8", "model.gradient_checkpointing=false"],
+         "use more GPUs, smaller data.buckets or model.gradient_checkpointing"),
+        ([], r"use more GPUs, smaller data.buckets or adapters \(lora.rank\)"),
+    ],
+)  # fmt: skip
+def test_advice_is_what_the_recipe_does_not_do(changes, advice):
+    with pytest.raises(RecipeError, match=advice + "$"):
+        choose(full(*changes, "batch=1"), 1, 24, "RTX 4090")
+
+
+def test_a_base_on_one_gpu_is_gathered_from_nobody(released):
+    recipe = full("lora.rank=8", "batch=1")
+    alone, two = (plan_of(recipe, model_of(recipe), Sizes(1, n, 1, 1), 1e15) for n in (1, 2))
+    assert alone.gathered == 0 < two.gathered
 
 
 def test_peaks_of_gpus_by_their_names():

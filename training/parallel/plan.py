@@ -4,7 +4,8 @@ The model, per micro-batch (P: weights of a rank's tensor-parallel part, S = dp_
 
     states      20 P / S bytes: float32 weights, gradients, two moments, average; with adapters those are of A alone,
                 their parameters, and the weights are 2 P / S
-    gathered    two units of weights in 16 bit, one of gradients in 16 and in 32 bit, and the root in 16 bit
+    gathered    two units of weights in 16 bit, one of gradients in 16 and in 32 bit, and the root in 16 bit; of the
+                frozen weights below adapters nothing on a single GPU
     activations `memory.estimate`'s count for each token of the rank; of the 22 values 15 are split by tp
     FSDP        (2 + 2 + 4) P (S - 1) / S bytes: weights gathered twice in 16 bit, gradients scattered in 32 bit;
                 and 8 P / S (R - 1) / R for the all-reduce of replicas; gradients of adapters alone are 4 A and 8 A
@@ -19,6 +20,7 @@ compute, TP and Ulysses wait: time = max(compute + TP + Ulysses, FSDP). A group 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from qwen_image_fast.folders import nearest
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.training.engine.memory import adapter_weights, references_of, tokens_of_batch, transformer_config
 from qwen_image_fast.training.parallel.layout import Sizes, check_recipe_parallel, sizes_of
@@ -101,7 +104,7 @@ class Plan:
 def model_of(recipe: FlowRecipe) -> Model:
     """Sizes of the recipe's transformer. Without a folder, that of the released model, or with a text encoder that
     learns too, the tiny one."""
-    released = not recipe.model.folder and not recipe.model.train_text_encoder
+    released = not recipe.model.start and not recipe.model.train_text_encoder
     with torch.device("meta"):
         if released:
             transformer = QwenImageTransformer2DModel()
@@ -168,7 +171,7 @@ def plan_of(recipe: FlowRecipe, model: Model, sizes: Sizes, peak: float) -> Plan
 
 def _gathered(unit: float, weights: float, root: int, shards: int, lora: bool) -> float:
     if lora:
-        return unit * 2 * 2 + root * 2
+        return unit * 2 * 2 + root * 2 if shards > 1 else 0.0
     return unit * (2 * 2 + 2 + 4) + root * 2 if shards > 1 else weights * 2 + unit * 6
 
 
@@ -195,8 +198,7 @@ def choose(recipe: RunRecipe, gpus: int, memory_gb: float, gpu: str) -> tuple[Mo
     """
     if not isinstance(recipe, FlowRecipe):
         raise RecipeError(f"plan: kind must be flow, got {recipe.kind!r}")
-    if gpu not in PEAK_TFLOPS:
-        raise RecipeError(f"plan: --gpu must be one of {', '.join(PEAK_TFLOPS)}, got {gpu!r}")
+    gpu = known_gpu(gpu)
     if gpus < 1 or memory_gb <= 0:
         raise RecipeError(f"plan: --gpus and --memory must be above 0, got {gpus} and {memory_gb:g}")
     model, peak, named = model_of(recipe), PEAK_TFLOPS[gpu] * 1e12, recipe.parallel
@@ -213,11 +215,30 @@ def choose(recipe: RunRecipe, gpus: int, memory_gb: float, gpu: str) -> tuple[Mo
         least = min(found, key=lambda p: p.memory)
         raise RecipeError(
             f"plan: no layout fits into {gpus} x {memory_gb:g} GB: the least is {least.memory / 1e9:.1f} GB a GPU with "
-            f"{least.sizes} ({_parts(least)}); use more GPUs, smaller data.buckets, or model.gradient_checkpointing"
+            f"{least.sizes} ({_parts(least)}); {_advice(recipe)}"
         )
     # Layouts that keep the samples of a step first: others change what is learned.
     wanted = recipe.batch * recipe.accumulate
     return model, sorted(fitting, key=lambda p: (p.samples != wanted, p.seconds / p.samples, p.memory))
+
+
+def known_gpu(name: str) -> str:
+    """The table's name of a GPU, however it is spaced: RTX4090 and rtx-4090 are RTX 4090."""
+    plain = {re.sub(r"[^a-z0-9]", "", known.lower()): known for known in PEAK_TFLOPS}
+    found = plain.get(re.sub(r"[^a-z0-9]|nvidia|geforce|amd", "", name.lower()))
+    if found is None:
+        raise RecipeError(
+            f"plan: --gpu must be one of {', '.join(PEAK_TFLOPS)}, got {name!r}{nearest(name, PEAK_TFLOPS)}"
+        )
+    return found
+
+
+def _advice(recipe: FlowRecipe) -> str:
+    """What would need less, of what the recipe does not do already."""
+    advice = ["use more GPUs", "smaller data.buckets"]
+    advice += [] if recipe.model.gradient_checkpointing else ["model.gradient_checkpointing"]
+    advice += [] if recipe.lora.rank else ["adapters (lora.rank)"]
+    return f"{', '.join(advice[:-1])} or {advice[-1]}"
 
 
 def _parts(plan: Plan) -> str:
@@ -229,6 +250,7 @@ def _parts(plan: Plan) -> str:
 
 def print_plan(run: Curriculum, gpus: int, memory_gb: float, gpu: str, console: Console) -> None:
     """Of every stage the best layout in full and four others as lines; the assumptions."""
+    gpu = known_gpu(gpu)
     stages = [(stage, *choose(stage.recipe, gpus, memory_gb, gpu)) for stage in run.stages]
     model = stages[0][1]
     console.print(
