@@ -35,7 +35,7 @@ def test_adapters_need_little():
 def test_a_recipe_that_cannot_fit_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda device: 10**8)
     path = tmp_path / "r.yaml"
-    path.write_text("kind: flow\nbatch: 64\n")
+    path.write_text("kind: flow\nbatch: 64\nmodel: {folder: new}\ndata: {source: squares}\n")
     with pytest.raises(RecipeError, match=r"needs about .* GB .*optimiser .*, 0.1 GB are free: lower batch"):
         train(path, (), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -164,7 +164,7 @@ def test_an_interrupted_run_says_how_to_go_on(small, monkeypatch, number):
         (["curriculum/tiny", "--images", "pictures"], "--images has no effect on curriculum/tiny: its"),
         (["lora", "--model", "small", "--images", "empty"], "empty, which has none"),
         (["lora", "--model", "small", "--images", "pictures", "lora.targets=[to_x]"],
-         "lora.targets must be ends of names of linear layers, got 'to_x'; there are add_k_proj, add_q_proj,"),
+         "ends of names of linear layers, with * for any letters, got 'to_x'; there are add_k_proj, add_q_proj,"),
         (["lora", "--model", "small", "--images", "pictures", "lora.rank=33"], "lora.rank must be at most 32, the"),
     ],
 )  # fmt: skip
