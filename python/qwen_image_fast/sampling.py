@@ -1,9 +1,11 @@
-"""The sampling loop that all pipelines share: from noise to latents on packed batches."""
+"""From noise to latents on packed batches: the step that pipelines and the server share, and the pipelines' loop."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,6 +98,191 @@ def noise_levels(scheduler, mu: float, steps: int, sigmas: Sequence[float] | Non
     return scheduler.sigmas.cpu()
 
 
+@dataclass
+class Track:
+    """A sample on its way from noise to latents.
+
+    levels: its noise levels, float32 [steps + 1] on the CPU; dt: their differences on the device. table, row: where its
+    modulation vectors begin; shift: mu. cond, uncond: its embedded texts [tokens, width]. step: the next one.
+    latents: [tokens, channels] as they are before that.
+    """
+
+    sample: Sample
+    levels: Tensor
+    dt: Tensor
+    table: Modulation
+    row: int
+    cond: Tensor
+    uncond: Tensor | None
+    guidance: float
+    rescale: bool
+    step: int
+    latents: Tensor
+
+    @property
+    def done(self) -> bool:
+        return self.step >= len(self.dt)
+
+    @property
+    def branches(self) -> int:
+        return 1 if self.uncond is None else 2
+
+
+Tables = Callable[[Sequence[float], "int | None"], Modulation]
+
+
+def start(
+    transformer,
+    scheduler,
+    samples: Sequence[Sample],
+    *,
+    steps: int,
+    sigmas: Sequence[float] | None = None,
+    begin: int = 0,
+    guidance: float = 1.0,
+    rescale: bool = True,
+    tables: Tables | None = None,
+) -> list[Track]:
+    """The samples of a call before their first step, `begin`, each with the schedule of its own size.
+
+    The modulation vectors of all steps are computed here, by one table of all schedules. `tables` gives it for noise
+    levels and the flag of the Layered model; default: that of the transformer, which keeps recent ones.
+    """
+    device = samples[0].latents.device
+    shifts = [schedule_shift(scheduler, len(s.latents)) if s.mu is None else s.mu for s in samples]
+    levels = {mu: noise_levels(scheduler, mu, steps, sigmas) for mu in dict.fromkeys(shifts)}
+    rows = {mu: k * (len(schedule) - 1) for k, (mu, schedule) in enumerate(levels.items())}
+    noise = [float(sigma) for schedule in levels.values() for sigma in schedule[:-1]]
+    noise = [*noise, 0.0] if transformer.config.zero_cond_t else noise
+    if tables is None:
+        tables = functools.partial(transformer.modulation_tables.get, transformer)
+    # The Layered model's flag of RGB images; all of its images are RGBA.
+    table = tables(noise, 0 if transformer.config.use_additional_t_cond else None)
+    differences = {mu: schedule.diff().to(device) for mu, schedule in levels.items()}
+    tracks = []
+    for sample, mu, (cond, uncond) in zip(samples, shifts, embedded(transformer, samples)):
+        sigma = levels[mu][begin].to(sample.latents)
+        x = sample.latents if sample.image is None else sample.noised(sigma)
+        tracks.append(
+            Track(sample, levels[mu], differences[mu], table, rows[mu], cond, uncond, guidance, rescale, begin, x)
+        )
+    return tracks
+
+
+def embedded(transformer, samples: Sequence[Sample]) -> list[tuple[Tensor, Tensor | None]]:
+    """The texts of each sample as the blocks read them."""
+    texts = [s.cond for s in samples] + [s.uncond for s in samples if s.uncond is not None]
+    rows = transformer.embed_text(torch.cat([t.embeds for t in texts]))
+    found = rows.split([len(t.embeds) for t in texts])
+    guided = iter(found[len(samples) :])
+    return [(cond, None if s.uncond is None else next(guided)) for s, cond in zip(samples, found)]
+
+
+class Wave:
+    """Samples that take steps together, each its own next one: one packed forward of all branches, without padding.
+
+    They may differ in size, schedule, step, guidance, references and masks. `tracks`: in the order of the batch, which
+    is the given one but that guided samples come first.
+    """
+
+    def __init__(self, transformer, tracks: Sequence[Track]):
+        self.transformer = transformer
+        self.tracks = sorted(tracks, key=_combination)
+        guided = [t for t in self.tracks if t.uncond is not None]
+        self.lengths = [len(t.latents) for t in self.tracks]
+        self.guided_rows = sum(sum(len(part) for part in _image_rows(t)) for t in guided)
+        self._branches = [*self.tracks, *guided]
+        config, device = transformer.config, self.tracks[0].latents.device
+        texts = [t.sample.cond for t in self.tracks] + [t.sample.uncond for t in guided if t.sample.uncond is not None]
+        self.layout = pack(
+            tuple(t.sample.shapes for t in self._branches),
+            [len(t.embeds) for t in texts],
+            axes_dim=config.axes_dims_rope,
+            layer3d=config.use_layer3d_rope,
+            zero_cond_t=config.zero_cond_t,
+            txt_positions=None if all(t.positions is None for t in texts) else [
+                torch.arange(len(t.embeds)) if t.positions is None else t.positions.cpu() for t in texts
+            ],
+            targets=[t.sample.layers for t in self._branches],
+            device=device,
+        )  # fmt: skip
+        # Samples of one guidance are one call of guided_step.
+        self._groups = [list(group) for _, group in groupby(self.tracks, _combination)]
+        self._offsets = [cumulative([len(t.latents) for t in group], device) for group in self._groups]
+        self._rows = torch.tensor([t.row + t.step for t in self._branches], device=device)
+        self._taken = 0
+        self.retext()
+
+    def retext(self) -> None:
+        """Read the embedded texts of the samples again."""
+        guided = [t.uncond for t in self.tracks if t.uncond is not None]
+        self.txt = torch.cat([*(t.cond for t in self.tracks), *guided])
+
+    def step(self, graphs: StepGraphs | None = None, residuals: Sequence[Tensor] | None = None) -> None:
+        """Take the next step of every sample. `graphs`: by these, where nothing is added; `residuals`: of ControlNets,
+        added to the blocks of the image rows of one branch, where all samples are alike in guidance."""
+        img = torch.cat([part for t in self.tracks for part in _image_rows(t)])
+        inputs = torch.cat([img, img[: self.guided_rows]]), self.txt, self.layout, self._modulation()
+        if graphs is not None:
+            out = graphs.forward(self.transformer, *inputs)
+        else:
+            branches = len(self._branches) // len(self.tracks)
+            added = None if residuals is None else [torch.cat([r] * branches) for r in residuals]
+            out = self.transformer.forward_packed(*inputs, added)
+        first, second = 0, sum(self.lengths)
+        for group, offsets in zip(self._groups, self._offsets):
+            x = torch.cat([t.latents for t in group])
+            cond, uncond, first = out[first : first + len(x)], None, first + len(x)
+            if group[0].uncond is not None:
+                uncond, second = out[second : second + len(x)], second + len(x)
+            steps = [t.dt[t.step : t.step + 1] for t in group]
+            same = all(t.dt is group[0].dt and t.step == group[0].step for t in group)
+            dt = steps[0] if same else torch.cat(steps)
+            x = guided_step(
+                x, cond, uncond, dt, group[0].guidance, group[0].rescale, None if same else offsets
+            )  # fmt: skip
+            for t, latents in zip(group, x.split([len(t.latents) for t in group])):
+                t.latents = latents if t.sample.mask is None else _kept(latents, t.sample, t.levels[t.step + 1])
+        for t in self.tracks:
+            t.step += 1
+        self._taken += 1
+
+    def _modulation(self) -> Modulation:
+        """One condition for the whole batch where all samples share it, else one per segment of the layout."""
+        first = self.tracks[0]
+        zero_cond_t = self.transformer.config.zero_cond_t
+        if all(t.table is first.table for t in self.tracks):
+            if not zero_cond_t and all(t.row + t.step == first.row + first.step for t in self.tracks):
+                return first.table.select(slice(first.row + first.step, first.row + first.step + 1))
+            chosen = first.table.select(self._rows + self._taken)
+            return chosen.with_references(first.table.select(slice(-1, None))) if zero_cond_t else chosen
+        chosen = joined([t.table.select(slice(t.row + t.step, t.row + t.step + 1)) for t in self._branches])
+        if not zero_cond_t:
+            return chosen
+        return chosen.with_references(joined([t.table.select(slice(-1, None)) for t in self._branches]))
+
+
+def joined(parts: Sequence[Modulation]) -> Modulation:
+    """The conditions of all, one after another."""
+    img, txt, final = zip(*parts)
+    return Modulation([torch.cat(t) for t in zip(*img)], [torch.cat(t) for t in zip(*txt)], torch.cat(final))
+
+
+def _combination(track: Track) -> tuple[bool, float, bool]:
+    """What samples must have in common to be one call of guided_step: unguided, or guided in the same way."""
+    return (False, track.guidance, track.rescale) if track.uncond is not None else (True, 1.0, True)
+
+
+def _image_rows(track: Track) -> tuple[Tensor, ...]:
+    return (track.latents, *track.sample.references)
+
+
+def _kept(latents: Tensor, sample: Sample, sigma: Tensor) -> Tensor:
+    """(1 - mask) image_sigma + mask latents, at the noise level of the latents."""
+    assert sample.mask is not None
+    return (1 - sample.mask) * sample.noised(sigma.to(latents)) + sample.mask * latents
+
+
 def denoise(
     transformer,
     scheduler,
@@ -114,114 +301,44 @@ def denoise(
     bar_options: Mapping[str, Any] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> list[Tensor]:
-    """Latents of every sample after all steps.
+    """Latents of every sample after all steps, as one `Wave`.
 
-    All samples, and both branches of classifier-free guidance, run as one packed batch without padding; each keeps the
-    schedule of its own size. Modulation vectors of all steps are computed first; `free_weights` then releases the
-    weights that made them. `begin`: the first step that is taken. `control`: given the noise
-    levels of the samples, float32 [steps, samples], the residuals of ControlNets. With `graphs`, the transformer's
-    passes are captured and replayed, where no ControlNet adds to them. `bar_options`: of tqdm, beside `progress`.
+    Modulation vectors of all steps are computed first; `free_weights` then releases the weights that made them.
+    `begin`: the first step that is taken. `control`: given the noise levels of the samples, float32 [steps, samples],
+    the residuals of ControlNets. With `graphs`, the transformer's passes are captured and replayed, where no ControlNet
+    adds to them. `bar_options`: of tqdm, beside `progress`.
     """
-    device, config = samples[0].latents.device, transformer.config
-    guided = samples[0].uncond is not None
-    branches = 2 if guided else 1
-    texts = [s.cond for s in samples] + [s.uncond for s in samples if s.uncond is not None]
-    layout = pack(
-        tuple(s.shapes for s in samples) * branches,
-        [len(t.embeds) for t in texts],
-        axes_dim=config.axes_dims_rope,
-        layer3d=config.use_layer3d_rope,
-        zero_cond_t=config.zero_cond_t,
-        txt_positions=None if all(t.positions is None for t in texts) else [
-            torch.arange(len(t.embeds)) if t.positions is None else t.positions.cpu() for t in texts
-        ],
-        targets=[s.layers for s in samples] * branches,
-        device=device,
-    )  # fmt: skip
-
-    lengths = [len(s.latents) for s in samples]
-    shifts = [schedule_shift(scheduler, n) if s.mu is None else s.mu for s, n in zip(samples, lengths)]
-    levels = {mu: noise_levels(scheduler, mu, steps, sigmas) for mu in dict.fromkeys(shifts)}
-    schedule = torch.stack([levels[mu] for mu in (dict.fromkeys(shifts) if len(levels) == 1 else shifts)], 1)
-    # One value for all samples where they share a schedule, else one for each.
-    dt = schedule.diff(dim=0).to(device)
-    offsets = None if len(levels) == 1 else cumulative(lengths, device)
-    modulations = StepModulations(transformer, levels, shifts * branches, free_weights)
-
-    sample_levels = torch.stack([levels[mu] for mu in shifts], 1)
-    residuals = None if control is None else control(sample_levels[:-1])
-    starts = sample_levels[begin].to(samples[0].latents)
-    x = torch.cat([s.latents if s.image is None else s.noised(sigma) for s, sigma in zip(samples, starts)])
-    txt = transformer.embed_text(torch.cat([t.embeds for t in texts]))
-    rows = len(x)
-    shown: dict[str, Any] = {"total": len(dt) - begin, "desc": "denoise", "unit": "step"}
+    tracks = start(
+        transformer, scheduler, samples, steps=steps, sigmas=sigmas, begin=begin, guidance=guidance, rescale=rescale
+    )
+    if free_weights:
+        free_modulation_weights(transformer, tracks[0].table)
+    wave = Wave(transformer, tracks)
+    levels = torch.stack([t.levels for t in tracks], 1)
+    residuals = None if control is None else control(levels[:-1])
+    total = len(levels) - 1
+    shown: dict[str, Any] = {"total": total - begin, "desc": "denoise", "unit": "step"}
     shown |= {"disable": not progress, **(bar_options or {})}
     if residuals is not None:
         graphs = None
     if graphs is not None:
         graphs.start(transformer)
     with tqdm(**shown) as bar:
-        for i in range(begin, len(dt)):
+        for i in range(begin, total):
             if interrupted():
                 break
-            img = torch.cat([part for own, s in zip(x.split(lengths), samples) for part in (own, *s.references)])
-            inputs = torch.cat([img] * branches), txt, layout, modulations.at(i)
-            if graphs is not None:
-                out = graphs.forward(transformer, *inputs)
-            else:
-                added = None if residuals is None else [torch.cat([r] * branches) for r in residuals(i, x)]
-                out = transformer.forward_packed(*inputs, added)
-            x = guided_step(x, out[:rows], out[rows:] if guided else None, dt[i], guidance, rescale, offsets)
-            if any(s.mask is not None for s in samples):
-                x = keep_masked(x.split(lengths), samples, sample_levels[i + 1])
+            wave.step(graphs, None if residuals is None else residuals(i, torch.cat([t.latents for t in tracks])))
             if on_step is not None:
-                changed = on_step(i - begin, float(schedule[i, 0]) * 1000, list(x.split(lengths))) or Changed()
+                changed = on_step(i - begin, float(levels[i, 0]) * 1000, [t.latents for t in tracks]) or Changed()
                 if changed.latents is not None:
-                    x = torch.cat([c.to(x) for c in changed.latents])
+                    for t, latents in zip(tracks, changed.latents):
+                        t.latents = latents.to(t.latents)
                 if changed.prompt_embeds is not None:
-                    for s, embeds in zip(samples, changed.prompt_embeds):
-                        s.cond = Text(embeds.to(s.cond.embeds), s.cond.positions)
-                    texts[: len(samples)] = [s.cond for s in samples]
-                    txt = transformer.embed_text(torch.cat([t.embeds for t in texts]))
-                    residuals = None if control is None else control(sample_levels[:-1])
+                    for t, embeds in zip(tracks, changed.prompt_embeds):
+                        t.sample.cond = Text(embeds.to(t.sample.cond.embeds), t.sample.cond.positions)
+                    for t, texts in zip(tracks, embedded(transformer, samples)):
+                        t.cond, t.uncond = texts
+                    wave.retext()
+                    residuals = None if control is None else control(levels[:-1])
             bar.update()
-    return list(x.split(lengths))
-
-
-def keep_masked(latents: Sequence[Tensor], samples: Sequence[Sample], sigmas: Tensor) -> Tensor:
-    """(1 - mask) image_sigma + mask latents of each sample that has a mask, at its noise level of `sigmas`."""
-    parts = []
-    for x, sample, sigma in zip(latents, samples, sigmas.to(latents[0])):
-        if sample.mask is not None:
-            x = (1 - sample.mask) * sample.noised(sigma) + sample.mask * x
-        parts.append(x)
-    return torch.cat(parts)
-
-
-class StepModulations:
-    """The modulation vectors of each step, from one table over all schedules of the batch."""
-
-    def __init__(self, transformer, levels: dict[float, Tensor], shifts: Sequence[float], free_weights: bool):
-        self.zero_cond_t = transformer.config.zero_cond_t
-        self.steps = len(next(iter(levels.values()))) - 1
-        noise = [float(sigma) for schedule in levels.values() for sigma in schedule[:-1]]
-        noise = [*noise, 0.0] if self.zero_cond_t else noise
-        # The Layered model's flag of RGB images; all of its images are RGBA.
-        flag = 0 if transformer.config.use_additional_t_cond else None
-        table = transformer.modulation_tables.get(transformer, noise, flag)
-        if free_weights:
-            free_modulation_weights(transformer, table)
-        self.table = table
-        self.rows = None
-        if len(levels) > 1:
-            first = {mu: k * self.steps for k, mu in enumerate(levels)}
-            self.rows = torch.tensor([first[mu] for mu in shifts], device=table.final.device)
-        elif self.zero_cond_t:
-            self.rows = torch.zeros(len(shifts), dtype=torch.int64, device=table.final.device)
-
-    def at(self, step: int) -> Modulation:
-        """One condition for the whole batch where all samples share it, else one per segment of the layout."""
-        if self.rows is None:
-            return self.table.select(slice(step, step + 1))
-        chosen = self.table.select(self.rows + step)
-        return chosen.with_references(self.table.select(slice(-1, None))) if self.zero_cond_t else chosen
+    return [t.latents for t in tracks]

@@ -14,10 +14,11 @@ from qwen_image_fast.models.finite import all_finite, cause
 from qwen_image_fast.models.packing import pack
 from qwen_image_fast.pictures import to_mask, to_rgb
 from qwen_image_fast.pipelines.arguments import Arguments, check_number, per_prompt
-from qwen_image_fast.pipelines.base import CONTROLNET, QwenImagePipelineOutput
+from qwen_image_fast.pipelines.base import CONTROLNET
 from qwen_image_fast.pipelines.conditions import check_effect, encode_distribution, normalized
 from qwen_image_fast.pipelines.generation import GenerationPipeline
 from qwen_image_fast.pipelines.images import resize, to_tensor
+from qwen_image_fast.pipelines.in_parts import Denoising, Parts
 from qwen_image_fast.pipelines.latents import pack_latents
 from qwen_image_fast.pipelines.masks import check_ratio, check_white
 from qwen_image_fast.sampling import Residuals, Sample
@@ -69,9 +70,7 @@ class ControlPipeline(GenerationPipeline):
     def _denoisers(self):
         return {**super()._denoisers(), **_named(self.controlnets)}
 
-    def _run(
-        self, call: Arguments, height, width, control_image, control_mask, scale, start, end
-    ) -> QwenImagePipelineOutput | tuple:
+    def _run(self, call: Arguments, height, width, control_image, control_mask, scale, start, end) -> Parts:
         nets, images = self._controls(control_image, self._count(call))
         weights = zip(*(_numbers(name, value, len(nets)) for name, value in (
             ("controlnet_conditioning_scale", scale), ("control_guidance_start", start), ("control_guidance_end", end)
@@ -94,7 +93,8 @@ class ControlPipeline(GenerationPipeline):
             Control(net, t, [w * (first <= i / steps and (i + 1) / steps <= last) for i in range(steps)])
             for net, t, (w, first, last) in zip(nets, tokens, weights)
         ]
-        result = self._denoise(call, samples, control=lambda levels: control_residuals(controls, samples, levels))
+        options = {"control": lambda levels: control_residuals(controls, samples, levels)}
+        result = yield Denoising(call, samples, options)
         return self._finish(call, result, sizes, seeds)
 
     def _controls(self, control_image, prompts: int) -> tuple[list[QwenImageControlNetModel], list]:

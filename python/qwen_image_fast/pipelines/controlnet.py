@@ -10,14 +10,14 @@ from torch import Tensor
 
 from qwen_image_fast.pictures import Picture
 from qwen_image_fast.pipelines.arguments import Arguments
-from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.control import ControlPipeline
+from qwen_image_fast.pipelines.in_parts import Parts, in_parts
 
 
 class QwenImageControlNetPipeline(ControlPipeline):
     """Text to image led by control pictures: a union ControlNet with one picture or several, or several ControlNets."""
 
-    @torch.inference_mode()
+    @in_parts
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -48,7 +48,7 @@ class QwenImageControlNetPipeline(ControlPipeline):
         *,
         seed: int | Sequence[int] | None = None,
         progress: bool = True,
-    ) -> QwenImagePipelineOutput | tuple:
+    ) -> Parts:
         """Make images. Further arguments: `QwenImagePipeline.__call__`.
 
         Args:
@@ -64,16 +64,16 @@ class QwenImageControlNetPipeline(ControlPipeline):
         """
         call = Arguments.of(locals())
         self._begin(call)
-        return self._run(
+        return (yield from self._run(
             call, height, width, control_image, None, controlnet_conditioning_scale, control_guidance_start,
             control_guidance_end,
-        )  # fmt: skip
+        ))  # fmt: skip
 
 
 class QwenImageControlNetInpaintPipeline(ControlPipeline):
     """Inpainting by an inpainting ControlNet, which sees the picture without its masked part."""
 
-    @torch.inference_mode()
+    @in_parts
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -105,7 +105,7 @@ class QwenImageControlNetInpaintPipeline(ControlPipeline):
         *,
         seed: int | Sequence[int] | None = None,
         progress: bool = True,
-    ) -> QwenImagePipelineOutput | tuple:
+    ) -> Parts:
         """Make images. Further arguments: `QwenImageControlNetPipeline.__call__`.
 
         Args:
@@ -119,7 +119,7 @@ class QwenImageControlNetInpaintPipeline(ControlPipeline):
         self._begin(call)
         if control_mask is None:
             raise ValueError("control_mask must be given, got None")
-        return self._run(
+        return (yield from self._run(
             call, height, width, control_image, control_mask, controlnet_conditioning_scale, control_guidance_start,
             control_guidance_end,
-        )  # fmt: skip
+        ))  # fmt: skip

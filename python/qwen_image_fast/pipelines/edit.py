@@ -11,9 +11,9 @@ from torch import Tensor
 
 from qwen_image_fast.pictures import Picture, to_rgb
 from qwen_image_fast.pipelines.arguments import Arguments, per_prompt
-from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import VAE_AREA
 from qwen_image_fast.pipelines.editing import PicturePrompts
+from qwen_image_fast.pipelines.in_parts import Parts, in_parts
 
 
 class QwenImageEditPipeline(PicturePrompts):
@@ -22,7 +22,7 @@ class QwenImageEditPipeline(PicturePrompts):
     plus = False
     condition_area = VAE_AREA
 
-    @torch.inference_mode()
+    @in_parts
     def __call__(
         self,
         image: Picture | Sequence[Picture] | None = None,
@@ -53,7 +53,7 @@ class QwenImageEditPipeline(PicturePrompts):
         grid_positions: bool = True,
         seed: int | Sequence[int] | None = None,
         progress: bool = True,
-    ) -> QwenImagePipelineOutput | tuple:
+    ) -> Parts:
         """Edit pictures. Further arguments: `QwenImageEditPlusPipeline.__call__` and `QwenImagePipeline.__call__`.
 
         Args:
@@ -67,7 +67,8 @@ class QwenImageEditPipeline(PicturePrompts):
         call = Arguments.of(locals())
         self._begin(call)
         images = self._pictures_of(image, self._count(call))
-        return self._edit(call, images, height, width, preserve_size, condition_area, grid_positions)
+        edit = self._edit(call, images, height, width, preserve_size, condition_area, grid_positions)
+        return (yield from edit)
 
     def _pictures_of(self, image: Any, prompts: int) -> list[list[Image.Image]]:
         if image is None:

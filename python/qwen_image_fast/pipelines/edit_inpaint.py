@@ -11,10 +11,10 @@ from torch import Tensor
 
 from qwen_image_fast.pictures import Picture
 from qwen_image_fast.pipelines.arguments import Arguments
-from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import VAE_AREA, encode_seen, prepare_reference
 from qwen_image_fast.pipelines.editing import PicturePrompts
 from qwen_image_fast.pipelines.images import area_size, resize
+from qwen_image_fast.pipelines.in_parts import Parts, in_parts
 from qwen_image_fast.pipelines.starting import StartingPipeline
 
 
@@ -24,7 +24,7 @@ class QwenImageEditInpaintPipeline(PicturePrompts, StartingPipeline):
     plus = False
     condition_area = VAE_AREA
 
-    @torch.inference_mode()
+    @in_parts
     def __call__(
         self,
         image: Picture | Sequence[Picture] | None = None,
@@ -59,7 +59,7 @@ class QwenImageEditInpaintPipeline(PicturePrompts, StartingPipeline):
         grid_positions: bool = True,
         seed: int | Sequence[int] | None = None,
         progress: bool = True,
-    ) -> QwenImagePipelineOutput | tuple:
+    ) -> Parts:
         """Edit masked pictures. Further arguments: the calls of `QwenImageInpaintPipeline` and `QwenImageEditPipeline`.
 
         Args:
@@ -87,10 +87,10 @@ class QwenImageEditInpaintPipeline(PicturePrompts, StartingPipeline):
         if not preserve_size:
             pictures = [resize(p, w, h) for p, (h, w) in zip(pictures, pixels)]
             masks = [resize(m, w, h) for m, (h, w) in zip(masks, pixels)]
-        return self._change(
+        return (yield from self._change(
             call, pictures, pixels, strength=strength, preserve_size=preserve_size, masks=masks,
             padding_mask_crop=padding_mask_crop, encode=encode, as_reference=True,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     def _pictures_of(self, image: Any, prompts: int) -> list[list[Image.Image]]:
         return [[picture] for picture in self._pictures(image, prompts)]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from qwen_image_fast.pictures import Picture, to_rgb
 from qwen_image_fast.pipelines.arguments import Arguments
-from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import CONDITION_AREA
 from qwen_image_fast.pipelines.editing import PicturePrompts
+from qwen_image_fast.pipelines.in_parts import Parts, in_parts
 
 
 class QwenImageEditPlusPipeline(PicturePrompts):
@@ -22,7 +22,7 @@ class QwenImageEditPlusPipeline(PicturePrompts):
     plus = True
     condition_area = CONDITION_AREA
 
-    @torch.inference_mode()
+    @in_parts
     def __call__(
         self,
         image: Picture | Sequence[Picture] | Sequence[Sequence[Picture]] | None = None,
@@ -53,7 +53,7 @@ class QwenImageEditPlusPipeline(PicturePrompts):
         grid_positions: bool = True,
         seed: int | Sequence[int] | None = None,
         progress: bool = True,
-    ) -> QwenImagePipelineOutput | tuple:
+    ) -> Parts:
         """Make images from references and an instruction. Further arguments: `QwenImagePipeline.__call__`.
 
         Args:
@@ -74,7 +74,8 @@ class QwenImageEditPlusPipeline(PicturePrompts):
         call = Arguments.of(locals())
         self._begin(call)
         images = self._pictures_of(image, self._count(call))
-        return self._edit(call, images, height, width, preserve_size, condition_area, grid_positions)
+        edit = self._edit(call, images, height, width, preserve_size, condition_area, grid_positions)
+        return (yield from edit)
 
     def _pictures_of(self, image: Any, prompts: int) -> list[list[Image.Image]]:
         if image is None:

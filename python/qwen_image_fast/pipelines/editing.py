@@ -13,7 +13,7 @@ from torch import Tensor
 from qwen_image_fast.models.rope import POSITIONS
 from qwen_image_fast.models.vision import Seen, VisionProcessor, look
 from qwen_image_fast.pipelines.arguments import Arguments
-from qwen_image_fast.pipelines.base import PROCESSOR, QwenImagePipelineOutput
+from qwen_image_fast.pipelines.base import PROCESSOR
 from qwen_image_fast.pipelines.conditions import (
     VAE_AREA,
     encode_edit_prompts,
@@ -23,6 +23,7 @@ from qwen_image_fast.pipelines.conditions import (
 )
 from qwen_image_fast.pipelines.generation import GenerationPipeline
 from qwen_image_fast.pipelines.images import area_size
+from qwen_image_fast.pipelines.in_parts import Denoising, Parts
 from qwen_image_fast.sampling import Sample
 
 
@@ -60,7 +61,7 @@ class EditingPipeline(GenerationPipeline):
         preserve_size: bool,
         condition_area: int,
         grid_positions: bool,
-    ) -> QwenImagePipelineOutput | tuple:
+    ) -> Parts:
         """The call, from the RGB references of each prompt on."""
         if (most := max(map(len, images), default=0)) >= POSITIONS:  # said here, before minutes of encoding
             raise ValueError(f"image must hold fewer than {POSITIONS} pictures for a prompt, got {most}")
@@ -97,7 +98,7 @@ class EditingPipeline(GenerationPipeline):
             samples.append(
                 Sample(x, (1, h // 2, w // 2), cond[i], None if uncond is None else uncond[i], latents, shapes)
             )
-        tokens = self._denoise(call, samples)
+        tokens = yield Denoising(call, samples, {})
         keep = [crop for crop in crops for _ in range(each)] if preserve_size else None
         return self._finish(call, tokens, sizes, seeds, keep)
 

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from qwen_image_fast.pictures import Picture
 from qwen_image_fast.pipelines.arguments import Arguments
-from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
+from qwen_image_fast.pipelines.in_parts import Parts, in_parts
 from qwen_image_fast.pipelines.starting import StartingPipeline
 
 
 class QwenImageImg2ImgPipeline(StartingPipeline):
     """Change pictures with a text-to-image model, from a noised copy of them on."""
 
-    @torch.inference_mode()
+    @in_parts
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -47,7 +47,7 @@ class QwenImageImg2ImgPipeline(StartingPipeline):
         preserve_size: bool = True,
         seed: int | Sequence[int] | None = None,
         progress: bool = True,
-    ) -> QwenImagePipelineOutput | tuple:
+    ) -> Parts:
         """Change pictures. Further arguments: `QwenImagePipeline.__call__`.
 
         Args:
@@ -66,4 +66,4 @@ class QwenImageImg2ImgPipeline(StartingPipeline):
         pictures = self._pictures(image, self._count(call))
         defaults = [(p.height, p.width) if preserve_size else (1024, 1024) for p in pictures]
         pixels = self._pixels(height, width, defaults)
-        return self._change(call, pictures, pixels, strength=strength, preserve_size=preserve_size)
+        return (yield from self._change(call, pictures, pixels, strength=strength, preserve_size=preserve_size))

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from qwen_image_fast.pictures import Picture
 from qwen_image_fast.pipelines.arguments import Arguments
-from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
+from qwen_image_fast.pipelines.in_parts import Parts, in_parts
 from qwen_image_fast.pipelines.starting import StartingPipeline
 
 
 class QwenImageInpaintPipeline(StartingPipeline):
     """Change pictures where a mask is white, with a text-to-image model."""
 
-    @torch.inference_mode()
+    @in_parts
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -50,7 +50,7 @@ class QwenImageInpaintPipeline(StartingPipeline):
         preserve_size: bool = True,
         seed: int | Sequence[int] | None = None,
         progress: bool = True,
-    ) -> QwenImagePipelineOutput | tuple:
+    ) -> Parts:
         """Change masked pictures. Further arguments: `QwenImageImg2ImgPipeline.__call__`.
 
         Args:
@@ -70,7 +70,7 @@ class QwenImageInpaintPipeline(StartingPipeline):
         masks = self._masks(pictures, mask_image)
         defaults = [(p.height, p.width) if preserve_size else (1024, 1024) for p in pictures]
         pixels = self._pixels(height, width, defaults)
-        return self._change(
+        return (yield from self._change(
             call, pictures, pixels, strength=strength, preserve_size=preserve_size, masks=masks,
             padding_mask_crop=padding_mask_crop,
-        )  # fmt: skip
+        ))  # fmt: skip

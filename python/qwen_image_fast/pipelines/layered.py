@@ -22,6 +22,7 @@ from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import encode_reference_latents, fit
 from qwen_image_fast.pipelines.editing import EditingPipeline
 from qwen_image_fast.pipelines.images import area_size, resize
+from qwen_image_fast.pipelines.in_parts import Denoising, Parts, in_parts
 from qwen_image_fast.pipelines.latents import decode_latents, stacked, to_output
 from qwen_image_fast.sampling import Sample
 
@@ -31,7 +32,7 @@ class QwenImageLayeredPipeline(EditingPipeline):
 
     writes_captions = True
 
-    @torch.inference_mode()
+    @in_parts
     def __call__(
         self,
         image: Picture | Sequence[Picture] | None = None,
@@ -62,7 +63,7 @@ class QwenImageLayeredPipeline(EditingPipeline):
         preserve_size: bool = False,
         seed: int | Sequence[int] | None = None,
         progress: bool = True,
-    ) -> QwenImagePipelineOutput | tuple:
+    ) -> Parts:
         """Take pictures apart. Further arguments: `QwenImagePipeline.__call__`.
 
         Args:
@@ -125,7 +126,7 @@ class QwenImageLayeredPipeline(EditingPipeline):
                     layers=layers + 1, mu=(shape[1] * shape[2] / 256) ** 0.5,
                 )
             )  # fmt: skip
-        tokens = self._denoise(call, samples, rescale=cfg_normalize)
+        tokens = yield Denoising(call, samples, {"rescale": cfg_normalize})
         if call.output_type == "latent":
             return self._finish(call, tokens, sizes, seeds)
         images = []

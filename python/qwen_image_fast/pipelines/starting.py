@@ -16,6 +16,7 @@ from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.conditions import encode_distribution, first_step, fit, mask_tokens, normalized
 from qwen_image_fast.pipelines.generation import GenerationPipeline
 from qwen_image_fast.pipelines.images import resize, to_tensor
+from qwen_image_fast.pipelines.in_parts import Denoising, Parts
 from qwen_image_fast.pipelines.latents import pack_latents
 from qwen_image_fast.pipelines.masks import (
     Box,
@@ -64,7 +65,7 @@ class StartingPipeline(GenerationPipeline):
         padding_mask_crop: int | None = None,
         encode: Callable[[Sequence[str]], list[Tensor]] | None = None,
         as_reference: bool = False,
-    ) -> QwenImagePipelineOutput | tuple:
+    ) -> Parts:
         """The call, from the RGB pictures of each prompt on, which become images of `pixels`, height and width.
 
         `as_reference`: the picture's latents also stand behind the image in the sequence.
@@ -108,7 +109,7 @@ class StartingPipeline(GenerationPipeline):
         for i, mask in enumerate(m.to(self.device, self.dtype) for m in changes):
             for sample in samples[i * each : (i + 1) * each]:
                 sample.mask = mask
-        tokens = self._denoise(call, samples, begin=begin)
+        tokens = yield Denoising(call, samples, {"begin": begin})
         crops = [size for size in pixels for _ in range(each)] if preserve_size and not boxes else None
         output = self._finish(call, tokens, sizes, seeds, crops)
         if boxes and masks:

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from qwen_image_fast.pipelines.arguments import Arguments
-from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.generation import GenerationPipeline
+from qwen_image_fast.pipelines.in_parts import Denoising, Parts, in_parts
 from qwen_image_fast.sampling import Sample
 
 
 class QwenImagePipeline(GenerationPipeline):
     """Text to image with true classifier-free guidance, on packed batches."""
 
-    @torch.inference_mode()
+    @in_parts
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -44,7 +44,7 @@ class QwenImagePipeline(GenerationPipeline):
         *,
         seed: int | Sequence[int] | None = None,
         progress: bool = True,
-    ) -> QwenImagePipelineOutput | tuple:
+    ) -> Parts:
         """Make images. In a batch, every image equals the one made alone within the rounding of library GEMMs.
 
         Args:
@@ -78,4 +78,5 @@ class QwenImagePipeline(GenerationPipeline):
             Sample(x, (1, h // 2, w // 2), cond[i], None if uncond is None else uncond[i])
             for i, (x, (h, w)) in enumerate(zip(self._noise(call, sizes, generator), sizes))
         ]
-        return self._finish(call, self._denoise(call, samples), sizes, seeds)
+        tokens = yield Denoising(call, samples, {})
+        return self._finish(call, tokens, sizes, seeds)
