@@ -209,7 +209,7 @@ class Wave:
         # Samples of one guidance are one call of guided_step.
         self._groups = [list(group) for _, group in groupby(self.tracks, _combination)]
         self._offsets = [cumulative([len(t.latents) for t in group], device) for group in self._groups]
-        self._rows = torch.tensor([t.row + t.step for t in self._branches], device=device)
+        self._first: list[int] = []
         self._taken = 0
         self.retext()
 
@@ -230,21 +230,24 @@ class Wave:
             added = None if residuals is None else [torch.cat([r] * branches) for r in residuals]
             out = self.transformer.forward_packed(*inputs, added)
         first, second = 0, sum(self.lengths)
+        after: list[Tensor] = []  # put in place together: what fails changes no sample
         for group, offsets in zip(self._groups, self._offsets):
             x = torch.cat([t.latents for t in group])
             cond, uncond, first = out[first : first + len(x)], None, first + len(x)
             if group[0].uncond is not None:
                 uncond, second = out[second : second + len(x)], second + len(x)
-            steps = [t.dt[t.step : t.step + 1] for t in group]
             same = all(t.dt is group[0].dt and t.step == group[0].step for t in group)
-            dt = steps[0] if same else torch.cat(steps)
+            steps = [t.dt[t.step : t.step + 1] for t in (group[:1] if same else group)]
             x = guided_step(
-                x, cond, uncond, dt, group[0].guidance, group[0].rescale, None if same else offsets
+                x, cond, uncond, torch.cat(steps), group[0].guidance, group[0].rescale, None if same else offsets
             )  # fmt: skip
-            for t, latents in zip(group, x.split([len(t.latents) for t in group])):
-                t.latents = latents if t.sample.mask is None else _kept(latents, t.sample, t.levels[t.step + 1])
-        for t in self.tracks:
-            t.step += 1
+            parts = x.split([len(t.latents) for t in group])
+            after += [
+                latents if t.sample.mask is None else _kept(latents, t.sample, t.levels[t.step + 1])
+                for t, latents in zip(group, parts)
+            ]
+        for t, latents in zip(self.tracks, after):
+            t.latents, t.step = latents, t.step + 1
         self._taken += 1
 
     def _modulation(self) -> Modulation:
@@ -254,6 +257,9 @@ class Wave:
         if all(t.table is first.table for t in self.tracks):
             if not zero_cond_t and all(t.row + t.step == first.row + first.step for t in self.tracks):
                 return first.table.select(slice(first.row + first.step, first.row + first.step + 1))
+            now = [t.row + t.step for t in self._branches]
+            if now != [row + self._taken for row in self._first]:  # at first, and after steps in another wave
+                self._first, self._taken, self._rows = now, 0, torch.tensor(now, device=first.latents.device)
             chosen = first.table.select(self._rows + self._taken)
             return chosen.with_references(first.table.select(slice(-1, None))) if zero_cond_t else chosen
         chosen = joined([t.table.select(slice(t.row + t.step, t.row + t.step + 1)) for t in self._branches])

@@ -47,7 +47,7 @@ class LoraLinear(nn.Linear):
 
 
 class LoraAdapters:
-    """The adapters of a transformer and the text encoder beside it: which are loaded, active and fused.
+    """The adapters of a transformer and the text encoder beside it, or of one: which are loaded, active and fused.
 
     loaded: layers of each adapter, kept as they were read; those of the text encoder begin with "text_encoder.".
     weights: of the active ones. resting: of those that were active before they were disabled. fused: weights of those
@@ -224,7 +224,8 @@ class LoraAdapters:
 
     def _need(self, paths: Collection[str]) -> None:
         """Read released modulation weights again where an adapter changes what they make."""
-        if self.model.modulation_tables.freed and not table_layers(self.model).keys().isdisjoint(paths):
+        tables = getattr(self.model, "modulation_tables", None)  # a text encoder has none
+        if tables is not None and tables.freed and not table_layers(self.model).keys().isdisjoint(paths):
             restore_modulation_weights(self.model)
 
     @torch.no_grad()

@@ -164,9 +164,13 @@ class GenerationPipeline(PromptPipeline):
                 bar_options=self._progress_bar_config if call.progress else None,
                 interrupted=lambda: self.interrupt, **options,
             )  # fmt: skip
-            if not all(all_finite(t) for t in tokens):
-                raise ValueError(f"the result is not finite{cause(self._denoisers(), self.dtype)}")
+            self.check_result(tokens)
         return tokens
+
+    def check_result(self, tokens: list[Tensor]) -> None:
+        """ValueError where latents are not finite, with the cause."""
+        if not all(all_finite(t) for t in tokens):
+            raise ValueError(f"the result is not finite{cause(self._denoisers(), self.dtype)}")
 
     def _denoisers(self) -> dict[str, Any]:
         """The models that the latents come from, by name."""
