@@ -26,7 +26,7 @@ $(VENV)/installed: $(VENV)/wheel/built
 	touch $@
 
 $(VENV)/dev: $(VENV)/installed
-	$(PIP) '$(WHEEL)[diffusers,train,evaluate,data,dev]'
+	$(PIP) '$(WHEEL)[diffusers,train,evaluate,data,serve,dev]'
 	touch $@
 
 install: $(VENV)/installed

@@ -137,7 +137,7 @@ def test_previews_come_early(models):
     seen.wait({t.id})
     running.end()
     shown = [e for e in seen.steps if e.preview is not None]
-    assert [e.index for e in shown] == [0, 1, 2] and shown[0].step <= 3
+    assert [e.number for e in shown] == [0, 1, 2] and shown[0].step <= 3
     assert [e.step for e in seen.steps] == list(range(1, 21)) and seen.steps[-1].left == 0
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
         "cli.pictures:controlnet",
         "Make pictures led by control pictures, or inpaint with an inpainting ControlNet.",
     ),
+    "serve": ("cli.serve:serve", "Serve pictures over HTTP by OpenAI's images API."),
     "train": (
         "cli.train:train",
         "Train by a recipe; the result is in OUT/model, logs and checkpoints beside it. Under torchrun: by all.",
@@ -91,7 +92,7 @@ Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_
 
 @app.callback(invoke_without_command=True)
 def main(context: typer.Context, version: Version = False) -> None:
-    """Qwen-Image from fused kernels: make and edit pictures, train, evaluate, look into models and this machine."""
+    """Qwen-Image from fused kernels: make, edit and serve pictures, train, evaluate, look into models and machines."""
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit(BAD_INPUT)

@@ -45,7 +45,7 @@ class Stepped(NamedTuple):
     steps: int
     left: float
     preview: list[np.ndarray] | None = None
-    index: int | None = None  # of the preview, from 0
+    number: int | None = None  # of the preview, from 0
 
 
 class Usage(NamedTuple):

@@ -51,7 +51,8 @@ class Work:
         arguments = request.call(self.task.opened)
         if lightning := getattr(request, "lightning", None):
             self.pipe.use_schedule(f"lightning-{lightning}")
-        self.parts = type(pipe).__call__.parts(self.pipe, **arguments, progress=False)
+        call: Any = type(pipe).__call__
+        self.parts = call.parts(self.pipe, **arguments, progress=False)
         self.denoising = next(self.parts)
 
     def finish(self, tokens: list[Tensor]) -> Any:

@@ -1,0 +1,150 @@
+"""`qwen-image-fast serve`: everything that can be known is checked, and the port taken, before the model is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qwen_image_fast.cli import common
+from qwen_image_fast.cli.errors import BAD_INPUT, FAILED, CommandError, err, failing
+from qwen_image_fast.extras import needed_for
+from qwen_image_fast.folders import local_folder, resolve_folder
+from qwen_image_fast.model_defaults import GENERATION_FILE, model_class
+
+LISTEN, WHO, LIMITS = "Where it listens", "Who may ask", "Limits"
+
+
+def serve(
+    model: Annotated[str, typer.Option(help="Folder or hub name; tiny: the model that comes with the package.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=LISTEN)] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.", rich_help_panel=LISTEN)] = 8000,
+    name: Annotated[list[str] | None, typer.Option(help="Another name of the model in requests.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="NAME=FILE: a LoRA that requests may name.")] = None,
+    transformer: Annotated[str | None, typer.Option(help="The transformer's weights, in a file.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto: bfloat16 on a GPU, else float32.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU, if we have kernels.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the model, on the CPU.")] = None,
+    wave_tokens: Annotated[int | None, typer.Option(min=64, help="Of one step of all that share it.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="JSON list of keys.", rich_help_panel=WHO)] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen for other machines without keys.", rich_help_panel=WHO)
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name that it is asked under.", rich_help_panel=WHO)
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="https://... of a page that may ask.", rich_help_panel=WHO)
+    ] = None,
+    image_url_host: Annotated[
+        list[str] | None, typer.Option(help="A host that pictures are fetched from.", rich_help_panel=WHO)
+    ] = None,
+    max_wait: Annotated[
+        float, typer.Option(min=0.001, help="Seconds until done, above which 429.", rich_help_panel=LIMITS)
+    ] = 60.0,
+    drain_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds for what runs, when it ends.", rich_help_panel=LIMITS)
+    ] = 120.0,
+    keep_seconds: Annotated[
+        float, typer.Option(min=0.001, help="How long results are kept.", rich_help_panel=LIMITS)
+    ] = 600.0,
+    keep_mb: Annotated[int, typer.Option(min=1, help="Megabytes of results kept.", rich_help_panel=LIMITS)] = 512,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
+) -> None:
+    """Serve pictures over HTTP by OpenAI's images API."""
+    with needed_for("qwen-image-fast serve"):
+        import python_multipart  # noqa: F401  what reads forms, first asked for by a request
+
+        from qwen_image_fast.serving import logs, settings
+        from qwen_image_fast.serving.run import listen, run
+    if not settings.is_loopback(host) and api_key_file is None and not insecure:
+        raise CommandError(
+            f"--host {host} lets other machines in: give --api-key-file, or --insecure where all of them may"
+        )
+    with failing(BAD_INPUT, ValueError, OSError):
+        keys = [] if api_key_file is None else settings.read_keys(api_key_file)
+        loras = dict(settings.lora_sources(lora or []))
+    common.check_device(device)
+    if dtype != "auto":
+        common.check_dtype(dtype)
+    for origin in cors_origin or []:
+        if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
+            raise CommandError(f"--cors-origin must be like https://example.com, got {origin}")
+    _check_loras(loras)
+    folder = _folder(model)
+    with failing(BAD_INPUT, OSError):
+        socket = listen(host, port)
+    place = socket.getsockname()[1]
+    shown = f"[{host}]" if ":" in host else host
+    err.print(f"http://{shown}:{place}  {model} is being loaded", highlight=False, soft_wrap=True)
+    chosen = common.device_name(device)
+    dtype = dtype if dtype != "auto" else "float32" if chosen == "cpu" else "bfloat16"
+    _check_memory(folder, chosen, dtype)
+    told: dict[str, Any] = {"wave_tokens": wave_tokens or (2048 if chosen == "cpu" else 8192)}
+    served = settings.Model(
+        name=model, names=name or [], loras=loras, transformer=transformer, device=chosen, dtype=dtype,
+        threads=threads, **told,
+    )  # fmt: skip
+    logs.to_stderr()
+    run(
+        settings.Settings(
+            model=served, host=host, port=place, keys=keys, hosts=allow_host or [], origins=cors_origin or [],
+            url_hosts=image_url_host or [], log_prompts=log_prompts,
+            limits=settings.Limits(wait=max_wait, drain=drain_timeout, store_seconds=keep_seconds,
+                                   store_bytes=keep_mb * settings.MEGABYTE),
+        ),
+        [socket],
+    )  # fmt: skip
+
+
+def _check_loras(loras: dict[str, str]) -> None:
+    from qwen_image_fast.cli.inputs import lora_file
+
+    for name, source in loras.items():
+        loras[name] = lora_file(source)
+
+
+def _folder(model: str) -> Path:
+    """The model's folder, which is downloaded where it is not here."""
+    with failing(FAILED, ConnectionError, PermissionError), failing(BAD_INPUT, FileNotFoundError, NotADirectoryError):
+        if local_folder(model) is None:
+            err.print(f"find {model}", highlight=False)
+        folder = resolve_folder(model, allow_patterns=["model_index.json", GENERATION_FILE])
+        found = model_class(folder, model)
+    served = ("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageLayeredPipeline")
+    if found not in served:
+        raise CommandError(f"--model must hold a {' or '.join(served)}, {model} holds a {found}")
+    return folder
+
+
+def _check_memory(folder: Path, device: str, dtype: str) -> None:
+    """CommandError where the weights alone are more than there is, before they are read."""
+    sizes: list[tuple[int, int]] = []
+    for path in folder.rglob("*.safetensors"):
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length < 2**27 else {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                wide = {"F64": 8, "F32": 4}.get(entry["dtype"], 2 if entry["dtype"] in ("F16", "BF16") else 1)
+                sizes.append(((end - begin) // wide, wide))
+    needed = sum(count * (4 if dtype == "float32" else 2) for count, _ in sizes)
+    free = _free(device)
+    if needed > free:
+        where = "this machine" if device == "cpu" else device
+        raise CommandError(
+            f"the weights take {needed / 2**30:.1f} GiB in {dtype}, and {where} has {free / 2**30:.1f} GiB free", FAILED
+        )
+
+
+def _free(device: str) -> int:
+    if device != "cpu":
+        import torch
+
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    with open("/proc/meminfo") as file:
+        found = dict(line.split(":", 1) for line in file)
+    return int(found["MemAvailable"].split()[0]) * 1024

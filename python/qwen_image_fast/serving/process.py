@@ -1,0 +1,129 @@
+"""The engine in a process of its own: the event loop never waits for it, and it may crash and come back."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from qwen_image_fast.serving.messages import Alive, Event, Ready, Task
+from qwen_image_fast.serving.settings import Model
+
+STOP = "stop"
+
+
+class EngineProcess:
+    """`on_event` is called from a thread of this process; `on_end` once, with the exit code, when the engine's ended.
+
+    `run`: what the process does with the model and its end of the connection.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        on_event: Callable[[Event], None],
+        on_end: Callable[[int | None], None],
+        run: Callable[[Model, Connection], None] | None = None,
+    ):
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=run or serve, args=(model, theirs), name="engine", daemon=True)
+        self._process.start()
+        theirs.close()
+        self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._on_event, self._on_end = on_event, on_end
+        for work in (self._read, self._write):
+            threading.Thread(target=work, daemon=True).start()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid
+
+    def submit(self, task: Task) -> None:
+        self._outgoing.put(task)
+
+    def cancel(self, id: str, reason: str) -> None:
+        self._outgoing.put((id, reason))
+
+    def end(self, seconds: float = 5.0) -> None:
+        """Ask it to end, and make it where it does not."""
+        self._outgoing.put(STOP)
+        self._process.join(seconds)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._on_event(self._connection.recv())
+        except (EOFError, OSError):
+            pass
+        self._outgoing.put(STOP)
+        self._process.join()
+        self._on_end(self._process.exitcode)
+
+    def _write(self) -> None:
+        while (message := self._outgoing.get()) is not None:
+            try:
+                self._connection.send(message)
+            except (OSError, ValueError):
+                return
+            if message == STOP:
+                return
+
+
+def serve(model: Model, connection: Connection) -> None:
+    """The engine's process: loads the model, makes a picture, says so, and works until it is told to stop or its parent
+    is gone."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent's to heed
+        signal.signal(number, signal.SIG_IGN)
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+    def send() -> None:
+        while True:
+            try:
+                connection.send(events.get())
+            except OSError:
+                os._exit(1)
+
+    threading.Thread(target=send, daemon=True).start()
+    from qwen_image_fast.serving.loading import load
+
+    engine, about = load(model, events.put)
+    events.put(Ready(about))
+
+    def live() -> None:
+        while True:
+            events.put(Alive(_memory(model.device), *engine.load, engine.rate))
+            time.sleep(1)
+
+    threading.Thread(target=live, daemon=True).start()
+    try:
+        while (message := connection.recv()) != STOP:
+            if isinstance(message, Task):
+                engine.submit(message)
+            else:
+                engine.cancel(*message)
+    except EOFError:
+        pass
+    os._exit(0)  # what runs is nobody's any more
+
+
+def _memory(device: str) -> dict[str, int]:
+    """Bytes of this process, and of its GPU."""
+    with open("/proc/self/statm") as file:
+        found = {"host": int(file.read().split()[1]) * resource.getpagesize()}
+    torch = sys.modules["torch"]
+    if device.startswith("cuda"):
+        found["allocated"] = torch.cuda.memory_allocated(device)
+        found["reserved"] = torch.cuda.memory_reserved(device)
+    return found

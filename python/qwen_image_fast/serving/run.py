@@ -1,0 +1,73 @@
+"""A server as a process: it listens before the model is read, and ends without losing what it has begun."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+
+from qwen_image_fast.serving.app import Server
+from qwen_image_fast.serving.desk import Desk
+from qwen_image_fast.serving.settings import Settings
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. OSError, in a sentence, where the port is in use or not allowed."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host.strip("[]"), port))
+        found.listen(512)
+    except (OSError, OverflowError) as error:
+        found.close()
+        number = getattr(error, "errno", None)
+        why = {
+            errno.EADDRINUSE: f"port {port} of {host} is in use: give another --port, or end what uses it",
+            errno.EACCES: f"port {port} may not be used: ports below 1024 are the system's; give another --port",
+            errno.EADDRNOTAVAIL: f"{host} is no address of this machine",
+        }.get(number or 0, f"{host}:{port} cannot be listened on: {error}")
+        raise OSError(why) from error
+    return found
+
+
+class _Uvicorn(uvicorn.Server):
+    """Whose first signal lets work finish; the second ends it."""
+
+    def __init__(self, config: uvicorn.Config, desk: Desk):
+        super().__init__(config)
+        self._desk, self._draining = desk, False
+        self._tasks: set[asyncio.Task] = set()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._draining = True
+        asyncio.get_running_loop().call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._desk.drain())
+        self._tasks.add(task)
+
+        def ended(task: asyncio.Task) -> None:
+            self.should_exit = True
+
+        task.add_done_callback(ended)
+
+
+def run(settings: Settings, sockets: list[socket.socket]) -> None:
+    """Serve until a signal comes; returns when all is answered."""
+    server = Server(settings)
+    config = uvicorn.Config(
+        server.app, log_config=None, access_log=False, server_header=False, date_header=False, lifespan="on",
+        timeout_graceful_shutdown=10, timeout_keep_alive=75,
+    )  # fmt: skip
+    uvicorn_server = _Uvicorn(config, server.desk)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    uvicorn_server.run(sockets=sockets)

@@ -1,0 +1,256 @@
+"""Full, gone, ending, crashed: every request is answered, and the server lives."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from http_harness import Running
+from serving_harness import picture, png
+
+from qwen_image_fast.serving.run import listen
+
+PROMPT = "a red circle on the left of a blue square"
+LONG = {"prompt": PROMPT, "size": "64x64", "num_inference_steps": 1000, "seed": 0}
+ASYNC = {"prefer": "respond-async"}
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def test_a_full_server_says_when_to_come_back(models):
+    server = Running(models, limits={"queued": 2})
+    jobs = [server.http.post("/v1/images/generations", json=LONG, headers=ASYNC) for _ in range(40)]
+    full = [job for job in jobs if job.status_code == 429]
+    taken = [job.json() for job in jobs if job.status_code == 202]
+    assert full and len(taken) >= 3
+    assert full[0].json()["error"]["type"] == "rate_limit_error"
+    assert 1 <= int(full[0].headers["retry-after"]) <= 120
+    with pytest.raises(openai.RateLimitError):
+        server.client().images.generate(prompt=PROMPT, extra_body={"num_inference_steps": 1000})
+    waiting = threading.Timer(0.5, lambda: [server.http.delete(job["poll_url"]) for job in taken])
+    waiting.start()
+    answer = server.client(retries=5).images.generate(
+        prompt=PROMPT, size="64x64", extra_body={"num_inference_steps": 2}
+    )
+    assert answer.data[0].b64_json
+    waiting.join()
+    assert re.search(r'qwen_image_rejected_total{reason="full"} [1-9]', server.http.get("/metrics").text)
+    server.end()
+
+
+def test_a_long_wait_is_refused_by_its_length(models):
+    server = Running(models, limits={"wait": 1.0})
+    server.client().images.generate(prompt=PROMPT, size="64x64", extra_body={"num_inference_steps": 20})
+    until(lambda: server.server.desk.rate > 0)
+    first = server.http.post("/v1/images/generations", json={**LONG, "n": 10}, headers=ASYNC)
+    assert first.status_code == 202  # nothing else is here: whatever it takes
+    answer = server.http.post("/v1/images/generations", json=LONG)
+    assert answer.status_code == 429 and "it would be done in about" in answer.json()["error"]["message"]
+    server.http.delete(first.json()["poll_url"])
+    server.end()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_place(running, stream):
+    body = json.dumps({**LONG, "stream": stream, "partial_images": 1 if stream else 0}).encode()
+
+    async def leave():
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        head = "POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        await writer.drain()
+        if stream:
+            await reader.readuntil(b"partial_image")
+        while not any(job.step for job in running.server.desk.jobs.values()):
+            await asyncio.sleep(0.01)
+        writer.close()
+
+    asyncio.run(leave())
+    until(lambda: not running.server.desk.jobs, 10)
+    until(lambda: 'status="499"' in running.http.get("/metrics").text, 10)
+    assert 'qwen_image_cancelled_total{reason="disconnected"}' in running.http.get("/metrics").text
+
+
+def test_a_client_that_reads_slowly_holds_up_nobody(running):
+    body = json.dumps({**LONG, "num_inference_steps": 30, "stream": True, "partial_images": 3}).encode()
+
+    async def slow():
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port, limit=64)
+        head = "POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        await writer.drain()
+        await reader.read(1)
+        answer = await asyncio.to_thread(
+            running.http.post, "/v1/images/generations", json={**LONG, "num_inference_steps": 2}
+        )
+        assert answer.status_code == 200
+        while running.server.desk.jobs:
+            await asyncio.sleep(0.01)
+        assert await reader.read(65536)
+        writer.close()
+
+    asyncio.run(slow())
+
+
+def test_results_expire(models):
+    server = Running(models, limits={"store_seconds": 0.3})
+    body = {**LONG, "num_inference_steps": 2, "response_format": "url"}
+    url = server.http.post("/v1/images/generations", json=body).json()["data"][0]["url"]
+    assert httpx.get(url).status_code == 200
+    until(lambda: httpx.get(url).status_code == 410)
+    server.end()
+    server = Running(models, limits={"store_bytes": 8_000})
+    jobs = [server.http.post("/v1/images/generations", json=body).json()["id"] for _ in range(6)]
+    found = [server.http.get(f"/v1/jobs/{id}").status_code for id in jobs]
+    assert found[0] == 410 and found[-1] == 200 and server.server.desk.store.bytes <= 8_000
+    server.end()
+
+
+def test_draining(models):
+    server = Running(models, limits={"drain": 30})
+    job = server.http.post("/v1/images/generations", json={**LONG, "num_inference_steps": 60}, headers=ASYNC).json()
+    draining = asyncio.run_coroutine_threadsafe
+    loop = next(iter(server.uvicorn.servers)).get_loop()
+    future = draining(server.server.desk.drain(), loop)
+    until(lambda: server.http.get("/readyz").status_code == 503)
+    answer = server.http.post("/v1/images/generations", json=LONG)
+    assert (
+        answer.status_code == 503 and answer.json()["error"]["code"] == "draining" and "retry-after" in answer.headers
+    )
+    future.result(60)
+    assert server.http.get(f"/v1/jobs/{job['id']}").json()["status"] == "completed"
+    server.end()
+
+
+def test_many_bad_requests_and_cancels_among_good_ones(models):
+    """None is lost or mixed up."""
+    running, answers = Running(models, limits={"wait": 10_000}), {}
+
+    def ask(k):
+        with httpx.Client(base_url=running.url, timeout=60) as client:
+            if k % 10 == 0:
+                answers[k] = client.post("/v1/images/generations", json={"prompt": PROMPT, "nonsense": k})
+            elif k % 10 == 5:
+                shown = client.post("/v1/images/generations", json=LONG, headers=ASYNC).json()
+                answers[k] = client.delete(shown["poll_url"])
+            elif k % 10 == 7:
+                form = {"prompt": PROMPT, "num_inference_steps": "2", "seed": str(k)}
+                answers[k] = client.post("/v1/images/edits", files={"image": png(picture(48, 48))}, data=form)
+            else:
+                body = {**LONG, "num_inference_steps": 2 + k % 3, "seed": k, "size": f"{48 + 16 * (k % 4)}x64"}
+                answers[k] = client.post("/v1/images/generations", json=body)
+
+    threads = [threading.Thread(target=ask, args=(k,)) for k in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for k, answer in answers.items():
+        if k % 10 == 0:
+            assert answer.status_code == 400 and "nonsense" in answer.text
+        elif k % 10 == 5:
+            assert answer.json()["status"] == "cancelled"
+        else:
+            assert answer.status_code == 200 and answer.json()["data"][0]["seed"] == k
+            size = "48x48" if k % 10 == 7 else f"{48 + 16 * (k % 4)}x64"
+            assert answer.json()["size"] == size
+    assert len(answers) == 40 and not running.server.desk.jobs
+    running.end()
+
+
+def test_a_port_in_use():
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"port {port} of 127.0.0.1 is in use: give another --port"):
+            listen("127.0.0.1", port)
+    with pytest.raises(OSError, match="192.0.2.1 is no address of this machine"):
+        listen("192.0.2.1", 0)
+
+
+@pytest.mark.parametrize("args, sentence", [
+    ("--model nowhere/at/all", "nowhere"), ("--model tiny --port 99999", "'--port'"),
+    ("--model tiny --dtype int3", "--dtype"),
+])  # fmt: skip
+def test_what_cannot_be_served(args, sentence):
+    from typer.testing import CliRunner
+
+    from qwen_image_fast.cli import app
+
+    result = CliRunner().invoke(app, ["serve", *args.split()])
+    assert result.exit_code in (1, 2) and sentence in result.stderr and "Traceback" not in result.stderr
+
+
+def test_not_enough_memory_is_said_before_loading(monkeypatch):
+    from typer.testing import CliRunner
+
+    from qwen_image_fast.cli import app, serve
+
+    monkeypatch.setattr(serve, "_free", lambda device: 1000)
+    result = CliRunner().invoke(app, ["serve", "--model", "tiny", "--port", "0"])
+    assert result.exit_code == 1 and "error: the weights take 0.0 GiB in float32, and this machine has" in result.stderr
+
+
+def test_the_command_serves_survives_a_crash_and_ends(tmp_path):
+    """The real thing: two processes, one of which is killed, OpenAI's client, SIGTERM while a request runs."""
+    command = [sys.executable, "-m", "qwen_image_fast", "serve", "--model", "tiny", "--port", "0"]
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        said = lambda: (tmp_path / "log").read_text()  # noqa: E731
+        until(lambda: re.search(r"http://127.0.0.1:\d+  tiny is being loaded", said()), 30)
+        url = re.search(r"http://127.0.0.1:\d+", said())[0]
+        until(lambda: _status(f"{url}/readyz") == 200, 120)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+        body = {"num_inference_steps": 2, "seed": 1}
+        first = client.images.generate(prompt=PROMPT, size="64x64", extra_body=body).data[0].b64_json
+        found = {}
+        long = threading.Thread(target=lambda: found.update(crashed=httpx.post(
+            f"{url}/v1/images/generations", json=LONG, timeout=60)))  # fmt: skip
+        long.start()
+        until(lambda: "qwen_image_running 1.0" in httpx.get(f"{url}/metrics").text)
+        os.kill(_child(process.pid), signal.SIGKILL)
+        long.join(30)
+        assert found["crashed"].status_code == 500 and found["crashed"].headers["x-should-retry"] == "true"
+        assert found["crashed"].json()["error"]["code"] == "engine_crashed"
+        assert _status(f"{url}/health") == 200
+        until(lambda: _status(f"{url}/readyz") == 200, 120)
+        assert client.images.generate(prompt=PROMPT, size="64x64", extra_body=body).data[0].b64_json == first
+        last = threading.Thread(target=lambda: found.update(last=httpx.post(
+            f"{url}/v1/images/generations", json={**LONG, "num_inference_steps": 100}, timeout=60)))  # fmt: skip
+        last.start()
+        until(lambda: "qwen_image_running 1.0" in httpx.get(f"{url}/metrics").text)
+        process.send_signal(signal.SIGTERM)
+        last.join(60)
+        assert found["last"].status_code == 200
+        assert process.wait(30) == 0, said()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _status(url):
+    try:
+        return httpx.get(url, timeout=5).status_code
+    except httpx.HTTPError:
+        return None
+
+
+def _child(pid):
+    """The engine's process: of this one's children the one that runs Python's spawn."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    (engine,) = [int(n) for n in children if b"spawn_main" in Path(f"/proc/{n}/cmdline").read_bytes()]
+    return engine
