@@ -240,8 +240,14 @@ def test_drawn_samples_do_without_damaged_photographs(tmp_path):
 def test_data_of_which_nothing_can_be_used_ends_the_run_with_a_sentence(folder, tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     (tmp_path / "a.txt").write_text("a caption")
-    task = FlowTask(on(folder, tmp_path), tmp_path / "run")
-    with pytest.raises(RecipeError, match=r"1000 samples in a row were rejected, .*a.png \(broken_file: the"):
+    with pytest.raises(
+        RecipeError, match="has no picture that can be used: .*a.png: it is no picture that can be read"
+    ):
+        FlowTask(on(folder, tmp_path), tmp_path / "run")
+    (tmp_path / "a.png").write_bytes(noise(0))  # looked at, and rejected by a filter in its turn
+    filters = {"stages": [1], "without": ["nsfw"], "curation": {"min_side": 4096}}
+    task = FlowTask(on(folder, tmp_path, data__filters=filters), tmp_path / "run")
+    with pytest.raises(RecipeError, match=r"1000 samples in a row were rejected, .*a.png \(resolution: "):
         task.maker.batch(0, 0)
     tight = Synthesis(
         sizes=[[64, 64]], paragraph=1.0, paragraphs=["too long a text " * 40], complex=0.0, compositional=0.0

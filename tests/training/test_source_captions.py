@@ -47,6 +47,7 @@ def test_trigger_and_default(tmp_path, text, captions, expected):
         (None, {"captions": {"a": "a", "b": "b"}}, False),
         ("a\n\na\na\nb\n", None, True),
         (None, {"caption": ["a", "a", "a", "b"]}, False),
+        (None, {"caption": "a\na\na\nb"}, True),
     ],
 )
 def test_several_captions_of_a_picture_by_their_weights(tmp_path, text, fields, lines):
@@ -60,6 +61,14 @@ def test_several_captions_of_a_picture_by_their_weights(tmp_path, text, fields, 
 
 def test_captions_of_a_kind_that_a_picture_lacks_are_its_best(tmp_path):
     assert captions_of(one(tmp_path, "a"), 3, captions={"weights": {"fused": 1.0}}) == {"a": 3}
+
+
+def test_options_without_effect_are_said(tmp_path):
+    captions = CaptionsRecipe(weights={"raw": 1.0, "fused": 1.0})
+    said = make_source(DataRecipe(source=str(one(tmp_path, "a")), captions=captions)).said()
+    assert [line.partition(": ")[2] for line in said if "no effect" in line] == [
+        "data.captions.weights has no effect for 'fused', a kind of caption that no picture has"
+    ]
 
 
 def test_parts_are_shuffled_and_left_out_behind_those_that_stay(tmp_path):

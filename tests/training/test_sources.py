@@ -4,6 +4,7 @@ import io
 import tarfile
 
 import pytest
+from PIL import Image
 from source_helpers import COLOURS, as_bytes, colours_of, files, write_table
 
 from qwen_image_fast.training.data.screen import Rejected
@@ -158,6 +159,14 @@ def test_a_caption_in_utf_16_without_its_mark_is_left_out_and_said(tmp_path):
     assert "a.png will be left out: its caption is not UTF-8, perhaps UTF-16 without" in "\n".join(
         make_source(DataRecipe(source=str(tmp_path))).said()
     )
+
+
+def test_an_animated_picture_is_left_out_and_said(tmp_path):
+    files(tmp_path, {**PICTURES, **TEXTS, "d.txt": "two"})
+    pictures = [Image.new("RGB", (32, 32), colour) for colour in (RED, GREEN)]
+    pictures[0].save(tmp_path / "d.gif", save_all=True, append_images=pictures[1:])
+    said = "\n".join(make_source(DataRecipe(source=str(tmp_path))).said())
+    assert "d.gif will be left out: it is no picture that can be read, or an animated one" in said
 
 
 @pytest.mark.parametrize("as_file", [True, False])

@@ -16,7 +16,7 @@ class CaptionsRecipe:
 
     weights: of the kinds of captions to draw from (raw, recaption, fused, or the keys of `captions` in a table); a
     picture that lacks the kind drawn gives its best one. Empty: a picture with a list of captions gives each in
-    proportion to its weight, any other its best one. lines: each line of a caption file is a caption of its own.
+    proportion to its weight, any other its best one. lines: each line of a caption is a caption of its own.
 
     separator: between the parts of a caption, as tags have them. shuffle: put the parts in another order each time.
     drop: share of the parts that is left out. keep: so many parts at the start stay as they are. The trigger is none.

@@ -100,14 +100,14 @@ class DataRecipe:
     def check(self) -> None:
         must(0 <= self.text_dropout <= 1, "data.text_dropout", "be in [0, 1]", self.text_dropout)
         must(0 <= self.hold_out < 1, "data.hold_out", "be in [0, 1)", self.hold_out)
-        must(bool(self.buckets), "data.buckets", "name at least one [height, width]", self.buckets)
+        must(bool(self.sizes), "data.buckets", "name at least one [height, width]", self.buckets)
         for bucket in self.buckets:
             ok = len(bucket) == 2 and all(side > 0 and side % 16 == 0 for side in bucket)
             must(ok, "data.buckets", "hold [height, width] in multiples of 16 pixels", bucket)
         for side in self.sides:
             must(side >= 32 and side % 16 == 0, "data.sides", "be multiples of 16 pixels from 32 on", side)
         default = DataRecipe.__dataclass_fields__["buckets"].default_factory()  # type: ignore[misc]
-        must(not self.sides or self.buckets == default, "data.buckets", "be left out where there are data.sides",
+        must(not self.sides or self.buckets in ([], default), "data.buckets", "be [] where there are data.sides",
              self.buckets)  # fmt: skip
         must(0 <= self.mask_floor < 1, "data.mask_floor", "be in [0, 1)", self.mask_floor)
         must(not (self.cache and self.encoded), "data.encoded", "be empty where there is data.cache", self.encoded)

@@ -40,9 +40,9 @@ def cuts_of(source: Examples, data: DataRecipe) -> list[Cut]:
     """Of the pictures of a source that were looked at, targets and references."""
     found = []
     for seen in source.seen:
-        shapes = [shape for shape in seen.sizes if shape is not None]
-        if seen.fault or len(shapes) != len(seen.sizes):
+        if seen.fault:
             continue
+        shapes = [shape for shape in seen.sizes if shape is not None]
         for number, (shape, size) in enumerate(zip(shapes, sizes_for(shapes, data.sizes, data.upscale))):
             found.append(Cut(seen.origin, f"reference {number}" if number else "target", shape, size))
     return found

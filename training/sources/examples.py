@@ -110,7 +110,14 @@ class Examples:
         kind, count = ("edits" if self.catalogue.edits else "pictures"), len(self.catalogue)
         looked = "" if len(self.seen) == count else f", {len(self.seen):,} of them looked at"
         held = f", {len(self.held)} held out for validation" if self.held else ", none held out for validation"
-        return [f"{self.name}: {count:,} {kind}{looked}{held}", *self.catalogue.skipped, *faults(self.seen)]
+        there = {kind for seen in self.seen for kind in seen.kinds}
+        absent = [
+            f"{self.name}: data.captions.weights has no effect for {kind!r}, a kind of caption that no picture has"
+            for kind in self.captions.weights
+            if kind not in there
+        ]
+        about = [*self.catalogue.skipped, *faults(self.seen), *absent]
+        return [f"{self.name}: {count:,} {kind}{looked}{held}", *about]
 
 
 def _inside(folder: str, pattern: str) -> bool:

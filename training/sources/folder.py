@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,18 +19,14 @@ class Folder:
     """The pictures of a folder and of those in it, each with `NAME.txt`, `NAME.caption` or `NAME.json` beside it, and
     with `NAME.mask.png` (of any suffix) where only a part of it is to be learnt.
 
-    Args:
-        lines: each line of a caption file is a caption of its own.
-
     Raises:
         RecipeError: there are no pictures, two have one name, or one has two captions.
     """
 
     edits = False
 
-    def __init__(self, root: Path, lines: bool = False):
+    def __init__(self, root: Path):
         found, others, hidden = walk(root)
-        self.lines = lines
         masks = {path for path in found if Path(path.stem).suffix == f".{MASK}"}
         self.masks = by_stem({path.with_name(Path(path.stem).stem + path.suffix): path for path in masks})
         self.files = [path for path in found if path not in masks]
@@ -51,13 +46,10 @@ class Folder:
 
     def read(self, place: int) -> Example:
         path = self.files[place]
-        record = record_of_picture(path, str(path), {})
-        if self.lines and "raw" in record.captions:
-            lines = [line.strip() for line in record.captions["raw"].splitlines() if line.strip()]
-            captions = {str(number): line for number, line in enumerate(lines, 1)}
-            record = dataclasses.replace(record, captions=captions)
         mask = self.masks.get(path.with_suffix(""))
-        return Example(record, mask=record_of_picture(mask, str(mask), {}) if mask else None)
+        return Example(
+            record_of_picture(path, str(path), {}), mask=record_of_picture(mask, str(mask), {}) if mask else None
+        )
 
 
 def walk(root: Path) -> tuple[list[Path], list[Path], list[Path]]:

@@ -29,12 +29,15 @@ _ORIENTATION = 0x0112
 @dataclass(frozen=True)
 class Seen:
     """What is known about an example: its place and origin; the hashes of its target and references; the size (height,
-    width) of each, None where the file is no picture; its fault, a sentence."""
+    width) of each, None where the file is no picture; the kinds of its captions; whether it has a mask; its fault, a
+    sentence."""
 
     place: int
     origin: str
     ids: tuple[str, ...]
     sizes: tuple[tuple[int, int] | None, ...]
+    kinds: tuple[str, ...] = ()
+    masked: bool = False
     fault: str = ""
 
 
@@ -42,7 +45,8 @@ def look(name: str, catalogue: Catalogue, captions: CaptionsRecipe) -> list[Seen
     """At all examples, or at 2,000 of more.
 
     Raises:
-        RecipeError: examples have no caption or name files that are not there; the sentence counts them.
+        RecipeError: examples have no caption or name files that are not there, the sentence counts them; or there is
+            none that could be used.
     """
     places: Sequence[int] = range(len(catalogue))
     if len(catalogue) > MOST:
@@ -66,6 +70,10 @@ def look(name: str, catalogue: Catalogue, captions: CaptionsRecipe) -> list[Seen
             f"recipe: every picture needs its {what}, {bare[0]} has none or an empty one ({len(bare)} of "
             f"{len(places)}): write it, or set data.captions.default{also} for all"
         )
+    if all(s.fault for s in seen):
+        raise RecipeError(
+            f"recipe: data.source {name} has no picture that can be used: {seen[0].origin}: {seen[0].fault}"
+        )
     if masks:
         raise RecipeError(f"recipe: {masks[0]}: {NO_WHITE} ({len(masks)} of {len(places)})")
     return seen
@@ -85,16 +93,22 @@ def _white(mask: Record) -> bool:
 
 def _seen(place: int, example: Example) -> Seen:
     records = (example.target, *example.references)
+    sizes = tuple(map(size_of, records))
     fault = next((record.fault for record in records if record.fault), "")
-    return Seen(place, example.target.origin, tuple(r.id for r in records), tuple(map(size_of, records)), fault)
+    if not fault and None in sizes:
+        fault = "it is no picture that can be read, or an animated one"
+    kinds, masked = tuple(example.target.captions), example.mask is not None
+    return Seen(place, example.target.origin, tuple(r.id for r in records), sizes, kinds, masked, fault)
 
 
 def size_of(record: Record) -> tuple[int, int] | None:
-    """(height, width) of a picture, upright, from its header; None where it has none."""
+    """(height, width) of a picture, upright, from its header; None where it has none, and for several in one file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(record.image)) as image:
+                if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                    return None
                 width, height = image.size
                 turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
         return (width, height) if turned else (height, width)
@@ -104,9 +118,9 @@ def size_of(record: Record) -> tuple[int, int] | None:
 
 def faults(seen: Sequence[Seen]) -> Iterator[str]:
     """Sentences about examples that will be left out, and about pictures that are there several times."""
-    broken = [s for s in seen if s.fault or None in s.sizes]
+    broken = [s for s in seen if s.fault]
     for s in broken[:5]:
-        yield f"{s.origin} will be left out: {s.fault or 'it is no picture that can be read'}"
+        yield f"{s.origin} will be left out: {s.fault}"
     if len(broken) > 5:
         yield f"{len(broken) - 5} more will be left out, which rejected.jsonl will list"
     counts = Counter(s.ids[0] for s in seen if not s.fault)

@@ -60,7 +60,7 @@ def _named(part: PartRecipe) -> Source:
         except TypeError as error:
             raise _misfit(part, error) from error
     try:
-        found = catalogue(part.source, part.options, part.captions.lines)
+        found = catalogue(part.source, part.options)
     except TypeError as error:
         raise _misfit(part, error) from error
     kind = Edits if found.edits else Examples
@@ -72,7 +72,7 @@ def _misfit(part: PartRecipe, error: TypeError) -> RecipeError:
     return RecipeError(f"recipe: data.options must fit the source {part.source}: {what}")
 
 
-def catalogue(source: str, options: dict[str, Any], lines: bool) -> Catalogue:
+def catalogue(source: str, options: dict[str, Any]) -> Catalogue:
     """What a folder, a table, a tar file or a data set of the hub has.
 
     A folder is, in this order: what `data filter` wrote, or its shards; pairs; tar shards; tables, of which those
@@ -104,7 +104,7 @@ def catalogue(source: str, options: dict[str, Any], lines: bool) -> Catalogue:
             return Joined(parts, [*said, *_not_named(root, pictures, parts)])
         if files != "**":
             raise RecipeError(f"recipe: data.options.files must fit tables or tar files of {root}, got {files!r}")
-        return Folder(root, lines, **options)
+        return Folder(root, **options)
     raise RecipeError(
         f"recipe: data.source must be squares, synthesis, a folder of pictures or of pairs, shards with {INDEX}, a "
         f"table ({', '.join(SUFFIXES)}), a .tar file or {HUB}owner/name, got {source!r}"

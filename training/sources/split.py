@@ -16,7 +16,7 @@ MOST_HELD = 256
 
 def held_out(seen: Sequence[Seen], share: float, total: int) -> frozenset[str]:
     """Hashes of the pictures that are held out: `share` of `total` examples, rounded down, at most 256, never all."""
-    usable = {s.ids[0] for s in seen if not s.fault and None not in s.sizes}
+    usable = {s.ids[0] for s in seen if not s.fault}
     count = min(int(total * share + 1e-9), MOST_HELD, len(usable) - 1)
     return frozenset(sorted(usable)[: max(count, 0)])
 

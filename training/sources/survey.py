@@ -38,6 +38,9 @@ def said_of(run: Curriculum, sources: dict[str, Source], folder: Path) -> Iterat
                 yield sentence if len(run.stages) == 1 else f"{stage.name}: {sentence}"
     if files:
         yield f"every picture and what is cut off of it: {write_table(folder, stages)}"
+    masked = any(seen.masked for source in files.values() for seen in source.seen)
+    if any(stage.recipe.data.mask_floor for stage in run.stages) and not masked:
+        yield "data.mask_floor has no effect: no picture has a mask"
     validates = any(stage.recipe.log.validate_every for stage in run.stages)
     if validates and len(files) == len(sources) and not any(source.held_places for source in files.values()):
         yield (

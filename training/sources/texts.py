@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from qwen_image_fast.training.data.record import Record
@@ -14,7 +12,7 @@ from qwen_image_fast.training.recipe.captions import PLACE, CaptionsRecipe
 def caption_of(record: Record, recipe: CaptionsRecipe, seed: int, index: int) -> str:
     """The caption of a record at a place of the stream; "" where it has none and the recipe gives none."""
     draws = generator(seed, "caption", sample=index)
-    text = _chosen(record, recipe.weights, draws)
+    text = _chosen(record, recipe, draws)
     if text and (recipe.shuffle or recipe.drop):
         text = _parts(text, recipe, draws)
     return with_trigger(text or recipe.default, recipe.trigger)
@@ -22,7 +20,8 @@ def caption_of(record: Record, recipe: CaptionsRecipe, seed: int, index: int) ->
 
 def plain_caption(record: Record, recipe: CaptionsRecipe) -> str:
     """The same without chance, for validation: the best caption, whole and in its order."""
-    return with_trigger(record.caption.strip() or recipe.default, recipe.trigger)
+    lines = _lines(record.caption) if recipe.lines else []
+    return with_trigger(lines[0] if lines else record.caption.strip() or recipe.default, recipe.trigger)
 
 
 def with_trigger(text: str, trigger: str) -> str:
@@ -33,15 +32,24 @@ def with_trigger(text: str, trigger: str) -> str:
     return f"{trigger}, {text}" if text else trigger
 
 
-def _chosen(record: Record, weights: Mapping[str, float], draws: np.random.Generator) -> str:
-    if not weights and "1" in record.captions:  # a list
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _chosen(record: Record, recipe: CaptionsRecipe, draws: np.random.Generator) -> str:
+    captions, weights = record.captions, recipe.weights
+    if recipe.lines and "raw" in captions and not weights:
+        captions = {str(number): line for number, line in enumerate(_lines(captions["raw"]), 1)}
+    if not weights and "1" in captions:  # a list
         own = record.metadata.get("caption_weights", {})
-        weights = {kind: own.get(kind, 1.0) for kind in record.captions}
+        weights = {kind: own.get(kind, 1.0) for kind in captions}
     if not weights or sum(weights.values()) <= 0:
         return record.caption.strip()
     kinds, total = list(weights), sum(weights.values())
     kind = str(draws.choice(kinds, p=[weights[name] / total for name in kinds]))
-    return record.captions.get(kind, record.caption).strip()
+    text = captions.get(kind, record.caption).strip()
+    lines = _lines(text) if recipe.lines else []
+    return str(draws.choice(lines)) if lines else text
 
 
 def _parts(text: str, recipe: CaptionsRecipe, draws: np.random.Generator) -> str:
