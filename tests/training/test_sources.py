@@ -10,7 +10,9 @@ from source_helpers import COLOURS, as_bytes, colours_of, files, write_table
 from qwen_image_fast.training.data.screen import Rejected
 from qwen_image_fast.training.recipe.data import DataRecipe
 from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.run import cache_latents, train
 from qwen_image_fast.training.sources.make import make_source
+from qwen_image_fast.training.tasks import flow
 
 
 @pytest.mark.parametrize("suffix, as_paths", [(".jsonl", True), (".jsonl", False), (".parquet", True),
@@ -224,3 +226,17 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
         make_source(DataRecipe(source="hub:o/gone"))
     with pytest.raises(RecipeError, match="must be hub:owner/name"):
         make_source(DataRecipe(source="hub:colours"))
+
+
+def test_what_is_wrong_with_data_is_known_before_a_model_is_loaded(tmp_path, folder, monkeypatch):
+    def loaded(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    for kind in (flow.QwenImagePipeline, flow.QwenImageEditPlusPipeline):
+        monkeypatch.setattr(kind, "from_pretrained", loaded)
+    (tmp_path / "recipe.yaml").write_text("{steps: 1, device: cpu}")
+    files(tmp_path / "f", {**PICTURES, "a.txt": "red"})
+    changes = [f"data.source={tmp_path / 'f'}", f"model.folder={folder}", "data.buckets=[[32, 32]]"]
+    for run in (train, lambda *names: cache_latents(*names, 4)):
+        with pytest.raises(RecipeError, match=r"b.png has none or an empty one \(2 of 3\)"):
+            run(tmp_path / "recipe.yaml", changes, tmp_path / run.__name__)
