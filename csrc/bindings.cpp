@@ -6,6 +6,8 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "bindings_cuda.h"
 #include "params.h"
@@ -30,6 +32,7 @@ static const Isa best_isa = detect_isa();
 static Isa chosen_isa = best_isa;
 
 Isa cpu_isa() { return chosen_isa; }
+Isa cpu_isa_at_best() { return best_isa; }
 
 static const char* isa_name(Isa isa) {
   return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "baseline";
@@ -44,6 +47,27 @@ static void set_isa(const std::string& name) {
     }
   throw std::invalid_argument("set_isa: name must be one this CPU has (best: " + std::string(isa_name(best_isa)) +
                               "), got " + name);
+}
+
+// Of the units that multiply 8-bit numbers: a name for each that this build and this CPU have, the best last.
+static const std::vector<std::pair<std::string, Int8Unit>>& int8_units() {
+  static const auto units = [] {
+    std::vector<std::pair<std::string, Int8Unit>> found;
+    for (const auto& [name, unit] : {std::pair<const char*, Int8Unit>{"plain", Int8Unit::kPlain},
+                                     {"avx2", Int8Unit::kAvx2},
+                                     {"avx_vnni", Int8Unit::kAvxVnni},
+                                     {"avx512_vnni", Int8Unit::kAvx512Vnni},
+                                     {"amx", Int8Unit::kAmx}})
+      if (int8_unit_available(unit)) found.emplace_back(name, unit);
+    return found;
+  }();
+  return units;
+}
+
+static Int8Unit int8_unit(const std::string& name) {
+  for (const auto& [known, unit] : int8_units())
+    if (known == name) return unit;
+  throw std::invalid_argument("linear_int8: unit must be one this CPU has, got " + name);
 }
 
 // name(...): params from what Python passes, then the kernel.
@@ -74,6 +98,9 @@ static py::dict build_info() {
 #else
   info["amx"] = false;
 #endif
+  py::list units;
+  for (const auto& unit : int8_units()) units.append(unit.first);
+  info["int8_units"] = units;
   info["openmp_threads"] = omp_get_max_threads();
   py::list architectures;
 #if defined(QIF_CUDA_ARCHITECTURES)
@@ -105,6 +132,14 @@ PYBIND11_MODULE(_C, m) {
   define(m, "channel_norm_silu_backward", channel_norm_silu_backward, channel_norm_silu_backward_cpu);
   define(m, "conv3x3_forward", conv3x3, conv3x3_forward_cpu);
   define(m, "picture_statistics", picture_statistics, picture_statistics_cpu);
+  define(m, "int8_rows", int8_rows, int8_rows_cpu);
+  define(m, "int8_pack", int8_pack, int8_pack_cpu);
+  m.def("linear_int8", [](const std::vector<Int8Arguments>& products, int dtype, const std::string& unit) {
+    const std::vector<Int8Product> p = int8_products(products, dtype);
+    const Int8Unit with = int8_unit(unit);
+    py::gil_scoped_release release;
+    linear_int8(p.data(), static_cast<int64_t>(p.size()), with);
+  });
 #if defined(QIF_AMX)
   m.def("amx_products", [](const std::vector<AmxArguments>& products) {
     const std::vector<AmxProduct> p = amx_products(products);

@@ -11,10 +11,12 @@
 #include "kernels/gate_residual_norm_modulate.h"
 #include "kernels/gelu_tanh.h"
 #include "kernels/guided_step.h"
+#include "kernels/int8_rows.h"
 #include "kernels/joint_attention.h"
 #include "kernels/layer_norm_modulate.h"
 #include "kernels/linear_amx.h"
 #include "kernels/linear_group.h"
+#include "kernels/linear_int8.h"
 #include "kernels/picture_statistics.h"
 #include "kernels/qk_norm_rope.h"
 
@@ -249,6 +251,34 @@ inline std::vector<AmxProduct> amx_products(const std::vector<AmxArguments>& pro
   for (const auto& [a, a_row, a_depth, b, b_row, b_depth, bias, out, rows, columns, depth] : products)
     found.push_back({pointer<float>(a), a_row, a_depth, pointer<float>(b), b_row, b_depth, pointer<float>(bias),
                      pointer<float>(out), rows, columns, depth});
+  return found;
+}
+
+inline Int8Rows int8_rows(Address x, int64_t stride, Address values, Address scales, int64_t rows, int64_t width,
+                          int64_t group, bool gelu, int dtype) {
+  return {pointer(x), stride, pointer<uint8_t>(values), pointer<float>(scales), rows, width, group, gelu, dtype};
+}
+
+inline Int8Pack int8_pack(Address weight, Address packed, Address sums, int64_t columns, int64_t depth) {
+  return {pointer<int8_t>(weight), pointer<int8_t>(packed), pointer<int32_t>(sums), columns, depth};
+}
+
+// One product as Python passes it: (values, scales, rows, depth), (weight, its scales, its sums, bias, columns), out,
+// (residual, gate, gate_stride, offsets, segments).
+using Int8Arguments =
+    std::tuple<std::tuple<Address, Address, int64_t, int64_t>, std::tuple<Address, Address, Address, Address, int64_t>,
+               Address, std::tuple<Address, Address, int64_t, Address, int64_t>>;
+
+inline std::vector<Int8Product> int8_products(const std::vector<Int8Arguments>& products, int dtype) {
+  std::vector<Int8Product> found;
+  for (const auto& [x, w, out, gated] : products) {
+    const auto& [values, scales, rows, depth] = x;
+    const auto& [weight, weight_scales, sums, bias, columns] = w;
+    const auto& [residual, gate, gate_stride, offsets, segments] = gated;
+    found.push_back({pointer<uint8_t>(values), pointer<float>(scales), pointer<int8_t>(weight),
+                     pointer<float>(weight_scales), pointer<int32_t>(sums), pointer(bias), pointer(out), rows, columns,
+                     depth, pointer(residual), pointer(gate), gate_stride, pointer<int32_t>(offsets), segments, dtype});
+  }
   return found;
 }
 

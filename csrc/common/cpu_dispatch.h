@@ -6,7 +6,8 @@
 namespace qif {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
-Isa cpu_isa();  // bindings.cpp
+Isa cpu_isa();          // bindings.cpp
+Isa cpu_isa_at_best();  // whatever is chosen for tests
 
 }  // namespace qif
 

@@ -1,21 +1,10 @@
-#include "common/exponential.h"
 #include "common/parallel.h"
 #include "common/vec.h"
 #include "kernels/gelu_tanh.h"
+#include "kernels/gelu_tanh_value.h"
 
 namespace qif {
 namespace QIF_ISA {
-
-template <class A>
-constexpr A kRoot = A(0.79788456080286535588);  // sqrt(2 / pi)
-template <class A>
-constexpr A kCube = A(0.044715);
-
-// e = exp(-2u); sigmoid(2u) = 1 / (1 + e).
-template <class V, class A>
-inline V exp_minus_2u(V x) {
-  return exponential(V(A(-2) * kRoot<A> * (x + kCube<A> * x * x * x)));
-}
 
 template <class T>
 static void forward(const GeluTanh& p) {
@@ -26,7 +15,7 @@ static void forward(const GeluTanh& p) {
     each<A>(end - begin, [&](auto lane, int64_t i) {
       using V = typename decltype(lane)::type;
       const V v = load<V>(x + i);
-      store(out + i, V(v / (A(1) + exp_minus_2u<V, A>(v))));
+      store(out + i, V(gelu_tanh_value<V, A>(v)));
     });
   });
 }

@@ -1,0 +1,82 @@
+"""Rows of activations in 8 bits, each with one scale, rotated so that outliers are spread (ConvRot)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwen_image_fast.ops import _int8
+from qwen_image_fast.ops import _library as lib
+from qwen_image_fast.ops._library import DTYPE_CODES
+
+_OP = "int8_rows"
+
+
+def int8_rows(x: Tensor, group: int, gelu: bool = False) -> tuple[Tensor, Tensor]:
+    """values * scales ~ gelu(x) H: every `group` values times the regular Hadamard matrix H, then rounded.
+
+    H = H4 x H4 x ... is symmetric and its own inverse: products with weights that were rotated likewise are those of x
+    (arXiv 2512.03673). In float32, scale = max |r| / 127 over a rotated row r and value = r * (127 / max |r|), to the
+    nearest integer. A row whose largest magnitude is below 1e-30 is zero, one that is not finite gets a scale that is
+    not.
+
+    Args:
+        x: [rows, width], float32, float16 or bfloat16; its rows contiguous, and with any stride between them.
+        group: 1 (no rotation), 4, 16, 64 or 256; divides the width.
+        gelu: apply GELU in its tanh approximation first.
+
+    Returns:
+        values uint8 [rows / 16, width / 64, 16, 64], the numbers plus 128 in the tiles that `linear_int8` reads, rows
+        and width filled up with anything; scales float32 [rows].
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit; gradients are wanted, of which there are none.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        lib.fail(_OP, "x", "not need gradients: 8-bit layers have none", "a tensor that does")
+    if lib.use_reference():
+        return int8_rows_reference(x, group, gelu)
+    return (_forward if lib.call_directly(x) else _op)(x, group, gelu)
+
+
+def int8_rows_reference(x: Tensor, group: int, gelu: bool = False) -> tuple[Tensor, Tensor]:
+    """The formula in plain PyTorch; without GELU the same bits."""
+    x = F.gelu(x.float(), approximate="tanh") if gelu else x.float()
+    r = _int8.rotated(x, group)
+    largest = r.abs().amax(-1)
+    zero = largest < _int8.SMALLEST
+    inverse = torch.where(zero, 0, torch.full_like(largest, 127) / largest)
+    values = (r * inverse[:, None]).round().nan_to_num(0).to(torch.int8)
+    return _int8.to_tiles(values), torch.where(zero, 0, largest / torch.full_like(largest, 127))
+
+
+def _check(x: Tensor, group: int) -> None:
+    lib.check_dtype(_OP, x)
+    if x.dtype == torch.float64:
+        lib.fail(_OP, "dtype", "be float32, float16 or bfloat16", x.dtype, TypeError)
+    if x.dim() != 2 or not x.shape[1]:
+        lib.fail(_OP, "x", "have two dimensions, [rows, width], with some width", tuple(x.shape))
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        lib.fail(_OP, "x", "be contiguous in its last dimension", x.stride())
+    _int8.check_group(_OP, group, x.shape[1])
+    _int8.check_place(_OP, x)
+
+
+def _forward(x: Tensor, group: int, gelu: bool) -> tuple[Tensor, Tensor]:
+    values, scales = _fake(x, group, gelu)
+    rows, width = x.shape
+    if rows:
+        lib.launch(
+            "int8_rows", x, x.data_ptr(), x.stride(0), values.data_ptr(), scales.data_ptr(), rows, width, group, gelu,
+            DTYPE_CODES[x.dtype],
+        )  # fmt: skip
+    return values, scales
+
+
+def _fake(x: Tensor, group: int, gelu: bool) -> tuple[Tensor, Tensor]:
+    _check(x, group)
+    return _int8.empty_tiles(x.shape[0], x.shape[1], x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+
+
+_op = lib.register(_OP, "(Tensor x, int group, bool gelu) -> (Tensor, Tensor)", _forward, _fake)

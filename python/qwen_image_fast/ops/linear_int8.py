@@ -1,0 +1,182 @@
+"""Linear layers in 8-bit integers: products of `int8_rows` with weights that were packed once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qwen_image_fast.ops import _int8
+from qwen_image_fast.ops import _library as lib
+from qwen_image_fast.ops._choices import Choice
+from qwen_image_fast.ops._library import _C, DTYPE_CODES, pointer
+
+_OP = "linear_int8"
+# Names of the units that multiply, of this build and this CPU, the best last; "plain" is C++ without any.
+UNITS: tuple[str, ...] = tuple(_C.build_info()["int8_units"])
+_unit: Choice[str] = Choice("int8_unit", UNITS[-1])
+
+
+class Int8Weight(NamedTuple):
+    """A weight [columns, depth] as `linear_int8` reads it. The rows of x go to `int8_rows` with `group`.
+
+    packed: int8 [columns / 16, depth / 64, 16, 16, 4]. sums: int32 [columns], of its rows. scales: float32 [columns].
+    """
+
+    packed: Tensor
+    sums: Tensor
+    scales: Tensor
+    depth: int
+    group: int
+
+    @classmethod
+    def of(cls, values: Tensor, scales: Tensor, group: int) -> Int8Weight:
+        """From int8 [columns, depth], rotated by `group` along the depth, and a scale for each row, or one for all."""
+        packed, sums = _int8.pack(values)
+        scales = scales.to(torch.float32).reshape(-1).expand(len(values)).contiguous()
+        return cls(packed, sums, scales, values.shape[1], group)
+
+    def values(self) -> Tensor:
+        """int8 [columns, depth], as before it was packed."""
+        return _int8.unpack(self.packed, len(self.sums), self.depth)
+
+
+def int8_unit(name: str) -> contextlib.AbstractContextManager[None]:
+    """Choose the unit that multiplies, in this thread or asyncio task, as `reference` does: one of `UNITS`, by default
+    the last. All give the same bits; for tests and measurements."""
+    if name not in UNITS:
+        raise ValueError(f"int8_unit: name must be one of {', '.join(UNITS)}, which this CPU has, got {name!r}")
+    return _unit.of(name)
+
+
+def linear_int8(
+    rows: Sequence[tuple[Tensor, Tensor]],
+    weight: Sequence[Int8Weight],
+    bias: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    residual: Sequence[Tensor] | None = None,
+    gate: Sequence[Tensor] | None = None,
+    offsets: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """out_i = y_i, or residual_i + gate_i[segment of the row] * y_i, with y_i = x_i weight_i^T + bias_i.
+
+    The sums of 8-bit products are exact; then (sum * (scale of the row * scale of the column)) + bias in float32, and
+    one rounding to `dtype` after gate and residual, which in float16 saturate at +-65504. Rows that several products
+    share are given several times.
+
+    Args:
+        rows: of each x, values and scales as `int8_rows` returns them with the group of its weight.
+        weight: as many. bias: as many, [columns_i] of `dtype`, or None.
+        dtype: float32, float16 or bfloat16, of the result.
+        residual: None, or as many, [rows_i, columns_i], contiguous, of `dtype`. gate: with it, [segments_i, columns_i];
+            rows may be strided or expanded. offsets: as many, int32 [segments_i + 1], first row of each segment; None:
+            segments of equal length.
+
+    Returns:
+        As many tensors [rows_i, columns_i].
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit together.
+    """
+    count = len(rows)
+    residual, gate = residual or [], gate or []
+    values, scales = [v for v, _ in rows], [s for _, s in rows]
+    empty = values[0].new_empty(0, dtype=torch.int32) if rows else None
+    given: list = [o if o is not None else empty for o in offsets or [None] * count]
+    none = values[0].new_empty(0, dtype=dtype) if rows else None
+    biases: list = [b if b is not None else none for b in bias]
+    packed, sums, columns = [w.packed for w in weight], [w.sums for w in weight], [w.scales for w in weight]
+    arguments = (values, scales, packed, columns, sums, biases, list(residual), list(gate), given, dtype, _unit.now())
+    if lib.use_reference():
+        return _reference(*arguments)
+    direct = lib.call_directly(*values, *scales, *packed, *columns, *sums, *biases, *residual, *gate)
+    return (_forward if direct else _op)(*arguments)
+
+
+def linear_int8_reference(rows, weight, bias, dtype, residual=None, gate=None, offsets=None) -> list[Tensor]:
+    """The formula in plain PyTorch, the same bits: products of integers in float64, which holds them."""
+    out = []
+    for i, ((values, scales), w, b) in enumerate(zip(rows, weight, bias)):
+        x = _int8.from_tiles(values, len(scales), w.depth)
+        sums = (x.double() @ w.values().double().T).float()
+        y = sums * (w.scales[None] * scales[:, None]) + (0 if b is None else b.float())
+        if residual:
+            r, g = residual[i], gate[i]
+            y = r.float() + lib.segment_rows(offsets[i] if offsets else None, len(g), len(r), g).float() * y
+            y = y.clip(-65504, 65504) if dtype == torch.float16 else y
+        out.append(y.to(dtype))
+    return out
+
+
+def _reference(values, scales, packed, columns, sums, bias, residual, gate, offsets, dtype, unit) -> list[Tensor]:
+    weights = [Int8Weight(p, t, c, p.shape[1] * _int8.DEPTH, 1) for p, t, c in zip(packed, sums, columns)]
+    biases, offsets = [b if len(b) else None for b in bias], [o if len(o) else None for o in offsets]
+    return linear_int8_reference(list(zip(values, scales)), weights, biases, dtype, residual, gate, offsets)
+
+
+def _check(values, scales, packed, columns, sums, bias, residual, gate, offsets, dtype, unit) -> None:
+    if not values:
+        lib.fail(_OP, "rows", "hold at least one pair", 0)
+    if dtype not in DTYPE_CODES or dtype == torch.float64:
+        lib.fail(_OP, "dtype", "be float32, float16 or bfloat16", dtype, TypeError)
+    others = {"weight": packed, "bias": bias, "offsets": offsets}
+    if residual or gate:
+        others |= {"residual": residual, "gate": gate}
+    for name, tensors in others.items():
+        if len(tensors) != len(values):
+            lib.fail(_OP, name, f"hold {len(values)} tensors like rows", len(tensors))
+    for i, (v, s, w, c, t, b) in enumerate(zip(values, scales, packed, columns, sums, bias)):
+        _int8.check_place(_OP, v)
+        rows, width = len(s), len(t)
+        if v.dtype != torch.uint8 or tuple(v.shape) != (
+            _int8.up(rows, _int8.ROWS),
+            w.shape[1],
+            _int8.ROWS,
+            _int8.DEPTH,
+        ):
+            rule = f"be the uint8 tiles of {rows} rows with the depth of the weight, {w.shape[1]} tiles"
+            lib.fail(_OP, "rows", rule, f"{v.dtype} {tuple(v.shape)}")
+        if w.dtype != torch.int8 or len(w) != _int8.up(width, _int8.COLUMNS) or len(c) != width:
+            lib.fail(_OP, "weight", f"be an Int8Weight of {width} columns", f"{w.dtype} {tuple(w.shape)}")
+        if len(b) and (b.dtype != dtype or tuple(b.shape) != (width,)):
+            lib.fail(_OP, "bias", f"be {dtype} ({width},)", f"{b.dtype} {tuple(b.shape)}")
+        if residual:
+            r, g = residual[i], gate[i]
+            if r.dtype != dtype or tuple(r.shape) != (rows, width) or not r.is_contiguous():
+                rule = f"be contiguous, {dtype} {(rows, width)}"
+                lib.fail(_OP, "residual", rule, f"{r.dtype} {tuple(r.shape)}, strides {r.stride()}")
+            lib.check_vectors(_OP, r, offsets[i] if len(offsets[i]) else None, gate=g)
+
+
+def _forward(values, scales, packed, columns, sums, bias, residual, gate, offsets, dtype, unit) -> list[Tensor]:
+    out = _fake(values, scales, packed, columns, sums, bias, residual, gate, offsets, dtype, unit)
+    arguments = []
+    for i, (v, s, w, c, t, b, y) in enumerate(zip(values, scales, packed, columns, sums, bias, out)):
+        gated = (0, 0, 0, 0, 0)
+        if residual:
+            g, o = gate[i], offsets[i] if len(offsets[i]) else None
+            gated = (residual[i].data_ptr(), g.data_ptr(), g.stride(0), pointer(o), len(g))
+        if len(s):
+            x = (v.data_ptr(), s.data_ptr(), len(s), w.shape[1] * _int8.DEPTH)
+            by = (w.data_ptr(), c.data_ptr(), t.data_ptr(), b.data_ptr() if len(b) else 0, len(t))
+            arguments.append((x, by, y.data_ptr(), gated))
+    if arguments:
+        _C.linear_int8(arguments, DTYPE_CODES[dtype], unit)
+    return out
+
+
+def _fake(values, scales, packed, columns, sums, bias, residual, gate, offsets, dtype, unit) -> list[Tensor]:
+    _check(values, scales, packed, columns, sums, bias, residual, gate, offsets, dtype, unit)
+    return [v.new_empty(len(s), len(t), dtype=dtype) for v, s, t in zip(values, scales, sums)]
+
+
+_op = lib.register(
+    _OP,
+    "(Tensor[] values, Tensor[] scales, Tensor[] packed, Tensor[] columns, Tensor[] sums, Tensor[] bias, "
+    "Tensor[] residual, Tensor[] gate, Tensor[] offsets, ScalarType dtype, str unit) -> Tensor[]",
+    _forward,
+    _fake,
+)
