@@ -149,6 +149,7 @@ def load_state_into(
     device: str | torch.device = "cpu",
     strict: bool = True,
     part: str | None = None,
+    convert: Callable[[nn.Module, dict[str, Weight]], dict[str, Weight]] | None = None,
 ) -> None:
     """Give `model`, built on the meta device, the weights of `files`, on `device`; formats: weights/formats.py.
 
@@ -158,13 +159,17 @@ def load_state_into(
     another shape. `strict=False` passes over names that the model does not have, and lets a name be missing where the
     model already has a value. A buffer that is not stored must be made in the constructor with an explicit device
     (`torch.arange(n, device="cpu")`), which `torch.device("meta")` does not override; it is then moved to `device`.
+    `convert` may put other layers into the model, with the weights that it leaves out of what it returns.
     """
     device = torch.device(device)
     opened = files if isinstance(files, Opened) else open_weights(files, part)
     check_fit(model, opened.weights, strict)
     wanted = model.state_dict().keys()
     taken = {name: weight for name, weight in opened.weights.items() if name in wanted}
-    tensors = read_weights(taken, opened.dtype(dtype), device)
+    dtype = opened.dtype(dtype)
+    if convert is not None:
+        taken = convert(model, taken)
+    tensors = read_weights(taken, dtype, device)
     model.load_state_dict(tensors, strict=False, assign=True)
     if left := [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]:
         raise ValueError(

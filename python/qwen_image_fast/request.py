@@ -40,7 +40,7 @@ Opened = Mapping[str, Any]  # by field: the opened picture, or the list of them
 MODEL = "Folder or hub name"
 TINY = f"{MODEL}; tiny: the model that comes with the package."
 ONE_SIDE = "Of the result; default: that of the last picture, or what keeps its ratio."
-WEIGHT = "The weights' type; auto: bfloat16 on a GPU, else float32."
+WEIGHT = "The weights' type; auto: bfloat16 on a GPU or in 8 bits, else float32."
 FILE = "in a file: GGUF, ComfyUI's and others"
 LORA = "A LoRA: its file, folder or hub name (owner/name/file.safetensors), =WEIGHT; several times."
 
@@ -64,6 +64,7 @@ class Request(BaseModel):
     text_encoder: Files = about(None, "The text encoder's, too; llama.cpp's vision tower is a second file.")
     vae: str | None = about(None, "The VAE's, too.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = about("auto", WEIGHT)
+    precision: Literal["int8"] | None = about(None, "The transformer computes in 8 bits, on CPUs: an approximation.")
 
     # The pipelines of model_index.json that it can be made with, what it does with them, and one that can.
     models: ClassVar[Sequence[str]] = DRAWING

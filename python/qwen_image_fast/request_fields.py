@@ -131,7 +131,7 @@ def rule(field: FieldInfo) -> str:
     kind = plain_type(field)
     if get_origin(kind) is Literal:
         *most, last = map(str, get_args(kind))
-        return f"{', '.join(most)} or {last}"
+        return f"{', '.join(most)} or {last}" if most else last
     if kind is bool:
         return "true or false"
     text = {int: "an integer", float: "a number", str: "a text", list[str]: "files"}.get(kind, "LoRAs")

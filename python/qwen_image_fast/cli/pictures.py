@@ -200,13 +200,20 @@ def _load(request: Request, opened: Mapping[str, Any], class_name: str, run: Run
 
     device = common.device_name(run.device)
     check_before_loading(request, opened, getattr(q, class_name))
-    dtype = request.dtype if request.dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
+    small = device != "cpu" or request.precision
+    dtype = request.dtype if request.dtype != "auto" else "bfloat16" if small else "float32"
     place = {"torch_dtype": common.torch_dtype(dtype), "device": device}
     parts: dict[str, Any] = {n: f for n in ("transformer", "text_encoder", "vae") if (f := getattr(request, n))}
     if request.kind == "controlnet":
         with failing(BAD_INPUT, FileNotFoundError, NotADirectoryError):
             parts["controlnet"] = q.QwenImageControlNetModel.from_pretrained(request.net, **place)  # type: ignore[attr-defined]
     load = getattr(q, class_name).from_pretrained
+    if request.precision is not None:
+        from qwen_image_fast.models.int8_linear import check_precision
+
+        with failing(BAD_INPUT, ValueError):
+            check_precision("--precision", request.precision, device)
+        parts["precision"] = request.precision
     pipe = load(request.model, **place, free_modulation_weights=run.free_modulation, **parts)
     with failing(BAD_INPUT, ValueError, FileNotFoundError):
         adapters = {pipe.load_lora_weights(lora.name): lora.scale for lora in request.lora}

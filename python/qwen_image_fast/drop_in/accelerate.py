@@ -17,6 +17,7 @@ from torch import nn
 
 from qwen_image_fast.drop_in.obstacle import obstacle
 from qwen_image_fast.drop_in.pipeline import add_text_hook, remove_text_hook
+from qwen_image_fast.drop_in.precision import compute_in_8_bits, put_back
 from qwen_image_fast.drop_in.report import Report
 from qwen_image_fast.drop_in.swap import fast_class, swap, unswap, vae_classes
 from qwen_image_fast.drop_in.swapped import Swapped
@@ -24,6 +25,7 @@ from qwen_image_fast.drop_in.vae import FastCausalConv3d, FastResample
 from qwen_image_fast.drop_in.vae_flops import decoding_flops
 from qwen_image_fast.extras import needed_for
 from qwen_image_fast.keywords import hinted
+from qwen_image_fast.models.int8_linear import check_precision
 from qwen_image_fast.models.vae_conv import Convolution
 
 logger = logging.getLogger(__name__)
@@ -32,13 +34,15 @@ OLDEST_DIFFUSERS = (0, 37)  # as in pyproject.toml; transformers of before have 
 
 
 @hinted
-def accelerate(pipe: Any, convolution: Convolution = "auto") -> Report:
+def accelerate(pipe: Any, convolution: Convolution = "auto", precision: str | None = None) -> Report:
     """Make a diffusers Qwen-Image pipeline faster in place; the images stay the same up to rounding.
 
     Args:
         pipe: one of diffusers' Qwen-Image pipelines, a modular pipeline of that family, or only its transformer or VAE.
         convolution: how the VAE convolves images on a CPU: "auto", by Winograd's algorithm where it is faster, or
             "exact", directly everywhere.
+        precision: "int8" lets the transformer's large layers compute in 8 bits on a CPU (docs/quantization.md): an
+            approximation. The pipeline's own stay in memory, or in the file that diffusers mapped, until `restore`.
 
     Returns:
         What was replaced, and what was left alone and why. Parts that are accelerated already are listed as such; of
@@ -47,12 +51,14 @@ def accelerate(pipe: Any, convolution: Convolution = "auto") -> Report:
     Raises:
         ImportError: diffusers is not installed, or too old.
         TypeError: `pipe` is something else.
-        ValueError: `convolution` is neither.
+        ValueError: `convolution` is neither; `precision` is unknown, or cannot be had for this pipeline.
     """
     _require_diffusers()
     if convolution not in get_args(Convolution):
         raise ValueError(f"accelerate: convolution must be 'auto' or 'exact', got {convolution!r}")
     parts = _parts(pipe)
+    if precision is not None:
+        _check_precision(precision, parts)
     report = Report()
     for name, part in parts.items():
         _accelerate_part(name, part, convolution, report)
@@ -60,6 +66,8 @@ def accelerate(pipe: Any, convolution: Convolution = "auto") -> Report:
             for module in _modules(part):
                 if isinstance(module, (FastCausalConv3d, FastResample)) and module.convolution != convolution:
                     module.convolution = convolution
+        if name == "transformer" and precision is not None:
+            compute_in_8_bits(part, report)
     if getattr(pipe, "controlnet", None) is not None:
         report.left_alone.append(("controlnet", "there is no faster version of it here"))
     return report
@@ -72,11 +80,23 @@ def restore(pipe: Any) -> None:
     """
     _require_diffusers()
     parts = _parts(pipe)
-    changed = [unswap(module) for part in parts.values() for module in _modules(part)]
+    changed = [put_back(part) for name, part in parts.items() if name == "transformer"]
+    changed += [unswap(module) for part in parts.values() for module in _modules(part)]
     if "pipeline" in parts:
         changed.append(remove_text_hook(_unwrap(getattr(pipe, "text_encoder", None))))
     if not any(changed):
         logger.warning("restore: nothing to undo, this %s is not accelerated", type(pipe).__name__)
+
+
+def _check_precision(precision: str, parts: dict[str, Any]) -> None:
+    transformer = parts.get("transformer")
+    if transformer is None:
+        raise ValueError(f"accelerate: precision must be None without a transformer, got {precision!r}")
+    check_precision("accelerate", precision, transformer.device)
+    if getattr(transformer, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"accelerate: precision must be None for a transformer with a quantisation of its own, got {precision!r}"
+        )
 
 
 def _require_diffusers() -> None:

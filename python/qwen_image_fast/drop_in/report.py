@@ -13,17 +13,24 @@ class Report:
         replaced: one sentence per part. left_alone: (part, reason).
         memory_freed: bytes of parameters that were released; accelerate releases none.
         kept_per_step: bytes that the modulation vectors of one time step take while they are kept.
+        added: bytes of weights in 8 bits; the pipeline's own stay beside them, for `restore`.
     """
 
     replaced: list[str] = field(default_factory=list)
     left_alone: list[tuple[str, str]] = field(default_factory=list)
     memory_freed: int = 0
     kept_per_step: int = 0
+    added: int = 0
 
     def _rows(self) -> list[tuple[str, str]]:
         rows = [("replaced", text) for text in self.replaced]
         rows += [("left alone", f"{what}: {why}") for what, why in self.left_alone]
-        rows.append(("parameters", "all are shared with the pipeline as it was, none is copied"))
+        if self.added:
+            rows.append(
+                ("parameters", f"{self.added} bytes in 8 bits; the pipeline's own stay beside them for restore")
+            )
+        else:
+            rows.append(("parameters", "all are shared with the pipeline as it was, none is copied"))
         rows.append(("memory", f"{self.memory_freed} bytes of parameters freed"))
         if self.kept_per_step:
             kept = f"{self.kept_per_step} bytes of modulation vectors kept per time step of the last schedule"

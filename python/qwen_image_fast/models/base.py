@@ -25,6 +25,7 @@ from qwen_image_fast.checkpoint import (
 )
 from qwen_image_fast.folders import read_json
 from qwen_image_fast.keywords import check_saving, check_visible, keyword_names, one_device, one_dtype, refuse
+from qwen_image_fast.models.int8_linear import check_precision, read_int8_layers
 from qwen_image_fast.weights.formats import Opened, check_part, open_weights
 from qwen_image_fast.weights.places import single_file
 
@@ -121,6 +122,7 @@ class PretrainedModel(nn.Module):
         cache_dir: str | os.PathLike | None = None,
         token: str | None = None,
         local_files_only: bool | None = None,
+        precision: str | None = None,
         **unknown,
     ) -> Model:
         """The model of a local folder or hub repository, in eval mode, on `device`.
@@ -128,18 +130,20 @@ class PretrainedModel(nn.Module):
         `torch_dtype` and `dtype` are one argument under two names: the type of the floating-point weights, by default
         as stored; so are `device` and `device_map`. `variant="fp16"` reads
         `diffusion_pytorch_model.fp16.safetensors`. The weights are read once, into their final place: memory peaks at
-        the model's size, with any `low_cpu_mem_usage`. Errors: FileNotFoundError for what is not there, ValueError
-        for a configuration of another class, damaged files, or weights that do not fit the configuration; TypeError
-        for an unknown keyword.
+        the model's size, with any `low_cpu_mem_usage`. `precision="int8"`, of transformers on CPUs, makes the blocks'
+        large layers compute in 8 bits (docs/quantization.md): an approximation. Errors: FileNotFoundError for what is
+        not there, ValueError for a configuration of another class, damaged files, weights that do not fit the
+        configuration, or a precision that cannot be had; TypeError for an unknown keyword.
         """
         refuse("from_pretrained", unknown, keyword_names(cls.from_pretrained))
         dtype, device = one_dtype(torch_dtype, dtype), one_device(device, device_map, use_safetensors)
+        cls._check_precision("from_pretrained", precision, device)
         hub = {"revision": revision, "cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         files = [cls.config_name, *weight_patterns(cls.weights_name, variant)]
         folder = pretrained_folder(name_or_path, subfolder, files, **hub)
         config = read_config(folder, cls.config_name)
         weights = find_weights(folder, cls.weights_name, variant)
-        return cls._load(config, weights, dtype, device)
+        return cls._load(config, weights, dtype, device, precision=precision)
 
     @classmethod
     def from_single_file(
@@ -155,6 +159,7 @@ class PretrainedModel(nn.Module):
         cache_dir: str | os.PathLike | None = None,
         token: str | None = None,
         local_files_only: bool | None = None,
+        precision: str | None = None,
         **unknown,
     ) -> Model:
         """The model in one GGUF or safetensors file of ComfyUI, llama.cpp or others, in eval mode on `device`.
@@ -167,6 +172,8 @@ class PretrainedModel(nn.Module):
                 configuration, in the sizes of the file.
             torch_dtype, dtype: of all floating-point weights. Default: as stored if none is quantised, else bfloat16.
             device, device_map: where the weights go, one by one.
+            precision: "int8" computes in 8 bits (docs/quantization.md): of transformers in floating-point files, or in
+                ComfyUI's int8, which are used as they are.
 
         Raises:
             FileNotFoundError, ValueError: what is missing, damaged, of another model or in a format that is not read.
@@ -174,12 +181,13 @@ class PretrainedModel(nn.Module):
         """
         refuse("from_single_file", unknown, keyword_names(cls.from_single_file))
         dtype, device = one_dtype(torch_dtype, dtype), one_device(device, device_map, None)
+        cls._check_precision("from_single_file", precision, device)
         hub = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
         path = single_file(path_or_name, revision=revision, **hub)
         opened = open_weights([path], cls.part)
         if cls.part is not None:
             check_part(opened, [path], cls.part)
-        return cls._load(cls._config_of(config, opened, hub), [path], dtype, device, opened)
+        return cls._load(cls._config_of(config, opened, hub), [path], dtype, device, opened, precision)
 
     @classmethod
     def _config_of(cls, config: Any, opened: Opened, hub: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -200,6 +208,12 @@ class PretrainedModel(nn.Module):
         raise ValueError(f"from_single_file: config must be given for a {cls.__name__}: its folder or hub name")
 
     @classmethod
+    def _check_precision(cls, where: str, precision: str | None, device: torch.device) -> None:
+        if precision is not None and cls.part != "transformer":
+            raise ValueError(f"{where}: precision must be None for a {cls.__name__}, got {precision!r}")
+        check_precision(where, precision, device)
+
+    @classmethod
     def _load(
         cls: type[Model],
         config: Mapping[str, Any],
@@ -207,10 +221,12 @@ class PretrainedModel(nn.Module):
         dtype: torch.dtype | None,
         device: torch.device,
         opened: Opened | None = None,
+        precision: str | None = None,
     ) -> Model:
         opened = opened or open_weights(files, cls.part)
         model = cls.empty({**config, **({"zero_cond_t": True} if opened.zero_cond_t else {})})
-        load_state_into(model, opened, dtype=dtype, device=device)
+        convert = None if precision is None else read_int8_layers
+        load_state_into(model, opened, dtype=dtype, device=device, convert=convert)
         model.weight_files = files
         return model.eval()
 

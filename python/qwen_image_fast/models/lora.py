@@ -13,8 +13,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .int8_linear import Int8Linear
 from .lora_kinds import Adapter, Mix, adapted, mixed
 from .modulation import restore_modulation_weights, table_layers
 
@@ -34,16 +36,32 @@ class _Part(NamedTuple):
     factor: Tensor | None = None
 
 
-class LoraLinear(nn.Linear):
-    """A linear layer with active adapters."""
+class _Mixed(nn.Module):
+    """A layer with active adapters."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return adapted(x, self.weight, self.bias, self.mix)
+    mix: Mix
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.mix: Mix = tuple(None if tensor is None else fn(tensor) for tensor in self.mix)
+        self.mix = tuple(None if tensor is None else fn(tensor) for tensor in self.mix)
         return self
+
+
+class LoraLinear(_Mixed, nn.Linear):
+    """A linear layer with active adapters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return adapted(x, self._product, self.bias, self.mix)
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.weight, bias)
+
+
+class LoraInt8Linear(_Mixed, Int8Linear):
+    """A layer in 8 bits with active adapters, which are computed beside it, of the input as it came."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return adapted(x, self.product, self.bias, self.mix)
 
 
 class LoraAdapters:
@@ -133,6 +151,12 @@ class LoraAdapters:
         """Add active adapters, times `scale`, to the weights: in float32, with one rounding to the weights' type."""
         self._check(names or (), self.weights)
         fused = {n: w * scale for n, w in self.weights.items() if names is None or n in names}
+        for path in {path for name in fused for path in self.loaded[name]}:
+            if isinstance(self._layer(path), Int8Linear):
+                raise ValueError(
+                    f"fuse_lora: {path} is in 8 bits, in which an adapter would be rounded away: leave it beside the "
+                    "weights, or quantise the model with it (`qwen-image-fast quantize --lora`)"
+                )
         rest = {n: w for n, w in self.weights.items() if n not in fused}
         self.activate({})  # what stays active may depend on the weights
         parts = [_Part(name, path, a, w) for name, w in fused.items() for path, a in self.loaded[name].items()]
@@ -237,11 +261,11 @@ class LoraAdapters:
         if not linear:
             self._shift(layer, path, active)
         elif active:
-            layer.mix = mixed(active, layer.weight)
-            layer.__class__ = LoraLinear
+            layer.mix = mixed(active, _weight_of(layer, active))
+            layer.__class__ = LoraInt8Linear if isinstance(layer, Int8Linear) else LoraLinear
         else:
             layer.__dict__.pop("mix", None)
-            layer.__class__ = nn.Linear
+            layer.__class__ = Int8Linear if isinstance(layer, Int8Linear) else nn.Linear
 
     def _shift(self, norm: Any, path: str, active: Sequence[tuple[Adapter, float]]) -> None:
         """Put a norm's own weight back, and then, where differences are active, another in its place."""
@@ -253,6 +277,15 @@ class LoraAdapters:
             total = norm.weight.float() + sum(a.delta(norm.weight) * w for a, w in active)
             self._norms[path] = norm.weight
             norm.weight = nn.Parameter(total.to(norm.weight.dtype), requires_grad=norm.weight.requires_grad)
+
+
+def _weight_of(layer: Any, active: Sequence[tuple[Adapter, float]]) -> Tensor:
+    """The weight that adapters change; of a layer in 8 bits its dtype alone where they do not read it."""
+    if not isinstance(layer, Int8Linear):
+        return layer.weight
+    dtype = layer.bias.dtype
+    read = any(adapter.magnitude is not None for adapter, _ in active)
+    return layer.dequantised().to(dtype) if read else torch.empty(0, dtype=dtype)
 
 
 def adapters_of(model: Any) -> LoraAdapters:

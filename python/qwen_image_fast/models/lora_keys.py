@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..weights.formats import CALLED, parts_of_names
-from .lora import LoraLinear
+from .int8_linear import Int8Linear
+from .lora import LoraInt8Linear, LoraLinear
 
 # The tensors of one layer by part: lora_A, lora_B, lora_B.bias, hada_w1_a, ..., lokr_w1, ..., diff, diff_b, alpha and
 # dora_scale.
@@ -68,7 +69,7 @@ def by_layer(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Parts]:
     """
     names = {}
     for name, module in model.named_modules():
-        if type(module) in (nn.Linear, LoraLinear) or _is_norm(module):
+        if type(module) in (nn.Linear, LoraLinear, Int8Linear, LoraInt8Linear) or _is_norm(module):
             for spelling in (name, name.replace(".", "_")):
                 names[_bare(spelling)] = names[spelling] = name
     found: dict[str, Parts] = defaultdict(dict)

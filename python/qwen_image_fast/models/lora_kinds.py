@@ -14,7 +14,7 @@ of 0.5 goes half the way; PEFT scales D inside of the norm instead, which is the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -112,17 +112,17 @@ def _product(matrices: tuple[Tensor, ...], device: torch.device) -> Tensor:
 Mix = tuple[Tensor | None, ...]
 
 
-def adapted(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
-    """(W + sum_i w_i D_i) x + b + sum_i w_i b_i."""
+def adapted(x: Tensor, product: Callable[[Tensor, Tensor | None], Tensor], bias: Tensor | None, mix: Mix) -> Tensor:
+    """(W + sum_i w_i D_i) x + b + sum_i w_i b_i, where `product` gives W x + b of x and b."""
     down, up, whole, rows, columns, more_bias, *kronecker = mix
     if rows is None:
-        y = F.linear(x, weight, bias)
+        y = product(x, bias)
     else:
-        y = F.linear(x, weight)
+        y = product(x, None)
         y = torch.addcmul(y, y, rows)
         y = y if bias is None else y + bias
     if columns is not None:
-        y = y + F.linear(x * columns, weight)
+        y = y + product(x * columns, None)
     if down is not None and up is not None:
         y = y + F.linear(F.linear(x, down), up)
     if whole is not None:

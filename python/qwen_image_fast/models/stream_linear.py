@@ -1,5 +1,5 @@
 """Linear layers of the image and text streams together: one launch on CUDA where `ops.linear_kernels` chooses so, one
-call on CPUs with AMX.
+call on CPUs with AMX, and one for layers in 8 bits.
 
 Anything that makes a layer more than its weight and bias (an adapter, a hook, a quantised or parametrised weight,
 autocast) keeps it a module that is called.
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwen_image_fast.models.int8_linear import Int8Linear
+from qwen_image_fast.ops import int8_rows, linear_int8
 from qwen_image_fast.ops._linear import fused
 from qwen_image_fast.ops.linear_amx import linear_amx, worthwhile
 from qwen_image_fast.ops.linear_gate_residual import linear_gate_residual
@@ -28,7 +30,9 @@ def project(layers: Sequence[Any], x: Sequence[Tensor]) -> list[Tensor]:
 
 
 def each(layers: Sequence[Any], x: Sequence[Tensor]) -> list[Tensor]:
-    """layer_i(x_i), for any layers: as modules, or all by AMX."""
+    """layer_i(x_i), for any layers: as modules, or all by AMX or in 8 bits."""
+    if in_8_bits(layers):
+        return _int8(layers, x)
     if x[0].is_cpu and all(map(_plain, layers, x)) and worthwhile(x, [layer.weight for layer in layers]):
         return linear_amx(x, *_parameters(layers))
     return [layer(t) for layer, t in zip(layers, x)]
@@ -51,14 +55,45 @@ def in_one_launch(op: str, layers: Sequence[Any], x: Sequence[Tensor]) -> bool:
     return all(map(_plain, layers, x)) and fused(op, x, [layer.weight for layer in layers])
 
 
+def in_8_bits(layers: Sequence[Any]) -> bool:
+    """Whether all are layers in 8 bits with nothing besides."""
+    return all(type(layer) is Int8Linear and _unwatched(layer) for layer in layers)
+
+
+def int8_gate_residual(layers: Sequence[Any], residual, x, gate, offsets, gelu: bool) -> list[Tensor]:
+    """residual_i + gate_i * layer_i(x_i), or of gelu_tanh(x_i), in 8 bits."""
+    return _int8(layers, x, gelu, residual, gate, offsets)
+
+
+def _int8(layers: Sequence[Any], x: Sequence[Tensor], gelu: bool = False, *gated) -> list[Tensor]:
+    """One call for all; what several layers take is rounded once."""
+    made: list[tuple[Tensor, int, tuple[Tensor, Tensor]]] = []
+    taken = []
+    for layer, t in zip(layers, x):
+        rows = next((r for other, group, r in made if other is t and group == layer.group), None)
+        if rows is None:
+            rows = int8_rows(t, layer.group, gelu)
+            made.append((t, layer.group, rows))
+        taken.append(rows)
+    dtype = x[0].dtype
+    biases = [None if layer.bias is None else layer.bias.to(dtype) for layer in layers]
+    return linear_int8(taken, [layer.int8 for layer in layers], biases, dtype, *gated)
+
+
+def _unwatched(layer: Any) -> bool:
+    return (
+        not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+        and "forward" not in layer.__dict__
+    )
+
+
 def _plain(layer: Any, x: Tensor) -> bool:
     return (
         type(layer) is nn.Linear
         and layer.bias is not None
         and layer.weight.dtype == x.dtype
         and type(layer.weight) is nn.Parameter
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
-        and "forward" not in layer.__dict__
+        and _unwatched(layer)
         and not torch.is_autocast_enabled(x.device.type)
     )
 

@@ -350,11 +350,14 @@ def finish_block(
         residual, projections, attended, [m.gate1 for m in mods], [(m.shift2, m.scale2) for m in mods], offsets
     )
     expand, reduce = [mlp.net[0].proj for mlp in mlps], [mlp.net[2] for mlp in mlps]
-    if stream_linear.in_one_launch("linear_gelu", expand, normed):
+    in_8_bits = stream_linear.in_8_bits([*expand, *reduce])
+    if in_8_bits:  # GELU is part of what rounds its result
+        hidden = stream_linear.each(expand, normed)
+    elif stream_linear.in_one_launch("linear_gelu", expand, normed):
         hidden = stream_linear.gelu(expand, normed)
     else:
         hidden = [gelu_tanh(t, inplace=True) for t in stream_linear.each(expand, normed)]
-    return list(map(Stream, *gated_norm(x, reduce, hidden, [m.gate2 for m in mods], following, offsets)))
+    return list(map(Stream, *gated_norm(x, reduce, hidden, [m.gate2 for m in mods], following, offsets, in_8_bits)))
 
 
 def gated_norm(
@@ -364,8 +367,15 @@ def gated_norm(
     gate: list[Tensor],
     following: list[tuple[Tensor, Tensor]],
     offsets: list[Tensor | None],
+    gelu: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """x = residual + gate * layer(y) and LN-modulate(x) of each stream; `following`: its shift and scale."""
+    """x = residual + gate * layer(y) and LN-modulate(x) of each stream; `following`: its shift and scale.
+
+    gelu: the layers are in 8 bits and take gelu_tanh(y).
+    """
+    if stream_linear.in_8_bits(layers):
+        x = stream_linear.int8_gate_residual(layers, residual, y, gate, offsets, gelu)
+        return x, [layer_norm_modulate(t, f[0], f[1], o) for t, f, o in zip(x, following, offsets)]
     if stream_linear.in_one_launch("linear_gate_residual", layers, y):
         x = stream_linear.gate_residual(layers, residual, y, gate, offsets)
         return x, [layer_norm_modulate(t, f[0], f[1], o) for t, f, o in zip(x, following, offsets)]

@@ -16,6 +16,7 @@ from qwen_image_fast.files import atomic_write
 from qwen_image_fast.folders import DOWNLOAD_PATTERNS, read_json, resolve_folder
 from qwen_image_fast.keywords import check_saving, keyword_names, one_device, part_dtypes, refuse
 from qwen_image_fast.model_defaults import GENERATION_FILE
+from qwen_image_fast.models.int8_linear import check_precision
 from qwen_image_fast.models.text_encoder import load_captioner, load_text_encoder
 from qwen_image_fast.models.text_encoder_files import save_text_encoder
 from qwen_image_fast.models.vision import VisionProcessor
@@ -54,6 +55,7 @@ class PipelineFolder:
         token: str | None = None,
         local_files_only: bool | None = None,
         free_modulation_weights: bool = False,
+        precision: str | None = None,
         **components,
     ):
         """The pipeline of a diffusers-layout folder or hub repository; nothing of diffusers is needed.
@@ -65,6 +67,7 @@ class PipelineFolder:
             variant: "fp16" reads `*.fp16.safetensors`; a part that has none is read without, and a warning names it.
             free_modulation_weights: release the modulation weights (a third of the transformer) once the vectors of a
                 schedule are known; another schedule reads them from the folder again.
+            precision: "int8" makes the transformer compute in 8 bits on CPUs (docs/quantization.md), an approximation.
             components: ready-made parts to use instead of the folder's (`transformer=...`), None, or a file with the
                 weights of the transformer, the VAE or the text encoder (`transformer="q4.gguf"`; docs/formats.md); for
                 a text encoder of llama.cpp that sees pictures two, of which one is named mmproj.
@@ -77,6 +80,12 @@ class PipelineFolder:
         refuse("from_pretrained", [n for n in components if n not in cls.parts], [*cls.parts, *known])
         where = one_device(device, device_map, use_safetensors)
         dtypes = part_dtypes(torch_dtype, dtype, cls.parts)
+        check_precision("from_pretrained", precision, where)
+        if precision is not None and "transformer" in components and not _is_file(components["transformer"]):
+            raise ValueError(
+                "from_pretrained: precision must be None with a transformer that is loaded already; give it to "
+                "that one's from_pretrained"
+            )
         hub: dict[str, Any] = {
             "revision": revision,
             "cache_dir": cache_dir,
@@ -97,9 +106,12 @@ class PipelineFolder:
         check_parts(folder, read, variants, files, cls.uses_vision, cls.writes_captions)
         loaded: dict[str, Any] = {}
         for name, paths in files.items():
-            components[name] = cls._load_files(folder, name, paths, {"torch_dtype": dtypes[name], "device": where})
+            models: dict[str, Any] = {"torch_dtype": dtypes[name], "device": where}
+            models |= {"precision": precision} if name == "transformer" else {}
+            components[name] = cls._load_files(folder, name, paths, models)
         for name in read:
             models = {"torch_dtype": dtypes[name], "device": where, "variant": variants.get(name)}
+            models |= {"precision": precision} if name == "transformer" else {}
             loaded[name] = cls._load(folder, name, models)
         parts = {**dict.fromkeys(cls.parts), **loaded, **components}
         make: Any = cls

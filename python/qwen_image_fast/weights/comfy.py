@@ -165,9 +165,11 @@ def _int8(layer: _Layer) -> StoredWeight:
     blocks = parts["scale"].entry.shape
     if not layer.setting("convrot", 0):
         kind = "int8" if blocks == (1, 1) else "int8 rows" if blocks == (rows, 1) else "int8 blocks"
-        return StoredWeight(kind, shape, columns, parts, scales.per_block)
+        plain = 1 if kind != "int8 blocks" and len(shape) == 2 else None
+        return StoredWeight(kind, shape, columns, parts, scales.per_block, plain)
     size = _rotation(layer, columns)
-    return StoredWeight(f"int8 rotated {size}", shape, columns, parts, scales.rotated(size))
+    by_row = size if blocks[1] == 1 and blocks[0] in (1, rows) and size <= 256 and len(shape) == 2 else None
+    return StoredWeight(f"int8 rotated {size}", shape, columns, parts, scales.rotated(size), by_row)
 
 
 def _rotation(layer: _Layer, columns: int) -> int:

@@ -30,13 +30,17 @@ Decode = Callable[[Mapping[str, Tensor], int, torch.dtype], Tensor]
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A quantised weight, decoded by rows of `width` values. `parts["weight"]` holds the numbers."""
+    """A quantised weight, decoded by rows of `width` values. `parts["weight"]` holds the numbers.
+
+    rotation: of int8 numbers with a scale for a row, or one for all, the size of the groups that are rotated, or 1.
+    """
 
     kind: str
     shape: tuple[int, ...]
     width: int
     parts: Mapping[str, Part]
     decode: Decode
+    rotation: int | None = None
 
     @property
     def rows(self) -> int:

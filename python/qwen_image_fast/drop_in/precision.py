@@ -1,0 +1,53 @@
+"""`accelerate(pipe, precision="int8")`: the blocks' large layers in 8 bits, with the pipeline's own beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from qwen_image_fast.drop_in.report import Report
+from qwen_image_fast.models.int8_linear import Int8Linear, int8_layers, quantised
+
+# Attribute of a transformer whose layers are in 8 bits: its own, by name.
+OWN = "_own_layers"
+
+
+def compute_in_8_bits(transformer: Any, report: Report) -> None:
+    """Put 8-bit layers in the place of the plain ones; others are named in the report."""
+    own: dict[str, Any] = transformer.__dict__.setdefault(OWN, {})
+    layers = int8_layers(transformer)
+    made = left = 0
+    for path, layer in tqdm(layers.items(), desc="quantise", leave=False, disable=None):
+        if isinstance(layer, Int8Linear):
+            made += 1
+        elif type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+            left += 1
+            why = f"{path} is a {type(layer).__name__} or has a hook"
+        else:
+            own[path] = layer
+            _put(transformer, path, Int8Linear(quantised(layer.weight), layer.bias))
+            made += 1
+    now = [layer for layer in transformer.modules() if isinstance(layer, Int8Linear)]
+    report.added = sum(layer.packed.numel() for layer in now)
+    report.replaced.append(f"transformer: {made} linear layers compute in 8 bits, which is an approximation")
+    if left:
+        report.left_alone.append((f"{left} linear layers", f"not in 8 bits: {why}"))
+
+
+def put_back(transformer: Any) -> bool:
+    """Give a transformer its own layers again; False if it has them. Adapters of PEFT around them stay."""
+    own = transformer.__dict__.pop(OWN, {})
+    for path, layer in own.items():
+        now = transformer.get_submodule(path)
+        if isinstance(now, Int8Linear):
+            _put(transformer, path, layer)
+        elif isinstance(getattr(now, "base_layer", None), Int8Linear):
+            now.base_layer = layer
+    return bool(own)
+
+
+def _put(transformer: Any, path: str, layer: Any) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(transformer.get_submodule(parent), name, layer)

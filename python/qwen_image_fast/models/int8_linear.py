@@ -1,0 +1,212 @@
+"""Linear layers that compute in 8 bits (W8A8, rotated): which they are, how they come from weights, how they are saved.
+
+A weight W becomes W H, rounded to integers with one scale for a row; so do activations, at every call
+(`ops.int8_rows`).
+The state dict is ComfyUI's: `weight` int8 [out, in] of W H, `weight_scale` float32 [out, 1], and `comfy_quant`, the
+bytes of a json of the format (`int8_tensorwise` with `convrot`). Files of that format are used as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from qwen_image_fast.ops import Int8Weight, _int8, int8_rows, linear_int8
+from qwen_image_fast.ops.linear_int8 import UNITS
+from qwen_image_fast.tensor_files import Entry
+from qwen_image_fast.weights.reading import read_entry
+from qwen_image_fast.weights.stored import StoredWeight, Weight, is_quantised
+
+PRECISIONS = ("int8",)
+# Which layers of a transformer compute in 8 bits: all large products of the blocks. What is left: modulation, which
+# multiplies everything and is computed once for a schedule; the time step; embeddings; the output norm and projection.
+LAYERS = re.compile(
+    r"transformer_blocks\.\d+\."
+    r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|(img|txt)_mlp\.net\.(0\.proj|2))"
+)
+_PARTS = ("weight", "weight_scale", "comfy_quant")
+
+
+class _NoWeight(Tensor):
+    """In the place of a weight: its values are not there, and what would change them is not lost in silence."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if getattr(function, "__self__", None) in _ASKED or function in (
+            Tensor.is_floating_point,
+            Tensor.size,
+            Tensor.dim,
+        ):
+            return super().__torch_function__(function, types, args, kwargs or {})
+        raise RuntimeError(
+            "a layer in 8 bits has no weight to be read or changed: load the model without precision, or put LoRAs in "
+            "with `qwen-image-fast quantize --lora`"
+        )
+
+
+_ASKED = tuple(getattr(Tensor, name) for name in ("dtype", "device", "shape", "ndim", "is_meta", "requires_grad"))
+
+
+class Int8Linear(nn.Linear):
+    """x W^T + b with W, and x row by row, in 8 bits; without gradients, on the CPU.
+
+    Its `weight` cannot be read or changed: `int8` has the packed one, `dequantised` makes floats of it.
+    """
+
+    bias: Any
+    packed: Tensor
+    sums: Tensor
+    scale_bits: Tensor
+
+    def __init__(self, weight: Int8Weight, bias: nn.Parameter | None):
+        nn.Module.__init__(self)
+        self.register_parameter("bias", bias)
+        self._hold(weight)
+
+    def _hold(self, weight: Int8Weight) -> None:
+        self.out_features, self.in_features, self.group = len(weight.sums), weight.depth, weight.group
+        self.register_buffer("packed", weight.packed, persistent=False)
+        self.register_buffer("sums", weight.sums, persistent=False)
+        # As integers, which no change of the model's dtype rounds.
+        self.register_buffer("scale_bits", weight.scales.view(torch.int32), persistent=False)
+
+    @property
+    def int8(self) -> Int8Weight:
+        return Int8Weight(self.packed, self.sums, self.scale_bits.view(torch.float32), self.in_features, self.group)
+
+    @property
+    def weight(self) -> Any:  # type: ignore[override]
+        """The dtype, the device and the shape of a weight, for those who ask for no more (PEFT)."""
+        like = torch.empty(0) if self.bias is None else self.bias
+        return like.new_empty(1).expand(self.out_features, self.in_features).as_subclass(_NoWeight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        rows = int8_rows(x.reshape(-1, self.in_features), self.group)
+        bias = None if bias is None else bias.to(x.dtype)
+        (y,) = linear_int8([rows], [self.int8], [bias], x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def dequantised(self) -> Tensor:
+        """W in float32, [out, in]."""
+        weight = self.int8
+        return _int8.rotated(weight.values().float() * weight.scales[:, None], self.group)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if (device := fn(torch.empty(0)).device).type not in ("cpu", "meta"):
+            raise NotImplementedError(f"a model in 8 bits stays on the CPU, got {device}: load it without precision")
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination |= {prefix + name: tensor for name, tensor in comfy_tensors(self.int8).items()}
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        given = {name: state_dict[prefix + name] for name in _PARTS if prefix + name in state_dict}
+        if len(given) == len(_PARTS) and given["weight"].dtype == torch.int8:
+            config = json.loads(given["comfy_quant"].numpy().tobytes())
+            group = int(config.get("convrot_groupsize", 256)) if config.get("convrot") else 1
+            self._hold(Int8Weight.of(given["weight"], given["weight_scale"], group))
+        elif given:
+            error_msgs.append(f"{prefix}weight must be in 8 bits, with {' and '.join(_PARTS[1:])}")
+        elif strict:
+            missing_keys.append(f"{prefix}weight")
+        rest = {key: tensor for key, tensor in state_dict.items() if key.removeprefix(prefix) not in given}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+
+def comfy_tensors(weight: Int8Weight) -> dict[str, Tensor]:
+    """What a file holds of a weight, by suffix."""
+    scales = weight.scales[:, None].contiguous()
+    return {"weight": weight.values(), "weight_scale": scales, "comfy_quant": comfy_config(weight.group)}
+
+
+def comfy_config(group: int) -> Tensor:
+    """The bytes of the json that describes a weight."""
+    config: dict[str, Any] = {"format": "int8_tensorwise"}
+    if group > 1:
+        config |= {"convrot": True, "convrot_groupsize": group}
+    return torch.frombuffer(bytearray(json.dumps(config).encode()), dtype=torch.uint8)
+
+
+def quantised(weight: Tensor) -> Int8Weight:
+    """A weight of floating-point numbers in 8 bits, rotated in the largest groups that its columns can be cut into."""
+    group = _int8.group_of(weight.shape[1])
+    values, scales = int8_rows(weight.detach(), group)
+    return Int8Weight.of(_int8.from_tiles(values, *weight.shape), scales, group)
+
+
+def check_precision(where: str, precision: str | None, device: str | torch.device) -> None:
+    """ValueError where a model cannot have this precision here, before anything is loaded."""
+    if precision is None:
+        return
+    if precision not in PRECISIONS:
+        raise ValueError(f"{where}: precision must be None or one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if torch.device(device).type != "cpu":
+        raise ValueError(f"{where}: precision must be None on {device}: layers in 8 bits have kernels for CPUs alone")
+    if len(UNITS) == 1:
+        raise ValueError(
+            f"{where}: precision must be None on this CPU, which has none of the instructions for 8-bit products "
+            "(AVX2, VNNI, AMX): it would be slower than without"
+        )
+
+
+def int8_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers of a transformer that `LAYERS` names, by name."""
+    return {name: layer for name, layer in model.named_modules() if LAYERS.fullmatch(name)}  # type: ignore[misc]
+
+
+def read_int8_layers(model: nn.Module, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Put 8-bit layers into a model on the meta device, weight by weight from its files; returns what is left to read.
+
+    Of a file that has some of these layers in 8 bits already, those are taken as they are, and no others are made.
+
+    Raises:
+        ValueError: the file has a quantisation of its own that is another, or numbers that are not finite.
+    """
+    stored = {path: weights[f"{path}.weight"] for path in int8_layers(model) if f"{path}.weight" in weights}
+    own = {path: weight for path, weight in stored.items() if _is_int8(weight)}
+    if not own:
+        refuse_quantised(stored)
+        own = stored
+    for path, weight in tqdm(own.items(), desc="read in 8 bits", leave=False, disable=None):
+        parent, _, name = path.rpartition(".")
+        layer: Any = model.get_submodule(path)
+        setattr(model.get_submodule(parent), name, Int8Linear(_read(path, weight), layer.bias))
+    return {name: weight for name, weight in weights.items() if name.removesuffix(".weight") not in own}
+
+
+def refuse_quantised(stored: Mapping[str, Weight]) -> None:
+    """ValueError where one of these weights, by layer, is quantised."""
+    for path, weight in stored.items():
+        if is_quantised(weight):
+            file = weight.parts["weight"].entry.path if isinstance(weight, StoredWeight) else "the file"
+            raise ValueError(
+                f"precision must be left out for weights that have their own, got int8 for {path} as {weight.kind} "
+                f"in {file}: load it without, or take a file in bfloat16 or int8"
+            )
+
+
+def _is_int8(weight: Weight) -> bool:
+    return isinstance(weight, StoredWeight) and weight.rotation is not None
+
+
+def _read(path: str, weight: Any) -> Int8Weight:
+    if isinstance(weight, Entry):
+        found = quantised(read_entry(weight).float() if weight.dtype == torch.float64 else read_entry(weight))
+    else:
+        values, scales = (read_entry(weight.parts[part].entry) for part in ("weight", "scale"))
+        found = Int8Weight.of(values, scales, weight.rotation)
+    if not bool(torch.isfinite(found.scales).all()):
+        raise ValueError(f"{path}.weight must hold finite numbers, got NaN or infinity: download the file again")
+    return found

@@ -1,0 +1,232 @@
+"""Transformers that compute in 8 bits: how far from float they are, files, adapters, what is refused."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from weights.writers import as_q8_0, write_gguf, write_safetensors
+
+from qwen_image_fast import QwenImagePipeline
+from qwen_image_fast.folders import SHIPPED
+from qwen_image_fast.models import int8_linear
+from qwen_image_fast.models.int8_linear import Int8Linear, check_precision, int8_layers
+from qwen_image_fast.models.lora import LoraInt8Linear, adapters_of
+from qwen_image_fast.models.lora_kinds import Adapter, Pair
+from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
+from qwen_image_fast.models.vae import AutoencoderKLQwenImage
+from qwen_image_fast.tensor_files import read_header
+from qwen_image_fast.weights.scales import rotate
+
+LAYERS_OF_A_BLOCK = 12
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The model of the package, which was trained: its weights and activations are no random numbers."""
+    return QwenImageTransformer2DModel.from_pretrained(SHIPPED, subfolder="transformer", torch_dtype=torch.float32)
+
+
+def in_int8(dtype=torch.float32):
+    return QwenImageTransformer2DModel.from_pretrained(
+        SHIPPED, subfolder="transformer", torch_dtype=dtype, precision="int8"
+    )
+
+
+def inputs(dtype=torch.float32, sigma=0.7, clean=None):
+    """Two pictures at a noise level, of which `clean` are the latents, else some that fit no prompt."""
+    g = torch.Generator().manual_seed(3)
+    noise = torch.randn(2, 64, 64, generator=g)
+    x = noise if clean is None else (1 - sigma) * clean + sigma * noise
+    return {
+        "hidden_states": x.to(dtype), "img_shapes": [[(1, 8, 8)]] * 2,
+        "encoder_hidden_states": torch.randn(2, 7, 128, generator=g).to(dtype),
+        "encoder_hidden_states_mask": torch.tensor([[1] * 7, [1] * 4 + [0] * 3]),
+        "timestep": torch.tensor([sigma, sigma], dtype=dtype),
+    }  # fmt: skip
+
+
+def run(model, **changed):
+    with torch.no_grad():
+        return model(**inputs(**changed)).sample
+
+
+def distance(a, b):
+    a, b = a.double(), b.double()
+    return ((a - b).pow(2).mean() / b.pow(2).mean()).sqrt().item()
+
+
+def test_the_layers(trained):
+    model = in_int8()
+    made = {name for name, layer in model.named_modules() if isinstance(layer, Int8Linear)}
+    assert len(made) == LAYERS_OF_A_BLOCK * model.config.num_layers and made == set(int8_layers(trained))
+    for name in ("transformer_blocks.0.img_mod.1", "img_in", "txt_in", "proj_out", "norm_out.linear"):
+        assert name not in made
+    layer, weight = model.transformer_blocks[1].img_mlp.net[2], trained.transformer_blocks[1].img_mlp.net[2].weight
+    assert layer.group == 256 and model.transformer_blocks[0].attn.to_q.group == 64
+    # Rounding errs by half a step at most, and the rotation back leaves the sum of squares.
+    assert distance(layer.dequantised(), weight) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_velocity(trained, dtype):
+    """Of a picture of the model's own at four noise levels, and that of the same prompt."""
+    pipe = QwenImagePipeline.from_pretrained(SHIPPED, torch_dtype=torch.float32)
+    call = {"height": 128, "width": 128, "num_inference_steps": 4, "true_cfg_scale": 1.0, "output_type": "latent"}
+    clean = torch.as_tensor(pipe("a red circle", seed=1, progress=False, **call).images).reshape(1, 64, 64)
+    embeds = pipe.encode_prompt("a red circle")[0].expand(2, -1, -1)
+    model = in_int8(dtype)
+    errors = []
+    for sigma in (0.95, 0.7, 0.4, 0.1):
+        given = inputs(dtype, sigma, clean) | {
+            "encoder_hidden_states": embeds.to(dtype),
+            "encoder_hidden_states_mask": None,
+        }
+        exact = {n: t.float() if torch.is_tensor(t) else t for n, t in given.items()}
+        with torch.no_grad():
+            errors.append(distance(model(**given).sample, trained(**exact).sample))
+    assert all(e < most for e, most in zip(errors, (0.012, 0.012, 0.016, 0.035))), errors
+
+
+def test_fused_as_by_modules(trained):
+    """A hook on a layer makes all of a block's layers modules: the same products and roundings, but for GELU's."""
+    model = in_int8()
+    fused = run(model)
+    for block in model.transformer_blocks:
+        block.attn.to_q.register_forward_hook(lambda *_: None)
+        block.attn.to_out[0].register_forward_hook(lambda *_: None)
+        block.img_mlp.net[2].register_forward_hook(lambda *_: None)
+    assert distance(run(model), fused) < 5e-3
+
+
+def test_saved_and_read_again(tmp_path, trained):
+    model = in_int8(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    entries = read_header(tmp_path / "diffusion_pytorch_model.safetensors")
+    name = "transformer_blocks.0.attn.to_q"
+    assert entries[f"{name}.weight"].dtype == torch.int8 and entries[f"{name}.weight_scale"].shape == (192, 1)
+    config = json.loads(bytes(model.state_dict()[f"{name}.comfy_quant"].tolist()))
+    assert config == {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64}
+    again = QwenImageTransformer2DModel.from_pretrained(tmp_path, precision="int8")
+    floats = QwenImageTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    assert torch.equal(run(again, dtype=torch.bfloat16), run(model, dtype=torch.bfloat16))
+    assert type(floats.transformer_blocks[0].attn.to_q) is torch.nn.Linear
+    weight = model.transformer_blocks[0].attn.to_q.dequantised()
+    torch.testing.assert_close(floats.transformer_blocks[0].attn.to_q.weight, weight, rtol=1e-5, atol=1e-6)
+    other = in_int8(torch.bfloat16)
+    other.transformer_blocks[0].attn.to_q.scale_bits.zero_()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(run(other, dtype=torch.bfloat16), run(model, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="to_q.weight must be in 8 bits"):
+        other.load_state_dict({**model.state_dict(), f"{name}.weight_scale": torch.zeros(1)} | trained.state_dict())
+
+
+def test_a_file_of_another_tool_is_used_as_it_is(tmp_path, trained):
+    """Its numbers, its scales and its rotation; layers that it left in floating point stay so."""
+    name, left = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k"
+    tensors = {f"model.diffusion_model.{n}": t for n, t in trained.state_dict().items()}
+    q = torch.randint(-128, 128, (192, 192), dtype=torch.int8)
+    scale, config = torch.rand(192, 1) / 100, {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 16}
+    text = torch.tensor(list(json.dumps(config).encode()), dtype=torch.uint8)
+    tensors |= {f"model.diffusion_model.{name}.{n}": t for n, t in
+                {"weight": q, "weight_scale": scale, "comfy_quant": text}.items()}  # fmt: skip
+    path = write_safetensors(tmp_path / "model.safetensors", tensors)
+    options = {"config": SHIPPED, "torch_dtype": torch.float32}
+    model = QwenImageTransformer2DModel.from_single_file(path, precision="int8", **options)
+    layer = model.get_submodule(name)
+    assert torch.equal(layer.int8.values(), q) and torch.equal(layer.int8.scales, scale[:, 0]) and layer.group == 16
+    assert type(model.get_submodule(left)) is torch.nn.Linear
+    torch.testing.assert_close(layer.dequantised(), rotate(q * scale, 16))
+    floats = QwenImageTransformer2DModel.from_single_file(path, **options)
+    assert distance(run(model), run(floats)) < 0.02
+
+
+def test_dtypes_and_devices(trained):
+    """Scales stay float32 whatever the model becomes; another device is refused."""
+    model = in_int8()
+    scales = model.transformer_blocks[0].attn.to_q.int8.scales.clone()
+    model.to(torch.bfloat16).to(torch.float32)
+    assert torch.equal(model.transformer_blocks[0].attn.to_q.int8.scales, scales)
+    assert model.get_memory_footprint() < 0.6 * trained.get_memory_footprint()
+    with pytest.raises(NotImplementedError, match="a model in 8 bits stays on the CPU"):
+        model.transformer_blocks[0].attn.to_q._apply(lambda t: SimpleNamespace(device=torch.device("cuda:0")))
+
+
+def adapter(seed, rank=4):
+    g = torch.Generator().manual_seed(seed)
+    return Adapter(Pair(torch.randn(rank, 192, generator=g) / 14, torch.randn(192, rank, generator=g) / 4))
+
+
+def test_adapters_beside(trained):
+    """The low-rank branch is computed of the input as it came; swapped, switched off and on as on any model."""
+    model, name = in_int8(), "transformer_blocks.1.attn.to_out.0"
+    plain, layer, x = run(model), model.get_submodule(name), torch.randn(5, 192)
+    adapters = adapters_of(model)
+    adapters.add("one", {name: adapter(0)})
+    assert type(layer) is LoraInt8Linear
+    expected = torch.nn.functional.linear(x, adapter(0).delta(torch.empty(0)))
+    torch.testing.assert_close(layer(x) - layer.product(x, layer.bias), expected, rtol=1e-5, atol=1e-5)
+    changed = run(model)
+    adapters.replace("one", {name: adapter(1)})
+    assert not torch.equal(run(model), changed) and not torch.equal(changed, plain)
+    adapters.replace("one", {name: adapter(0)})
+    assert torch.equal(run(model), changed)
+    with pytest.raises(ValueError, match=r"fuse_lora: transformer_blocks.1.attn.to_out.0 is in 8 bits"):
+        adapters.fuse()
+    adapters.disable()
+    assert torch.equal(run(model), plain) and type(layer) is Int8Linear
+    own = adapters_of(trained)
+    own.add("one", {name: adapter(0)})
+    adapters.enable()
+    assert distance(run(model), run(trained)) < 0.03
+    own.remove(["one"])
+
+
+def test_dora_reads_the_weight():
+    model, name = in_int8(), "transformer_blocks.1.attn.to_out.0"
+    layer = model.get_submodule(name)
+    weight = layer.dequantised()
+    dora = adapter(0)._replace(magnitude=weight.norm(dim=1, keepdim=True) * 1.5)
+    x = torch.randn(5, 192)
+    y = layer(x)
+    adapters_of(model).add("one", {name: dora})
+    expected = y - layer.bias + torch.nn.functional.linear(x, dora.delta(weight, dora.rescaling(weight))) + layer.bias
+    assert distance(layer(x), expected) < 0.02
+
+
+def test_a_pipeline(trained):
+    pipes = [QwenImagePipeline.from_pretrained(SHIPPED, torch_dtype=torch.float32, precision=p) for p in (None, "int8")]
+    call = {"height": 128, "width": 128, "num_inference_steps": 2, "true_cfg_scale": 1.0, "output_type": "latent"}
+    exact, small = (torch.as_tensor(pipe("a red circle", seed=1, progress=False, **call).images) for pipe in pipes)
+    assert 0 < distance(small, exact) < 0.05
+
+
+def test_what_is_refused(tmp_path, trained, monkeypatch):
+    load = QwenImageTransformer2DModel.from_pretrained
+    with pytest.raises(ValueError, match="from_pretrained: precision must be None or one of int8, got 'int3'"):
+        load(tmp_path / "nowhere", precision="int3")  # before anything is looked for
+    with pytest.raises(ValueError, match="precision must be None on cuda"):
+        check_precision("from_pretrained", "int8", "cuda")
+    with pytest.raises(ValueError, match="precision must be None for a AutoencoderKLQwenImage, got 'int8'"):
+        AutoencoderKLQwenImage.from_pretrained(SHIPPED, subfolder="vae", precision="int8")
+    with pytest.raises(ValueError, match="precision must be None with a transformer that is loaded already"):
+        QwenImagePipeline.from_pretrained(SHIPPED, transformer=trained, precision="int8")
+    tensors, _ = as_q8_0(trained.state_dict(), "")
+    path = write_gguf(tmp_path / "model.gguf", tensors, {"general.architecture": "qwen_image"})
+    with pytest.raises(
+        ValueError, match=r"precision must be left out for weights that have their own, got int8 for .* Q8_0"
+    ):
+        QwenImageTransformer2DModel.from_single_file(path, config=SHIPPED, precision="int8")
+    damaged = {n: t.clone() for n, t in trained.state_dict().items()}
+    damaged["transformer_blocks.0.attn.to_q.weight"][3, 4] = float("nan")
+    path = write_safetensors(tmp_path / "model.safetensors", damaged)
+    with pytest.raises(ValueError, match=r"transformer_blocks.0.attn.to_q.weight must hold finite numbers"):
+        QwenImageTransformer2DModel.from_single_file(path, config=SHIPPED, precision="int8")
+    weight = in_int8().transformer_blocks[0].attn.to_q.weight
+    assert (weight.dtype, weight.device.type, tuple(weight.shape)) == (torch.float32, "cpu", (192, 192))
+    for change in (lambda: weight.data.add_(1), lambda: weight + 1, lambda: weight.copy_(weight)):
+        with pytest.raises(RuntimeError, match="a layer in 8 bits has no weight to be read or changed"):
+            change()
+    monkeypatch.setattr(int8_linear, "UNITS", ("plain",))
+    with pytest.raises(ValueError, match="precision must be None on this CPU"):
+        check_precision("from_pretrained", "int8", "cpu")
