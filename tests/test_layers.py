@@ -14,7 +14,7 @@ LAYERS = [
     {"folders", "files", "keywords", "once", "pictures", "tensor_files", "weights"},
     {"checkpoint", "models"},
     {"chat", "schedulers", "model_defaults", "request", "request_fields"},
-    {"graphs", "sampling"},
+    {"graphs", "sampling", "quantize", "quantize_report"},
     {"pipelines"},
     {"tiny", "drop_in", "inspect_file", "inspect_model", "png_metadata", "output_files"}
     | {"doctor", "doctor_cases", "doctor_picture"},

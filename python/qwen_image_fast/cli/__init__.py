@@ -21,6 +21,10 @@ COMMANDS = {
         "Make pictures led by control pictures, or inpaint with an inpainting ControlNet.",
     ),
     "serve": ("cli.serve:serve", "Serve pictures over HTTP by OpenAI's images API."),
+    "quantize": (
+        "cli.quantize:quantize_command",
+        "Write a transformer in 8 bits, in ComfyUI's layout; an interrupted run goes on where it stopped.",
+    ),
     "train": (
         "cli.train:train",
         "Train by a recipe; the result is in OUT/model, logs and checkpoints beside it. Under torchrun: by all.",

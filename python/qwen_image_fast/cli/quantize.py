@@ -1,0 +1,189 @@
+"""`qwen-image-fast quantize`: write a transformer in 8 bits once, and say how far it is from the one it was made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qwen_image_fast import __version__
+from qwen_image_fast.cli.common import JSON, print_json
+from qwen_image_fast.cli.errors import BAD_INPUT, CommandError, failing
+from qwen_image_fast.cli.errors import out as console
+from qwen_image_fast.extras import needed_for
+from qwen_image_fast.files import atomic_write, claimed
+from qwen_image_fast.folders import local_folder, resolve_folder
+
+RESULT = "quantization.json"
+
+
+def quantize_command(
+    model: Annotated[str, typer.Argument(help="A model's folder or hub name, or that of its transformer; tiny.")],
+    out: Annotated[Path, typer.Option(help="Folder for the transformer in 8 bits and what is measured.")],
+    precision: Annotated[str, typer.Option(help="int8.")] = "int8",
+    lora: Annotated[list[str] | None, typer.Option(help="A LoRA's file, =WEIGHT; merged first; several times.")] = None,
+    check: Annotated[bool, typer.Option(help="Compare velocities; needs the memory of both.")] = True,
+    pictures: Annotated[int, typer.Option(min=0, help="Pictures with text to draw by both, read and compare.")] = 0,
+    as_json: JSON = False,
+) -> None:
+    """Write a transformer in 8 bits, in ComfyUI's layout; an interrupted run goes on where it stopped."""
+    if precision != "int8":
+        raise CommandError(f"--precision must be int8, got {precision}")
+    with failing(BAD_INPUT, FileNotFoundError, NotADirectoryError):
+        local_folder(model)
+    if pictures and not check:
+        raise CommandError("--pictures has no effect with --no-check")
+    with failing(BAD_INPUT, FileNotFoundError, NotADirectoryError, FileExistsError, ValueError):
+        report = _quantize(model, out, lora or [], check, pictures, not as_json)
+    if as_json:
+        print_json(report)
+        return
+    console.print(f"{out}: {report['layers']} layers in 8 bits, errors of weights up to {report['largest_error']:.4f}")
+    for sigma, error in report.get("velocity_errors", {}).items():
+        console.print(f"velocity at sigma {sigma}: {error:.4f}", highlight=False)
+    for line in report["said"]:
+        console.print(line, highlight=False)
+
+
+def _quantize(model: str, out: Path, loras: list[str], check: bool, pictures: int, show: bool) -> dict[str, Any]:
+    import torch
+    from tqdm import tqdm
+
+    from qwen_image_fast import quantize_report
+    from qwen_image_fast.checkpoint import check_fit, find_weights, json_bytes, read_config
+    from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
+    from qwen_image_fast.quantize import quantize
+    from qwen_image_fast.weights.formats import check_part, open_weights
+
+    folder = resolve_folder(model)
+    place = folder / "transformer" if (folder / "model_index.json").is_file() else folder
+    config, files = read_config(place), find_weights(place)
+    opened = open_weights(files, "transformer")
+    check_part(opened, files, "transformer")
+    config |= {"zero_cond_t": True} if opened.zero_cond_t else {}
+    with torch.device("meta"):
+        layers = QwenImageTransformer2DModel.from_config(config)
+    check_fit(layers, opened.weights)
+    adapters, named = _loras(loras, layers)
+    with claimed(out, RESULT), tqdm(desc="quantise", unit="weight", disable=not show) as bar:
+
+        def said(done: int, of: int) -> None:
+            bar.total, bar.n = of, done
+            bar.update(0)
+
+        file = out / "diffusion_pytorch_model.safetensors"
+        if not file.exists():
+            about = {"model": model, "loras": named, "version": __version__}
+            errors = quantize(opened, file, adapters, about, said)
+            atomic_write(out / "errors.json", lambda f: f.write(json_bytes(errors)))
+        errors = json.loads((out / "errors.json").read_text(encoding="utf-8"))
+        bar.close()
+        atomic_write(out / "config.json", lambda f: f.write(json_bytes(dict(config))))
+        report = {
+            "model": model, "precision": "int8", "loras": named, "layers": len(errors), "bytes": file.stat().st_size,
+            "largest_error": max(errors.values()), "errors_by_kind": quantize_report.errors_by_kind(errors),
+            "errors": errors, "said": [],
+        }  # fmt: skip
+        if check:
+            _check(report, folder, place, out, loras, pictures)
+        atomic_write(out / RESULT, lambda f: f.write(json_bytes(report)))
+        (out / "errors.json").unlink()
+    return report
+
+
+def _loras(names: list[str], layers: Any) -> tuple[list[tuple[Any, float]], list[dict[str, Any]]]:
+    """The adapters of the files, with their weights, and what is said of them."""
+    from qwen_image_fast.models.lora_files import parse_lora, read_lora
+    from qwen_image_fast.models.lora_keys import component_config, split_components
+    from qwen_image_fast.request_fields import Lora
+    from qwen_image_fast.weights.places import single_file
+
+    adapters, named = [], []
+    for text in names:
+        name, _, scale = text.rpartition("=")
+        given = Lora(name=name, scale=float(scale)) if name else Lora(name=text)
+        path = single_file(given.name)
+        state, config = read_lora(path)
+        own, others = split_components(state)
+        if others:
+            raise ValueError(
+                f"--lora must be of the transformer alone, got {path}, which also changes the text encoder"
+            )
+        adapters.append((parse_lora(own, layers, component_config(config, "transformer")), given.scale))
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        named.append({"name": given.name, "scale": given.scale, "sha256": digest})
+    return adapters, named
+
+
+def _check(report: dict[str, Any], folder: Path, place: Path, out: Path, loras: list[str], pictures: int) -> None:
+    """Put velocity errors, and what pictures show, into the report."""
+    import torch
+
+    from qwen_image_fast import QwenImagePipeline, QwenImageTransformer2DModel
+    from qwen_image_fast.quantize_report import velocity_errors
+
+    if place == folder:
+        report["said"].append("velocities were not compared: MODEL is a transformer alone; give the pipeline's folder")
+        return
+    needed = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) + report["bytes"]
+    if needed > (there := _memory()):
+        text = f"velocities were not compared: both models need {needed / 1e9:.0f} GB, {there / 1e9:.0f} GB are free"
+        report["said"].append(text)
+        return
+    pipe = QwenImagePipeline.from_pretrained(folder)
+    for text in loras:
+        name, _, scale = text.rpartition("=")
+        pipe.set_adapters(pipe.load_lora_weights(name or text), float(scale) if name else 1.0)
+    if loras:
+        pipe.fuse_lora()
+    small = QwenImageTransformer2DModel.from_pretrained(out, precision="int8")
+    prompts = ["a red circle on white", "the word HELLO in black", "two blue squares on yellow"]
+    side = 128 if pipe.transformer.inner_dim < 1024 else 512
+    call = {"height": side, "width": side, "num_inference_steps": 8, "output_type": "latent", "true_cfg_scale": 1.0}
+    errors = []
+    for prompt in prompts:
+        clean = torch.as_tensor(pipe(prompt, seed=0, progress=False, **call).images).reshape(1, (side // 16) ** 2, -1)
+        embeds = pipe.encode_prompt(prompt)[0]
+        errors.append(velocity_errors(pipe.transformer, small, clean, embeds, (side // 16, side // 16)))
+    report["velocity_errors"] = {s: (sum(e[s] ** 2 for e in errors) / len(errors)) ** 0.5 for s in errors[0]}
+    if pictures:
+        report["pictures"] = _pictures(pipe, small, side, pictures, out)
+
+
+def _pictures(pipe: Any, small: Any, side: int, count: int, out: Path) -> dict[str, Any]:
+    """Draw captions by both, read the texts, and write pairs of pictures side by side."""
+    from PIL import Image
+
+    from qwen_image_fast.quantize_report import psnr, side_by_side
+
+    with needed_for("evaluate"):
+        from qwen_image_fast.training.evaluation.cases import held_out_cases
+        from qwen_image_fast.training.evaluation.evaluate_text import drawn_by, evaluate, summary
+        from qwen_image_fast.training.evaluation.ocr import Reader
+        from qwen_image_fast.training.synthesis.recipe import tiny
+
+        recipe, reader = tiny(128, ("en",), max_letters=6, max_lines=1), Reader()
+    cases, made, exact = held_out_cases(recipe, count), {}, pipe.transformer
+    for name, model in (("exact", exact), ("int8", small)):
+        pipe.transformer = model
+        draw = drawn_by(pipe, seed=0, height=side, width=side, num_inference_steps=20, true_cfg_scale=1.0)
+        made[name] = list(evaluate(draw, cases, recipe, reader))
+    pipe.transformer = exact
+    pairs = [(a.image, b.image) for a, b in zip(made["exact"], made["int8"])]
+    sheet = Image.fromarray(side_by_side(pairs[:48]))
+    atomic_write(out / "pictures.png", lambda f: sheet.save(f, "PNG"))
+    values = sorted(psnr(a, b) for a, b in pairs)
+    said = {name: summary(results)["en"] for name, results in made.items()}
+    read = {n: {k: s[k] for k in ("exact", "word_accuracy", "ned", "colour_accuracy")} for n, s in said.items()}
+    return {"count": count, "psnr": {"median": values[len(values) // 2], "least": values[0]}, "read": read}
+
+
+def _memory() -> int:
+    """Bytes that are free, or can be."""
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 1 << 62

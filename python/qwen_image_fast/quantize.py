@@ -1,0 +1,178 @@
+"""Quantise a transformer once: read tensor by tensor, merge LoRAs, write ComfyUI's int8 layout; go on where it stopped.
+
+One weight is held at a time. The output is a file of its final size from the start, into which every weight is written
+at its place; a journal beside it names those that are there. At the end the file gets its name and the journal goes, so
+that a file under its final name is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwen_image_fast.models.int8_linear import LAYERS, comfy_config, comfy_tensors, quantised, refuse_quantised
+from qwen_image_fast.models.lora_kinds import Adapter
+from qwen_image_fast.ops import _int8
+from qwen_image_fast.tensor_files import DTYPE_NAMES
+from qwen_image_fast.weights.formats import Opened
+from qwen_image_fast.weights.reading import read_weights
+from qwen_image_fast.weights.stored import Weight
+
+METADATA = "qwen_image_fast"  # in the file's header, a json: precision, rotation, and what is said of it
+ROWS = 64  # of a weight, evenly spread, of which its error is measured
+
+Said = Callable[[int, int], None]  # weights done, of how many
+Loras = Sequence[tuple[Mapping[str, Adapter], float]]
+
+
+class Output:
+    """The file: where each tensor lies, and the header."""
+
+    def __init__(self, like: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> None:
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        self.places: dict[str, int] = {}
+        end = 0
+        # Widest types first keeps every tensor aligned to its own type.
+        for name in sorted(like, key=lambda name: (-like[name][0].itemsize, name)):
+            dtype, shape = like[name]
+            begin, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+            self.places[name] = begin
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self.header = len(text).to_bytes(8, "little") + text
+        self.size = len(self.header) + end
+
+    def write(self, file: Any, name: str, tensor: Tensor) -> None:
+        file.seek(len(self.header) + self.places[name])
+        file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def quantize(
+    opened: Opened, out: Path, loras: Loras = (), about: Mapping[str, Any] | None = None, said: Said | None = None
+) -> dict[str, float]:
+    """Write the transformer in `opened` to the file `out` in 8 bits.
+
+    Args:
+        opened: floating-point weights under our names.
+        loras: adapters by layer with their weight, which are merged in float32 before anything is rounded.
+        about: what the metadata say besides, of the model and the LoRAs; they, and sizes and times of the model's
+            files, tell whether a file that was left unfinished is of the same work.
+        said: told how many weights are done.
+
+    Returns:
+        The relative root mean square error of each weight in 8 bits, on some of its rows.
+
+    Raises:
+        ValueError: weights with a quantisation of their own, or that are not finite.
+    """
+    weights = opened.weights
+    refuse_quantised({name.removesuffix(".weight"): w for name, w in weights.items() if _in_8_bits(name)})
+    notes_of_file = {"precision": "int8", "rotation": "ConvRot", **(about or {})}
+    output = Output(dict(_like(weights)), {"format": "pt", METADATA: json.dumps(notes_of_file)})
+    part, journal = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.journal")
+    errors = _continue(part, journal, output, _fingerprint(output, weights))
+    done = set(errors)
+    with open(part, "r+b") as file, open(journal, "a", encoding="utf-8") as notes:
+        for name, weight in weights.items():
+            if name not in done:
+                error = _convert(name, weight, file, output, loras)
+                file.flush()
+                os.fsync(file.fileno())
+                notes.write(json.dumps([name, error]) + "\n")
+                notes.flush()
+                errors[name] = error
+            if said is not None:
+                said(len(errors), len(weights))
+    os.replace(part, out)
+    journal.unlink()
+    return {name.removesuffix(".weight"): error for name, error in errors.items() if error is not None}
+
+
+def _in_8_bits(name: str) -> bool:
+    return name.endswith(".weight") and LAYERS.fullmatch(name.removesuffix(".weight")) is not None
+
+
+def _like(weights: Mapping[str, Weight]) -> Iterable[tuple[str, tuple[torch.dtype, tuple[int, ...]]]]:
+    """Type and shape of everything that is written."""
+    for name, weight in weights.items():
+        if _in_8_bits(name):
+            rows, width = weight.shape
+            layer, config = name.removesuffix(".weight"), comfy_config(_int8.group_of(width))
+            yield name, (torch.int8, (rows, width))
+            yield f"{layer}.weight_scale", (torch.float32, (rows, 1))
+            yield f"{layer}.comfy_quant", (torch.uint8, tuple(config.shape))
+        else:
+            yield name, (getattr(weight, "dtype", torch.bfloat16), weight.shape)
+
+
+def _convert(name: str, weight: Weight, file: Any, output: Output, loras: Loras) -> float | None:
+    """Read, merge, round and write one weight; returns its error."""
+    value = read_weights({name: weight}, None, torch.device("cpu"))[name]
+    path, _, kind = name.rpartition(".")
+    value = _merged(value, kind, [(layers[path], share) for layers, share in loras if path in layers])
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name} must hold finite numbers, got NaN or infinity: download the file again")
+    if not _in_8_bits(name):
+        output.write(file, name, value)
+        return None
+    small = quantised(value)
+    for suffix, tensor in comfy_tensors(small).items():
+        output.write(file, f"{path}.{suffix}", tensor)
+    step = max(1, len(value) // ROWS)
+    rotated = _int8.rotated(value[::step].float(), small.group)
+    error = small.values()[::step].float() * small.scales[::step, None] - rotated
+    return (error.norm() / rotated.norm().clamp_min(1e-30)).item()
+
+
+def _merged(value: Tensor, kind: str, adapters: Sequence[tuple[Adapter, float]]) -> Tensor:
+    """A weight or a bias with what adapters change of it."""
+    total = value.float()
+    for adapter, share in adapters:
+        if kind == "weight" and adapter.change is not None:
+            total = total + adapter.delta(value.float(), adapter.rescaling(value.float())) * share
+        elif kind == "bias" and adapter.bias is not None:
+            total = total + adapter.bias.float() * share
+    return total.to(value.dtype) if adapters else value
+
+
+def _fingerprint(output: Output, weights: Mapping[str, Weight]) -> str:
+    """Of what is made of what: the same only for the same work."""
+    files: set[Path] = set()
+    for weight in weights.values():
+        files |= {entry.path for entry in _entries(weight)}
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
+    return hashlib.sha256(output.header + json.dumps(stats).encode()).hexdigest()
+
+
+def _entries(weight: Any) -> Iterable[Any]:
+    if hasattr(weight, "pieces"):
+        for piece in weight.pieces:
+            yield from _entries(piece)
+    elif hasattr(weight, "parts"):
+        yield from (part.entry for part in weight.parts.values())
+    else:
+        yield weight
+
+
+def _continue(part: Path, journal: Path, output: Output, fingerprint: str) -> dict[str, float | None]:
+    """What an earlier, interrupted call of the same work has written; else a new file."""
+    if part.exists() and journal.exists() and part.stat().st_size == output.size:
+        first, *lines = journal.read_text(encoding="utf-8").split("\n")
+        if first == fingerprint:
+            whole = [line for line in lines[:-1] if line]  # what follows the last line's end was cut off
+            journal.write_text("\n".join([first, *whole, ""]), encoding="utf-8")
+            return dict(json.loads(line) for line in whole)
+    part.unlink(missing_ok=True)
+    with open(part, "xb") as file:
+        file.write(output.header)
+        file.truncate(output.size)
+    journal.write_text(fingerprint + "\n", encoding="utf-8")
+    return {}

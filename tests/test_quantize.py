@@ -1,0 +1,147 @@
+"""`quantize`: the file that it writes, going on after an interruption, LoRAs, the report, what is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+from weights.writers import as_q8_0, write_gguf
+
+from qwen_image_fast import quantize as module
+from qwen_image_fast import quantize_report
+from qwen_image_fast.cli import app
+from qwen_image_fast.folders import SHIPPED
+from qwen_image_fast.models.int8_linear import Int8Linear
+from qwen_image_fast.models.lora_kinds import Adapter, Pair
+from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
+from qwen_image_fast.quantize import METADATA, quantize
+from qwen_image_fast.tensor_files import read_header, read_metadata
+from qwen_image_fast.weights.formats import open_weights
+
+WEIGHTS = SHIPPED / "transformer" / "diffusion_pytorch_model.safetensors"
+LAYER = "transformer_blocks.1.attn.to_out.0"
+
+
+def opened():
+    return open_weights([WEIGHTS], "transformer")
+
+
+def read(file, **options):
+    return QwenImageTransformer2DModel.from_single_file(file, config=SHIPPED, **options)
+
+
+def adapter():
+    g = torch.Generator().manual_seed(0)
+    return Adapter(Pair(torch.randn(4, 192, generator=g) / 14, torch.randn(192, 4, generator=g) / 4))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    file = tmp_path_factory.mktemp("quantize") / "model.safetensors"
+    errors = quantize(opened(), file, about={"model": "tiny"})
+    return file, errors
+
+
+def test_the_file(whole):
+    """What `from_pretrained(precision="int8")` makes of the same weights, bit by bit; every other tensor as it was."""
+    file, errors = whole
+    model = read(file, precision="int8")
+    wanted = QwenImageTransformer2DModel.from_pretrained(
+        SHIPPED, subfolder="transformer", precision="int8"
+    ).state_dict()
+    assert {n: t.dtype for n, t in model.state_dict().items()} == {n: t.dtype for n, t in wanted.items()}
+    assert all(torch.equal(t, wanted[n]) for n, t in model.state_dict().items())
+    assert len(errors) == 60
+    assert all(0.003 < error < 0.02 for error in errors.values())
+    told = json.loads(read_metadata(file)[METADATA])
+    assert (told["precision"], told["rotation"], told["model"]) == ("int8", "ConvRot", "tiny")
+    for entry in read_header(file).values():
+        assert entry.start % entry.dtype.itemsize == 0
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_going_on(tmp_path, monkeypatch, whole, cut):
+    """Only what is missing is made again; a line that was cut off counts as missing."""
+    file, convert, made = tmp_path / "model.safetensors", module._convert, []
+
+    def until(most):
+        def run(name, *args):
+            if len(made) == most:
+                raise KeyboardInterrupt
+            made.append(name)
+            return convert(name, *args)
+
+        return run
+
+    monkeypatch.setattr(module, "_convert", until(100))
+    with pytest.raises(KeyboardInterrupt):
+        quantize(opened(), file, about={"model": "tiny"})
+    assert not file.exists()
+    if cut:
+        journal = tmp_path / ".model.safetensors.journal"
+        journal.write_bytes(journal.read_bytes()[:-3])
+    first = list(made)
+    monkeypatch.setattr(module, "_convert", until(10_000))
+    errors = quantize(opened(), file, about={"model": "tiny"})
+    again = made[100:]
+    assert again[0] == (first[-1] if cut else again[0]) and len(set(first) & set(again)) == int(cut)
+    assert file.read_bytes() == whole[0].read_bytes() and errors == whole[1]
+
+
+def test_what_was_left_of_other_work_is_not_gone_on_with(tmp_path, monkeypatch, whole):
+    file, convert = tmp_path / "model.safetensors", module._convert
+    monkeypatch.setattr(module, "_convert", lambda name, *args: convert(name, *args) if "0" in name else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        quantize(opened(), file, [({LAYER: adapter()}, 1.0)], {"model": "other"})
+    monkeypatch.setattr(module, "_convert", convert)
+    quantize(opened(), file, about={"model": "tiny"})
+    assert file.read_bytes() == whole[0].read_bytes()
+
+
+def test_loras_are_merged_first(tmp_path, whole):
+    file = tmp_path / "model.safetensors"
+    quantize(opened(), file, [({LAYER: adapter()}, 0.5)])
+    exact = QwenImageTransformer2DModel.from_pretrained(SHIPPED, subfolder="transformer", torch_dtype=torch.float32)
+    plain, merged = (read(f, precision="int8").get_submodule(LAYER).dequantised() for f in (whole[0], file))
+    wanted = exact.get_submodule(LAYER).weight + 0.5 * adapter().delta(torch.empty(0))
+    assert ((merged - wanted).norm() / wanted.norm()) < 0.015 < ((merged - plain).norm() / wanted.norm())
+
+
+def test_what_is_refused(tmp_path):
+    state = QwenImageTransformer2DModel.from_pretrained(SHIPPED, subfolder="transformer").state_dict()
+    tensors, _ = as_q8_0(state, "")
+    path = write_gguf(tmp_path / "model.gguf", tensors, {"general.architecture": "qwen_image"})
+    with pytest.raises(ValueError, match="precision must be left out for weights that have their own"):
+        quantize(open_weights([path], "transformer"), tmp_path / "x.safetensors")
+    state[f"{LAYER}.weight"][0, 0] = float("inf")
+    save_file(state, tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match=f"{LAYER}.weight must hold finite numbers"):
+        quantize(open_weights([tmp_path / "bad.safetensors"], "transformer"), tmp_path / "y.safetensors")
+
+
+def test_the_command(tmp_path):
+    lora = tmp_path / "lora.safetensors"
+    down, up = adapter().change
+    names = ("lora_A.weight", "lora_B.weight")
+    save_file({f"transformer.{LAYER}.{n}": t.contiguous() for n, t in zip(names, (down, up))}, lora)
+    out = tmp_path / "out"
+    run = CliRunner().invoke
+    words = ["quantize", "tiny", "--out", str(out), "--lora", f"{lora}=0.5", "--json"]
+    result = run(app, words)
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "quantization.json").read_text())
+    assert report["layers"] == 60 and report["loras"][0]["scale"] == 0.5
+    assert all(0 < error < 0.05 for error in report["velocity_errors"].values())
+    assert set(map(float, report["velocity_errors"])) == set(quantize_report.SIGMAS)
+    model = QwenImageTransformer2DModel.from_pretrained(out, precision="int8")
+    assert isinstance(model.get_submodule(LAYER), Int8Linear)
+    assert run(app, words).exit_code == 2  # it is there
+    for words, text in (
+        (["quantize", "tiny", "--out", str(out / "x"), "--precision", "int2"], "--precision must be int8"),
+        (["quantize", "tniy", "--out", str(out / "x")], "did you mean tiny"),
+        (["quantize", "tiny", "--out", str(out / "x"), "--no-check", "--pictures", "3"], "--pictures has no effect"),
+    ):
+        result = run(app, words)
+        assert result.exit_code == 2 and text in result.output.replace("\n", " "), result.output
