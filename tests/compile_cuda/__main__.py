@@ -4,14 +4,16 @@
     python -m tests.compile_cuda --update   # write budget.json anew, for a change that is meant
 
 Needs nvcc, no GPU and no torch; without nvcc it says so and succeeds. CUTLASS's headers are found or downloaded as by
-the build (csrc/cutlass_kernels/find_headers.py).
+the build (csrc/cutlass_kernels/find_headers.py). The host's object and the PTX of each file are kept for tests/ptx.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -23,9 +25,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 BUDGET = Path(__file__).with_name("budget.json")
+OLDEST = (12, 8)  # of CUDA, which knows sm_100a
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
 CUTLASS = ROOT / "csrc" / "cutlass_kernels"
-FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-Xptxas=-v", "-Xcompiler=-Wall", "-Icsrc", "-c")
+CACHE = ROOT / "build" / "compile_cuda"
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "-Xptxas=-v", "-Xcompiler=-Wall,-fPIC,-fvisibility=hidden", "-Icsrc", "-c")
 
 # kernel -> {"registers": n, "shared": bytes, "stack": bytes, "spills": bytes}
 Usage = dict[str, dict[str, int]]
@@ -63,25 +67,48 @@ def cutlass_flags(cache: Path) -> list[str]:
     return [f"-isystem={found.stdout.strip()}", "--expt-relaxed-constexpr"]
 
 
-def compile_one(nvcc: str, source: Path, cache: Path, more: list[str]) -> dict[str, Usage]:
-    """What ptxas says of each kernel of a file, per architecture; from `cache` where no source changed."""
+def find_nvcc() -> tuple[str | None, str]:
+    """The compiler, or None and why."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None, "nvcc is not on the PATH"
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    version = tuple(map(int, found.groups())) if found else (0, 0)
+    if version < OLDEST:
+        return None, "nvcc {}.{} is too old: these kernels need {}.{}".format(*version, *OLDEST)
+    return nvcc, ""
+
+
+def compile_one(nvcc: str, source: Path, cache: Path, more: list[str]) -> Path:
+    """The folder in `cache` with what came of a file: `usage.json`, what ptxas says of each kernel per architecture,
+    `object.o`, and `kernels.ptx` of sm_90a, of sm_80 where it is not for sm_90a. Compiled where a source changed."""
     flags = [*FLAGS, *(more if source.parent == CUTLASS else [])]
     digest = hashlib.sha256(" ".join((nvcc, *flags, *architectures(source))).encode())
     for path in (source, *headers(source)):
         digest.update(path.read_bytes())
-    kept = cache / f"{source.stem}-{digest.hexdigest()[:16]}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    targets = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in architectures(source)]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, *flags, *targets, str(source.relative_to(ROOT)), "-o", f"{folder}/out.o"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{source.name} does not compile:\n{done.stdout}{done.stderr}")
-    usage = parse(done.stdout + done.stderr)
+    kept = cache / f"{source.stem}-{digest.hexdigest()[:16]}"
     cache.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(usage))
-    return usage
+    with open(f"{kept}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            targets = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in architectures(source)]
+            with tempfile.TemporaryDirectory(dir=cache) as folder:
+                made = Path(folder, "made")
+                made.mkdir()
+                command = [nvcc, *flags, *targets, str(source.relative_to(ROOT)), "-o", str(made / "object.o")]
+                done = subprocess.run(
+                    [*command, "--keep", f"--keep-dir={folder}"], cwd=ROOT, capture_output=True, text=True
+                )
+                if done.returncode:
+                    raise SystemExit(f"{source.name} does not compile:\n{done.stdout}{done.stderr}")
+                (made / "usage.json").write_text(json.dumps(parse(done.stdout + done.stderr)))
+                interpreted = "sm_90a" if "sm_90a" in architectures(source) else "sm_80"
+                for ptx in Path(folder).glob("*.ptx"):
+                    if f".target {interpreted}\n" in ptx.read_text():
+                        os.replace(ptx, made / "kernels.ptx")
+                os.replace(made, kept)
+    return kept
 
 
 def parse(log: str) -> dict[str, Usage]:
@@ -145,16 +172,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="compile_cuda", description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="write budget.json from what was measured")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--cache", type=Path, default=ROOT / "build" / "compile_cuda")
+    parser.add_argument("--cache", type=Path, default=CACHE)
     options = parser.parse_args(arguments)
-    nvcc = shutil.which("nvcc")
+    nvcc, reason = find_nvcc()
     if nvcc is None:
-        print("compile_cuda: skipped, nvcc is not on the PATH")
+        print(f"compile_cuda: skipped, {reason}")
         return 0
     measured: dict[str, Usage] = {a: {} for a in ARCHITECTURES}
     more = cutlass_flags(options.cache) if any(CUTLASS.glob("*.cu")) else []
     with ThreadPoolExecutor(options.jobs) as pool:
-        for usage in pool.map(lambda s: compile_one(nvcc, s, options.cache, more), sources()):
+        for folder in pool.map(lambda s: compile_one(nvcc, s, options.cache, more), sources()):
+            usage = json.loads((folder / "usage.json").read_text())
             for architecture, kernels in usage.items():
                 measured[architecture].update(kernels)
     if options.update:
