@@ -1,0 +1,105 @@
+"""Every kernel as compiled: right results, and nothing to complain of, in any order that the interpreter draws."""
+
+import pytest
+import torch
+
+from ptx.cases import KERNELS, LINEAR, convolution, products
+from qwen_image_fast import doctor
+from qwen_image_fast.ops import gate_residual_norm_modulate, layer_norm_modulate
+
+OWN = ["layer_norm_modulate", "gate_residual_norm_modulate", "qk_norm_rope", "gelu_tanh", "guided_step",
+       "joint_attention", "channel_norm_silu"]  # fmt: skip
+SIXTEEN = [torch.bfloat16, torch.float16]
+SEEDS = range(1, 21)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN], ids=str)
+@pytest.mark.parametrize("size", [(45, 192), (21, 128), (9, 3072)], ids=str)
+@pytest.mark.parametrize("op", OWN)
+def test_own(op, size, dtype, kernels):
+    """Forward and backward, by the doctor's rule: at most twice the error of the reference."""
+    if size[1] == 3072 and op in ("joint_attention", "channel_norm_silu"):
+        size = (150, 256)  # several tiles, and half of a wide row's channels
+    verdict = doctor._judge(op, "interpreted", "cpu", dtype, *size)
+    assert verdict.problem is None and verdict.worst <= 1, verdict
+
+
+@pytest.mark.parametrize("op", OWN)
+def test_own_in_any_order(op, kernels):
+    for seed in SEEDS:
+        kernels.module.be(seed=seed)
+        assert doctor._judge(op, "interpreted", "cpu", torch.bfloat16, 21, 128).problem is None
+
+
+def test_rows_that_no_pack_divides(kernels):
+    x, v = torch.randn(5, 101).bfloat16(), torch.randn(1, 101).bfloat16()
+    out = layer_norm_modulate(x, v, v)
+    exact = torch.nn.functional.layer_norm(x.double(), (101,), eps=1e-6) * (1 + v.double()) + v.double()
+    torch.testing.assert_close(out.double(), exact, rtol=0.02, atol=0.02)
+
+
+def test_fp8_rows(kernels):
+    """The second outputs, rows of e4m3 and their scales, say the same as the first."""
+    x, y, v = torch.randn(7, 256).bfloat16(), torch.randn(7, 256).bfloat16(), torch.randn(1, 256).bfloat16()
+    for outs in (layer_norm_modulate(x, v, v, fp8=True), gate_residual_norm_modulate(x, y, v, v, v, fp8=True)):
+        normed, values, scales = outs[-3:]
+        restored = values.float() * scales.reshape(-1, 1)
+        torch.testing.assert_close(restored, normed.float(), rtol=0.07, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        ((1, 9, 15, 32), 96), ((1, 9, 9, 96), 192), ((1, 3, 43, 16), 384), ((2, 9, 7, 24), 8),
+        ((2, 6, 5, 24), 200, (2, 2), (1, 1), False), ((1, 7, 6, 40), 384, (3, 3), (0, 1)),
+        ((1, 5, 4, 8), 16, (1, 1), (0, 0)), ((1, 1, 1, 8), 8), ((1, 20, 21, 8), 64, (3, 3), (1, 1), False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_conv2d(case, dtype, kernels):
+    """Both tiles, full and not, in rows and in columns; every output channel of every pixel."""
+    convolution(kernels, *case, dtype=dtype)
+
+
+@pytest.mark.parametrize("channels", [96, 200])
+def test_conv2d_in_any_order(channels, kernels):
+    for seed in SEEDS:
+        convolution(kernels, (1, 5, 7, 16), channels, seed=seed)
+
+
+ROWS = [(1, 1), (200, 7), (257, 0), (0, 65), (128, 128)]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("op", LINEAR)
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_linear(rows, op, kernel, linear):
+    """Both streams; depths and columns that no tile divides; samples that begin anywhere, and empty ones."""
+    for dtype, (depth, columns), samples in ((torch.bfloat16, (136, 264), 3), (torch.float16, (64, 128), 1)):
+        products(linear, op, kernel, rows, depth, columns, samples, dtype)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_one_to_six_problems(kernel, linear):
+    rows = (130, 1, 300, 64, 65, 2)
+    for count in range(1, 7):
+        products(linear, "linear_qkv", kernel, rows[:count], 72, 136, processors=2 * count)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_many_samples(kernel, linear):
+    products(linear, "linear_gate_residual", kernel, (270, 33), 64, 256, samples=11)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_long_depth(kernel, linear):
+    """Every stage of shared memory is used again, more than once."""
+    products(linear, "linear_gelu", kernel, (140,), 1024, 264, processors=2)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("op", LINEAR)
+def test_linear_in_any_order(op, kernel, linear):
+    for seed in SEEDS:
+        products(linear, op, kernel, (140, 3), 264, 136, 2, seed=seed, processors=2)
