@@ -25,11 +25,11 @@ spills (`make cuda-compile`), that a build for the three links and can be import
 the op tests on an emulator on the CPU (`tests/emulator`), with accesses to memory and barriers checked. No timing,
 occupancy or bandwidth on a GPU is known.
 
-The kernels made from CUTLASS's templates (`csrc/cutlass_kernels`) have only been compiled: the emulator does not run
-them. What Python hands to them, the order of their tiles and the choice between them and cuBLASLt are tested on the
-CPU; that they compute the right thing is not. So it is with `conv2d`, the VAE's convolution with bias and residual, and
-its table, which is empty: cuDNN computes all of them until a GPU has measured which is faster. The linear kernels are
-off unless `ops.linear_kernels("cutlass")` asks for them.
+The kernels made from CUTLASS's templates (`csrc/cutlass_kernels`), which the emulator does not run, and our own once
+more, run as nvcc compiled them on an interpreter of PTX (`tests/ptx`): they compute the right thing there, and
+nothing that it watches for happens ([architecture.md](architecture.md)). So it is with `conv2d`, the VAE's
+convolution with bias and residual, and its table, which is empty: cuDNN computes all of them until a GPU has measured
+which is faster. The linear kernels are off unless `ops.linear_kernels("cutlass")` asks for them.
 """
 FOOT = """
 To fill this page in: on a machine with a GPU, nvcc and a CUDA build of torch run `make gpu-check`, then
