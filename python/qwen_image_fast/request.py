@@ -36,7 +36,6 @@ DRAWING = (
 )  # fmt: skip
 Opened = Mapping[str, Any]  # by field: the opened picture, or the list of them
 
-
 MODEL = "Folder or hub name"
 TINY = f"{MODEL}; tiny: the model that comes with the package."
 ONE_SIDE = "Of the result; default: that of the last picture, or what keeps its ratio."
@@ -122,9 +121,8 @@ class Request(BaseModel):
     @property
     def steps_taken(self) -> int:
         """The steps that are taken, with a strength below one not all."""
-        strength = (
-            getattr(self, "strength", 1.0) if getattr(self, "mask", None) or self.kind == "image_to_image" else 1.0
-        )
+        starts = getattr(self, "mask", None) or self.kind == "image_to_image"
+        strength = getattr(self, "strength", 1.0) if starts else 1.0
         return self.steps - int(max(self.steps - min(self.steps * strength, self.steps), 0))
 
     def parts(self, opened: Opened) -> list[int]:
@@ -169,10 +167,8 @@ class Resized(Counted):
     def size(self, opened: Opened) -> tuple[int, int]:
         picture = opened["image"][-1] if isinstance(opened["image"], list) else opened["image"]
         scale = (self.width or 0) / picture.width or (self.height or 0) / picture.height or 1
-        return (
-            self.width or max(1, round(picture.width * scale)),
-            self.height or max(1, round(picture.height * scale)),
-        )
+        scaled = [max(1, round(side * scale)) for side in picture.size]
+        return self.width or scaled[0], self.height or scaled[1]
 
 
 class Text(Prompted, Counted):
