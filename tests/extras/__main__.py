@@ -32,8 +32,30 @@ print(qwen_image_fast.accelerate(pipe))
 pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
 pipe("a red circle", height=64, width=64, num_inference_steps=1, true_cfg_scale=1.0)
 """
-# What runs with nothing else installed: commands, or a script where there is no command. The recipes that they name
-# are made by `recipes`.
+SERVE = """
+import json, socket, subprocess, sys, time
+from urllib.request import Request, urlopen
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+command = [sys.executable, "-m", "qwen_image_fast", "serve", "--model", "tiny", "--port", str(port)]
+server = subprocess.Popen(command)
+try:
+    for _ in range(240):
+        try:
+            urlopen(f"http://127.0.0.1:{port}/readyz")
+            break
+        except OSError:
+            time.sleep(0.5)
+    asked = json.dumps({"prompt": "a red circle", "size": "64x64"}).encode()
+    request = Request(f"http://127.0.0.1:{port}/v1/images/generations", asked, {"Content-Type": "application/json"})
+    assert json.load(urlopen(request, timeout=120))["data"][0]["b64_json"]
+finally:
+    server.terminate()
+    server.wait()
+"""
+# What runs with nothing else installed: commands, or a name and a script where no command does it. The recipes that
+# they name are made by `recipes`.
 FEATURES = {
     "": [
         f"generate 'a red circle' --model tiny {TINY} --output a.png",
@@ -48,6 +70,10 @@ FEATURES = {
         "cache-latents words.yaml --out out/cache --count 4",
         "train vae.yaml --out out/vae",
     ],
+    "train,optimizers": [
+        "train words.yaml optimizer.name=prodigy optimizer.lr=1 --out out/prodigy",
+        "train words.yaml optimizer.name=adamw8bit --out out/adamw8bit",
+    ],
     "evaluate": [
         "evaluate text --count 1 --steps 1 --size 64 --out out/text",
         "evaluate edit --count 1 --steps 1 --size 64 --out out/edit",
@@ -57,7 +83,8 @@ FEATURES = {
         "data report out/filtered",
         "data preview --recipe tiny --count 2",
     ],
-    "diffusers": [["-c", DROP_IN]],
+    "diffusers": [("the drop-in and a PEFT adapter", DROP_IN)],
+    "serve": [("a picture over HTTP", SERVE)],
     "train,ray": ["train ray.yaml --out out/ray"],
 }
 SMALL = {"steps": 2, "batch": 2, "log": {"every": 1}, "checkpoint": {"every": 2}, "device": "cpu"}
@@ -101,10 +128,10 @@ def check(extra: str, wheel: Path, work: Path) -> dict[str, object]:
         subprocess.run([python, "-c", f"from tests.extras.__main__ import *; recipes(Path({str(place)!r}))"],
                        check=True, cwd=ROOT, env=env)  # fmt: skip
         for feature in FEATURES[extra]:
-            own = ["-m", "qwen_image_fast", *shlex.split(feature)] if isinstance(feature, str) else feature
+            name, script = feature if isinstance(feature, tuple) else (feature, None)
+            own = ["-c", script] if script else ["-m", "qwen_image_fast", *shlex.split(name)]
             ran = subprocess.run([python, *own], cwd=place, env=env, capture_output=True, text=True, errors="replace")
             last = (ran.stderr.strip() or "no word").splitlines()[-1]
-            name = feature if isinstance(feature, str) else "the drop-in and a PEFT adapter"
             found[name] = "runs" if ran.returncode == 0 else f"exit code {ran.returncode}: {last}"
             print(f"{extra or 'no extra'}: {name}: {found[name]}", flush=True)
         return found
