@@ -36,7 +36,7 @@ TRAINING = [
     {"adapters", "lora", "trainable", "parallel"},
     {"producer"},
     {"tasks"},
-    {"engine", "parallel.checkpoints", "parallel.plan"},
+    {"engine", "parallel.checkpoints", "parallel.plan", "parallel.preset"},
     {"run", "ship", "export", "compare"},
     {"evaluation.cli", "data.cli"},
 ]

@@ -1,5 +1,7 @@
 """The plan of a run on many GPUs: its counts against those of a model, its choice, and its refusals."""
 
+import re
+
 import pytest
 from trainer_helpers import small_recipe
 from typer.testing import CliRunner
@@ -7,6 +9,7 @@ from typer.testing import CliRunner
 from qwen_image_fast.cli import app
 from qwen_image_fast.training.parallel.layout import Sizes
 from qwen_image_fast.training.parallel.plan import choose, known_gpu, model_of, plan_of
+from qwen_image_fast.training.parallel.preset import preset_changes
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.names import find_recipe
 from qwen_image_fast.training.recipe.read import read_recipe
@@ -144,3 +147,26 @@ def test_peaks_of_gpus_by_their_names():
     assert peak_of("NVIDIA H100 80GB HBM3") == 989e12 and peak_of("NVIDIA H100 PCIe") == 756e12
     assert peak_of("NVIDIA A100-SXM4-80GB") == 312e12 and peak_of("NVIDIA L40S") == 362e12
     assert peak_of("Tesla V100-SXM2-16GB") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "changes", "words"),
+    [
+        ("12gb", "tiny", [], "12gb: the recipe as it is; about 3"),
+        ("80gb", "", [], "80gb: the recipe as it is; about 6"),
+        ("80gb", "", ["model.gradient_checkpointing=false", "batch=4"], r"80gb: .*, batch=1, accumulate=16; about \d"),
+    ],
+)
+def test_a_preset_changes_what_it_must(name, model, changes, words):
+    overrides = [f"model.folder={model}", *changes][not model :]
+    found, sentence = preset_changes(find_recipe("lora"), overrides, name)
+    assert re.match(words, sentence) and bool(found) == bool(changes)
+
+
+def test_a_preset_that_cannot_hold_a_run_names_one_that_can():
+    with pytest.raises(RecipeError, match="24gb cannot hold .* needs 6.* GB at least, .*: --preset 80gb would"):
+        preset_changes(find_recipe("lora"), [], "24gb")
+    with pytest.raises(RecipeError, match="--preset must be one of 12gb, .*, got '24'"):
+        preset_changes(find_recipe("lora"), [], "24")
+    with pytest.raises(RecipeError, match="--preset is for kind flow"):
+        preset_changes(find_recipe("tiny/vae"), [], "24gb")

@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qwen_image_fast.folders import nearest
+from qwen_image_fast.folders import local_folder, nearest
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.training.engine.memory import adapter_weights, references_of, tokens_of_batch, transformer_config
 from qwen_image_fast.training.parallel.layout import Sizes, check_recipe_parallel, sizes_of
@@ -42,7 +42,7 @@ from qwen_image_fast.training.tasks.flops import PEAK_TFLOPS, step_flops
 # Assumptions. Bytes per second of a GPU to the others: NVLink 4 and 400 Gb/s InfiniBand, at about 70 % of their peaks.
 NVLINK, NETWORK, MACHINE = 300e9, 35e9, 8
 MFU = 0.4
-# Bytes of what every rank holds besides: the frozen Qwen2.5-VL-7B and the VAE in 16 bit, CUDA and NCCL.
+# Bytes of what every rank holds besides: the released Qwen2.5-VL-7B and VAE in 16 bit, frozen; CUDA and NCCL.
 FROZEN, RUNTIME = 16.6e9 + 0.3e9, 3e9
 KEPT, KEPT_SPLIT = 22, 15
 
@@ -137,7 +137,7 @@ def plan_of(recipe: FlowRecipe, model: Model, sizes: Sizes, peak: float) -> Plan
     kept = KEPT - KEPT_SPLIT * (1 - 1 / sizes.tp)
     values = layers * 2 + kept if checkpointing else layers * kept
     unit = block - model.modulation
-    frozen = FROZEN if not recipe.model.train_text_encoder else 0.0
+    frozen = _frozen(recipe) if not recipe.model.train_text_encoder else 0.0
 
     again = 1.5 if checkpointing else 1.0
     messages = rows * width * 2 * layers * accumulate * again
@@ -167,6 +167,16 @@ def plan_of(recipe: FlowRecipe, model: Model, sizes: Sizes, peak: float) -> Plan
         tp_s=tp / speed(sizes.tp),
         cp_s=cp / speed(sizes.tp * sizes.cp),
     )  # fmt: skip
+
+
+def _frozen(recipe: FlowRecipe) -> float:
+    """Bytes of the condition encoder and the VAE: of a model that is here its files, else the released ones."""
+    folder = local_folder(recipe.model.start) if recipe.model.start else None
+    if folder is None:
+        return FROZEN
+    return sum(
+        file.stat().st_size for part in ("text_encoder", "vae") for file in (folder / part).glob("*.safetensors")
+    )
 
 
 def _gathered(unit: float, weights: float, root: int, shards: int, lora: bool) -> float:

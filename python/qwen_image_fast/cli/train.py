@@ -26,6 +26,7 @@ def train(
     images: Annotated[str | None, typer.Option(help="Pictures with captions: a folder, a table or shards.")] = None,
     pairs: Annotated[str | None, typer.Option(help="A folder of pictures before and after, with instructions.")] = None,
     model: Annotated[str | None, typer.Option(help="tiny, a folder, or a hub name such as Qwen/Qwen-Image.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Fit a card: 12gb, 16gb, 24gb, 48gb or 80gb.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("outputs/run"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
     allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Resume with a recipe that differs.")] = False,
@@ -48,6 +49,8 @@ def train(
         if recipe is None:
             raise CommandError("no recipe is named: lora and edit-lora begin your own work, --list prints all")
         changes = [*_from_options(recipe, images, pairs, model), *(overrides or ())]
+        if preset is not None:
+            changes = _for_card(recipe, changes, preset)
         if show:
             print_recipe(recipe, changes)
             return
@@ -71,7 +74,13 @@ def train(
             try:
                 run(recipe, changes, out, resume=resume, allow_changes=allow_changes, terminal=terminal)
             except Interrupted as end:
-                options = {"--images": images, "--pairs": pairs, "--model": model, "--out": str(out)}
+                options = {
+                    "--images": images,
+                    "--pairs": pairs,
+                    "--model": model,
+                    "--preset": preset,
+                    "--out": str(out),
+                }
                 given = [word for name, value in options.items() if value is not None for word in (name, value)]
                 _say_how_to_go_on(terminal, end, ["train", recipe, *(overrides or ()), *given, "--resume"])
                 raise SystemExit(128 + end.number) from None
@@ -107,6 +116,22 @@ def _from_options(recipe: str, images: str | None, pairs: str | None, model: str
     elif images is not None and set(data.get("tasks") or ()) == {"ti2i"}:
         raise CommandError(f"{recipe} learns from pairs: give --pairs instead of --images")
     return changes
+
+
+def _for_card(recipe: str, changes: list[str], preset: str) -> list[str]:
+    """The changes of a preset before those that are given, which win."""
+    from qwen_image_fast.training.recipe.names import find_recipe
+
+    first = int(os.environ.get("RANK", "0")) == 0
+    path = find_recipe(recipe)
+    if first:
+        err.print(f"{recipe}: loading torch to count what a card of {preset} must hold", markup=False, soft_wrap=True)
+    from qwen_image_fast.training.parallel.preset import preset_changes
+
+    more, sentence = preset_changes(path, changes, preset)
+    if first:
+        err.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    return [*more, *changes]
 
 
 def print_recipes() -> None:

@@ -1,0 +1,53 @@
+"""What a recipe changes to fit a card, by the same count as `--plan`, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwen_image_fast.training.parallel.layout import Sizes
+from qwen_image_fast.training.parallel.plan import Plan, model_of, plan_of
+from qwen_image_fast.training.recipe.curriculum import read_curriculum
+from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.recipe.flow import FlowRecipe
+
+PRESETS = {"12gb": 12.0, "16gb": 16.0, "24gb": 24.0, "48gb": 48.0, "80gb": 80.0}  # name: GB of the card
+SIDES = (768, 512)  # of smaller pictures, where those of the recipe do not fit
+ANY_PEAK = 1e15  # operations per second: only memory is asked for
+
+
+def preset_changes(path: Path, overrides: Sequence[str], name: str) -> tuple[list[str], str]:
+    """Changes of a recipe that let it fit a card, and a sentence about them.
+
+    The first that is enough of: none; one picture at a time and gradient checkpointing; and pictures of 768, 512 px.
+
+    Raises:
+        RecipeError: there is no such preset, or nothing is enough; the sentence names a preset that is.
+    """
+    if name not in PRESETS:
+        raise RecipeError(f"preset: --preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    recipe = read_curriculum(path, overrides).stages[0].recipe
+    if not isinstance(recipe, FlowRecipe):
+        raise RecipeError(f"preset: --preset is for kind flow, this recipe is of kind {recipe.kind}")
+    frugal = ["model.gradient_checkpointing=true", "batch=1", f"accumulate={recipe.batch * recipe.accumulate}"]
+    smaller = [[*frugal, f"data.buckets=[[{side}, {side}]]"] for side in SIDES]
+    needed = 0.0
+    for changes in ([], frugal, *smaller):
+        plan = _alone(path, [*changes, *overrides])
+        needed = plan.memory / 1e9
+        if needed <= PRESETS[name]:
+            return changes, f"{name}: {', '.join(changes) or 'the recipe as it is'}; about {needed:.1f} GB are needed"
+    enough = [other for other, memory in PRESETS.items() if needed <= memory]
+    would = f"--preset {enough[0]} would" if enough else "no preset would"
+    parts = f"{plan.states / 1e9:.1f} the transformer, {plan.frozen / 1e9:.1f} condition encoder, VAE and CUDA"
+    raise RecipeError(
+        f"preset: {name} cannot hold this run, which needs {needed:.1f} GB at least ({parts}): {would}; several cards "
+        "share the transformer (--plan)"
+    )
+
+
+def _alone(path: Path, overrides: Sequence[str]) -> Plan:
+    """The plan on a single card."""
+    recipe = read_curriculum(path, overrides).stages[0].recipe
+    assert isinstance(recipe, FlowRecipe)  # looked at before
+    return plan_of(recipe, model_of(recipe), Sizes(1, 1, 1, 1), ANY_PEAK)
