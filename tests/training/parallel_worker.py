@@ -44,12 +44,12 @@ def asking(mixture):
     return train_step
 
 
-def deadly(rank, step):
-    """`train_step` that SIGKILL ends on one rank at a step."""
+def deadly(rank, step, number=signal.SIGKILL):
+    """`train_step` to which a signal, SIGKILL unless told else, comes on one rank at a step."""
 
     def train_step(trainer, batches):
         if (trainer.parallel.rank, trainer.step) == (rank, step):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return TRAIN_STEP(trainer, batches)
 
     return train_step

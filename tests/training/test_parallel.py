@@ -149,8 +149,8 @@ def test_stages_edits_pictures_and_a_new_mixture_are_those_of_one_process(runs):
     for path in (one, two):  # 7 steps, and 5 since the optimiser began anew
         state = checkpoints.load(checkpoints.latest(path / "checkpoints"))
         assert state.step == 7 and {float(t) for n, t in state.optimizer.items() if n.endswith("/step")} == {5.0}
-    pictures = sorted(path.name for path in (one / "samples").iterdir())
-    assert len(pictures) == 2
+    pictures, others = (sorted(path.name for path in (run / "samples").glob("*.png")) for run in (one, two))
+    assert len(pictures) > 2 and pictures == others
     for name in pictures:
         a, b = (np.asarray(Image.open(path / "samples" / name), int) for path in (one, two))
         assert abs(a - b).max() <= 1
@@ -202,6 +202,18 @@ def test_a_killed_trainer_loses_the_steps_since_its_checkpoint(runs, folder, tmp
     recipe = small_recipe(folder, steps=STEPS, checkpoint__every=4, optimizer__clip=0.5)
     start(recipe, tmp_path / "killed", resume=True).run()
     torch.testing.assert_close(losses(tmp_path / "killed"), losses(base / "single"), rtol=1e-5, atol=0)
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(runs, folder, tmp_path):
+    """SIGTERM of rank 1 alone: both finish the step, and what they keep goes on to the same losses."""
+    base, _ = runs
+    work = job(folder, tmp_path / "stopped", checkpoint__every=100) | {"killed": (1, 9, signal.SIGTERM)}
+    for _, _, errors in finish(launch([str(HERE / "parallel_worker.py"), json.dumps([work])])):
+        assert f"Interrupted: stopped after step 10 of {STEPS}; kept: " in errors
+    assert checkpoints.latest(tmp_path / "stopped" / "checkpoints").name == "step-00000010"
+    recipe = small_recipe(folder, steps=STEPS, checkpoint__every=100, optimizer__clip=0.5)
+    start(recipe, tmp_path / "stopped", resume=True).run()
+    torch.testing.assert_close(losses(tmp_path / "stopped"), losses(base / "single"), rtol=1e-5, atol=0)
 
 
 SRUN = """#!/bin/bash
