@@ -25,10 +25,10 @@ class TrainingPair:
 
     Args:
         side: of the images in tokens. references: number of reference images of each sample.
-        dtype: of weights and activations.
+        dtype: of weights and activations. config: of the transformers; None: tiny's.
     """
 
-    def __init__(self, device: str, side: int, references: list[int], dtype: torch.dtype = torch.float32):
+    def __init__(self, device: str, side: int, references: list[int], dtype: torch.dtype = torch.float32, config=None):
         from diffusers import QwenImageTransformer2DModel as Diffusers
 
         from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
@@ -36,16 +36,15 @@ class TrainingPair:
         from qwen_image_fast.training.engine.optimizer import Optimizer
         from qwen_image_fast.training.recipe.run import OptimizerRecipe
         from qwen_image_fast.training.tasks.flow import FlowSample
-        from qwen_image_fast.training.trainable import freeze_dead
 
         torch.manual_seed(SEED)
-        config = tiny_configs()["transformer"]
+        config = config or tiny_configs()["transformer"]
         self.ours = QwenImageTransformer2DModel(**config).to(device, dtype).train()
         self.theirs = Diffusers(**config).to(device, dtype).train()
         self.theirs.load_state_dict(self.ours.state_dict())
         self.optimizers = {}
+        self.choose_trainable()
         for model in (self.ours, self.theirs):
-            freeze_dead(model)
             learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
             self.optimizers[model] = Optimizer(learning, OptimizerRecipe(clip=1.0))
         shape = (1, side, side)
@@ -61,6 +60,12 @@ class TrainingPair:
         lengths = torch.randint(FEWEST_TEXT, MOST_TEXT + 1, (len(references),)).tolist()
         self.texts = [torch.randn(n, config["joint_attention_dim"], device=device, dtype=dtype) for n in lengths]
         self.groups = [[i for i, n in enumerate(references) if n == count] for count in sorted(set(references))]
+
+    def choose_trainable(self) -> None:
+        from qwen_image_fast.training.trainable import freeze_dead
+
+        for model in (self.ours, self.theirs):
+            freeze_dead(model)
 
     def by_ours(self) -> Tensor:
         from qwen_image_fast.training.tasks.flow import flow_losses

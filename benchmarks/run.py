@@ -17,6 +17,7 @@ from benchmarks import (
     bench_block,
     bench_editing,
     bench_loading,
+    bench_lora,
     bench_ops,
     bench_pipeline,
     bench_training,
@@ -34,6 +35,7 @@ SUITES = {
         bench_transformer,
         bench_editing,
         bench_training,
+        bench_lora,
         bench_pipeline,
         bench_loading,
         bench_vae,
@@ -41,7 +43,8 @@ SUITES = {
 }
 # A block takes seconds on a CPU; few rounds are enough where a sample is long.
 ROUNDS = {
-    "ops": 15, "block": 7, "transformer": 25, "editing": 9, "training": 9, "pipeline": 7, "loading": 3, "vae": 5,
+    "ops": 15, "block": 7, "transformer": 25, "editing": 9, "training": 9, "lora": 9, "pipeline": 7, "loading": 3,
+    "vae": 5,
 }  # fmt: skip
 
 

@@ -210,7 +210,9 @@ class Trainer:
 
     def _loop(self, log: Any, terminal: Terminal) -> None:
         meter = Meter(self.peak)
-        if self.step == 0:
+        # Not of several ranks: FSDP would keep buffers of the inference mode in which pictures are drawn, and train in
+        # them.
+        if self.step == 0 and self.parallel is None:
             self._look_unless_asked(log, last=False)
         if asked := self._asked():
             raise Interrupted(asked, self.step, self.run_of.steps, self.save())

@@ -225,7 +225,7 @@ def choose(recipe: RunRecipe, gpus: int, memory_gb: float, gpu: str) -> tuple[Mo
         least = min(found, key=lambda p: p.memory)
         raise RecipeError(
             f"plan: no layout fits into {gpus} x {memory_gb:g} GB: the least is {least.memory / 1e9:.1f} GB a GPU with "
-            f"{least.sizes} ({_parts(least)}); {_advice(recipe)}"
+            f"{least.sizes} ({_parts(least)}); {_advice(recipe, least, memory_gb)}"
         )
     # Layouts that keep the samples of a step first: others change what is learned.
     wanted = recipe.batch * recipe.accumulate
@@ -243,12 +243,14 @@ def known_gpu(name: str) -> str:
     return found
 
 
-def _advice(recipe: FlowRecipe) -> str:
-    """What would need less, of what the recipe does not do already."""
-    advice = ["use more GPUs", "smaller data.buckets"]
-    advice += [] if recipe.model.gradient_checkpointing else ["model.gradient_checkpointing"]
+def _advice(recipe: FlowRecipe, least: Plan, memory_gb: float) -> str:
+    """What would need less, of what the recipe does not do already and where it can be enough."""
+    advice = ["use more GPUs"]
+    if least.memory - least.activations <= memory_gb * 1e9:
+        advice += ["smaller data.buckets"]
+        advice += [] if recipe.model.gradient_checkpointing else ["model.gradient_checkpointing"]
     advice += [] if recipe.lora.rank else ["adapters (lora.rank)"]
-    return f"{', '.join(advice[:-1])} or {advice[-1]}"
+    return " or ".join([", ".join(advice[:-1]), advice[-1]]) if len(advice) > 1 else advice[0]
 
 
 def _parts(plan: Plan) -> str:
