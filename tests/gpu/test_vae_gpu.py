@@ -15,6 +15,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def float32_is_float32(monkeypatch):
+    """cuDNN's convolutions in float32 round their inputs to TF32 otherwise, 10 bits, as torch lets them."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def outputs(vae, x, z):
     with torch.no_grad():
         return vae.encode(x).latent_dist.parameters, vae.decode(z).sample
