@@ -225,6 +225,7 @@ def test_the_readmes_commands_for_the_tiny_model():
     """A red word is drawn, then made blue."""
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     lines = [line for line in readme.splitlines() if line.startswith("qwen-image-fast") and "--model tiny" in line]
+    lines = [line for line in lines if "hello.png" in line]
     colours = []
     for line in lines:
         _, *args = shlex.split(line, comments=True)
@@ -245,8 +246,8 @@ def test_what_a_newcomer_copies_first_from_the_readme_runs_offline(in_tmp, monke
     assert size("hello.png") == (128, 128)
     lines = [line for line in readme.splitlines() if line.startswith("qwen-image-fast ")]
     firsts = {line.split()[1]: line for line in reversed(lines)}
-    assert firsts.keys() == {"generate", "edit", "inspect", "doctor"}
-    assert all("tiny" in line or "hello.png" in line or "doctor" in line for line in firsts.values())
+    for name in ("generate", "edit", "inspect", "doctor"):
+        assert "tiny" in firsts[name] or "hello.png" in firsts[name] or name == "doctor"
 
 
 def test_a_mask(models):
