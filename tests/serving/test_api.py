@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import re
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -139,6 +141,7 @@ WRONG = [
     ({"negative_prompt": "x"}, "negative_prompt", "invalid_value", "negative_prompt has no effect without guidance"),
     ({"seed": -1}, "seed", "invalid_value", "seed must be an integer, 0 to"),
     ({"lora": [{"name": "style", "path": "/x"}]}, "lora", "invalid_value", "a lora has a name and a scale, got path"),
+    ({"progress": True}, "progress", "invalid_value", "progress has no effect without stream"),
     ({"quality": "low", "num_inference_steps": 3}, "quality", "invalid_value", "give either quality or num_inference"),
 ]  # fmt: skip
 
@@ -188,12 +191,13 @@ def test_models(running):
 
 
 def test_urls_and_background_jobs(running):
-    body = {"prompt": PROMPT, "size": "64x64", "response_format": "url", **QUICK}
+    body = {"prompt": PROMPT, "size": "64x64", "response_format": "url", "progress": True, **QUICK}
     answer = running.http.post("/v1/images/generations", json=body, headers={"prefer": "respond-async"})
     shown = answer.json()
     assert answer.status_code == 202 and shown["status"] in ("queued", "generating") and shown["steps"] == 3
     events = running.http.get(f"{shown['poll_url']}/events").text
     assert events.rstrip().splitlines()[-2] == "event: job.completed"
+    assert all(json.loads(line[6:])["id"] == shown["id"] for line in events.splitlines() if line.startswith("data: "))
     done = running.http.get(shown["poll_url"]).json()
     assert done["status"] == "completed" and done["result"]["data"][0]["url"].startswith(running.url)
     content = httpx.get(done["result"]["data"][0]["url"])
@@ -230,3 +234,12 @@ def test_metrics(running):
     for name in NUMBERS:
         assert f"\nqwen_image_{name}" in text, name
     assert PROMPT not in text
+
+
+def test_the_dashboard_shows_what_there_is(running):
+    text = running.http.get("/metrics").text
+    dashboard = (Path(__file__).parents[2] / "examples" / "serving" / "grafana.json").read_text(encoding="utf-8")
+    named = set(re.findall(r"qwen_image_[a-z_]+", dashboard))
+    families = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
+    known = {family + end for family in families for end in ("", "_total", "_bucket", "_sum", "_count")}
+    assert len(named) > 15 and named <= known, named - known

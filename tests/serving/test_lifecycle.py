@@ -254,3 +254,15 @@ def _child(pid):
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     (engine,) = [int(n) for n in children if b"spawn_main" in Path(f"/proc/{n}/cmdline").read_bytes()]
     return engine
+
+
+def test_an_engine_whose_thread_fails_is_not_alive(models):
+    """So that its process ends, and another one begins."""
+    from qwen_image_fast.serving.engine import Engine
+
+    engine = Engine(models.pipe, lambda event: None, pipelines=models.pipeline)
+    engine.start()
+    assert engine.is_alive
+    engine._side.put(lambda: 1 / 0, finishes=True)
+    until(lambda: not engine.is_alive, 10)
+    engine.end()

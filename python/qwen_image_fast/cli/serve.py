@@ -79,7 +79,7 @@ def serve(
     place = socket.getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
     err.print(f"http://{shown}:{place}  {model} is being loaded", highlight=False, soft_wrap=True)
-    chosen = common.device_name(device)
+    chosen = device if device == "cpu" else common.device_name(device)
     dtype = dtype if dtype != "auto" else "float32" if chosen == "cpu" else "bfloat16"
     _check_memory(folder, chosen, dtype)
     told: dict[str, Any] = {"wave_tokens": wave_tokens or (2048 if chosen == "cpu" else 8192)}

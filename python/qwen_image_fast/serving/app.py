@@ -93,7 +93,7 @@ class Server:
         if self.settings.log_prompts:
             request.state.log["prompt"] = asked.prompt
         self.desk.submit(job)
-        if "respond-async" in request.headers.get("prefer", ""):
+        if "respond-async" in request.headers.get("prefer", ""):  # which intake.py has checked
             shown = job.shown(self.desk.position(job))
             return JSONResponse(shown, 202, {"location": shown["poll_url"], "preference-applied": "respond-async"})
 

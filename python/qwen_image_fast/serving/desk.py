@@ -245,7 +245,8 @@ class Desk:
         job.previews.clear()
         job.task.opened = {}
         self.jobs.pop(job.id, None)
-        self.store.keep(job)
+        if job.kept:
+            self.store.keep(job)
 
     def _on_end(self, number: int, code: int | None) -> None:
         """The engine's process has ended: its requests are answered, and it is started again."""

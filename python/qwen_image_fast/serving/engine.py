@@ -113,6 +113,11 @@ class Engine:
             return work is not None
 
     @property
+    def is_alive(self) -> bool:
+        """Whether both threads run; where one has failed, nothing more becomes of any request."""
+        return self._thread.is_alive() and self._side.is_alive
+
+    @property
     def load(self) -> tuple[int, int]:
         """Requests that wait, and all others."""
         with self._changed:

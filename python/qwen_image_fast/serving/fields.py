@@ -176,18 +176,21 @@ def check_size(fields: Fields, limits: Limits, usual: tuple[int, int], any_side:
     return {"width": width, "height": height}
 
 
-def check_together(fields: Fields) -> None:
-    """What no field can check alone."""
+def check_together(fields: Fields, background: bool) -> None:
+    """What no field can check alone. `background`: the request becomes a job, which others may watch."""
     if not fields.prompt.strip():
         raise invalid("the prompt is empty", "prompt")
     if len(fields.prompt) > 32000:
         raise invalid(f"prompt must have at most 32000 characters, got {len(fields.prompt)}", "prompt")
     if fields.output_compression is not None and fields.output_format == "png":
         raise invalid("output_compression has no effect on png: ask for jpeg or webp", "output_compression")
+    if background and fields.stream:
+        raise invalid("stream has no effect on a job in the background, whose events are at poll_url/events", "stream")
     if not fields.stream:
-        for name in ("partial_images", "progress"):
-            if getattr(fields, name):
-                raise invalid(f"{name} has no effect without stream", name)
+        if fields.partial_images:
+            raise invalid("partial_images has no effect without stream", "partial_images")
+        if fields.progress and not background:
+            raise invalid("progress has no effect without stream, or Prefer: respond-async", "progress")
     elif fields.response_format == "url":
         raise invalid("response_format must be b64_json in a stream", "response_format")
 

@@ -45,7 +45,8 @@ class Intake:
         fields = api.parse(kind, values, form=form)
         if (header := request.headers.get("x-request-timeout-s")) is not None and fields.timeout is None:
             fields = api.parse(kind, {**values, "timeout": _number(header)}, form=form)
-        api.check_together(fields)
+        background = "respond-async" in request.headers.get("prefer", "")
+        api.check_together(fields, background)
         self._check_model(fields.model)
         if key is not None and fields.priority > key.priority:
             raise ApiError(403, f"this key has priorities up to {key.priority}, got {fields.priority}", "priority",
@@ -67,7 +68,8 @@ class Intake:
         client = request.client.host if request.client else ""
         task.tenant = owner or fields.user or client
         size = sum(p.width * p.height * 3 for p in _pictures(task.opened))
-        return Job(task, fields, self.desk.cost(task.request, task.opened), owner, size)
+        kept = background or fields.response_format == "url"
+        return Job(task, fields, self.desk.cost(task.request, task.opened), owner, size, kept)
 
     # ---- bodies -------------------------------------------------------------------------------------------------
 

@@ -26,13 +26,15 @@ def new_id() -> str:
 
 @dataclass(eq=False)
 class Job:
-    """owner: the name of the key that asked, which alone may see it. cost: by cost.py. input_bytes: of its pictures."""
+    """owner: the name of the key that asked, which alone may see it. cost: by cost.py. input_bytes: of its pictures.
+    kept: whether somebody may ask for it once it is over."""
 
     task: Task
     fields: Fields
     cost: float
     owner: str = ""
     input_bytes: int = 0
+    kept: bool = False
     created: float = field(default_factory=time.time)
     began: float | None = None
     status: str = QUEUED

@@ -102,9 +102,10 @@ def serve(model: Model, connection: Connection) -> None:
     events.put(Ready(about))
 
     def live() -> None:
-        while True:
+        while engine.is_alive:
             events.put(Alive(_memory(model.device), *engine.load, engine.rate))
             time.sleep(1)
+        os._exit(1)  # what failed is on standard error; the parent answers the requests and starts another engine
 
     threading.Thread(target=live, daemon=True).start()
     try:

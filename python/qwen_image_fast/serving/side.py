@@ -22,6 +22,10 @@ class Side:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
     def put(self, job: Callable[[], None], finishes: bool) -> None:
         with self._changed:
             (self._first if finishes else self._then).append(job)
