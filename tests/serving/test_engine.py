@@ -96,10 +96,12 @@ def test_groups(rows, enough, amx, expected):
     assert [[members.index(m) for m in group] for group in groups(members, enough, amx)] == expected
 
 
-def test_a_small_request_is_not_held_up_by_a_large_one(models):
-    """By the number of steps: the large one takes one at most before the small one, that came later, is done."""
+@pytest.mark.parametrize("wave_tokens", [300, 2048])
+def test_a_small_request_is_not_held_up_by_a_large_one(models, wave_tokens):
+    """By the number of steps: the large one takes one at most before the small one, that came later, is done; whether
+    it fits into a wave or is larger."""
     seen = Collected()
-    running = engine(models, seen, limits=Limits(wave_tokens=300))
+    running = engine(models, seen, limits=Limits(wave_tokens=wave_tokens))
     large = task("a large red circle and a blue square", 512, steps=8)
     running.submit(large)
     seen.until(lambda: any(e.id == large.id for e in seen.steps))

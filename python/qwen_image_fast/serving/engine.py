@@ -67,6 +67,7 @@ class Engine:
         self.pipelines = pipelines or (lambda request: pipe)
         self.loras = loras
         self.cost = StepCost.of(pipe.transformer.config)
+        self._small = self.cost.step(self.limits.wave_tokens // 8)
         with torch.inference_mode():
             self.previews = Previews(pipe.vae)
             self.enough_rows = self._enough_rows()
@@ -255,14 +256,21 @@ class Engine:
         self.on_event(WaveRan(seconds, tokens, requests, cost, waiting, running))
 
     def _choose(self) -> list[Work]:
-        """The running request with the least of the machine so far, and what fits beside it with the same LoRAs."""
+        """The running request with the least of the machine so far, and what fits beside it with the same LoRAs.
+
+        One that had more only where it does not make the wave twice as long, or where all are small: else every step of
+        a small request would take the time of its largest neighbour's.
+        """
         order = sorted(self._running, key=lambda w: w.clock)
-        chosen, tokens = [order[0]], order[0].tokens
-        for work in order[1:]:
-            if work.loras == chosen[0].loras and tokens + work.tokens <= self.limits.wave_tokens:
-                chosen.append(work)
-                tokens += work.tokens
+        chosen, tokens, cost = [order[0]], order[0].tokens, order[0].step_cost(self.cost)
         self._clock = order[0].clock
+        for work in order[1:]:
+            own = work.step_cost(self.cost)
+            if work.loras != chosen[0].loras or tokens + work.tokens > self.limits.wave_tokens:
+                continue
+            if work.clock <= self._clock or own <= max(cost, self._small):
+                chosen.append(work)
+                tokens, cost = tokens + work.tokens, cost + own
         for work in chosen:
             work.clock += work.step_cost(self.cost) / weight(work.task.priority)
         return chosen
