@@ -148,7 +148,10 @@ def test_dtypes_and_devices(trained):
     model.to(torch.bfloat16).to(torch.float32)
     assert torch.equal(model.transformer_blocks[0].attn.to_q.int8.scales, scales)
     assert model.get_memory_footprint() < 0.6 * trained.get_memory_footprint()
-    with pytest.raises(NotImplementedError, match="a model in 8 bits stays on the CPU"):
+    with pytest.raises(ValueError, match="to: a model in 8 bits stays on the CPU, got xpu"):
+        model.to("xpu")  # before any part of it is moved
+    assert all(p.device.type == "cpu" for p in model.parameters())
+    with pytest.raises(ValueError, match="to: a model in 8 bits stays on the CPU, got cuda"):
         model.transformer_blocks[0].attn.to_q._apply(lambda t: SimpleNamespace(device=torch.device("cuda:0")))
 
 

@@ -25,7 +25,7 @@ from qwen_image_fast.checkpoint import (
 )
 from qwen_image_fast.folders import read_json
 from qwen_image_fast.keywords import check_saving, check_visible, keyword_names, one_device, one_dtype, refuse
-from qwen_image_fast.models.int8_linear import check_precision, read_int8_layers
+from qwen_image_fast.models.int8_linear import check_place, check_precision, read_int8_layers
 from qwen_image_fast.weights.formats import Opened, check_part, open_weights
 from qwen_image_fast.weights.places import single_file
 
@@ -83,10 +83,11 @@ class PretrainedModel(nn.Module):
         return next(self.parameters()).device
 
     def to(self, *args, **kwargs):
-        """As `torch.nn.Module.to`. ValueError for a GPU where torch sees none."""
+        """As `torch.nn.Module.to`. ValueError for a GPU where torch sees none, and for one with a model in 8 bits."""
         for device in (*args[:1], kwargs.get("device")):
             if isinstance(device, (str, torch.device)):
                 check_visible("to", device)
+                check_place(self, torch.device(device))
         return super().to(*args, **kwargs)
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

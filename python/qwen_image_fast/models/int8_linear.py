@@ -101,8 +101,7 @@ class Int8Linear(nn.Linear):
         return _int8.rotated(weight.values().float() * weight.scales[:, None], self.group)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        if (device := fn(torch.empty(0)).device).type not in ("cpu", "meta"):
-            raise NotImplementedError(f"a model in 8 bits stays on the CPU, got {device}: load it without precision")
+        check_place(self, fn(torch.empty(0)).device)
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -144,6 +143,12 @@ def quantised(weight: Tensor) -> Int8Weight:
     group = _int8.group_of(weight.shape[1])
     values, scales = int8_rows(weight.detach(), group)
     return Int8Weight.of(_int8.from_tiles(values, *weight.shape), scales, group)
+
+
+def check_place(model: nn.Module, device: torch.device) -> None:
+    """ValueError where a model with layers in 8 bits would be moved to a device that they have no kernels for."""
+    if device.type not in ("cpu", "meta") and any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise ValueError(f"to: a model in 8 bits stays on the CPU, got {device}: load it without precision")
 
 
 def check_precision(where: str, precision: str | None, device: str | torch.device) -> None:
