@@ -298,4 +298,6 @@ def test_memory_peak_while_loading(tmp_path):
     assert run.returncode == 0, run.stderr
     ratios = {line: float(line.split()[-1]) for line in run.stdout.splitlines()}
     assert len(ratios) == 3
+    mapped = ratios.pop(next(line for line in ratios if line.startswith("bfloat16 bfloat16")))
+    assert mapped < 0.1  # its pages are read when they are used
     assert all(0.95 < ratio < 1.2 for ratio in ratios.values()), ratios

@@ -15,7 +15,7 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,7 @@ from qwen_image_fast.files import atomic_write_all
 from qwen_image_fast.folders import PathLike, read_json, resolve_folder
 from qwen_image_fast.tensor_files import DTYPE_NAMES, tensor_writer
 from qwen_image_fast.weights.formats import Opened, open_weights
+from qwen_image_fast.weights.memory import check_fits, need_of
 from qwen_image_fast.weights.reading import read_weights
 from qwen_image_fast.weights.stored import Weight, is_floating
 
@@ -150,11 +151,15 @@ def load_state_into(
     strict: bool = True,
     part: str | None = None,
     convert: Callable[[nn.Module, dict[str, Weight]], dict[str, Weight]] | None = None,
+    mapped: bool = True,
+    later: Collection[str] = (),
 ) -> None:
     """Give `model`, built on the meta device, the weights of `files`, on `device`; formats: weights/formats.py.
 
     Floating-point tensors become `dtype`; None keeps each as stored, but makes all bfloat16 where any is quantised.
-    Besides the result, the host holds some 16 MB, and some 40 MB where weights are decoded.
+    Besides the result, the host holds some 16 MB, and some 40 MB where weights are decoded. `mapped`: large weights
+    that stay on the CPU as they are stored are pages of the files, which the system reads when they are used. `later`:
+    names that are left on the meta device.
     Names, shapes and kinds are compared before anything is read: ValueError lists what is missing, unexpected or of
     another shape. `strict=False` passes over names that the model does not have, and lets a name be missing where the
     model already has a value. A buffer that is not stored must be made in the constructor with an explicit device
@@ -165,18 +170,26 @@ def load_state_into(
     opened = files if isinstance(files, Opened) else open_weights(files, part)
     check_fit(model, opened.weights, strict)
     wanted = model.state_dict().keys()
-    taken = {name: weight for name, weight in opened.weights.items() if name in wanted}
+    taken = {name: weight for name, weight in opened.weights.items() if name in wanted and name not in later}
     dtype = opened.dtype(dtype)
-    if convert is not None:
+    if convert is None:
+        check_fits({part or type(model).__name__: need_of(taken.values(), dtype, device)}, device)
+    else:
         taken = convert(model, taken)
-    tensors = read_weights(taken, dtype, device)
+    tensors = read_weights(taken, dtype, device, mapped)
     model.load_state_dict(tensors, strict=False, assign=True)
-    if left := [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]:
+    places = [*model.named_parameters(), *model.named_buffers()]
+    if left := [name for name, t in places if t.is_meta and name not in later]:
         raise ValueError(
             f"load_state_into: {type(model).__name__} still has no values for {_some(left)}: add them to the files, or "
             'create buffers that are not stored with an explicit device, as in torch.arange(n, device="cpu")'
         )
-    model.to(device)
+    if not later:
+        model.to(device)
+        return
+    for module in model.modules():  # `to` does not know what to do with parameters that have no values
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
 def check_fit(model: nn.Module, entries: Mapping[str, Weight], strict: bool = True) -> None:

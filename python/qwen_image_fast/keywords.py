@@ -25,7 +25,7 @@ ELSEWHERE = {
     "force_download": "remove the repository from the hub's cache, or pass another cache_dir",
     "proxies": "the hub's client takes them from HTTPS_PROXY",
     "output_loading_info": "weights that are missing, unexpected or of another shape are errors",
-    "disable_mmap": "files are read in pieces and never mapped",
+    "disable_mmap": "large weights that stay on the CPU as they are stored are mapped, others are read in pieces",
     "use_onnx": "only safetensors files are read",
     "from_flax": "only safetensors files are read",
     "use_flashpack": "only safetensors files are read",

@@ -1,15 +1,18 @@
 """One safetensors file: its header, its tensors, and writing it.
 
-Tensors are read with plain reads into memory of their own, not through a mapping of the file: mapped pages would count
-on top of the copies while loading, and one mapping behind all tensors could not be given back when part of a model is
-freed. Format: https://github.com/huggingface/safetensors.
+A large tensor that stays on the CPU in its stored type is mapped, each by itself, so that parts of a model can be given
+back; whatever is converted, or goes to an accelerator, is read in pieces, as mapped pages would count on top of the
+copies. Format: https://github.com/huggingface/safetensors.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
+import mmap
 import os
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +36,7 @@ OTHERS = {
 }  # fmt: skip
 CONVERT = "where you trust it, convert it: safetensors.torch.save_file(torch.load(file, weights_only=True), new_file)"
 READERS = 4  # threads; one alone is bound by the copy out of the page cache
+SMALLEST_MAPPED = 1 << 18  # bytes; a mapping takes whole pages, and its first access a fault
 STAGING_BYTES = 4 << 20  # what each holds on the host besides the result, to convert or to copy to an accelerator
 
 
@@ -88,9 +92,20 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
         return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__") or {}
 
 
-def read_tensors(entries: Mapping[str, Entry], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
-    """The tensors on `device`, floating-point ones as `dtype` (None: as stored)."""
+def is_mapped(entry: Entry, dtype: torch.dtype | None, device: torch.device) -> bool:
+    """Whether `read_tensors` maps it: a large tensor that stays as it is stored, on the CPU."""
+    kept = dtype in (None, entry.dtype) or not entry.dtype.is_floating_point
+    aligned = entry.start % entry.dtype.itemsize == 0
+    return device.type == "cpu" and kept and aligned and entry.nbytes >= SMALLEST_MAPPED
+
+
+def read_tensors(
+    entries: Mapping[str, Entry], dtype: torch.dtype | None, device: torch.device, mapped: bool = False
+) -> dict[str, Tensor]:
+    """The tensors on `device`, floating-point ones as `dtype` (None: as stored); `mapped`: those of `is_mapped` are."""
     tensors: dict[str, Tensor] = {}
+    places = {name: entry for name, entry in entries.items() if mapped and is_mapped(entry, dtype, device)}
+    entries = {name: entry for name, entry in entries.items() if name not in places}
     # Few buffers for all: allocated for each tensor, they would leave holes between the tensors that stay.
     free: SimpleQueue[Tensor] = SimpleQueue()
     for _ in range(READERS):
@@ -105,7 +120,37 @@ def read_tensors(entries: Mapping[str, Entry], dtype: torch.dtype | None, device
             reads.append(pool.submit(_read, entry, tensors[name], free if staged else None))
         for read in reads:
             read.result()
-    return tensors
+    return tensors | {name: map_tensor(entry) for name, entry in places.items()}
+
+
+def _system() -> ctypes.CDLL:
+    """The C library: Python's own `mmap` keeps a file open for each mapping, of which a process may have a thousand."""
+    library = ctypes.CDLL(None, use_errno=True)
+    library.mmap.restype = ctypes.c_void_p
+    library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+    library.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return library
+
+
+def map_tensor(entry: Entry) -> Tensor:
+    """The tensor as pages of its file, read when they are first used; what is written to it stays in this process.
+
+    The pages are given back with the tensor. The system may take them while memory is short and reads them again. A
+    file that is cut off while it is mapped ends the process; replaced as a whole, as our writers do, it is harmless.
+    """
+    before = entry.start % mmap.ALLOCATIONGRANULARITY
+    system, length = _system(), entry.nbytes + before
+    with open(entry.path, "rb") as file:
+        if os.fstat(file.fileno()).st_size < entry.start + entry.nbytes:
+            raise OSError(f"read_tensors: {file.name} became shorter while it was read; load it again")
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        area = system.mmap(None, length, protection, mmap.MAP_PRIVATE, file.fileno(), entry.start - before)
+    if area == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), f"{entry.path} could not be mapped: {os.strerror(ctypes.get_errno())}")
+    buffer = (ctypes.c_uint8 * entry.nbytes).from_address(area + before)
+    weakref.finalize(buffer, system.munmap, area, length)
+    with torch.inference_mode(False):
+        return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
 
 
 def _read(entry: Entry, out: Tensor, free: SimpleQueue[Tensor] | None) -> None:

@@ -20,7 +20,8 @@ from vae_harness import (
 )
 
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
-from qwen_image_fast.models.vae_tiling import parse_bytes, strip_rows
+from qwen_image_fast.models.vae_tiling import strip_rows
+from qwen_image_fast.weights.memory import parse_bytes
 
 # --- strips -------------------------------------------------------------------------------------------------------
 

@@ -130,11 +130,12 @@ class PretrainedModel(nn.Module):
 
         `torch_dtype` and `dtype` are one argument under two names: the type of the floating-point weights, by default
         as stored; so are `device` and `device_map`. `variant="fp16"` reads
-        `diffusion_pytorch_model.fp16.safetensors`. The weights are read once, into their final place: memory peaks at
-        the model's size, with any `low_cpu_mem_usage`. `precision="int8"`, of transformers on CPUs, makes the blocks'
-        large layers compute in 8 bits (docs/quantization.md): an approximation. Errors: FileNotFoundError for what is
-        not there, ValueError for a configuration of another class, damaged files, weights that do not fit the
-        configuration, or a precision that cannot be had; TypeError for an unknown keyword.
+        `diffusion_pytorch_model.fp16.safetensors`. Large weights that stay on the CPU as they are stored are pages of
+        the file, read when they are used; others are read once, into their final place: memory peaks at the model's
+        size, with any `low_cpu_mem_usage`. `precision="int8"`, of transformers on CPUs, makes the blocks' large layers
+        compute in 8 bits (docs/quantization.md): an approximation. Errors: FileNotFoundError for what is not there,
+        ValueError for a configuration of another class, damaged files, weights that do not fit the configuration, or a
+        precision that cannot be had; TypeError for an unknown keyword.
         """
         refuse("from_pretrained", unknown, keyword_names(cls.from_pretrained))
         dtype, device = one_dtype(torch_dtype, dtype), one_device(device, device_map, use_safetensors)

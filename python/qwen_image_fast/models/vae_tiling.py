@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Full-resolution images of a strip's height alive at once: six (a block's input, its rows with those kept from before,
 # the same of the hidden image, its result and the next), and what malloc keeps in pieces of other sizes; measured.
 _STRIP_IMAGES = 20
@@ -17,20 +15,6 @@ _STRIP_IMAGES = 20
 _OVERHEAD = 64 << 20
 # Images of the middle block alive at once in its attention: input, norm, q, k, v, result, its projection; and one more.
 _MIDDLE_IMAGES = 8
-
-
-def parse_bytes(limit: int | str) -> int:
-    """Bytes from a number or "4GB", "512 MiB".
-
-    Raises:
-        ValueError: neither, or not positive.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", limit.upper()) if isinstance(limit, str) else None
-    if found:
-        limit = int(float(found[1]) * _UNITS[found[2] or ""])
-    if not isinstance(limit, int) or isinstance(limit, bool) or limit <= 0:
-        raise ValueError(f"memory_limit must be a positive number of bytes or a string like '4GB', got {limit!r}")
-    return limit
 
 
 def strip_rows(config: Mapping[str, Any], height: int, width: int, element: int, limit: int) -> int | None:

@@ -20,15 +20,19 @@ from qwen_image_fast.weights.stored import JoinedWeight, Part, StoredWeight, Wei
 CHUNK = 1 << 18  # values decoded together: with what decoding needs besides, a few MB
 
 
-def read_weights(weights: Mapping[str, Weight], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
+def read_weights(
+    weights: Mapping[str, Weight], dtype: torch.dtype | None, device: torch.device, mapped: bool = False
+) -> dict[str, Tensor]:
     """The weights on `device`, floating-point ones as `dtype`; None: plain tensors as stored, the others bfloat16.
+
+    `mapped`: large ones that are neither converted nor moved are pages of their files (tensor_files.py).
 
     Raises:
         ValueError: a quantised weight is not finite.
         OSError: a file became shorter.
     """
     plain = {name: weight for name, weight in weights.items() if isinstance(weight, Entry)}
-    tensors = read_tensors(plain, dtype, device)
+    tensors = read_tensors(plain, dtype, device, mapped)
     with ThreadPoolExecutor(READERS) as pool:
         reads = []
         for name, weight in weights.items():
