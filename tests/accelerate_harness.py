@@ -11,9 +11,9 @@ CONFIG = {
 }  # fmt: skip
 
 
-def small_transformer():
+def small_transformer(**changes):
     torch.manual_seed(0)
-    model = diffusers.QwenImageTransformer2DModel(**CONFIG).eval()
+    model = diffusers.QwenImageTransformer2DModel(**{**CONFIG, **changes}).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3 if p.dim() == 1 else p.shape[-1] ** -0.5)
     return model

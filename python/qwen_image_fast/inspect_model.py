@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -22,8 +23,10 @@ from rich.text import Text
 
 from qwen_image_fast.checkpoint import BASE_NAME, find_weights
 from qwen_image_fast.folders import local_folder, read_json, resolve_folder
+from qwen_image_fast.pipelines.residence import plan_for, used_weights
 from qwen_image_fast.tensor_files import DTYPES, Entry, read_header
 from qwen_image_fast.weights.formats import Opened, open_weights, parts_in
+from qwen_image_fast.weights.plan import Plan
 from qwen_image_fast.weights.stored import Weight, is_floating
 
 GPU_SIZES = (8, 12, 16, 24, 48, 80, 141)
@@ -78,6 +81,7 @@ class Part:
     runs: str = ""
     bf16: int = 0
     groups: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
     problem: str | None = None
 
 
@@ -110,6 +114,24 @@ class Model:
         totals = {"all": sum(sizes), "all_freed": sum(freed), "one": max(sizes, default=0)}
         totals["one_freed"] = max(freed, default=0)
         return {way: size / GB + margin_gb for way, size in totals.items()}
+
+    def plan(self, limit: int, dtype: torch.dtype) -> Plan:
+        """What stays under a limit of bytes on a CPU, and what is streamed, as a pipeline of this model loads it.
+
+        Raises:
+            ValueError: the limit is too small.
+        """
+        known = {PART_OF_CLASS.get(part.class_name, part.name): part for part in self.parts if part.weights}
+        used = {name: used_weights(part.weights, name, self.uses_vision, False) for name, part in known.items()}
+        return plan_for(used, dict.fromkeys(used, dtype), torch.device("cpu"), limit)
+
+
+def plan_table(plan: Plan, dtype: str) -> Table:
+    table = Table("what", title=f"Under {size_text(plan.limit)}, in {dtype}", title_justify="left")
+    table.add_column("bytes")
+    for row in plan.rows():
+        table.add_row(*row)
+    return table
 
 
 def inspect_model(name_or_path: str | os.PathLike) -> Model:
@@ -226,7 +248,7 @@ def _count(part: Part, opened: Opened) -> None:
         disk[weight.kind] += weight.nbytes
         if patterns:
             groups[next((g for g, pattern in patterns.items() if re.search(pattern, name)), rest)] += size
-    part.disk, part.groups = dict(disk), dict(groups)
+    part.disk, part.groups, part.weights = dict(disk), dict(groups), opened.weights
     kinds = sorted({weight.kind for weight in opened.weights.values() if is_floating(weight)})
     part.runs = "bfloat16 (decoded)" if opened.quantised else ", ".join(kinds)
 

@@ -15,8 +15,8 @@ F = TypeVar("F", bound=Callable)
 HUB = ("revision", "cache_dir", "token", "local_files_only")
 # What diffusers' `from_pretrained` takes besides, and why this package's does not.
 ELSEWHERE = {
-    "max_memory": "weights go straight to one device, device=",
-    "offload_folder": "weights go straight to one device, device=",
+    "max_memory": "memory_limit= says what the device may hold",
+    "offload_folder": "memory_limit= streams what does not fit from the files as they are",
     "offload_state_dict": "weights go straight to one device, device=",
     "quantization_config": "weights are read as floating point; quantise the layers of a loaded model",
     "custom_pipeline": "no code is loaded from a folder or repository",

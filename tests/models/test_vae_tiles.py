@@ -21,7 +21,7 @@ from vae_harness import (
 
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.models.vae_tiling import strip_rows
-from qwen_image_fast.weights.memory import parse_bytes
+from qwen_image_fast.sizes import parse_bytes
 
 # --- strips -------------------------------------------------------------------------------------------------------
 

@@ -54,7 +54,7 @@ REFUSED = {
     "dtype must be a floating-point torch dtype": (ValueError, {"dtype": {"vae": "bfloat16"}}),
     "use_safetensors must not be False: pickled weights are never read": (ValueError, {"use_safetensors": False}),
     "device_map must be one device for all weights, got 'balanced'": (ValueError, {"device_map": "balanced"}),
-    "max_memory has no use here: weights go straight to one device": (TypeError, {"max_memory": {0: "4GB"}}),
+    "max_memory has no use here: memory_limit= says what the device may hold": (TypeError, {"max_memory": {0: "4GB"}}),
     "offload_folder has no use here": (TypeError, {"offload_folder": "x"}),
     "quantization_config has no use here: weights are read as floating point": (TypeError, {"quantization_config": 1}),
     "from_pretrained: torch_type is not an argument; did you mean torch_dtype": (TypeError, {"torch_type": BF16}),

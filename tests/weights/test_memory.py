@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from qwen_image_fast.models.base import PretrainedModel, record_config
+from qwen_image_fast.sizes import parse_bytes
 from qwen_image_fast.tensor_files import SMALLEST_MAPPED, read_header, read_tensors
 from qwen_image_fast.weights import memory
 from qwen_image_fast.weights.formats import open_weights
-from qwen_image_fast.weights.memory import Need, check_fits, need_of, parse_bytes
+from qwen_image_fast.weights.memory import Need, check_fits, need_of
 
 CPU = torch.device("cpu")
 SIDE = 512  # a float32 matrix of it is a MiB
@@ -110,8 +111,8 @@ def test_what_weights_need(wide, dtype, own, mapped):
 def test_what_does_not_fit_is_said_before_it_is_read(wide, monkeypatch, caplog):
     _, folder = wide
     monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * SIDE**2 * 2)
-    with pytest.raises(ValueError, match=r'^the weights must fit: 1.1 MB \(Wide 1.1 MB\), but 1.0 MB of memory is free; '
-                       r'load the pipeline with memory_limit="1GB" \(--memory\), which streams'):  # fmt: skip
+    sentence = r"^the weights must fit: 1.1 MB \(Wide 1.1 MB\), but 1.0 MB of memory is free; load the pipeline with "
+    with pytest.raises(ValueError, match=sentence + r'memory_limit="1GB" \(--memory\), which streams'):
         Wide.from_pretrained(folder, torch_dtype=torch.bfloat16)
     with caplog.at_level(logging.WARNING):
         Wide.from_pretrained(folder)  # mapped: it runs

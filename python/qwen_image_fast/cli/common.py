@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwen_image_fast.cli.errors import CommandError, out
+from qwen_image_fast.sizes import parse_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,11 @@ def torch_dtype(name: str) -> torch.dtype:
 
     check_dtype(name)
     return getattr(torch, name)
+
+
+def memory_bytes(text: str) -> int:
+    """Of --memory; ValueError for what is no size."""
+    return parse_bytes(text, "--memory")
 
 
 def check_device(name: str) -> None:

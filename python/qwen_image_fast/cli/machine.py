@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qwen_image_fast.cli.common import DTYPE_HELP, JSON, check_dtype, print_json, torch_dtype
+from qwen_image_fast.cli.common import DTYPE_HELP, JSON, check_dtype, memory_bytes, print_json, torch_dtype
 from qwen_image_fast.cli.errors import BAD_INPUT, FAILED, CommandError, failing, out, plain, print_error
 from qwen_image_fast.cli.progress import Progress
 
@@ -25,10 +25,16 @@ def inspect(
         float | None,
         typer.Option(min=0, help="GB allowed for activations in the table of what fits.", show_default="3"),
     ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Also the plan under such a limit, as 20GB: what stays and what is streamed.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help=f"With --memory: of the weights, {DTYPE_HELP}")] = "bfloat16",
     as_json: JSON = False,
 ) -> None:
     """Say what a model holds and which cards it fits, or what a picture was made with and how to repeat it."""
     if (path := Path(what).expanduser()).suffix.lower() in PICTURES and not path.is_dir():
+        if memory is not None:
+            raise CommandError("--memory has no effect on a picture; name a model")
         from qwen_image_fast.cli.show import show
 
         show(path, as_json)
@@ -44,15 +50,21 @@ def inspect(
         if other := inspect_file.other_file(what):
             description = inspect_file.describe(other)
         else:
+            limit = None if memory is None else memory_bytes(memory)
             found = inspect_model.inspect_model(what)
+            plan = None if limit is None else found.plan(limit, torch_dtype(dtype))
     if other:
+        if memory is not None:
+            raise CommandError("--memory has no effect on such a file; name a model")
         _show(description, as_json)
         return
     margin = inspect_model.MARGIN_GB if margin is None else margin
     if as_json:
-        print_json(inspect_model.as_json(found, margin))
+        print_json(inspect_model.as_json(found, margin) | ({} if plan is None else {"plan": dict(plan.rows())}))
     else:
         out.print(inspect_model.render(found, margin))
+        if plan is not None:
+            out.print(inspect_model.plan_table(plan, dtype))
     for problem in found.problems:
         print_error(problem)
     if found.problems:

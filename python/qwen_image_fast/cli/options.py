@@ -42,6 +42,9 @@ class Run:
     )
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU, if we have kernels.")] = "auto"
     free_modulation: Annotated[bool, typer.Option("--free-modulation", help="Free these weights once used.")] = False
+    memory: Annotated[
+        str | None, typer.Option(help="What the process, or the GPU, may hold, as 20GB; what does not fit is streamed.")
+    ] = None
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the files only, one per line.")] = False
     as_json: JSON = False
 

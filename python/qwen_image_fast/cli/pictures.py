@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_image_fast import __version__
 from qwen_image_fast.cli import common
+from qwen_image_fast.cli.common import memory_bytes
 from qwen_image_fast.cli.errors import BAD_INPUT, FAILED, CommandError, failing, is_out_of_memory
 from qwen_image_fast.cli.options import COMMAND_OF, KINDS_OF, Run, command, flag, kind_of, named, positional
 from qwen_image_fast.cli.threads import share_or_not
@@ -36,7 +37,7 @@ def draw(name: str, given: dict[str, Any], run: Run) -> None:
         less = ["a smaller --size"] if "width" in fields else []
         less += [f"fewer {flag('images')}"] if given.get("images", 1) > 1 else []
         less += ["a smaller --batch"] if run.batch > 1 else []
-        less += [] if run.free_modulation else ["--free-modulation"]
+        less += [] if run.free_modulation or run.memory else ["--free-modulation", "--memory"]
         advice = f"; {' or '.join(less)} needs less" if less else ""
         raise CommandError(f"out of memory{advice} ({error})", FAILED) from error
 
@@ -129,6 +130,9 @@ def _check_given(name: str, kind: str, given: dict[str, Any], stored: dict[str, 
         if field not in cls.model_fields and field != "size":
             needed = next(KINDS[k].inputs[0] for k in KINDS_OF[name] if field in KINDS[k].model_fields)
             raise CommandError(f"{flag(field)} has no effect without {flag(needed)}")
+    if run.memory is not None:
+        with failing(BAD_INPUT, ValueError):
+            memory_bytes(run.memory)
     if run.compare and not cls.inputs:
         raise CommandError("--compare has no effect without a picture that goes in")
     if run.batch > 1 and run.prompts_file is None:
@@ -214,6 +218,7 @@ def _load(request: Request, opened: Mapping[str, Any], class_name: str, run: Run
         with failing(BAD_INPUT, ValueError):
             check_precision("--precision", request.precision, device)
         parts["precision"] = request.precision
+    parts |= {} if run.memory is None else {"memory_limit": memory_bytes(run.memory)}
     pipe = load(request.model, **place, free_modulation_weights=run.free_modulation, **parts)
     with failing(BAD_INPUT, ValueError, FileNotFoundError):
         adapters = {pipe.load_lora_weights(lora.name): lora.scale for lora in request.lora}

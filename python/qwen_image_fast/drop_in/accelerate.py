@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from torch import nn
 
+from qwen_image_fast.drop_in.memory import restore_parts, said, stream_parts, streaming_device
 from qwen_image_fast.drop_in.obstacle import obstacle
 from qwen_image_fast.drop_in.pipeline import add_text_hook, remove_text_hook
 from qwen_image_fast.drop_in.precision import compute_in_8_bits, put_back
@@ -27,6 +28,7 @@ from qwen_image_fast.extras import needed_for
 from qwen_image_fast.keywords import hinted
 from qwen_image_fast.models.int8_linear import check_precision
 from qwen_image_fast.models.vae_conv import Convolution
+from qwen_image_fast.sizes import parse_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,12 @@ OLDEST_DIFFUSERS = (0, 37)  # as in pyproject.toml; transformers of before have 
 
 
 @hinted
-def accelerate(pipe: Any, convolution: Convolution = "auto", precision: str | None = None) -> Report:
+def accelerate(
+    pipe: Any,
+    convolution: Convolution = "auto",
+    precision: str | None = None,
+    memory_limit: int | str | None = None,
+) -> Report:
     """Make a diffusers Qwen-Image pipeline faster in place; the images stay the same up to rounding.
 
     Args:
@@ -43,6 +50,8 @@ def accelerate(pipe: Any, convolution: Convolution = "auto", precision: str | No
             "exact", directly everywhere.
         precision: "int8" lets the transformer's large layers compute in 8 bits on a CPU (docs/quantization.md): an
             approximation. The pipeline's own stay in memory, or in the file that diffusers mapped, until `restore`.
+        memory_limit: bytes or "20GB" of the GPU: the pipeline is put there, and blocks that do not fit are streamed
+            from pinned memory of the host (docs/memory.md). Not yet run on a GPU. Load LoRAs before.
 
     Returns:
         What was replaced, and what was left alone and why. Parts that are accelerated already are listed as such; of
@@ -51,9 +60,12 @@ def accelerate(pipe: Any, convolution: Convolution = "auto", precision: str | No
     Raises:
         ImportError: diffusers is not installed, or too old.
         TypeError: `pipe` is something else.
-        ValueError: `convolution` is neither; `precision` is unknown, or cannot be had for this pipeline.
+        ValueError: `convolution` is neither; `precision` is unknown, or cannot be had for this pipeline; `memory_limit`
+            is too small, or there is no GPU.
     """
     _require_diffusers()
+    if memory_limit is not None:
+        limit, device = parse_bytes(memory_limit), streaming_device()
     if convolution not in get_args(Convolution):
         raise ValueError(f"accelerate: convolution must be 'auto' or 'exact', got {convolution!r}")
     parts = _parts(pipe)
@@ -68,6 +80,8 @@ def accelerate(pipe: Any, convolution: Convolution = "auto", precision: str | No
                     module.convolution = convolution
         if name == "transformer" and precision is not None:
             compute_in_8_bits(part, report)
+    if memory_limit is not None:
+        report.replaced += said(stream_parts(_models(pipe, parts), limit, device))
     if getattr(pipe, "controlnet", None) is not None:
         report.left_alone.append(("controlnet", "there is no faster version of it here"))
     return report
@@ -80,7 +94,8 @@ def restore(pipe: Any) -> None:
     """
     _require_diffusers()
     parts = _parts(pipe)
-    changed = [put_back(part) for name, part in parts.items() if name == "transformer"]
+    streamed = restore_parts(_models(pipe, parts))
+    changed = [streamed, *(put_back(part) for name, part in parts.items() if name == "transformer")]
     changed += [unswap(module) for part in parts.values() for module in _modules(part)]
     if "pipeline" in parts:
         changed.append(remove_text_hook(_unwrap(getattr(pipe, "text_encoder", None))))
@@ -123,6 +138,12 @@ def _parts(pipe: Any) -> dict[str, Any]:
         "accelerate: pipe must be a diffusers Qwen-Image pipeline, or its transformer or VAE, "
         f"got {type(pipe).__module__}.{type(pipe).__name__}"
     )
+
+
+def _models(pipe: Any, parts: dict[str, Any]) -> dict[str, nn.Module]:
+    """All models of a pipeline, or the one that was given."""
+    found = {**getattr(pipe, "components", {}), **parts}
+    return {name: _unwrap(part) for name, part in found.items() if isinstance(_unwrap(part), nn.Module)}
 
 
 def _unwrap(module: Any) -> Any:

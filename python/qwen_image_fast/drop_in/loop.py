@@ -102,6 +102,8 @@ def modulation_weights(transformer: Any) -> list[Tensor] | None:
         if type(linear) not in (nn.Linear, nn.Embedding) or "forward" in linear.__dict__ or linear._forward_hooks:
             return None
         weights += [w for w in linear._parameters.values() if w is not None]
+    if transformer.streamed is not None:  # those that are streamed cannot be written to
+        weights = [w for w in weights if not w.is_meta]
     if any(type(w) is not nn.Parameter or w.is_meta or w.device != weights[0].device for w in weights):
         return None
     return weights

@@ -48,6 +48,8 @@ class FastTransformer(Swapped, TransformerForward):
         arguments = (encoder_hidden_states, encoder_hidden_states_mask, timestep, img_shapes, guidance,
                      attention_kwargs, controlnet_block_samples, additional_t_cond)  # fmt: skip
         if why := obstacle(self, hidden_states):
+            if self.streamed is not None:
+                raise RuntimeError(f"weights that are streamed need the fast forward, which may not run: {why}")
             if not torch.compiler.is_compiling() and self.__dict__.get("_said") != why:
                 self._said = why
                 logger.warning("the transformer runs diffusers' own forward: %s", why)
@@ -80,11 +82,7 @@ class FastTransformer(Swapped, TransformerForward):
 
     def modulation(self, timestep: Tensor, additional_t_cond: Tensor | None = None) -> Modulation:
         """In the dtype of `timestep`: a weight may be stored in another one."""
-        temb = F.silu(self.time_text_embed(timestep, timestep, additional_t_cond))
-        blocks = self.transformer_blocks
-        img = [block.img_mod[1](temb) for block in blocks]
-        txt = [block.txt_mod[1](temb) for block in blocks]
-        return Modulation(img, txt, self.norm_out.linear(temb))
+        return self.block_modulation(F.silu(self.time_text_embed(timestep, timestep, additional_t_cond)))
 
     def modulation_of(self, timestep: Tensor, additional_t_cond: Tensor | None) -> Modulation:
         """Inside of a pipeline all samples are at the same time step: one row, kept for the next call of that step."""

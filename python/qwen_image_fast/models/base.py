@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from qwen_image_fast.checkpoint import (
 from qwen_image_fast.folders import read_json
 from qwen_image_fast.keywords import check_saving, check_visible, keyword_names, one_device, one_dtype, refuse
 from qwen_image_fast.models.int8_linear import check_place, check_precision, read_int8_layers
+from qwen_image_fast.models.streaming import refuse_moves
 from qwen_image_fast.weights.formats import Opened, check_part, open_weights
 from qwen_image_fast.weights.places import single_file
 
@@ -71,6 +72,7 @@ class PretrainedModel(nn.Module):
     config_name = "config.json"
     weights_name = "diffusion_pytorch_model"
     weight_files: Sequence[Path] = ()  # where the weights were read from
+    streamed: Any = None  # weights that are read when they are used (models/streaming.py)
     # What it is to a pipeline, and whose names of tensors are read for ours (weights/names.py).
     part: str | None = None
 
@@ -224,11 +226,15 @@ class PretrainedModel(nn.Module):
         device: torch.device,
         opened: Opened | None = None,
         precision: str | None = None,
+        loader: Callable = load_state_into,
     ) -> Model:
+        """`loader`: what gives the model its weights; what it returns is the model's `streamed`."""
         opened = opened or open_weights(files, cls.part)
         model = cls.empty({**config, **({"zero_cond_t": True} if opened.zero_cond_t else {})})
         convert = None if precision is None else read_int8_layers
-        load_state_into(model, opened, dtype=dtype, device=device, convert=convert)
+        model.streamed = loader(model, opened, dtype=dtype, device=device, part=cls.part, convert=convert)
+        if model.streamed is not None:
+            refuse_moves(model)
         model.weight_files = files
         return model.eval()
 
@@ -264,6 +270,9 @@ class PretrainedModel(nn.Module):
         `safe_serialization=False`, which would be pickles.
         """
         check_saving(safe_serialization, push_to_hub)
+        if self.streamed is not None:
+            where = ", ".join(map(str, self.weight_files))
+            raise ValueError(f"save_pretrained: weights that are streamed are not saved; they are those of {where}")
         if not is_main_process:
             return
         config = json_bytes({"_class_name": type(self).__name__, **self.config})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -115,8 +115,18 @@ class LoraAdapters:
         touched = {layer for name in (*self.weights, *weights) for layer in self.loaded[name]}
         self.weights, self.resting = dict(weights), {}
         self._need(touched)
-        for path in touched:
+        for path in self._in_memory(touched):
             self._mix(path)
+
+    def _in_memory(self, paths: Collection[str]) -> Iterator[str]:
+        """The layers, those with DoRA, which looks at the weight, while it is in memory."""
+        dora = {p for p in paths if any((a := own.get(p)) and a.magnitude is not None for own in self.loaded.values())}
+        yield from set(paths) - dora
+        for model, prefix in ((self.text_encoder, TEXT_ENCODER), (self.model, "")):
+            own = {path.removeprefix(prefix) for path in dora if path.startswith(TEXT_ENCODER) == bool(prefix)}
+            streamed = getattr(model, "streamed", None)
+            for group in [list(own)] if streamed is None else streamed.in_units(own):
+                yield from (prefix + path for path in group)
 
     def disable(self) -> None:
         """Make none active until `enable`."""
@@ -150,6 +160,11 @@ class LoraAdapters:
     def fuse(self, scale: float = 1.0, names: Sequence[str] | None = None) -> None:
         """Add active adapters, times `scale`, to the weights: in float32, with one rounding to the weights' type."""
         self._check(names or (), self.weights)
+        if any(getattr(model, "streamed", None) is not None for model in (self.model, self.text_encoder)):
+            raise ValueError(
+                "fuse_lora: weights that are streamed are not changed; leave the adapters beside them, or load the "
+                "model without memory_limit"
+            )
         fused = {n: w * scale for n, w in self.weights.items() if names is None or n in names}
         for path in {path for name in fused for path in self.loaded[name]}:
             if isinstance(self._layer(path), Int8Linear):
@@ -261,7 +276,7 @@ class LoraAdapters:
         if not linear:
             self._shift(layer, path, active)
         elif active:
-            layer.mix = mixed(active, _weight_of(layer, active))
+            layer.mix = mixed(active, _weight_of(layer, active, self.model.proj_out.weight.device))
             layer.__class__ = LoraInt8Linear if isinstance(layer, Int8Linear) else LoraLinear
         else:
             layer.__dict__.pop("mix", None)
@@ -279,10 +294,11 @@ class LoraAdapters:
             norm.weight = nn.Parameter(total.to(norm.weight.dtype), requires_grad=norm.weight.requires_grad)
 
 
-def _weight_of(layer: Any, active: Sequence[tuple[Adapter, float]]) -> Tensor:
-    """The weight that adapters change; of a layer in 8 bits its dtype alone where they do not read it."""
+def _weight_of(layer: Any, active: Sequence[tuple[Adapter, float]], device: torch.device) -> Tensor:
+    """The weight that adapters change; of a layer in 8 bits, or one that is streamed to `device`, its dtype alone where
+    they do not read it."""
     if not isinstance(layer, Int8Linear):
-        return layer.weight
+        return layer.weight.new_empty(0, device=device) if layer.weight.is_meta else layer.weight
     dtype = layer.bias.dtype
     read = any(adapter.magnitude is not None for adapter, _ in active)
     return layer.dequantised().to(dtype) if read else torch.empty(0, dtype=dtype)

@@ -106,7 +106,8 @@ def versions(model) -> tuple:
     tensors = [p for layer in modulation_layers(model).values() for p in layer.parameters()]
     tensors += list(model.time_text_embed.parameters())
     written = tuple((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in tensors)
-    return (written, checksum(tensors))
+    # Those that are streamed cannot be written to, and are not in memory now.
+    return (written, checksum([p for p in tensors if not p.is_meta]))
 
 
 def checksum(weights: Sequence[Tensor]) -> tuple[int, ...]:
@@ -127,7 +128,7 @@ def free_modulation_weights(model, table: Modulation) -> int:
     Another schedule reads them again from the folder the model came from; without a folder it raises.
     """
     tables = model.modulation_tables
-    if tables.freed:
+    if tables.freed or model.streamed is not None:  # what is streamed is not there to be released
         return 0
     for name, layer in table_layers(model).items():
         # An adapter of `lora.py`, which has a `mix`, reads the weights again before it changes.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..checkpoint import check_fit, find_weights, load_state_into, read_config
 from ..once import warn_once
 from ..weights.formats import Opened, check_part, open_weights
+from .streaming import refuse_moves, stream_layers
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +187,7 @@ def load_text_encoder(
     vision: bool = True,
     variant: str | None = None,
     files: Sequence[Path] | None = None,
+    loader: Callable = load_state_into,
 ):
     """transformers' `Qwen2_5_VLModel` with the weights of a `text_encoder/` folder; without the language-model head.
 
@@ -199,6 +201,7 @@ def load_text_encoder(
         vision: False leaves out the vision tower (`model.visual` is None), which text-to-image does not use.
         variant: "fp16" reads `model.fp16.safetensors`.
         files: of weights, in place of the folder's: ComfyUI's file, or llama.cpp's with its `mmproj` file.
+        loader: what gives the model its weights; what it returns is the model's `streamed`.
 
     Raises:
         FileNotFoundError: no config, no weights, or a missing shard.
@@ -208,7 +211,12 @@ def load_text_encoder(
     files, opened = _open(folder, vision, variant, files)
     model = empty_text_encoder(folder, vision)
     holder = under_stored_names(model, opened.weights)
-    load_state_into(holder, opened, dtype=torch_dtype, device=device, strict=False)  # passes over the head
+    where = torch.device(device)
+    streamed = loader(holder, opened, dtype=torch_dtype, device=where, strict=False, part="text_encoder")  # no head
+    if streamed is not None:
+        stream_layers(streamed, model.language_model.layers)
+        refuse_moves(model)
+    model.streamed = streamed
     model.weight_files, model.settings_folder = files, folder
     return model.eval()
 

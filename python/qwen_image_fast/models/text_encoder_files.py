@@ -38,6 +38,9 @@ def save_text_encoder(
         whole.save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
         return
     files: list[Path] = getattr(model, "weight_files", [])
+    if getattr(model, "streamed", None) is not None:
+        where = ", ".join(map(str, files))
+        raise ValueError(f"save_pretrained: weights that are streamed are not saved; they are those of {where}")
     source: Path = getattr(model, "settings_folder", folder)
     stored_weights = open_weights(files, "text_encoder").weights
     dtype = next(model.parameters()).dtype

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -67,6 +68,12 @@ class TransformerForward:
     norm_out: Any
     proj_out: Any
     gradient_checkpointing: bool
+    # Weights of units that are read when they are used (models/streaming.py); None: all are in memory.
+    streamed: Any = None
+
+    def unit(self, track: str, i: int) -> AbstractContextManager:
+        """Around what uses the weights of a block: "blocks", or "modulation"."""
+        return nullcontext() if self.streamed is None else self.streamed.unit(track, i)
 
     # ---- modulation ---------------------------------------------------------------------------------------------
 
@@ -74,12 +81,16 @@ class TransformerForward:
         """The vectors of every block at the noise levels `timestep`, [conditions] in [0, 1], in the model's dtype."""
         like = timestep.new_empty(0, dtype=self.proj_out.weight.dtype)
         temb = F.silu(self.time_text_embed(timestep.to(like.dtype), like, additional_t_cond))
-        blocks = self.transformer_blocks
-        return Modulation(
-            [block.img_mod[1](temb) for block in blocks],
-            [block.txt_mod[1](temb) for block in blocks],
-            self.norm_out.linear(temb),
-        )
+        return self.block_modulation(temb)
+
+    def block_modulation(self, temb: Tensor) -> Modulation:
+        """The vectors of silu(temb)."""
+        img, txt = [], []
+        for i, block in enumerate(self.transformer_blocks):
+            with self.unit("modulation", i):
+                img.append(block.img_mod[1](temb))
+                txt.append(block.txt_mod[1](temb))
+        return Modulation(img, txt, self.norm_out.linear(temb))
 
     def sample_modulation(self, timestep: Tensor, additional_t_cond: Tensor | None = None) -> Modulation:
         """The vectors of a batch, [samples] noise levels; with `zero_cond_t` also those of its reference images."""
@@ -141,7 +152,8 @@ class TransformerForward:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 img_s, txt_s = checkpoint(keeping_choices(self.run_block), *args, use_reentrant=False)
             else:
-                img_s, txt_s = self.run_block(*args)
+                with self.unit("blocks", i):
+                    img_s, txt_s = self.run_block(*args)
             if controlnet_block_samples is not None:
                 interval = math.ceil(len(blocks) / len(controlnet_block_samples))
                 added = controlnet_block_samples[i // interval]

@@ -16,7 +16,7 @@ from qwen_image_fast.models.vae_checks import check_latents, check_pixels, check
 from qwen_image_fast.models.vae_conv import Convolution, forget_packed_weights
 from qwen_image_fast.models.vae_streams import run_in_chunks
 from qwen_image_fast.models.vae_tiling import blended_tiles, strip_rows
-from qwen_image_fast.weights.memory import parse_bytes
+from qwen_image_fast.sizes import parse_bytes
 
 # After the first frame, four image frames go with one latent frame.
 FRAMES_PER_LATENT = 4

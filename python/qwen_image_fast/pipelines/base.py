@@ -107,8 +107,12 @@ class Pipeline(Counterparts, PipelineFolder, LoraMixin):
         for device in (*args[:1], kwargs.get("device")):
             if isinstance(device, (str, torch.device)):
                 check_visible("to", device)
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         for part in self._modules:
-            part.to(*args, **kwargs)
+            here = part.device if device is None or device.index is not None else torch.device(part.device.type)
+            stays = device in (None, here) and dtype in (None, part.dtype)
+            if getattr(part, "streamed", None) is None or not stays:
+                part.to(*args, **kwargs)
         return self
 
     def enable_cuda_graphs(self, limit: int = 4) -> None:
@@ -124,6 +128,10 @@ class Pipeline(Counterparts, PipelineFolder, LoraMixin):
         device = self.transformer.proj_out.weight.device
         if device.type != "cuda":
             raise ValueError(f"enable_cuda_graphs: the transformer must be on cuda, got {device}")
+        if self.transformer.streamed is not None:
+            raise ValueError(
+                "enable_cuda_graphs: the transformer must be in memory as a whole, and its blocks are streamed"
+            )
         self.cuda_graphs = StepGraphs(limit)
 
     def disable_cuda_graphs(self) -> None:

@@ -18,9 +18,9 @@ from qwen_image_fast.models.base import Config
 logger = logging.getLogger(__name__)
 
 _OFFLOAD = (
-    "parts stay on one device here; free_modulation_weights=True holds a third of the transformer less, "
-    "pipe.vae.set_memory_limit bounds what decoding takes, and encode_prompt lets text_encoder=None make the pictures; "
-    "diffusers' offloading works on its own pipeline with accelerate(pipe)"
+    "from_pretrained(memory_limit=) streams what does not fit; free_modulation_weights=True holds a third of the "
+    "transformer less, pipe.vae.set_memory_limit bounds what decoding takes; diffusers' offloading works on its own "
+    "pipeline with accelerate(pipe)"
 )
 _NO_HOOKS = "there are no hooks and no offloading to undo"
 ELSEWHERE = {

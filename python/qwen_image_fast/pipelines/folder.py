@@ -21,6 +21,7 @@ from qwen_image_fast.models.text_encoder import load_captioner, load_text_encode
 from qwen_image_fast.models.text_encoder_files import save_text_encoder
 from qwen_image_fast.models.vision import VisionProcessor
 from qwen_image_fast.pipelines.parts import MODELS, WEIGHTS, check_parts, settings_of, variants_of
+from qwen_image_fast.pipelines.residence import Residence, stored_weights
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler
 from qwen_image_fast.weights.formats import parts_in
 from qwen_image_fast.weights.places import single_file
@@ -56,6 +57,7 @@ class PipelineFolder:
         local_files_only: bool | None = None,
         free_modulation_weights: bool = False,
         precision: str | None = None,
+        memory_limit: int | str | None = None,
         **components,
     ):
         """The pipeline of a diffusers-layout folder or hub repository; nothing of diffusers is needed.
@@ -68,6 +70,8 @@ class PipelineFolder:
             free_modulation_weights: release the modulation weights (a third of the transformer) once the vectors of a
                 schedule are known; another schedule reads them from the folder again.
             precision: "int8" makes the transformer compute in 8 bits on CPUs (docs/quantization.md), an approximation.
+            memory_limit: bytes or "20GB" that the process, or the GPU, may hold: weights that do not fit are streamed,
+                with the same result (docs/memory.md).
             components: ready-made parts to use instead of the folder's (`transformer=...`), None, or a file with the
                 weights of the transformer, the VAE or the text encoder (`transformer="q4.gguf"`; docs/formats.md); for
                 a text encoder of llama.cpp that sees pictures two, of which one is named mmproj.
@@ -105,19 +109,22 @@ class PipelineFolder:
         files = {n: cls._files(n, c, hub) for n, c in components.items() if _is_file(c)}
         check_parts(folder, read, variants, files, cls.uses_vision, cls.writes_captions)
         loaded: dict[str, Any] = {}
+        stored = stored_weights(cls, folder, read, files, variants)
+        residence = Residence(cls, stored, dtypes, where, memory_limit, precision)
         for name, paths in files.items():
             models: dict[str, Any] = {"torch_dtype": dtypes[name], "device": where}
             models |= {"precision": precision} if name == "transformer" else {}
-            components[name] = cls._load_files(folder, name, paths, models)
+            components[name] = residence.load(folder, name) or cls._load_files(folder, name, paths, models)
         for name in read:
             models = {"torch_dtype": dtypes[name], "device": where, "variant": variants.get(name)}
             models |= {"precision": precision} if name == "transformer" else {}
-            loaded[name] = cls._load(folder, name, models)
+            loaded[name] = residence.load(folder, name) or cls._load(folder, name, models)
         parts = {**dict.fromkeys(cls.parts), **loaded, **components}
         make: Any = cls
         pipe = make(**parts, free_modulation_weights=free_modulation_weights)
         pipe._source = folder
         pipe._read = {name: getattr(pipe, name) for name in loaded}
+        residence.bound(pipe)
         return pipe
 
     @classmethod

@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from qwen_image_fast.sizes import GB, gb
 from qwen_image_fast.tensor_files import Entry, is_mapped
 from qwen_image_fast.weights.stored import Weight, is_floating
 
 logger = logging.getLogger(__name__)
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-GB = 10**9
+CONTEXT = 600 * 10**6  # bytes that a CUDA context takes, an assumption
 
 
 class Need(NamedTuple):
@@ -25,20 +24,6 @@ class Need(NamedTuple):
 
     own: int
     mapped: int
-
-
-def parse_bytes(limit: int | str) -> int:
-    """Bytes from a number or "4GB", "512 MiB".
-
-    Raises:
-        ValueError: neither, or not positive.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", limit.upper()) if isinstance(limit, str) else None
-    if found:
-        limit = int(float(found[1]) * _UNITS[found[2] or ""])
-    if not isinstance(limit, int) or isinstance(limit, bool) or limit <= 0:
-        raise ValueError(f"memory_limit must be a positive number of bytes or a string like '4GB', got {limit!r}")
-    return limit
 
 
 def weight_bytes(weight: Weight, dtype: torch.dtype | None) -> int:
@@ -60,7 +45,7 @@ def need_of(weights: Iterable[Weight], dtype: torch.dtype | None, device: torch.
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What can still be taken: of a GPU, or of the machine without swapping, and of the control group; None: unknown."""
+    """What can still be taken: of a GPU, or without swapping of the machine and the control group; None: unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
@@ -122,8 +107,8 @@ def check_fits(needs: Mapping[str, Need], device: torch.device, free: int | None
     limit = f'memory_limit="{max(1, int(0.9 * free / GB))}GB"'
     if own > free:
         raise ValueError(
-            f"the weights must fit: {gb(own + mapped)} ({each}), but {gb(free)} {where}; load the pipeline with {limit} "
-            "(--memory), which streams what does not fit, or in a smaller type, torch_dtype=torch.bfloat16 "
+            f"the weights must fit: {gb(own + mapped)} ({each}), but {gb(free)} {where}; load the pipeline with "
+            f"{limit} (--memory), which streams what does not fit, or in a smaller type, torch_dtype=torch.bfloat16 "
             "(--dtype bfloat16)"
         )
     if own + mapped > free:
@@ -132,10 +117,6 @@ def check_fits(needs: Mapping[str, Need], device: torch.device, free: int | None
             "them ahead",
             *(gb(own + mapped), each, gb(free), where, limit),
         )
-
-
-def gb(size: float) -> str:
-    return f"{size / GB:.1f} GB" if size >= 0.1 * GB else f"{size / 10**6:.1f} MB"
 
 
 def same_file(path: os.PathLike) -> tuple[int, ...]:

@@ -39,7 +39,7 @@ def read_weights(
             if not isinstance(weight, Entry):
                 with torch.inference_mode(False):  # the threads are not in inference mode and could not write
                     tensors[name] = torch.empty(weight.shape, dtype=dtype or torch.bfloat16, device=device)
-                reads.append(pool.submit(_read, name, weight, tensors[name]))
+                reads.append(pool.submit(decode_weight, name, weight, tensors[name]))
         for read in reads:
             read.result()
     return {name: tensors[name] for name in weights}
@@ -50,10 +50,12 @@ def read_entry(entry: Entry) -> Tensor:
     return _read_rows(Part(entry, 1), 0, entry.shape[0] if entry.shape else 1).view(entry.shape)
 
 
-def _read(name: str, weight: StoredWeight | JoinedWeight, out: Tensor) -> None:
+def decode_weight(name: str, weight: Weight, out: Tensor) -> None:
+    """Fill `out`, contiguous and of the weight's shape, with a weight that is not a plain tensor."""
     if isinstance(weight, StoredWeight):
         decode_into(name, weight, out)
         return
+    assert isinstance(weight, JoinedWeight)
     start = 0
     for piece in weight.pieces:
         size = 1 if weight.stacked else piece.shape[weight.axis]
