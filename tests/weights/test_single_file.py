@@ -93,6 +93,18 @@ def test_no_word_about_the_type_keeps_plain_files(tiny_folder, tmp_path, transfo
     assert_state(model, transformer.state_dict())
 
 
+def test_the_subfolder_of_the_configuration(tiny_folder, tmp_path, transformer):
+    """As diffusers' own examples say it."""
+    path = write_safetensors(tmp_path / "model.safetensors", dict(transformer.state_dict()))
+    load = QwenImageTransformer2DModel.from_single_file
+    assert load(path, config=tiny_folder, subfolder="transformer").config == transformer.config
+    with pytest.raises(FileNotFoundError, match="has no subfolder 'transformers'"):
+        load(path, config=tiny_folder, subfolder="transformers")
+    for config in (None, dict(transformer.config), tiny_folder / "transformer" / "config.json"):
+        with pytest.raises(ValueError, match="subfolder has no effect without config, a folder or hub name"):
+            load(path, config=config, subfolder="transformer")
+
+
 @pytest.mark.parametrize("kind", ["gguf", "safetensors"])
 def test_the_marker_of_edit_2511(tiny_folder, tmp_path, transformer, kind):
     tensors = {**transformer.state_dict(), "__index_timestep_zero__": torch.zeros(1)}

@@ -155,6 +155,7 @@ class PretrainedModel(nn.Module):
         path_or_name: str | os.PathLike,
         *,
         config: str | os.PathLike | Mapping[str, Any] | None = None,
+        subfolder: str | None = None,
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
@@ -174,6 +175,7 @@ class PretrainedModel(nn.Module):
             path_or_name: a path, "owner/name/file.gguf" of the hub, or its URL.
             config: fields, a config.json, or a folder or hub name that holds it or the pipeline. Default: the released
                 configuration, in the sizes of the file.
+            subfolder: where in `config` the file of the configuration is. Default: the model's own, where there is one.
             torch_dtype, dtype: of all floating-point weights. Default: as stored if none is quantised, else bfloat16.
             device, device_map: where the weights go, one by one.
             precision: "int8" computes in 8 bits (docs/quantization.md): of transformers in floating-point files, or in
@@ -191,17 +193,25 @@ class PretrainedModel(nn.Module):
         opened = open_weights([path], cls.part)
         if cls.part is not None:
             check_part(opened, [path], cls.part)
-        return cls._load(cls._config_of(config, opened, hub), [path], dtype, device, opened, precision)
+        found = cls._config_of(config, subfolder, opened, hub)
+        return cls._load(found, [path], dtype, device, opened, precision)
 
     @classmethod
-    def _config_of(cls, config: Any, opened: Opened, hub: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _config_of(
+        cls, config: Any, subfolder: str | None, opened: Opened, hub: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
         """The configuration that `from_single_file` was given, or that of the shapes in the file."""
+        at_path = isinstance(config, str | os.PathLike) and not Path(config).expanduser().is_file()
+        if subfolder is not None and not at_path:
+            raise ValueError("from_single_file: subfolder has no effect without config, a folder or hub name")
         if config is None:
             return cls.config_of_shapes({name: weight.shape for name, weight in opened.weights.items()})
         if isinstance(config, Mapping):
             return config
         if Path(config).expanduser().is_file():
             return read_json(Path(config).expanduser())
+        if subfolder is not None:
+            return read_config(pretrained_folder(config, subfolder, [cls.config_name], **hub), cls.config_name)
         inside = f"{cls.part}/{cls.config_name}"
         folder = pretrained_folder(config, None, [cls.config_name, inside], **hub)
         return read_config(folder / str(cls.part) if (folder / inside).is_file() else folder, cls.config_name)
