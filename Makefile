@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 GPU_PYTHON ?= 3.12
 
-.PHONY: demo lora-demo pipeline extras test lint matrix bench install dev clean cuda-compile gpu-check gpu-wheels gpu-status
+.PHONY: demo lora-demo pipeline docs extras test lint matrix bench install dev clean cuda-compile gpu-check gpu-wheels gpu-status
 
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard cmake/*.cmake) \
   $(shell find csrc python training -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.py' -o -name '*.yaml')
@@ -46,6 +46,10 @@ pipeline: $(VENV)/dev
 # Every extra in a clean environment of its own: what it promises runs. Downloads torch for each; minutes.
 extras: $(VENV)/wheel/built
 	$(PYTHON) -m tests.extras $(WHEEL)
+
+# The pages of docs/ with a reference and a gallery made anew, in build/docs/index.html.
+docs: $(VENV)/dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -q -n $(JOBS) tests
