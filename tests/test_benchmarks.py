@@ -1,5 +1,6 @@
 """The benchmarks: how they measure and report, and that every suite runs and finds equal results."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -206,3 +207,19 @@ def test_drift_of_edits_is_measured():
     found = editing_drift.compare(first, Image.fromarray(np.roll(pixels, (2, -1), (0, 1)) - 1))
     assert (round(found["down"], 1), round(found["right"], 1)) == (2, -1)
     assert found["psnr_away"] == pytest.approx(20 * np.log10(255))
+
+
+def test_int8(monkeypatch, tmp_path):
+    """One small block, and a small product."""
+    from benchmarks import int8
+
+    monkeypatch.setattr(int8, "CONFIG", {"num_layers": 1, "num_attention_heads": 2})
+    monkeypatch.setattr(int8, "GRIDS", {64: (4, 4)})
+    monkeypatch.setattr(int8, "BARS", {64: 5.5})
+    monkeypatch.setattr(int8, "PRODUCTS", ((40, 256, 64),))
+    monkeypatch.setattr(sys, "argv", ["int8", "--rounds", "1", "--out", str(tmp_path / "x.json")])
+    int8.main()
+    found = json.loads((tmp_path / "x.json").read_text())
+    (step,) = found["steps"]
+    assert {"diffusers float32", "ours int8"} <= set(step["seconds"]) and 0 < step["relative_error"] < 0.05
+    assert found["products"][0]["operations_per_second"] > 0 and set(found["reached"]) >= {"64 px"}
