@@ -51,6 +51,19 @@ def test_accuracy(shape, text_q, dtype, kernels):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_misaligned_tensors(dtype, device):
+    """Also RoPE's tables and the gradients that come back, which are read by 16 bytes."""
+    shape = ((4,), (3,), 2, 24)
+    harness.check_misaligned(OP, dtype, *shape)
+    args = inputs(dtype, *shape, grad=True)
+    outs = qk_norm_rope(*args)
+    seeds = [torch.randn(o.shape).to(dtype) for o in outs]
+    shifted = [torch.cat([s.new_zeros(1), s.flatten()])[1:].view(s.shape) for s in seeds]
+    grads = [torch.autograd.grad(outs, OP.differentiable(args), s, retain_graph=True) for s in (seeds, shifted)]
+    assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_slices_of_a_fused_projection(dtype, device):
     args = inputs(dtype, (16, 3), (5, 2), 6, 32)
     sliced = list(args)

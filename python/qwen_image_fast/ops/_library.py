@@ -87,6 +87,11 @@ def has_address(t: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not transformed() and _has_values(t)
 
 
+def aligned(t: Tensor) -> Tensor:
+    """`t`, or a copy of it where kernels that read 16 bytes at once could not read it."""
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
 def launch(name: str, on: Tensor, *args: Any, scratch: tuple | None = None) -> None:
     """Run a kernel of `_C` where the tensor `on` is; on CUDA in the current stream of its device.
 

@@ -139,6 +139,7 @@ def _forward(
         img_q, img_k, img_v, txt_q, txt_k, txt_v, norm_q, norm_k, norm_added_q, norm_added_k,
         img_rope, txt_rope, cu_img, cu_txt, eps,
     )  # fmt: skip
+    img_rope, txt_rope = lib.aligned(img_rope), lib.aligned(txt_rope)
     lib.launch(
         "qk_norm_rope_forward", q,
         _stream(txt_q, txt_k, txt_v, norm_added_q, norm_added_k, txt_rope, cu_txt),
@@ -165,7 +166,8 @@ def _backward(
     grad_q, grad_k, grad_v, img_q, img_k, txt_q, txt_k, norm_q, norm_k, norm_added_q, norm_added_k,
     img_rope, txt_rope, cu_img, cu_txt, eps: float,
 ):  # fmt: skip
-    grad_q, grad_k, grad_v = grad_q.contiguous(), grad_k.contiguous(), grad_v.contiguous()
+    grad_q, grad_k, grad_v = (lib.aligned(g.contiguous()) for g in (grad_q, grad_k, grad_v))
+    img_rope, txt_rope = lib.aligned(img_rope), lib.aligned(txt_rope)
     grads = _backward_fake(
         grad_q, grad_k, grad_v, img_q, img_k, txt_q, txt_k, norm_q, norm_k, norm_added_q, norm_added_k,
         img_rope, txt_rope, cu_img, cu_txt, eps,
