@@ -9,14 +9,11 @@
 namespace ptx {
 namespace {
 
-struct Half {};
-struct Bf16 {};
-
 template <class T>
 T unpack(uint64_t bits) {
   if constexpr (std::is_same_v<T, bool>) {
     return bits != 0;
-  } else if constexpr (std::is_same_v<T, _Float16> || sizeof(T) == 2) {
+  } else if constexpr (sizeof(T) == 2) {
     const uint16_t low = static_cast<uint16_t>(bits);
     T v;
     std::memcpy(&v, &low, 2);
@@ -213,9 +210,7 @@ void integer(Table& t, const std::string& type) {
   t["shr." + type] = each<right, T, uint32_t>;
   t["div." + type] = divide<whole, T>;
   t["rem." + type] = divide<rest, T>;
-  if constexpr (sizeof(T) < 8) {
-    t["mul.wide." + type] = each<wide, T, T>;
-  }
+  if constexpr (sizeof(T) < 8) t["mul.wide." + type] = each<wide, T, T>;
   if constexpr (sizeof(T) == 4) t["mul.hi." + type] = each<high, T, T>;
 }
 

@@ -40,6 +40,7 @@ PYBIND11_MODULE(PTX_MODULE, m) {
         runtime.step_limit = step_limit;
       },
       py::arg("seed") = 1, py::arg("major") = 9, py::arg("processors") = 4, py::arg("step_limit") = 1 << 28);
+  m.def("launched", [] { return std::exchange(runtime.launched, {}); });
   m.def("counts", [] {
     const ptx::Counts c = runtime.counts;
     runtime.counts = {};

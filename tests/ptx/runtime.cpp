@@ -94,6 +94,7 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, dim3 cluster, si
              {cluster.x, cluster.y, cluster.z},
              static_cast<uint32_t>(shared),
              {}};
+    runtime.launched.insert(name);
     size_t i = 0;
     for (const Kernel::Param& p : kernel->params) {
       l.params.resize(std::max(l.params.size(), p.offset + p.bytes));

@@ -1,11 +1,15 @@
 """Every kernel as compiled: right results, and nothing to complain of, in any order that the interpreter draws."""
 
+import itertools
+import re
+
 import pytest
 import torch
 
 from ptx.cases import KERNELS, LINEAR, convolution, products
 from qwen_image_fast import doctor
-from qwen_image_fast.ops import gate_residual_norm_modulate, layer_norm_modulate
+from qwen_image_fast.doctor_cases import as_tuple, functions, inputs
+from qwen_image_fast.ops import gate_residual_norm_modulate, joint_attention, layer_norm_modulate
 
 OWN = ["layer_norm_modulate", "gate_residual_norm_modulate", "qk_norm_rope", "gelu_tanh", "guided_step",
        "joint_attention", "channel_norm_silu"]  # fmt: skip
@@ -22,6 +26,52 @@ def test_own(op, size, dtype, kernels):
         size = (150, 256)  # several tiles, and half of a wide row's channels
     verdict = doctor._judge(op, "interpreted", "cpu", dtype, *size)
     assert verdict.problem is None and verdict.worst <= 1, verdict
+
+
+def off_by_one(t):
+    """The same values, one element further on: what a pack of 16 bytes cannot read."""
+    if not (isinstance(t, torch.Tensor) and t.is_floating_point()):
+        return t
+    moved = torch.cat([t.detach().new_zeros(1), t.detach().flatten()])[1:].view(t.shape)
+    return moved.requires_grad_(t.requires_grad)
+
+
+# Widths that choose among the instantiations of a kernel: rows in registers or not, lanes of a warp for a row.
+WIDTHS = {
+    "layer_norm_modulate": (1024, 3072, 4096),
+    "gate_residual_norm_modulate": (1024, 3072, 4096),
+    "joint_attention": (64, 128),
+    "channel_norm_silu": (512, 768, 1536, 3072, 6144, 8192),
+}
+
+
+def test_every_instantiation(kernels):
+    """No kernel of ours in the PTX is left out: aligned or not, with FP8 rows, of every width and dtype."""
+    kernels.module.launched()
+    for dtype in (torch.float32, *SIXTEEN):
+        for op, width in ((name, n) for name in OWN for n in WIDTHS.get(name, (256,))):
+            for change in (lambda t: t, off_by_one):
+                args = [change(a) for a in inputs(op, 6, width, dtype)]
+                outs = as_tuple(functions(op)[0](*args))
+                sum(o.float().sum() for o in outs).backward()
+                assert all(o.isfinite().all() for o in outs)
+                if op.endswith("norm_modulate"):
+                    functions(op)[0](*(a.detach() for a in args), fp8=True)
+        if dtype != torch.float32:
+            q = torch.randn(9, 2, 32, dtype=dtype, requires_grad=True)
+            joint_attention(q, q, q, (4, 5)).float().sum().backward()
+            for channels in (64, 200):
+                convolution(kernels, (1, 4, 4, 8), channels, dtype=dtype)
+    entries = {e for text in kernels.ptx.values() for e in re.findall(r"\.entry (\w+)\(", text)}
+    assert kernels.module.launched() == entries
+
+
+def test_every_linear_kernel(linear):
+    linear.module.launched()
+    for op, kernel, dtype in itertools.product(LINEAR, KERNELS, SIXTEEN):
+        products(linear, op, kernel, (3, 2), 64, 64, dtype=dtype)
+    entries = {e for text in linear.ptx.values() for e in re.findall(r"\.entry (\w+)\(", text)}
+    assert linear.module.launched() == entries
 
 
 @pytest.mark.parametrize("op", OWN)
