@@ -292,3 +292,18 @@ def test_inspect_of_other_pictures(name, text):
         Image.new("RGB", (8, 8)).save(place)
     result = CliRunner().invoke(app, ["inspect", name])
     assert result.exit_code == 2 and text in result.stderr and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_8_bits(generate, tiny_folder):
+    """bfloat16 around the products, said in the picture, which is repeated by what it says; not for every device."""
+    result = generate("a cat", "--seed", 11, "--precision", "int8", "--output", "x.png")
+    assert result.exit_code == 0, result.output
+    told = read_parameters("x.png")
+    assert (told["precision"], told["dtype"]) == ("int8", "bfloat16")
+    again = generate("--from-image", "x.png", "--output", "again.png", model=None, size=None, steps=None)
+    assert again.exit_code == 0, again.output
+    assert Path("again.png").read_bytes() == Path("x.png").read_bytes()
+    generate("a cat", "--seed", 11, "--dtype", "bfloat16", "--output", "y.png")
+    assert pixels("x.png") != pixels("y.png")
+    result = generate("a cat", "--precision", "int5")
+    assert result.exit_code == 2 and "int5" in result.stderr
