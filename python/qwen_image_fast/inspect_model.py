@@ -81,7 +81,7 @@ class Part:
     runs: str = ""
     bf16: int = 0
     groups: dict[str, int] = field(default_factory=dict)
-    weights: dict[str, Weight] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict, compare=False, repr=False)  # where they lie, which differs
     problem: str | None = None
 
 
