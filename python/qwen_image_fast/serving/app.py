@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from qwen_image_fast import __version__
-from qwen_image_fast.serving import answers, fields
+from qwen_image_fast.serving import answers, fields, static
 from qwen_image_fast.serving.desk import Desk
 from qwen_image_fast.serving.errors import ApiError
 from qwen_image_fast.serving.guard import Guard
@@ -55,6 +55,7 @@ class Server:
             Route("/healthz", self.health),
             Route("/readyz", self.ready),
             Route("/metrics", self.numbers),
+            *static.routes(),
             *(more or []),
         ]
         handlers: Any = {HTTPException: _refused, ApiError: _said}
