@@ -198,8 +198,8 @@ def test_finished_pictures_stay_when_a_later_one_fails(generate, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "advice"),
     [
-        ((), "a smaller --size or --free-modulation needs less"),
-        (("-n", 2, "--free-modulation"), "a smaller --size or fewer --images needs less"),
+        ((), "a smaller --size or --free-modulation or --memory needs less"),
+        (("-n", 2, "--free-modulation"), "a smaller --size or fewer --images or --memory needs less"),
     ],
 )
 def test_advice_that_can_be_followed(generate, monkeypatch, args, advice):

@@ -37,7 +37,8 @@ def draw(name: str, given: dict[str, Any], run: Run) -> None:
         less = ["a smaller --size"] if "width" in fields else []
         less += [f"fewer {flag('images')}"] if given.get("images", 1) > 1 else []
         less += ["a smaller --batch"] if run.batch > 1 else []
-        less += [] if run.free_modulation or run.memory else ["--free-modulation", "--memory"]
+        less += [] if run.free_modulation or run.memory else ["--free-modulation"]
+        less += [] if run.memory else ["--memory"]
         advice = f"; {' or '.join(less)} needs less" if less else ""
         raise CommandError(f"out of memory{advice} ({error})", FAILED) from error
 
