@@ -19,12 +19,12 @@ from qwen_image_fast.serving import static
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update"]  # fmt: skip
-DROP = """([name, bytes, at]) => {
+HAND_OVER = """([name, bytes, at, pasted]) => {
     const files = new DataTransfer();
     files.items.add(new File([Uint8Array.from(atob(bytes), (c) => c.charCodeAt(0))], name, {type: "image/png"}));
-    for (const kind of ["dragenter", "dragover", "drop"])
-        document.querySelector(at).dispatchEvent(
-            new DragEvent(kind, {dataTransfer: files, bubbles: true, cancelable: true}));
+    const given = {dataTransfer: files, clipboardData: files, bubbles: true, cancelable: true};
+    for (const kind of pasted ? ["paste"] : ["dragenter", "dragover", "drop"])
+        document.querySelector(at).dispatchEvent(new (pasted ? ClipboardEvent : DragEvent)(kind, given));
 }"""
 
 
@@ -126,8 +126,8 @@ def visit(chromium, running):
     found.end()
 
 
-def drop(page, name, content, at):
-    page.evaluate(DROP, [name, base64.b64encode(content).decode(), at])
+def drop(page, name, content, at, pasted=False):
+    page.evaluate(HAND_OVER, [name, base64.b64encode(content).decode(), at, pasted])
 
 
 def test_a_picture_and_its_history(visit, running, models, tmp_path, monkeypatch):
@@ -292,6 +292,19 @@ def test_what_the_model_cannot_do_is_not_shown(visit, running, model_class, show
         drop(page, "a.png", png(picture(64, 64)), "main")
         page.wait_for_selector("#strength-field:visible")
         assert not page.is_visible("#ratio-field") and page.locator("#add-picture").count() == 0
+
+
+def test_a_picture_is_pasted_and_no_history_is_no_failure(visit):
+    """As in a private window of some browsers: nothing is kept, and all else works."""
+    visit.context.add_init_script("indexedDB.open = () => { throw new Error('not here') }")
+    visit.page.reload()
+    page = visit.fill("make it blue")
+    assert "keeps no history" in page.inner_text(".toast.bad")
+    drop(page, "a.png", png(picture(64, 64)), "#prompt", pasted=True)
+    page.wait_for_selector("#references img")
+    page.click("#generate")
+    page.wait_for_selector("#do-compare")
+    assert "no room" in page.inner_text("#toasts") and page.locator("#gallery .tile").count() == 1
 
 
 def test_names_for_screen_readers_themes_and_narrow_screens(visit):

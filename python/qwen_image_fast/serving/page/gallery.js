@@ -11,7 +11,7 @@ export function render(entries, selected, { select, remove }) {
   const focused = list.contains(document.activeElement);
   shown = entries.map((entry) => entry.id);
   const known = new Map([...list.children].map((item) => [item.dataset.id, item]));
-  list.replaceChildren(...entries.map((entry) => {
+  const items = entries.map((entry) => {
     const job = entry.blob === undefined;
     const item = known.get(entry.id) ?? tile(entry, job, select);
     const button = item.firstChild;
@@ -19,8 +19,9 @@ export function render(entries, selected, { select, remove }) {
     button.tabIndex = entry.id === (shown.includes(selected) ? selected : shown[0]) ? 0 : -1;
     if (job) update(item, entry);
     return item;
-  }));
-  if (focused) list.querySelector("[aria-current=true]")?.focus();
+  });
+  if (items.length !== list.children.length || items.some((item, k) => item !== list.children[k])) list.replaceChildren(...items);
+  if (focused && !list.contains(document.activeElement)) list.querySelector("[aria-current=true]")?.focus();
   list.onkeydown = (event) => {
     const at = shown.indexOf(event.target.closest("li")?.dataset.id);
     if (at < 0) return;

@@ -71,10 +71,10 @@ function remove(id) {
   const order = entries().map((entry) => entry.id);
   const next = order[order.indexOf(id) + 1] ?? order[order.indexOf(id) - 1] ?? null;
   pictures.delete(id);
-  store.remove("pictures", id);
+  store.remove("pictures", id).catch(() => {});
   selected = null;
   select(next);
-  toast("Deleted.", { action: ["Undo", () => { pictures.set(id, picture); store.put("pictures", picture); select(id); }] });
+  toast("Deleted.", { action: ["Undo", () => { pictures.set(id, picture); store.put("pictures", picture).catch(() => {}); select(id); }] });
 }
 
 // ---- jobs -----------------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ async function generate() {
     const found = await api.submit(endpoint, body, used.map((picture) => picture.blob), mask);
     const job = { id: found.id, created: Date.now(), body, size, n: body.n * (body.layers ?? 1), references: used.map((p) => p.blob), mask };
     jobs.set(job.id, job);
-    await store.put("jobs", job);
+    store.put("jobs", job).catch(() => {}); // without it, a reload loses sight of the job
     select(job.id);
     if ($("stage").getBoundingClientRect().top > innerHeight - 160) $("stage").scrollIntoView({ block: "start", behavior: "smooth" });
     follow(job);
@@ -121,10 +121,9 @@ async function follow(job) {
       blob: new Blob([bytesOf(one.b64_json)], { type: "image/png" }), width, height, seed: one.seed, layer: one.layer,
       seconds: Object.values(result.timings).reduce((sum, part) => sum + part, 0),
     }));
-    for (const picture of made) {
-      pictures.set(picture.id, picture);
-      await store.put("pictures", picture);
-    }
+    for (const picture of made) pictures.set(picture.id, picture);
+    await Promise.all(made.map((picture) => store.put("pictures", picture))).catch(() =>
+      toast("This browser has no room for the picture: it is gone after a reload unless it is downloaded.", { bad: true }));
   } catch (error) {
     if (error.status === 401) return askKey();
     if (error.status === 0) return void lost(job, error);
@@ -132,7 +131,7 @@ async function follow(job) {
   }
   jobs.delete(job.id);
   if (made.length) $("said").textContent = `Done: ${job.body.prompt}`;
-  store.remove("jobs", job.id);
+  store.remove("jobs", job.id).catch(() => {});
   const looking = selected === job.id || selected === null;
   if (looking) selected = null;
   select(looking ? made[0]?.id ?? entries()[0]?.id ?? null : selected);
@@ -209,7 +208,7 @@ function listenToDrops() {
 
 function listenToKeys() {
   addEventListener("keydown", (event) => {
-    if (document.querySelector("dialog[open]")) return;
+    if (document.querySelector("dialog[open]") || event.isComposing || event.repeat) return;
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
       event.preventDefault();
       generate();
