@@ -277,6 +277,9 @@ def test_origins(guarded, running):
     for headers in ({"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}, {"origin": "null"}):
         answer = running.http.post("/v1/images/generations", json=BODY, headers=headers)
         assert answer.status_code == 403 and "access-control-allow-origin" not in answer.headers
+    for path, to, status in (("/", "document", 200), ("/", "iframe", 403), ("/v1/models", "document", 403)):
+        link = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": to}
+        assert running.http.get(path, headers=link).status_code == status
     same = running.http.get("/v1/models", headers={"origin": running.url, "sec-fetch-site": "same-origin"})
     assert same.status_code == 200
     allowed = {"origin": "https://page.example"}

@@ -101,7 +101,9 @@ class Guard:
         origin = headers.get("origin")
         same = origin is not None and origin.partition("://")[2].lower() == host.lower()
         elsewhere = (origin is not None and not same) or headers.get("sec-fetch-site") in ("cross-site", "same-site")
-        if elsewhere and origin not in settings.origins:
+        # A link to the page, followed by a person; a frame or a script has another destination.
+        followed = path == STATIC[0] and origin is None and headers.get("sec-fetch-dest") == "document"
+        if elsewhere and not followed and origin not in settings.origins:
             raise ApiError(403, "pages elsewhere may not ask this server; --cors-origin names those that may",
                            "origin_not_allowed")  # fmt: skip
         state["key"] = None
