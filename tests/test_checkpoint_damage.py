@@ -51,7 +51,8 @@ def test_damaged_weights(tmp_path, toy, damage, size):
     toy.save_pretrained(tmp_path, max_shard_size=size)
     path = find_weights(tmp_path)[-1]
     damage(path)
-    message = rf"{path.name} \({path.stat().st_size} bytes\) is truncated or not safetensors .*; download it again"
+    what = "a web page, not the file itself, .*" if damage is damage_html else "truncated or not safetensors .*"
+    message = rf"{path.name} \({path.stat().st_size} bytes\) is {what}; download it again"
     with pytest.raises(ValueError, match=message):
         Toy.from_pretrained(tmp_path)
 
@@ -175,7 +176,7 @@ def test_missing_configuration_names_subfolders(tmp_path, toy):
 
 @pytest.mark.parametrize("content, message", [
     (b'{"a": 1', "config.json is not valid json"),
-    (b"\xff\xfe\x00", "config.json is not valid json"),
+    (b"\xff\xfe\x00", "config.json is not text in UTF-8, as line 1 shows"),
     (b"[1]", "config.json must hold a json object, got list"),
 ])  # fmt: skip
 def test_bad_json(tmp_path, content, message):
