@@ -1,11 +1,16 @@
 """Shared fixtures: the tiny Qwen-Image with random weights, written once per session."""
 
 import os
+import signal
 
 import pytest
 import torch
 
 from qwen_image_fast.tiny import write_untrained
+
+# A shell starts what runs in the background with Ctrl-C ignored, which what is tested would leave so.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Two parallel test processes share two cores; their OpenMP pools would spin against each other.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)

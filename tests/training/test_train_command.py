@@ -139,12 +139,12 @@ def test_an_interrupted_run_says_how_to_go_on(small, monkeypatch, number):
         return sample(self, *args)
 
     monkeypatch.setattr(Examples, "sample", interrupting)
-    result = train("log.sample_every=0", "log.validate_every=0", "steps=9")
+    result = train("log.sample_every=0", "log.validate_every=0", "steps=30")
     monkeypatch.undo()
     monkeypatch.chdir(small)
     assert result.exit_code == 128 + number, result.output
-    kept = re.search(r"stopped after step (\d) of 9; kept: (\S+), (\S+)\n", result.stderr)
-    assert (small / kept[2]).is_dir() and (small / kept[3]).is_file() and int(kept[1]) < 9
+    kept = re.search(r"stopped after step (\d+) of 30; kept: (\S+), (\S+)\n", result.stderr)
+    assert (small / kept[2]).is_dir() and (small / kept[3]).is_file() and int(kept[1]) < 30
     command = shlex.split(re.search(r"go on with: (.*)", result.stderr)[1])
     assert command[0] == "qwen-image-fast" and command[-1] == "--resume"
     again = run(*command[1:])
