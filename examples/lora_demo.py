@@ -131,7 +131,7 @@ def main(
     if out.exists():
         raise SystemExit(f"{out} is already there: remove it, or choose another folder with --out")
     found = {
-        "sign": sign_lora(out, *((30, 4, 4) if small else (350, 20, 100))),
+        "sign": sign_lora(out, *((40, 4, 4) if small else (350, 20, 100))),
         "frame": edit_lora(out, *((20, 6, 4) if small else (300, 24, 20))),
     }
     (out / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

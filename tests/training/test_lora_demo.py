@@ -19,7 +19,7 @@ def test_it_teaches_both(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     __import__("lora_demo").main(tmp_path / "out", small=True)
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert found["sign"]["likeness"] > found["sign"]["likeness_before"] + 0.05
+    assert found["sign"]["likeness"] > found["sign"]["likeness_before"] + 0.02
     assert (tmp_path / "out" / "sign" / "loras").is_dir() and (tmp_path / "out" / "frame" / "loras").is_dir()
     for name in ("sign", "frame"):
         with Image.open(tmp_path / "out" / f"{name}.png") as picture:
