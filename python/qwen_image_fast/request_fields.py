@@ -72,11 +72,12 @@ class InputPicture(BaseModel):
 
 
 class Lora(BaseModel):
-    """A LoRA's file, folder or hub name (owner/name/file.safetensors), and its weight."""
+    """A LoRA's file, folder or hub name (owner/name/file.safetensors), its weight, and the SHA-256 of what is here."""
 
     model_config = ConfigDict(extra="forbid")
     name: str
     scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    sha256: str | None = None
 
 
 OnePicture = Annotated[InputPicture, BeforeValidator(_picture)]

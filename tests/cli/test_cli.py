@@ -1,5 +1,6 @@
 """The command: what it writes and shows."""
 
+import hashlib
 import json
 import os
 import re
@@ -128,13 +129,17 @@ def test_a_lora_is_repeated(generate):
     for name, lora, scale in (("half", f"{source}.safetensors=0.5", 0.5), ("whole", f"{source}.safetensors", 1.0)):
         result = generate("a cat", "--seed", 1, "--lora", lora, "--output", f"{name}.png")
         assert result.exit_code == 0, result.output
-        assert read_parameters(f"{name}.png")["lora"] == [
-            {"name": str(Path(f"{source}.safetensors").resolve()), "scale": scale}
-        ]
+        place = Path(f"{source}.safetensors").resolve()
+        digest = hashlib.sha256(place.read_bytes()).hexdigest()
+        assert read_parameters(f"{name}.png")["lora"] == [{"name": str(place), "scale": scale, "sha256": digest}]
         again = generate("--from-image", f"{name}.png", "--output", f"{name}2.png", model=None, size=None, steps=None)
         assert again.exit_code == 0, again.output
+        assert "changed" not in again.stderr
         assert pixels(f"{name}2.png") == pixels(f"{name}.png") != pixels("plain.png")
     assert pixels("half.png") != pixels("whole.png")
+    save_file({key.format("A"): torch.ones(2, 192), key.format("B"): 2 * torch.ones(192, 2)}, "a=b/x.safetensors")
+    again = generate("--from-image", "half.png", "--output", "other.png", model=None, size=None, steps=None)
+    assert f"the LoRA {place} has changed since half.png was made with it: the result will differ" in again.stderr
     for name in os.listdir():
         if name.endswith(".png"):
             os.remove(name)

@@ -69,7 +69,7 @@ def settled(
             found[name] = _weight_file(file)
     if request.text_encoder is not None:
         found["text_encoder"] = [_weight_file(file) for file in request.text_encoder]
-    found["lora"] = [lora.model_copy(update={"name": lora_file(lora.name)}) for lora in request.lora]
+    found["lora"] = [_found_lora(lora, from_image, note) for lora in request.lora]
     _say_loras(found["lora"], note)
     _check_mask(opened)
     return found, opened
@@ -100,6 +100,21 @@ def lora_file(name: str) -> str:
         kind = "file" if path.suffix else "file or folder"
         raise CommandError(f"there is no LoRA {kind} {name}{nearest_file(name)}")
     return name
+
+
+def _found_lora(lora: Lora, from_image: Path | None, note: Callable[[str], None]) -> Lora:
+    """With a name that holds from any folder, and the hash of its file, or of the files of its folder."""
+    name = lora_file(lora.name)
+    path, digest = Path(name), hashlib.sha256()
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    for file in files:
+        with file.open("rb") as opened:
+            while part := opened.read(2**20):
+                digest.update(part)
+    now = digest.hexdigest() if files else None
+    if from_image is not None and None not in (now, lora.sha256) and now != lora.sha256:
+        note(f"the LoRA {name} has changed since {from_image} was made with it: the result will differ")
+    return Lora(name=name, scale=lora.scale, sha256=now)
 
 
 def _say_loras(loras: Sequence[Lora], note: Callable[[str], None]) -> None:
