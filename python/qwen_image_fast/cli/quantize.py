@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,6 +47,9 @@ def quantize_command(
         console.print(f"velocity at sigma {sigma}: {error:.4f}", highlight=False)
     for line in report["said"]:
         console.print(line, highlight=False)
+    [file] = sorted(out.glob("*.safetensors"))
+    again = f"qwen-image-fast generate PROMPT --model {shlex.quote(model)} --transformer {shlex.quote(str(file))}"
+    console.print(f"use it: {again}", highlight=False, soft_wrap=True)
 
 
 def _quantize(model: str, out: Path, loras: list[str], check: bool, pictures: int, show: bool) -> dict[str, Any]:

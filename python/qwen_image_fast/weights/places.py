@@ -32,7 +32,9 @@ def find_file(path_or_name: str | os.PathLike) -> Path | HubFile:
     if path.is_file():
         return path
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; name one of its files, or use it as the model")
+        files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".gguf"))
+        which = f"its file {files[0]}" if len(files) == 1 else "one of its files, or use it as the model"
+        raise IsADirectoryError(f"{path} is a folder; name {which}")
     name = os.fspath(path_or_name)
     match = HUB_URL.fullmatch(name) or HUB_FILE.fullmatch(name)
     if match is None or name.startswith((".", "~")):
