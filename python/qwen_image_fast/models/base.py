@@ -193,12 +193,12 @@ class PretrainedModel(nn.Module):
         opened = open_weights([path], cls.part)
         if cls.part is not None:
             check_part(opened, [path], cls.part)
-        found = cls._config_of(config, subfolder, opened, hub)
+        found = cls._config_of(config, opened, hub, subfolder)
         return cls._load(found, [path], dtype, device, opened, precision)
 
     @classmethod
     def _config_of(
-        cls, config: Any, subfolder: str | None, opened: Opened, hub: Mapping[str, Any]
+        cls, config: Any, opened: Opened, hub: Mapping[str, Any], subfolder: str | None = None
     ) -> Mapping[str, Any]:
         """The configuration that `from_single_file` was given, or that of the shapes in the file."""
         at_path = isinstance(config, str | os.PathLike) and not Path(config).expanduser().is_file()
