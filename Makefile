@@ -8,7 +8,7 @@ GPU_PYTHON ?= 3.12
 .PHONY: demo lora-demo pipeline docs extras test lint matrix bench install dev clean cuda-compile gpu-check gpu-wheels gpu-status
 
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard cmake/*.cmake) \
-  $(shell find csrc python training -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.py' -o -name '*.yaml')
+  $(shell find csrc python training -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.py' -o -name '*.yaml' -o -path '*serving/page/*')
 PIP = $(BIN)/pip install -q --disable-pip-version-check -c constraints.txt
 WHEEL = $(shell ls $(VENV)/wheel/*.whl)
 
