@@ -18,13 +18,7 @@ harness = pytest.importorskip("benchmarks.harness")
 SMOKE = harness.Settings(rounds=2, warmup=0, compile=False, quick=True)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for each other make small operations very slow where tests share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def variants(calls: list):

@@ -12,14 +12,7 @@ from qwen_image_fast import _C, doctor, doctor_picture, ops
 from qwen_image_fast.cli import app
 from qwen_image_fast.ops import _choices, _linear
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small work on a machine that runs other tests: threads would wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(*args):

@@ -16,13 +16,7 @@ CALL = {"prompt": "a cat", "negative_prompt": " ", "height": 32, "width": 32, "n
         "output_type": "latent", "progress": False}  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for each other make small operations very slow where tests share the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class FakeCapture:

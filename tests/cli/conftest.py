@@ -1,7 +1,6 @@
 """Tests of the command run in a folder of their own, on one thread."""
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from qwen_image_fast.cli import app
@@ -14,12 +13,8 @@ def in_tmp(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Small work on a machine that runs other tests: threads would wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def small_work(one_thread):
+    pass
 
 
 @pytest.fixture

@@ -48,16 +48,12 @@ def models(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     for name, size in (("a.png", (61, 37)), ("b.jpg", (48, 64))):
         Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(name)
     mask = Image.new("L", (61, 37))
     mask.paste(255, (10, 5, 40, 30))
     mask.save("mask.png")
-    yield
-    torch.set_num_threads(before)
 
 
 def run(command, *args, model=None):

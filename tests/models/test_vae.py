@@ -13,7 +13,6 @@ from vae_harness import (
     close,
     gradients,
     latents,
-    one_thread,  # noqa: F401 a fixture
     pair,
     pixels,
     randomise,
@@ -23,6 +22,8 @@ from vae_harness import (
 
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage, DiagonalGaussianDistribution
 from qwen_image_fast.models.vae_blocks import ChannelRMSNorm
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 reference_gaussian = pytest.importorskip("diffusers.models.autoencoders.vae").DiagonalGaussianDistribution
 

@@ -10,7 +10,6 @@ from vae_harness import (
     gradients,
     in_strips,
     latents,
-    one_thread,  # noqa: F401 a fixture
     outputs,
     pair,
     pixels,
@@ -18,6 +17,8 @@ from vae_harness import (
 )
 
 from qwen_image_fast.models import vae_conv
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

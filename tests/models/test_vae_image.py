@@ -16,7 +16,6 @@ from vae_harness import (
     build,
     gradients,
     latents,
-    one_thread,  # noqa: F401 a fixture
     outputs,
     pair,
     pixels,
@@ -26,6 +25,8 @@ from vae_harness import (
 from qwen_image_fast.models import vae_conv
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.models.vae_blocks import AttentionBlock
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # --- tiers --------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from vae_harness import (
     assert_within_tier,
-    one_thread,  # noqa: F401 a fixture
     pair,
     reference_module,
     without_float32_upsample,
@@ -17,6 +16,8 @@ from vae_harness import (
 from qwen_image_fast.folders import SHIPPED
 from qwen_image_fast.models import vae_conv
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 data = pytest.importorskip("skimage.data")
 

@@ -12,7 +12,6 @@ from vae_harness import (
     close,
     in_strips,
     latents,
-    one_thread,  # noqa: F401 a fixture
     outputs,
     pair,
     pixels,
@@ -22,6 +21,8 @@ from vae_harness import (
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.models.vae_tiling import strip_rows
 from qwen_image_fast.sizes import parse_bytes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # --- strips -------------------------------------------------------------------------------------------------------
 

@@ -24,14 +24,6 @@ TINY = {
 WIDE = {"base_dim": 20}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def randomise(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

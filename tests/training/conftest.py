@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from trainer_helpers import small_folder
 
@@ -12,13 +11,9 @@ def folder(tmp_path_factory):
     return small_folder(tmp_path_factory.mktemp("small") / "pipeline")
 
 
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    """These models are too small to share; idle threads would only spin."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(autouse=True)
+def small_work(one_thread):
+    pass
 
 
 @pytest.fixture(scope="session")
