@@ -6,7 +6,7 @@ from dataclasses import asdict, is_dataclass
 import pytest
 
 from qwen_image_fast.training.recipe.curriculum import read_curriculum
-from qwen_image_fast.training.recipe.fields import RecipeError, differences
+from qwen_image_fast.training.recipe.fields import RecipeError, differences, read_tree
 from qwen_image_fast.training.recipe.fitted import LARGE
 from qwen_image_fast.training.recipe.flow import FlowRecipe
 from qwen_image_fast.training.recipe.meanings import meanings, written_out
@@ -196,3 +196,14 @@ def test_what_is_loaded_is_said(tmp_path, changes, said):
 def test_a_colon_without_a_space():
     with pytest.raises(RecipeError, match="data.tasks needs a space behind the colon: ti2i: 1"):
         build({"data": {"tasks": {"ti2i:1": None}}})
+
+
+def test_files_that_are_no_recipe(tmp_path):
+    """As `data filter` and `data annotate` read theirs, too."""
+    with pytest.raises(RecipeError, match="is a folder, not a YAML file"):
+        read_tree(tmp_path)
+    (tmp_path / "gbk.yaml").write_bytes("name: 你好".encode("gbk"))
+    with pytest.raises(ValueError, match="gbk.yaml is not text in UTF-8, as line 1 shows"):
+        read_tree(tmp_path / "gbk.yaml")
+    (tmp_path / "mark.yaml").write_bytes(b"\xef\xbb\xbfsteps: 3")
+    assert read_tree(tmp_path / "mark.yaml") == {"steps": 3}

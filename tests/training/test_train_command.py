@@ -158,6 +158,7 @@ def test_an_interrupted_run_says_how_to_go_on(small, monkeypatch, number):
         (["lora"], "no model is named: give --model (model.folder), which is tiny, a folder or a hub name"),
         (["lora", "--model", "tiny"], "no data are named: give --images, a folder of pictures with captions, --pairs,"),
         (["lora", "--model", "tiny", "--images", "picture"], "there is no picture; did you mean pictures?"),
+        (["pictures"], "pictures is a folder, not a recipe; `train lora --images pictures` trains on its pictures"),
         (["lora", "--model", "tny", "--images", "pictures"], "there is no folder tny, and it is not a hub name"),
         (["lora", "--model", "small", "--images", "pictures", "--preset", "32gb"], "--preset must be one of 12gb,"),
         (["lora", "--images", "a", "--pairs", "b"], "give either --images or --pairs"),

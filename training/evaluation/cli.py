@@ -55,6 +55,7 @@ def text_command(
     batch: Batch = 16,
 ) -> None:
     """Draw texts, read them back, and count: exact match, CVTG-2K's word accuracy and NED, LongText-Bench's score."""
+    typer.echo(f"{model}: loading torch and the reader", err=True)
     from tqdm import tqdm
 
     from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
@@ -96,6 +97,7 @@ def edit_command(
     batch: Batch = 16,
 ) -> None:
     """Edit synthetic pictures with unseen words, read them back, and measure what else changed."""
+    typer.echo(f"{model}: loading torch and the reader", err=True)
     from tqdm import tqdm
 
     from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_image_fast.extras import needed_for
+from qwen_image_fast.folders import read_text
 
 
 class RecipeError(ValueError):
@@ -35,8 +36,10 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     with needed_for("reading a recipe"):
         import yaml
 
+    if Path(path).is_dir():
+        raise RecipeError(f"recipe: {path} is a folder, not a YAML file")
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        tree = yaml.safe_load(read_text(path)) or {}
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe: {path} must be valid YAML: {error}") from error
     return overridden(tree, overrides)

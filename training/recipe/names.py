@@ -23,6 +23,10 @@ def find_recipe(name: str | Path) -> Path:
     for path in (Path(name).expanduser(), RECIPES / f"{name}.yaml"):
         if path.is_file():
             return path
+    if Path(name).expanduser().is_dir():
+        raise RecipeError(
+            f"recipe: {name} is a folder, not a recipe; `train lora --images {name}` trains on its pictures"
+        )
     near = nearest(str(name), shipped()) or nearest_file(name)
     raise RecipeError(f"recipe: there is no file {name}; shipped recipes: {', '.join(shipped())}{near}")
 

@@ -12,7 +12,7 @@ import typer
 
 from qwen_image_fast import __version__
 from qwen_image_fast.cli.common import JSON, print_json
-from qwen_image_fast.cli.errors import BAD_INPUT, CommandError, failing
+from qwen_image_fast.cli.errors import BAD_INPUT, CommandError, err, failing
 from qwen_image_fast.cli.errors import out as console
 from qwen_image_fast.extras import needed_for
 from qwen_image_fast.files import atomic_write, claimed
@@ -53,6 +53,8 @@ def quantize_command(
 
 
 def _quantize(model: str, out: Path, loras: list[str], check: bool, pictures: int, show: bool) -> dict[str, Any]:
+    if show:
+        err.print(f"{model}: loading torch", markup=False, soft_wrap=True)
     import torch
     from tqdm import tqdm
 

@@ -108,6 +108,7 @@ def filter_records(
 ) -> None:
     """Filter a data set in the report's seven stages; shards, an audit of every score and examples go to OUT."""
     with explained():
+        err.print(f"{recipe}: loading the filters", markup=False, soft_wrap=True)
         from qwen_image_fast.training.data.cli import filter_command
 
         filter_command(recipe, overrides, out)
@@ -128,6 +129,7 @@ def annotate_records(
 ) -> None:
     """Caption pictures by a vision-language model; a stopped run goes on with the same command."""
     with explained():
+        err.print(f"{recipe}: loading what annotates", markup=False, soft_wrap=True)
         from qwen_image_fast.training.data.cli import annotate_command
 
         annotate_command(recipe, overrides, out)
