@@ -113,7 +113,7 @@ def test_what_is_refused(tmp_path):
     state = QwenImageTransformer2DModel.from_pretrained(SHIPPED, subfolder="transformer").state_dict()
     tensors, _ = as_q8_0(state, "")
     path = write_gguf(tmp_path / "model.gguf", tensors, {"general.architecture": "qwen_image"})
-    with pytest.raises(ValueError, match="precision must be left out for weights that have their own"):
+    with pytest.raises(ValueError, match="model.gguf is quantised already, .* as GGUF Q8_0: load it"):
         quantize(open_weights([path], "transformer"), tmp_path / "x.safetensors")
     state[f"{LAYER}.weight"][0, 0] = float("inf")
     save_file(state, tmp_path / "bad.safetensors")
@@ -138,6 +138,11 @@ def test_the_command(tmp_path):
     model = QwenImageTransformer2DModel.from_pretrained(out, precision="int8")
     assert isinstance(model.get_submodule(LAYER), Int8Linear)
     assert run(app, words).exit_code == 2  # it is there
+    again = run(app, ["quantize", str(out), "-o", str(tmp_path / "again")])
+    assert again.exit_code == 2 and "is quantised already" in again.stderr
+    assert run(app, ["quantize", "tiny", "-o", str(tmp_path / "said"), "--no-check"]).stdout.endswith(
+        f"--transformer {tmp_path}/said/diffusion_pytorch_model.safetensors\n"
+    )
     for words, text in (
         (["quantize", "tiny", "--out", str(out / "x"), "--precision", "int2"], "--precision must be int8"),
         (["quantize", "tniy", "--out", str(out / "x")], "did you mean tiny"),

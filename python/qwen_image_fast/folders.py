@@ -106,6 +106,13 @@ def nearest_file(path: PathLike) -> str:
     return f"; did you mean {beside[near[0]]}?" if near else ""
 
 
+def newest_lora(path: PathLike) -> str:
+    """Of a training run that a path is of, or in, the newest LoRA; of any other path nothing."""
+    path = Path(path).expanduser()
+    found = [file for run in (path, path.parent) for file in sorted(run.glob("loras/step-*.safetensors"))[-1:]]
+    return f"; the newest of that run is {found[0]}" if found else ""
+
+
 def read_text(path: PathLike) -> str:
     """A text file in UTF-8, with a byte order mark or without; ValueError where it is in another encoding."""
     content = Path(path).read_bytes()

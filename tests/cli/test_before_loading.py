@@ -49,6 +49,9 @@ def files(in_tmp, folders):
     speck.putpixel((3, 3), 255)
     speck.save("home/speck.png")
     save_file({KEY.format("A"): torch.ones(2, 64), KEY.format("B"): torch.ones(192, 2)}, "home/other.safetensors")
+    Path("home/run/loras").mkdir(parents=True)
+    for step in (4, 12):
+        Path(f"home/run/loras/step-{step:08}.safetensors").touch()
     nan = torch.full((192, 2), torch.nan)
     save_file({KEY.format("A"): torch.ones(2, 192), KEY.format("B"): nan}, "home/nan.safetensors")
     text = {k.replace("transformer.", "text_encoder.model."): v for k, v in ((KEY.format("A"), torch.ones(2, 64)),)}
@@ -82,6 +85,9 @@ CASES = [
         for wrong, text in (
             (("--lora", PICTURE), "a.png is a PNG picture, not a safetensors file"),
             (("--lora", "home/page.safetensors"), "is a web page, not the file itself"),
+            (("--lora", "home/run"), "holds no LoRA: it has no safetensors file; the newest of that run is"),
+            (("--lora", "home/run/model"), "there is no LoRA file or folder home/run/model; the newest of that run is "
+             "home/run/loras/step-00000012.safetensors"),
             (("--lora", "{vae}"), "this is no LoRA: it holds the weights of the Qwen-Image VAE"),
             (("--lora", "home/other.safetensors"), "other.safetensors: transformer_blocks.0.attn.to_q must be [rank"),
             (("--lora", "home/nan.safetensors"), "nan.safetensors: transformer_blocks.0.attn.to_q must hold finite"),

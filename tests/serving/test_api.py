@@ -129,6 +129,8 @@ WRONG = [
     ({"guidance_scale": 3}, "guidance_scale", "unknown_parameter", "there is no guidance_scale: this model is not"),
     ({"n": 11}, "n", "invalid_value", "n must be an integer, 1 to 10, got 11"),
     ({"n": "2"}, "n", "invalid_value", "n must be an integer, 1 to 10, got '2'"),
+    ({"size": "99999x16"}, "size", "invalid_size", "size must have a ratio of 1:3 to 3:1, got 99999x16"),
+    ({"size": "99999x99999"}, "size", "invalid_size", "size must have at most 8294400 pixels, got 99999x9"),
     ({"size": "100x100"}, "size", "invalid_size", "the width in size must be a multiple of 16, got 100; try 96"),
     ({"size": "huge"}, "size", "invalid_size", "size must be WIDTHxHEIGHT or one of 1:1"),
     ({"size": "64x1024"}, "size", "invalid_size", "size must have a ratio of 1:3 to 3:1, got 64x1024"),

@@ -131,7 +131,7 @@ def test_what_is_not_used_is_said(tmp_path):
     said = "\n".join(make_source(DataRecipe(source=str(tmp_path))).said())
     assert "1 .heic files are of no kind that is read, such as d.heic" in said
     assert "1 .txt files have no picture, such as notes.txt" in said
-    assert "1 pictures are copies of others" in said
+    assert "1 picture is a copy of another, " in said
     table = files(tmp_path / "t", {**PICTURES, "metadata.csv": "file_name,text\na.png,red\n"})
     assert "2 pictures stand in no table" in "\n".join(make_source(DataRecipe(source=str(table))).said())
 

@@ -22,7 +22,7 @@ def _known(name: str) -> str:
 
 
 Model = Annotated[str, typer.Argument(help="diffusers-layout folder, hub name, or tiny", callback=_known)]
-Out = Annotated[Path, typer.Option(help="folder for results.json and the pictures")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="folder for results.json and the pictures")]
 Letters = Annotated[int, typer.Option(help="most letters of a synthetic text", min=2)]
 Lines = Annotated[int, typer.Option(help="most texts of a synthetic picture", min=1)]
 WordsOnly = Annotated[bool, typer.Option("--words-only", help="English words only, no random strings")]

@@ -126,4 +126,5 @@ def faults(seen: Sequence[Seen]) -> Iterator[str]:
     counts = Counter(s.ids[0] for s in seen if not s.fault)
     if twice := sum(count - 1 for count in counts.values()):
         first = next(s.origin for s in seen if counts[s.ids[0]] > 1)
-        yield f"{twice} pictures are copies of others, such as {first}"
+        several = f"{twice} pictures are copies of others, such as {first}"
+        yield several if twice > 1 else f"1 picture is a copy of another, {first}"

@@ -13,7 +13,7 @@ from PIL import Image
 
 from qwen_image_fast.cli.errors import BAD_INPUT, FAILED, CommandError, failing
 from qwen_image_fast.cli.options import flag
-from qwen_image_fast.folders import HUB_NAME, local_folder, nearest_file, read_text, resolve_folder
+from qwen_image_fast.folders import HUB_NAME, local_folder, nearest_file, newest_lora, read_text, resolve_folder
 from qwen_image_fast.model_defaults import GENERATION_FILE
 from qwen_image_fast.pictures import decode, to_mask
 from qwen_image_fast.request import Request
@@ -98,7 +98,7 @@ def lora_file(name: str) -> str:
     on_hub = HUB_NAME.fullmatch(f"{owner}/{parts[0]}") and (len(parts) == 1) == (not rest.endswith(".safetensors"))
     if not on_hub:
         kind = "file" if path.suffix else "file or folder"
-        raise CommandError(f"there is no LoRA {kind} {name}{nearest_file(name)}")
+        raise CommandError(f"there is no LoRA {kind} {name}{newest_lora(path) or nearest_file(name)}")
     return name
 
 

@@ -23,7 +23,7 @@ RESULT = "quantization.json"
 
 def quantize_command(
     model: Annotated[str, typer.Argument(help="A model's folder or hub name, or that of its transformer; tiny.")],
-    out: Annotated[Path, typer.Option(help="Folder for the transformer in 8 bits and what is measured.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the 8-bit transformer and what is measured.")],
     precision: Annotated[str, typer.Option(help="int8.")] = "int8",
     lora: Annotated[list[str] | None, typer.Option(help="A LoRA's file, =WEIGHT; merged first; several times.")] = None,
     check: Annotated[bool, typer.Option(help="Compare velocities; needs the memory of both.")] = True,

@@ -27,7 +27,7 @@ def train(
     pairs: Annotated[str | None, typer.Option(help="A folder of pictures before and after, with instructions.")] = None,
     model: Annotated[str | None, typer.Option(help="tiny, a folder, or a hub name such as Qwen/Qwen-Image.")] = None,
     preset: Annotated[str | None, typer.Option(help="Fit a card: 12gb, 16gb, 24gb, 48gb or 80gb.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("outputs/run"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")] = Path("outputs/run"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
     allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Resume with a recipe that differs.")] = False,
     list_them: Annotated[bool, typer.Option("--list", help="Print the recipes that there are.")] = False,

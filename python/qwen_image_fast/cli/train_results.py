@@ -15,7 +15,7 @@ Run = Annotated[Path, typer.Argument(help="Folder of a run of `train`.")]
 def export(
     run: Run,
     step: Annotated[int | None, typer.Option(help="Of the checkpoint; the newest without it.", min=0)] = None,
-    out: Annotated[Path | None, typer.Option(help="The result; without it in RUN/exported.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The result; without it in RUN/exported.")] = None,
     style: Annotated[str, typer.Option("--format", help="Names in a LoRA file: diffusers or comfyui.")] = "diffusers",
 ) -> None:
     """Write what a run had learned at a checkpoint, to be used: a LoRA as one file, a model as its folder."""

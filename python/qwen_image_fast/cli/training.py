@@ -64,7 +64,7 @@ def checked(
 def cache_latents(
     recipe: Recipe,
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="Folder of the cache.")] = Path("outputs/latents"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the cache.")] = Path("outputs/latents"),
     count: Annotated[int, typer.Option(help="Samples.", min=1)] = 10000,
 ) -> None:
     """Encode a recipe's samples once, for its field data.cache."""
@@ -80,7 +80,7 @@ def cache_latents(
 
 
 def preview_samples(
-    out: Annotated[Path, typer.Option(help="The PNG to write.")] = Path("preview.png"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("preview.png"),
     recipe: Annotated[
         str, typer.Option(help="tiny, mixed, pure, compositional, complex, shapes, or a JSON file.")
     ] = "mixed",
@@ -104,7 +104,7 @@ def preview_samples(
 def filter_records(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with the fields of training/data/recipe.py.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes such as quality.min_luma=0.1.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("outputs/filtered"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.")] = Path("outputs/filtered"),
 ) -> None:
     """Filter a data set in the report's seven stages; shards, an audit of every score and examples go to OUT."""
     with explained():
@@ -125,7 +125,7 @@ def report(folder: Annotated[Path, typer.Argument(help="The result of `data filt
 def annotate_records(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with the fields of AnnotateRecipe in recipe.py.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes such as parallel=16.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the result.")] = Path("outputs/annotated"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.")] = Path("outputs/annotated"),
 ) -> None:
     """Caption pictures by a vision-language model; a stopped run goes on with the same command."""
     with explained():

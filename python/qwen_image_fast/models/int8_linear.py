@@ -197,8 +197,8 @@ def refuse_quantised(stored: Mapping[str, Weight]) -> None:
         if is_quantised(weight):
             file = weight.parts["weight"].entry.path if isinstance(weight, StoredWeight) else "the file"
             raise ValueError(
-                f"precision must be left out for weights that have their own, got int8 for {path} as {weight.kind} "
-                f"in {file}: load it without, or take a file in bfloat16 or int8"
+                f"{file} is quantised already, {path} as {weight.kind}: load it without precision, or take a file in "
+                "floating point"
             )
 
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..checkpoint import PICKLE_SUFFIXES
-from ..folders import read_json, resolve_folder
+from ..folders import newest_lora, read_json, resolve_folder
 from ..tensor_files import CONVERT, read_header
 from .lora_keys import Parts, by_layer
 from .lora_kinds import Adapter, Difference, Hadamard, Kronecker, Pair
@@ -115,7 +115,9 @@ def find_lora(path: Path, weight_name: str | None = None) -> Path:
     if pickles and not files:
         raise ValueError(_pickled(pickles[0]))
     if not files:
-        raise FileNotFoundError(f"load_lora_weights: {path} holds no LoRA: it has no safetensors file")
+        raise FileNotFoundError(
+            f"load_lora_weights: {path} holds no LoRA: it has no safetensors file{newest_lora(path)}"
+        )
     there = ", ".join(f.name for f in files)
     raise FileNotFoundError(f"load_lora_weights: {path} holds several files, name one of them (weight_name): {there}")
 

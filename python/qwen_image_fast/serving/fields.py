@@ -159,12 +159,6 @@ def check_size(fields: Fields, limits: Limits, usual: tuple[int, int], any_side:
         width, height = parse_size(fields.size, usual)
     except RequestError as error:
         raise invalid(str(error), "size", "invalid_size") from error
-    for name, side in (("width", width), ("height", height)):
-        if not any_side and (side < 16 or side % 16):
-            near = max(16, round(side / 16) * 16)
-            raise invalid(
-                f"the {name} in size must be a multiple of 16, got {side}; try {near}", "size", "invalid_size"
-            )
     if min(width, height) < 1 or max(width, height) > limits.ratio_out * min(width, height):
         ratio = f"1:{limits.ratio_out:g} to {limits.ratio_out:g}:1"
         raise invalid(f"size must have a ratio of {ratio}, got {width}x{height}", "size", "invalid_size")
@@ -173,6 +167,12 @@ def check_size(fields: Fields, limits: Limits, usual: tuple[int, int], any_side:
             f"size must have at most {limits.pixels_out} pixels, got {width}x{height}, which is {width * height}",
             "size", "invalid_size",
         )  # fmt: skip
+    for name, side in (("width", width), ("height", height)):
+        if not any_side and (side < 16 or side % 16):
+            near = max(16, round(side / 16) * 16)
+            raise invalid(
+                f"the {name} in size must be a multiple of 16, got {side}; try {near}", "size", "invalid_size"
+            )
     return {"width": width, "height": height}
 
 
