@@ -141,7 +141,7 @@ def test_the_command(tmp_path):
     again = run(app, ["quantize", str(out), "-o", str(tmp_path / "again")])
     assert again.exit_code == 2 and "is quantised already" in again.stderr
     assert run(app, ["quantize", "tiny", "-o", str(tmp_path / "said"), "--no-check"]).stdout.endswith(
-        f"--transformer {tmp_path}/said/diffusion_pytorch_model.safetensors\n"
+        f"--transformer {tmp_path}/said/diffusion_pytorch_model.safetensors --precision int8\n"
     )
     for words, text in (
         (["quantize", "tiny", "--out", str(out / "x"), "--precision", "int2"], "--precision must be int8"),

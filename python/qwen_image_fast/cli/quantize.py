@@ -48,8 +48,18 @@ def quantize_command(
     for line in report["said"]:
         console.print(line, highlight=False)
     [file] = sorted(out.glob("*.safetensors"))
-    again = f"qwen-image-fast generate PROMPT --model {shlex.quote(model)} --transformer {shlex.quote(str(file))}"
-    console.print(f"use it: {again}", highlight=False, soft_wrap=True)
+    words = [
+        "qwen-image-fast",
+        "generate",
+        "PROMPT",
+        "--model",
+        model,
+        "--transformer",
+        str(file),
+        "--precision",
+        precision,
+    ]
+    console.print(f"use it: {shlex.join(words)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _quantize(model: str, out: Path, loras: list[str], check: bool, pictures: int, show: bool) -> dict[str, Any]:
