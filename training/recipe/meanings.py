@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
+from qwen_image_fast.extras import needed_for
 from qwen_image_fast.training.recipe.curriculum import Curriculum
 from qwen_image_fast.training.recipe.fields import differences
 
@@ -61,7 +62,8 @@ def _group(group: Any, kind: type, indent: str) -> Iterator[str]:
 
 
 def _yaml(value: Any) -> str:
-    import yaml  # the recipe was read with it
+    with needed_for("writing a recipe"):
+        import yaml
 
     if isinstance(value, list) and value and dataclasses.is_dataclass(value[0]):
         value = [dataclasses.asdict(entry) for entry in value]  # type: ignore[call-overload]
