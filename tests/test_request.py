@@ -232,9 +232,10 @@ def test_edits():
     request = make("edit", {**ONE, "image": "a", "mask": "m", "strength": 0.5, "megapixel": True})
     call = request.call(opened(request))
     assert call["image"] is call["mask_image"] is PICTURE and call["strength"] == 0.5 and "width" not in call
-    assert (
-        call["preserve_size"] is False and request.pipeline("QwenImageEditPipeline") == "QwenImageEditInpaintPipeline"
-    )
+    assert call["preserve_size"] is False
+    for plus in ("", "Plus"):  # each model's own template, with a mask as without
+        inpaint = f"QwenImageEdit{plus}InpaintPipeline"
+        assert request.pipeline(f"QwenImageEdit{plus}Pipeline") == request.pipeline(inpaint) == inpaint
 
 
 @pytest.mark.parametrize("kind", KINDS)

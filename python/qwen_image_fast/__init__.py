@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qwen_image_fast.pipelines.edit import QwenImageEditPipeline
     from qwen_image_fast.pipelines.edit_inpaint import QwenImageEditInpaintPipeline
     from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
+    from qwen_image_fast.pipelines.edit_plus_inpaint import QwenImageEditPlusInpaintPipeline
     from qwen_image_fast.pipelines.image_to_image import QwenImageImg2ImgPipeline
     from qwen_image_fast.pipelines.inpaint import QwenImageInpaintPipeline
     from qwen_image_fast.pipelines.layered import QwenImageLayeredPipeline
@@ -42,6 +43,7 @@ _HOMES = {
     "QwenImageControlNetPipeline": "pipelines.controlnet",
     "QwenImageEditInpaintPipeline": "pipelines.edit_inpaint",
     "QwenImageEditPipeline": "pipelines.edit",
+    "QwenImageEditPlusInpaintPipeline": "pipelines.edit_plus_inpaint",
     "QwenImageEditPlusPipeline": "pipelines.edit_plus",
     "QwenImageImg2ImgPipeline": "pipelines.image_to_image",
     "QwenImageInpaintPipeline": "pipelines.inpaint",
@@ -64,6 +66,7 @@ __all__ = [
     "QwenImageControlNetPipeline",
     "QwenImageEditInpaintPipeline",
     "QwenImageEditPipeline",
+    "QwenImageEditPlusInpaintPipeline",
     "QwenImageEditPlusPipeline",
     "QwenImageImg2ImgPipeline",
     "QwenImageInpaintPipeline",

@@ -29,7 +29,7 @@ from qwen_image_fast.request_fields import (
     tokens_of,
 )
 
-EDITING = ("QwenImageEditPlusPipeline", "QwenImageEditPipeline", "QwenImageEditInpaintPipeline")
+EDITING = tuple(f"QwenImageEdit{name}Pipeline" for name in ("Plus", "", "Inpaint", "PlusInpaint"))
 DRAWING = (
     "QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline", "QwenImageControlNetPipeline",
     "QwenImageControlNetInpaintPipeline", *EDITING,
@@ -237,7 +237,7 @@ class Edit(Resized):
     def pipeline(self, model_class: str) -> str:
         super().pipeline(model_class)
         if self.mask is not None:
-            return "QwenImageEditInpaintPipeline"
+            return f"QwenImageEdit{'Plus' if 'Plus' in model_class else ''}InpaintPipeline"
         if model_class == "QwenImageEditPipeline" and len(self.image) > 1:
             raise RequestError(f"{{image}} must be given once for {self.model}, got {len(self.image)}")
         return "QwenImageEditPipeline" if model_class == "QwenImageEditPipeline" else "QwenImageEditPlusPipeline"

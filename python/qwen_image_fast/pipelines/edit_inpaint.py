@@ -55,7 +55,7 @@ class QwenImageEditInpaintPipeline(PicturePrompts, StartingPipeline):
         max_sequence_length: int = 512,
         *,
         preserve_size: bool = True,
-        condition_area: int = VAE_AREA,
+        condition_area: int | None = None,
         grid_positions: bool = True,
         seed: int | Sequence[int] | None = None,
         progress: bool = True,
@@ -65,6 +65,7 @@ class QwenImageEditInpaintPipeline(PicturePrompts, StartingPipeline):
         Args:
             height, width: with `preserve_size` pixels of the result, default: those of the picture; without it they
                 have no effect, as in diffusers.
+            condition_area: pixels of the picture for Qwen2.5-VL; with `preserve_size` an upper bound. None: as trained.
 
         Raises:
             ValueError, TypeError: bad arguments, in one sentence; also when the result is not finite.
@@ -77,7 +78,8 @@ class QwenImageEditInpaintPipeline(PicturePrompts, StartingPipeline):
             pixels = self._pixels(height, width, [(p.height, p.width) for p in pictures])
         else:
             pixels = [area_size(VAE_AREA, *p.size)[::-1] for p in pictures]
-        prepared = [prepare_reference(p, preserve_size=preserve_size, condition_area=condition_area) for p in pictures]
+        area = self.condition_area if condition_area is None else condition_area
+        prepared = [prepare_reference(p, preserve_size=preserve_size, condition_area=area) for p in pictures]
         seen = self._look(call, [p.condition for p in prepared])
 
         def encode(prompts: Sequence[str]):
