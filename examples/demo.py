@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from pathlib import Path
@@ -71,6 +72,8 @@ def compare(prompt: str, seed: int) -> Table:
     table = Table("stage", "diffusers", "qwen_image_fast", "faster")
     table.title = f"128x128, {STEPS} steps, guidance, {torch.get_num_threads()} threads, float32"
     table.caption = f"largest difference between the two pictures: {difference} of 255"
+    if (load := os.getloadavg()[0]) > (os.cpu_count() or 1) + 2:  # two threads are this program's own
+        table.caption += f"\nother programs keep this machine busy (load {load:.1f}): the times say little"
     for stage in ("text encoder", "denoise", "decode", "whole call"):
         a, b = (statistics.median(run[stage] for run in runs[name]) for name in ("diffusers", "qwen_image_fast"))
         table.add_row(stage, f"{a:.3f} s", f"{b:.3f} s", f"{a / b:.2f}x")

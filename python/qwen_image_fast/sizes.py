@@ -12,9 +12,11 @@ def parse_bytes(limit: int | str, name: str = "memory_limit") -> int:
     """Bytes from a number or "4GB", "512 MiB".
 
     Raises:
-        ValueError: neither, or not positive.
+        ValueError: neither, not positive, or a small number without a unit.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?B)?\s*", limit.upper()) if isinstance(limit, str) else None
+    if found and not found[2] and float(found[1]) < 10**6:
+        raise ValueError(f"{name} must have a unit, such as {found[1]}GB, got {limit!r}, which would be bytes")
     if found:
         limit = int(float(found[1]) * _UNITS[found[2] or ""])
     if not isinstance(limit, int) or isinstance(limit, bool) or limit <= 0:

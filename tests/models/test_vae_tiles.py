@@ -166,7 +166,7 @@ def test_attention_at_full_resolution_needs_the_whole_image(monkeypatch):
 
 
 def test_bytes():
-    texts = {"4GB": 4 * 10**9, " 512 MiB ": 512 << 20, "1.5kb": 1500, "77": 77, 5: 5}
+    texts = {"4GB": 4 * 10**9, " 512 MiB ": 512 << 20, "1.5kb": 1500, "77000000": 77000000, 5: 5}
     assert {text: parse_bytes(text) for text in texts} == texts
 
 

@@ -145,6 +145,11 @@ def test_limits_are_read(limit):
     assert parse_bytes(limit) == 20 * 10**9
 
 
+def test_a_unit_is_not_forgotten_in_silence():
+    with pytest.raises(ValueError, match="memory_limit must have a unit, such as 20GB, got '20', which would be bytes"):
+        parse_bytes("20")
+
+
 @pytest.mark.parametrize("limit", ["", "much", "-1GB", 0, True, None, "20 G"])
 def test_bad_limits(limit):
     with pytest.raises(ValueError, match="memory_limit must be a positive number of bytes or a string like '4GB'"):

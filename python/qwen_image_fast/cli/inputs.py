@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from qwen_image_fast.weights.places import find_file
 def prompts_of(path: Path) -> list[str]:
     """The prompts of a file, one per line."""
     try:
-        lines = read_text(path.expanduser()).split("\n")
+        text = read_text(path.expanduser())
     except FileNotFoundError as error:
         raise CommandError(f"there is no file {path}{nearest_file(path)}") from error
     except IsADirectoryError as error:
@@ -33,7 +34,9 @@ def prompts_of(path: Path) -> list[str]:
         raise CommandError(f"{path} may not be read") from error
     except ValueError as error:
         raise CommandError(str(error)) from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if "\0" in text:
+        raise CommandError(f"{path} is not a file of text: it holds a character NUL")
+    prompts = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip() and not line.lstrip().startswith("#")]
     if not prompts:
         raise CommandError(f"{path} holds no prompt")
     return prompts
@@ -71,7 +74,7 @@ def settled(
         found["text_encoder"] = [_weight_file(file) for file in request.text_encoder]
     found["lora"] = [_found_lora(lora, from_image, note) for lora in request.lora]
     _say_loras(found["lora"], note)
-    _check_mask(opened)
+    _check_mask(opened, note)
     return found, opened
 
 
@@ -157,10 +160,12 @@ def open_picture(path: Path, option: str, from_image: Path | None = None) -> Ima
         raise CommandError(str(error)) from error
 
 
-def _check_mask(opened: dict[str, Any]) -> None:
+def _check_mask(opened: dict[str, Any], note: Callable[[str], None]) -> None:
     """Of the picture's aspect ratio, one pixel of rounding in either side aside, and white somewhere."""
     mask = opened.get("mask")
     if mask is not None:
+        if mask.has_transparency_data and mask.convert("RGBA").getextrema()[3][0] < 255:
+            note("what is clear in --mask stays as it is; in the server's API, as in OpenAI's, it is what changes")
         from qwen_image_fast.pipelines.masks import check_ratio, check_white
 
         shown = opened["image"] if "image" in opened else opened["control"]
