@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 GPU_PYTHON ?= 3.12
 
-.PHONY: demo lora-demo pipeline docs extras test lint matrix bench install dev clean cuda-compile gpu-check gpu-wheels gpu-status
+.PHONY: demo lora-demo pipeline eval docs extras test lint matrix bench install dev clean cuda-compile gpu-check gpu-wheels gpu-status
 
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard cmake/*.cmake) \
   $(shell find csrc python training -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.py' -o -name '*.yaml' -o -path '*serving/page/*')
@@ -42,6 +42,11 @@ lora-demo: $(VENV)/dev
 # Collect, filter, annotate, synthesise, balance, train two stages, score: minutes on two cores.
 pipeline: $(VENV)/dev
 	$(BIN)/python examples/whole_pipeline.py
+
+# TinyEval of the shipped model, or of MODEL=<folder>: what it can draw and edit, judged by pixels; minutes on two cores.
+MODEL ?= tiny
+eval: $(VENV)/dev
+	$(BIN)/qwen-image-fast evaluate tiny $(MODEL) --out outputs/eval-$(notdir $(patsubst %/,%,$(MODEL)))
 
 # Every extra in a clean environment of its own: what it promises runs. Downloads torch for each; minutes.
 extras: $(VENV)/wheel/built

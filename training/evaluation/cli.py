@@ -1,4 +1,4 @@
-"""The commands `evaluate text` and `evaluate edit`."""
+"""The commands `evaluate text`, `evaluate edit` and `evaluate tiny`."""
 
 from __future__ import annotations
 
@@ -116,6 +116,34 @@ def edit_command(
         totals = report.write_report(results, out, settings)
     print(report.table(totals))
     print(f"results.json and pictures are in {out}")
+
+
+@app.command("tiny")
+def tiny_command(
+    model: Model = "tiny",
+    out: Out = Path("outputs/evaluate-tiny"),
+    tasks: Annotated[str, typer.Option(help="all, or some, with commas between: single,two,edit move")] = "all",
+    count: Annotated[int, typer.Option(help="pictures of each task", min=1)] = 50,
+    size: Size = 128,
+    steps: Steps = 20,
+    guidance: Guidance = 1.0,
+    seed: Seed = 0,
+    batch: Batch = 16,
+) -> None:
+    """TinyEval: shapes, colours, numbers, places, texts and edits by fixed prompts, judged by pixels alone."""
+    typer.echo(f"{model}: loading torch", err=True)
+    from qwen_image_fast.training.evaluation import tiny_eval
+    from qwen_image_fast.training.evaluation.page import markdown
+    from qwen_image_fast.training.evaluation.tiny_models import TinyRun
+
+    wanted = tiny_eval.TASKS if tasks == "all" else tuple(task.strip() for task in tasks.split(","))
+    if unknown := [task for task in wanted if task not in tiny_eval.TASKS]:
+        raise typer.BadParameter(f"--tasks must be of {', '.join(tiny_eval.TASKS)}, got {', '.join(unknown)}")
+    with claimed(out, "results.json"):
+        run = TinyRun(model, wanted, count, size, seed, batch, _sampling(steps, guidance))
+        totals = tiny_eval.write_report(run.judged(), out, model, run.settings())
+    print(markdown(tiny_eval.table(totals)))
+    print(f"results.json and report.html are in {out}")
 
 
 def _recipe(language: str, letters: int, lines: int, words_only: bool, other_captions: float = 0.0):

@@ -85,7 +85,8 @@ def _scene_pair(
     mask = _scene_mask(source, target)
     instruction = _instruction(rng, kind, language, only=len(elements) == 1, **words)
     images = render_scene(source), render_scene(target)
-    return EditSample(*images, instruction, mask, kind, language, _texts(source), _texts(target), strategy)
+    boxes = tuple(element_box(element) for element in target.elements if isinstance(element, TextElement))
+    return EditSample(*images, instruction, mask, kind, language, _texts(source), _texts(target), strategy, boxes)
 
 
 def _changed(

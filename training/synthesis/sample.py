@@ -51,6 +51,7 @@ class EditSample:
         language: of instruction and text, `en` or `zh`.
         source_lines, target_lines: the texts in each picture.
         strategy: of the pictures, as in `Sample`.
+        boxes: the area of each text of `target_lines`; of shapes and pure alone.
     """
 
     source: np.ndarray
@@ -62,6 +63,7 @@ class EditSample:
     source_lines: tuple[str, ...]
     target_lines: tuple[str, ...]
     strategy: str
+    boxes: tuple[Box, ...] = ()
 
 
 def quotable(text: str) -> bool:
