@@ -26,6 +26,7 @@ from qwen_image_fast.training.synthesis import (
     pure,
     quoted_texts,
     sample,
+    shapes,
     stream,
     tiny,
     words,
@@ -194,6 +195,33 @@ def test_shapes():
         left, top, right, bottom = one.boxes[0]
         centre = one.image[(top + bottom) // 2, (left + right) // 2]
         assert tuple(centre) == colours.COLOURS[one.colours["shape 0"]].rgb
+
+
+@languages
+def test_arranged_shapes(language):
+    """As many as the caption says, or where it says, apart from each other."""
+    for index in range(40):
+        one = make(tiny(128, (language,), shapes=1, pure=0, arranged=1.0), 0, index)
+        assert one.strategy == "shapes" and len(one.boxes) == len(one.colours) - 1
+        for number, (left, top, right, bottom) in enumerate(one.boxes):
+            assert 0 <= left < right <= 128 and 0 <= top < bottom <= 128
+            middle = tuple(one.image[(top + bottom) // 2, (left + right) // 2])
+            assert middle == colours.COLOURS[one.colours[f"shape {number}"]].rgb
+            assert not any(left < r and l < right and top < b and t < bottom for l, t, r, b in one.boxes[:number]), (
+                one.caption
+            )
+        of = "{}个" if language == "zh" else "{} "
+        counted = [n for n, told in shapes.NUMBERS.items() if of.format(told[language == "zh"]) in one.caption]
+        placed = [side for side, name in shapes.SIDES.items() if (name if language == "zh" else side) in one.caption]
+        assert len(counted) + len(placed) == 1
+        if counted:
+            assert len(one.boxes) == counted[0]
+        else:
+            (a, b), axis = one.boxes, 0 if placed[0] in ("left of", "right of") else 1
+            before = placed[0] in ("left of", "above")
+            assert (a[axis + 2] <= b[axis]) if before else (b[axis + 2] <= a[axis])
+    plain = [make(tiny(64, shapes=1, pure=0, arranged=0.0), 0, i).caption for i in range(9)]
+    assert plain == [make(tiny(64, shapes=1, pure=0), 0, i).caption for i in range(9)]
 
 
 @pytest.mark.parametrize("text", ['say "hi"', "it’s “this”", "plain", '"a" and “b”'])

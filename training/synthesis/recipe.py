@@ -46,6 +46,7 @@ class SynthesisRecipe:
         rotation: largest angle of single texts and paragraphs, in degrees.
         random_strings: share of random strings among single texts.
         natural: share of captions in free order; the others begin with the quoted text.
+        arranged: share of pictures of shapes in which two to four are alike, or a caption says which is where.
         other_captions: share of single texts and paragraphs whose caption is in the other language than they are.
         photos: folder of photographs for compositional samples; None: those in scikit-image's wheel.
         edits: kinds of editing pairs of shapes and pure, drawn with equal chance; a kind may occur several times.
@@ -78,6 +79,7 @@ class SynthesisRecipe:
     rotation: float = 15.0
     random_strings: float = 0.3
     natural: float = 0.5
+    arranged: float = 0.0
     other_captions: float = 0.0
     photos: str | None = None
     edits: tuple[str, ...] = EDITS
@@ -210,6 +212,6 @@ def _check(recipe: SynthesisRecipe) -> None:
     must(recipe.largest_font >= 0, "largest_font", "be 0 or more")
     must(recipe.rows >= 0, "rows", "be 0 or more")
     must(0 <= recipe.rotation <= 45, "rotation", "be from 0 to 45 degrees")
-    for name in ("paragraph", "random_strings", "natural", "other_captions"):
+    for name in ("paragraph", "random_strings", "natural", "arranged", "other_captions"):
         must(0 <= getattr(recipe, name) <= 1, name, "be from 0 to 1")
     must(recipe.fonts_per_language >= 0, "fonts_per_language", "be 0 or more")
