@@ -2,7 +2,8 @@
 
     python -m benchmarks.full_size [--folder FOLDER] [--limit 10GB] [--size 256] [--int8] [--keep] [--out RESULTS.json]
 
-Writes the transformer (41 GB), measures, removes it, then the same with the text encoder (15 GB). Every phase is a
+Writes the transformer (41 GB), measures, removes it, then the same with the text encoder (15 GB), and with --int8 the
+transformer in 8 bits (27 GB, half of it modulation in bfloat16), which then takes 15 GB of memory. Every phase is a
 process of its own; the parent holds nothing. Memory is what the system says of the process (/proc/self/status): the
 peak of all its pages, and which of them are its own (RssAnon) or pages of files, which can be given back (RssFile).
 """
@@ -73,13 +74,13 @@ def step(folder: Path, arguments: argparse.Namespace, precision: str | None = No
     found: dict[str, Any] = {"load_seconds": time.perf_counter() - begin, "loaded": status()}
     plan, ring = plans[0], pipe.transformer.streamed.ring
     embeds = torch.randn(1, 64, 3584, generator=torch.Generator().manual_seed(0)).bfloat16()
-    sizes = [256, 512] if precision else arguments.size
-    for size in sizes:
+    for size in arguments.size:
         marks: list[tuple[float, ...]] = []
         compute = type(pipe.transformer).modulation
 
         def mark(marks=marks) -> None:
-            marks.append((time.perf_counter(), ring.rate.read, ring.rate.reading, ring.rate.waited))
+            rate = ring.rate
+            marks.append((time.perf_counter(), time.process_time(), rate.read, rate.reading, rate.waited))
 
         def on_step(pipe, i, t, tensors, mark=mark):
             mark()
@@ -98,11 +99,11 @@ def step(folder: Path, arguments: argparse.Namespace, precision: str | None = No
         )  # fmt: skip
         type(pipe.transformer).modulation = compute
         assert result.images[0].size == (size, size)
-        names = ("seconds", "read_bytes", "reading_seconds", "waited_seconds")
+        names = ("seconds", "processor_seconds", "read_bytes", "reading_seconds", "waited_seconds")
         parts = [dict(zip(names, (y - x for x, y in zip(a, b)))) for a, b in zip(marks, marks[1:])]
         found[f"{size}px"] = {"modulation": parts[0], "steps": parts[1:], "decode_seconds": pipe.times["decode"]}
     measured = status()
-    counted = plan.peak - plan.working + working_bytes(WIDTH, BLOCKS, 2, max(sizes), 1)
+    counted = plan.peak - plan.working + working_bytes(WIDTH, BLOCKS, 2, max(arguments.size), 1)
     return {
         **found, "guidance": False, "precision": precision or "bfloat16", "plan": dict(plan.rows()),
         "plan_peak_bytes": plan.peak, "plan_peak_of_this_size_bytes": counted,
@@ -111,7 +112,7 @@ def step(folder: Path, arguments: argparse.Namespace, precision: str | None = No
 
 
 def int8(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The same in 8 bits, made from the bfloat16 files when they are read; only modulation is streamed."""
+    """The same of files in 8 bits, which stay; modulation is streamed."""
     return step(folder, arguments, "int8")
 
 
@@ -189,6 +190,8 @@ PHASES: dict[str, Callable[[Path, argparse.Namespace], dict[str, Any]]] = {
     "load_mapped": load_mapped, "step": step, "exact": exact, "text": text, "int8": int8,
 }  # fmt: skip
 
+PARTS = {"transformer": ("load_mapped", "exact", "step"), "text_encoder": ("text",), "int8": ("int8",)}
+
 
 def run_phase(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.full_size", "--phase", name, "--folder", str(folder)]
@@ -208,8 +211,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs="*", default=[256])
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", nargs="*", default=["transformer", "text_encoder"])
-    parser.add_argument("--int8", action="store_true", help="Also in 8 bits: 17 GB of memory.")
+    parser.add_argument("--only", nargs="*", default=["transformer", "text_encoder"], choices=WRITERS)
+    parser.add_argument("--int8", action="store_true", help="Also in 8 bits: 15 GB of memory.")
     parser.add_argument("--keep", action="store_true", help="Leave the files on the disk.")
     parser.add_argument("--phase", choices=PHASES)
     arguments = parser.parse_args()
@@ -220,7 +223,6 @@ def main() -> None:
     from benchmarks.harness import processor_name
     from qwen_image_fast.folders import SHIPPED
 
-    folder = arguments.folder / "model"
     results: dict[str, Any] = {
         "date": datetime.now(UTC).date().isoformat(), "cpu": processor_name(), "cores": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"), "python": platform.python_version(),
@@ -228,16 +230,17 @@ def main() -> None:
         "on_disk": "every block's weights written in full, 60 files of 680 MB; the values of one block, rolled by the "
         "number of each; no sparse files, no links; the page cache was not emptied between phases",
     }  # fmt: skip
-    for part, phases in (("transformer", ("load_mapped", "exact", "step")), ("text_encoder", ("text",))):
-        if part not in arguments.only:
+    for part, phases in PARTS.items():
+        if part not in arguments.only and not (part == "int8" and arguments.int8):
             continue
-        place = folder / part
+        folder = arguments.folder / f"of-{part}"
+        place = folder / ("transformer" if part == "int8" else part)
         begin = time.perf_counter()
         size = sum(p.stat().st_size for p in place.glob("*.safetensors")) if place.is_dir() else WRITERS[part](place)
         results[part] = {"bytes": size, "write_seconds": time.perf_counter() - begin}
         shutil.copytree(SHIPPED / "scheduler", folder / "scheduler", dirs_exist_ok=True)
         shutil.copyfile(SHIPPED / "model_index.json", folder / "model_index.json")
-        for phase in (*phases, *(["int8"] if arguments.int8 and part == "transformer" else [])):
+        for phase in phases:
             results[part][phase] = run_phase(phase, folder, arguments)
             print(phase, json.dumps(results[part][phase], indent=1), flush=True)
         if not arguments.keep:

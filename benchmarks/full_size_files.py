@@ -1,4 +1,4 @@
-"""Folders of the released sizes with random weights, in bfloat16, written without holding a model in memory.
+"""Folders of the released sizes with random weights, in bfloat16 or 8 bits, written without holding a model in memory.
 
 The values of one block are drawn once; each block has them rolled by its number, so that no two are alike. Every byte
 is written: nothing is sparse, linked or shared.
@@ -27,6 +27,8 @@ TEXT_CONFIG = {
     "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
 }  # fmt: skip
 Shapes = dict[str, tuple[int, ...]]
+KINDS = {"uint16": "BF16", "int8": "I8", "uint8": "U8", "float32": "F32"}
+LEVELS = 30  # of a standard deviation, of a weight in 8 bits: its largest values are those of a row of 3072
 
 
 def block_shapes() -> Shapes:
@@ -76,32 +78,53 @@ def drawn(shapes: Shapes, seed: int) -> dict[str, np.ndarray]:
     return found
 
 
+def in_8_bits(tensors: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+    """The matrices that compute in 8 bits as ComfyUI's files have them, drawn rotated, which is drawn alike."""
+    from qwen_image_fast.models.int8_linear import LAYERS, comfy_config
+    from qwen_image_fast.ops._int8 import group_of
+
+    generator = np.random.default_rng(seed)
+    found: dict[str, np.ndarray] = {}
+    for name, tensor in tensors.items():
+        layer, _, kind = name.rpartition(".")
+        if kind != "weight" or not LAYERS.fullmatch(f"transformer_blocks.0.{layer}"):
+            found[name] = tensor
+            continue
+        rows, depth = tensor.shape
+        values = generator.standard_normal(tensor.shape, np.float32) * LEVELS
+        found[name] = np.clip(np.rint(values), -127, 127).astype(np.int8)
+        found[f"{layer}.weight_scale"] = np.full((rows, 1), depth**-0.5 / LEVELS, np.float32)
+        found[f"{layer}.comfy_quant"] = comfy_config(group_of(depth)).numpy()
+    return found
+
+
 def write_shard(path: Path, prefix: str, tensors: Mapping[str, np.ndarray], roll: int) -> dict[str, str]:
     """One safetensors file; the names in it and the file's name."""
     header: dict[str, object] = {}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
-        header[prefix + name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        kind = KINDS[str(tensor.dtype)]
+        header[prefix + name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            flat = tensor.reshape(-1)
-            file.write(flat[roll:].data)
-            file.write(flat[:roll].data)
+            flat, by = tensor.reshape(-1), 0 if tensor.dtype == np.uint8 else roll  # bytes of a text stay in order
+            file.write(flat[by:].data)
+            file.write(flat[:by].data)
     return {name: path.name for name in header}
 
 
 def write_folder(
-    folder: Path, base: str, config: Mapping[str, object], rest: Shapes, units: Shapes, prefix: str, count: int
-) -> int:
+    folder: Path, base: str, config: Mapping[str, object], rest: Shapes, values: Mapping[str, np.ndarray], prefix: str,
+    count: int,
+) -> int:  # fmt: skip
     """A component's folder; returns the bytes of its weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     names = write_shard(folder / f"{base}-rest.safetensors", "", drawn(rest, 1), 0)
-    values = drawn(units, 2)
     for i in range(count):
         shard = folder / f"{base}-{i:02d}.safetensors"
         names |= write_shard(shard, f"{prefix}.{i}.", values, i)
@@ -111,15 +134,23 @@ def write_folder(
 
 def write_transformer(folder: Path) -> int:
     base = "diffusion_pytorch_model"
-    return write_folder(folder, base, CONFIG, rest_shapes(), block_shapes(), "transformer_blocks", BLOCKS)
+    values = drawn(block_shapes(), 2)
+    return write_folder(folder, base, CONFIG, rest_shapes(), values, "transformer_blocks", BLOCKS)
+
+
+def write_int8(folder: Path) -> int:
+    base, values = "diffusion_pytorch_model", in_8_bits(drawn(block_shapes(), 2), 3)
+    return write_folder(folder, base, CONFIG, rest_shapes(), values, "transformer_blocks", BLOCKS)
 
 
 def write_text_encoder(folder: Path) -> int:
     rest: Shapes = {"model.embed_tokens.weight": (WORDS, TEXT), "model.norm.weight": (TEXT,)}
-    return write_folder(folder, "model", TEXT_CONFIG, rest, layer_shapes(), "model.layers", LAYERS)
+    return write_folder(folder, "model", TEXT_CONFIG, rest, drawn(layer_shapes(), 2), "model.layers", LAYERS)
 
 
-WRITERS: Mapping[str, Callable[[Path], int]] = {"transformer": write_transformer, "text_encoder": write_text_encoder}
+WRITERS: Mapping[str, Callable[[Path], int]] = {
+    "transformer": write_transformer, "text_encoder": write_text_encoder, "int8": write_int8,
+}  # fmt: skip
 
 
 def slice_of(folder: Path, small: Path, blocks: int) -> None:
