@@ -69,14 +69,15 @@ def make_task(
         if len(run.stages) > 1:
             raise RecipeError("recipe: stages must be of kind flow")
         return VaeTask(recipe, source or next(iter(sources.values())))
-    device = pick_device(recipe.device)
+    device, left = pick_device(recipe.device), []
     for stage in run.stages:
         assert isinstance(stage.recipe, FlowRecipe)
         needed = check_recipe(stage.recipe, device, pick_dtype(stage.recipe.model.dtype, device))
         say(f"{stage.name}: {stage.recipe.steps} steps of {stage.recipe.batch * stage.recipe.accumulate} samples; "
             f"memory about {needed}, of {gigabytes(available(device))} that are free")  # fmt: skip
+        left += [needed.under(limit).weights] if (limit := stage.recipe.model.memory) else []
     assert isinstance(recipe, FlowRecipe)
-    return FlowTask(recipe, folder, source, run, sources=sources)
+    return FlowTask(recipe, folder, source, run, sources=sources, memory_limit=min(left, default=None))
 
 
 def _to_stderr(sentence: str) -> None:

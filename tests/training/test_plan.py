@@ -7,7 +7,7 @@ from trainer_helpers import small_recipe
 from typer.testing import CliRunner
 
 from qwen_image_fast.cli import app
-from qwen_image_fast.training.parallel.layout import Sizes
+from qwen_image_fast.training.parallel.layout import Sizes, check_recipe_parallel
 from qwen_image_fast.training.parallel.plan import choose, known_gpu, model_of, plan_of
 from qwen_image_fast.training.parallel.preset import preset_changes
 from qwen_image_fast.training.recipe.fields import RecipeError
@@ -126,8 +126,9 @@ def test_a_gpu_by_any_spelling(name):
 @pytest.mark.parametrize(
     ("changes", "memory", "advice"),
     [
-        (["lora.rank=8"], 24, "use more GPUs"),
-        (["lora.rank=8", "model.gradient_checkpointing=false"], 64,
+        (["lora.rank=8"], 16, "use more GPUs"),
+        (["lora.rank=8", "lora.kind=dora"], 24, "use more GPUs"),
+        (["lora.rank=8", "lora.kind=dora", "model.gradient_checkpointing=false"], 64,
          "use more GPUs, smaller data.buckets or model.gradient_checkpointing"),
         ([], 24, r"use more GPUs or adapters \(lora.rank\)"),
     ],
@@ -143,6 +144,33 @@ def test_a_base_on_one_gpu_is_gathered_from_nobody(released):
     assert alone.gathered == 0 < two.gathered
 
 
+def test_a_card_of_24_gb_gets_a_base_in_8_bits():
+    """The one byte of each weight, what comes and goes left out; and the words that do it."""
+    recipe = read_recipe(find_recipe("lora"), ["batch=2"])
+    model, (plan,) = choose(recipe, 1, 24, "RTX 4090")
+    linear = 60 * (2 * 4 * 3072**2 + 2 * 8 * 3072**2)  # q, k, v and the output of both streams, and both MLPs
+    assert model.small == linear
+    modulation = 60 * model.modulation
+    rest = 2 * (model.total - linear - modulation)
+    assert plan.states == pytest.approx(linear + rest + 20 * model.adapters)
+    assert 20e9 < plan.memory <= 24e9 and plan.streamed > 2 * modulation
+    assert plan.samples == recipe.batch * recipe.accumulate and plan.batch == 1
+    words = " ".join(plan.changes)
+    assert "model.precision=int8 model.memory=24GB" in words and "gradient_checkpointing=true" in words
+    assert plan_of(read_recipe(find_recipe("lora"), plan.changes), model, Sizes(1, 1, 1, 1), 1e15).memory <= 24e9
+    result = CliRunner().invoke(app, ["train", "lora", "--plan", "--gpus", "1", "--memory", "24", "--gpu", "RTX 4090"])
+    for words in (
+        "from the machine's memory for every micro-batch, GB: 27.9",
+        "batch=1 accumulate=4 model.precision=int8",
+    ):
+        assert words in result.output
+    eight = read_recipe(find_recipe("lora"), ["model.precision=int8"])
+    with pytest.raises(RecipeError, match="--gpus must be 1 with model.precision, got 2"):
+        choose(eight, 2, 80, "H100")
+    with pytest.raises(RecipeError, match="model.precision must be left out on several processes, got 'int8'"):
+        check_recipe_parallel(eight, Sizes(1, 1, 1, 1), 24)
+
+
 def test_peaks_of_gpus_by_their_names():
     assert peak_of("NVIDIA H100 80GB HBM3") == 989e12 and peak_of("NVIDIA H100 PCIe") == 756e12
     assert peak_of("NVIDIA A100-SXM4-80GB") == 312e12 and peak_of("NVIDIA L40S") == 362e12
@@ -154,6 +182,12 @@ def test_peaks_of_gpus_by_their_names():
     [
         ("12gb", "tiny", False, "12gb: the recipe as it is; about 3"),
         ("80gb", "", False, "80gb: the recipe as it is; about 6"),
+        (
+            "24gb",
+            "",
+            False,
+            "24gb: model.gradient_checkpointing=true, .*model.precision=int8, model.memory=24GB, .*; about 22",
+        ),
         ("80gb", "", True, r"80gb: model.gradient_checkpointing=true, batch=1, accumulate=16; about 6\d"),
     ],
 )
@@ -163,12 +197,12 @@ def test_a_preset_changes_what_it_must(tmp_path, name, model, wasteful, words):
         text = text.replace("batch: 1\n", "batch: 4\n").replace("gradient_checkpointing: true", "compile: false")
     (tmp_path / "recipe.yaml").write_text(text)
     found, sentence = preset_changes(tmp_path / "recipe.yaml", [f"model.folder={model}"], name)
-    assert re.match(words, sentence) and bool(found) == wasteful
+    assert re.match(words, sentence) and bool(found) == (wasteful or "int8" in words)
 
 
 def test_a_preset_that_cannot_hold_a_run_names_one_that_can():
-    with pytest.raises(RecipeError, match="24gb cannot hold .* needs 6.* GB at least .*: --preset 80gb would"):
-        preset_changes(find_recipe("lora"), [], "24gb")
+    with pytest.raises(RecipeError, match="16gb cannot hold .* needs 20.* GB at least .*: --preset 24gb would"):
+        preset_changes(find_recipe("lora"), [], "16gb")
     with pytest.raises(RecipeError, match="--preset must be one of 12gb, .*, got '24'"):
         preset_changes(find_recipe("lora"), [], "24")
     with pytest.raises(RecipeError, match="--preset is for kind flow"):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from qwen_image_fast.checkpoint import pretrained_folder, read_config
+from qwen_image_fast.models.int8_linear import int8_layers
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
+from qwen_image_fast.sizes import parse_bytes
 from qwen_image_fast.tiny import tiny_configs
 from qwen_image_fast.training.lora import adapted_layers, make_adapter
 from qwen_image_fast.training.recipe.data import DataRecipe
@@ -37,6 +40,15 @@ class Needed:
     @property
     def total(self) -> int:
         return self.weights + self.training + self.activations
+
+    def under(self, limit: str) -> Needed:
+        """With `limit` as a whole, of which the weights that are always there get what is left; RecipeError where
+        nothing is."""
+        left = parse_bytes(limit) - self.training - self.activations
+        if left <= 0:
+            taken = gigabytes(self.training + self.activations)
+            raise RecipeError(f"recipe: model.memory must be above {taken}, which training takes, got {limit}")
+        return Needed(left, self.training, self.activations)
 
     def __str__(self) -> str:
         weights, training, activations = map(gigabytes, (self.weights, self.training, self.activations))
@@ -130,8 +142,24 @@ def check_recipe(recipe: FlowRecipe, device: torch.device, dtype: torch.dtype) -
         frozen, trained = others - learns, own + learns
     tokens = tokens_of_batch(recipe, references_of(recipe.data))
     needed = estimate(recipe, transformer.config, frozen, trained, dtype, tokens)
+    if recipe.model.precision:
+        small = sum(layer.weight.numel() for layer in int8_layers(transformer).values())
+        needed = replace(needed, weights=needed.weights - small * (dtype.itemsize - 1))
+    if recipe.model.memory:
+        check_streamed(transformer, recipe.lora)
+        needed = min(needed, needed.under(recipe.model.memory), key=lambda found: found.total)
     check(needed, available(device))
     return needed
+
+
+def check_streamed(transformer: nn.Module, recipe: LoraRecipe) -> None:
+    """RecipeError where adapters are on layers of the modulation, which is read when it is used."""
+    of_modulation = re.compile(r".*_mod\.1|norm_out\..*|time_text_embed\..*")
+    if found := next(filter(of_modulation.fullmatch, adapted_layers(transformer, recipe)), None):
+        raise RecipeError(
+            f"recipe: lora.targets must leave out the modulation with model.memory, which reads it when it is used, "
+            f"got {found}"
+        )
 
 
 def check(needed: Needed, there: int) -> None:

@@ -99,6 +99,7 @@ def check_recipe_parallel(recipe: RunRecipe, sizes: Sizes, heads: int) -> None:
          "data.tasks has ti2i or recon and dp_replicate x dp_shard is above 1: ranks with other samples would call the "
          "split text encoder more often or less", True)  # fmt: skip
     must(not recipe.model.compile, "model.compile", "be false on several processes", True)
+    must(not recipe.model.precision, "model.precision", "be left out on several processes", recipe.model.precision)
     must(recipe.lora.kind == "lora", "lora.kind", "be lora on several processes: the others need whole weights",
          recipe.lora.kind)  # fmt: skip
     must(recipe.optimizer.name == "adamw", "optimizer.name", "be adamw on several processes: the others need all",

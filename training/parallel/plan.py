@@ -3,7 +3,8 @@
 The model, per micro-batch (P: weights of a rank's tensor-parallel part, S = dp_shard x cp, R = dp_replicate):
 
     states      20 P / S bytes: float32 weights, gradients, two moments, average; with adapters those are of A alone,
-                their parameters, and the weights are 2 P / S
+                their parameters, and the weights are 2 P / S; with `model.precision` those in 8 bits are one byte each,
+                and with `model.memory` the modulation is not among them
     gathered    two units of weights in 16 bit, one of gradients in 16 and in 32 bit, and the root in 16 bit; of the
                 frozen weights below adapters nothing on a single GPU
     activations `memory.estimate`'s count for each token of the rank; of the 22 values 15 are split by tp
@@ -13,6 +14,7 @@ The model, per micro-batch (P: weights of a rank's tensor-parallel part, S = dp_
     Ulysses     for each block 8 exchanges (q, k, v, output; forward, backward) of (cp - 1) / cp of tokens x width x 2
     compute     `flops.step_flops` / (peak x assumed MFU)
 
+With `model.memory` of the frozen models the embedding and the VAE are always there, and two buffers of a layer.
 Recomputing activations adds a third to the compute and half as much again to TP and Ulysses. FSDP runs beside the
 compute, TP and Ulysses wait: time = max(compute + TP + Ulysses, FSDP). A group of ranks that fits into a machine of
 8 GPUs talks at NVLink's speed, a larger one at the network's.
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwen_image_fast.folders import local_folder, nearest
+from qwen_image_fast.models.int8_linear import int8_layers
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.training.engine.memory import adapter_weights, references_of, tokens_of_batch, transformer_config
 from qwen_image_fast.training.parallel.layout import Sizes, check_recipe_parallel, sizes_of
@@ -44,13 +47,17 @@ NVLINK, NETWORK, MACHINE = 300e9, 35e9, 8
 MFU = 0.4
 # Bytes of what every rank holds besides: the released Qwen2.5-VL-7B and VAE in 16 bit, frozen; CUDA and NCCL.
 FROZEN, RUNTIME = 16.6e9 + 0.3e9, 3e9
+# What of it stays where the rest is read when it is used: the embedding, the VAE in float32, two buffers of a layer of
+# the encoder; and a process of its own.
+FROZEN_STAYS, RUNTIME_ALONE = 1.1e9 + 0.6e9 + 2 * 0.47e9, 1.5e9
+PCIE = 25e9  # bytes per second from the machine's memory
 KEPT, KEPT_SPLIT = 22, 15
 
 
 @dataclass(frozen=True)
 class Model:
-    """Weights of the transformer: all, of a block, of those what tp splits and the modulation, outside blocks, and of
-    its adapters."""
+    """Weights of the transformer: all, of a block, of those what tp splits and the modulation, outside blocks, of its
+    adapters, and those that can be in 8 bits."""
 
     config: Any
     total: int
@@ -59,6 +66,7 @@ class Model:
     modulation: int
     root: int
     adapters: int
+    small: int
 
     @property
     def width(self) -> int:
@@ -71,7 +79,8 @@ class Model:
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one layout. Bytes, bytes per step, seconds per step."""
+    """Of one layout. Bytes, bytes per step, seconds per step. changes: of the recipe, which the layout needs.
+    streamed: bytes that come from the machine's memory for every micro-batch."""
 
     sizes: Sizes
     batch: int
@@ -87,6 +96,8 @@ class Plan:
     fsdp_s: float
     tp_s: float
     cp_s: float
+    streamed: float = 0.0
+    changes: tuple[str, ...] = ()
 
     @property
     def memory(self) -> float:
@@ -94,7 +105,7 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        return max(self.compute_s + self.tp_s + self.cp_s, self.fsdp_s)
+        return max(self.compute_s + self.tp_s + self.cp_s, self.fsdp_s) + self.streamed * self.accumulate / PCIE
 
     @property
     def samples(self) -> int:
@@ -118,7 +129,9 @@ def model_of(recipe: FlowRecipe) -> Model:
     total = sum(p.numel() for p in transformer.parameters())
     each = sum(sizes.values())
     root = total - each * len(transformer.transformer_blocks)
-    return Model(transformer.config, total, each, split, modulation, root, adapter_weights(transformer, recipe.lora))
+    small = sum(layer.weight.numel() for layer in int8_layers(transformer).values())
+    adapters = adapter_weights(transformer, recipe.lora)
+    return Model(transformer.config, total, each, split, modulation, root, adapters, small)
 
 
 def plan_of(recipe: FlowRecipe, model: Model, sizes: Sizes, peak: float) -> Plan:
@@ -138,6 +151,14 @@ def plan_of(recipe: FlowRecipe, model: Model, sizes: Sizes, peak: float) -> Plan
     values = layers * 2 + kept if checkpointing else layers * kept
     unit = block - model.modulation
     frozen = _frozen(recipe) if not recipe.model.train_text_encoder else 0.0
+    base, streamed, runtime = 2 * weights * lora, 0.0, RUNTIME
+    if recipe.model.precision:
+        base -= model.small
+    if recipe.model.memory:
+        of_modulation = 2.0 * model.modulation * layers
+        stays = min(frozen, FROZEN_STAYS)
+        base, streamed, runtime = base - of_modulation, of_modulation + frozen - stays, RUNTIME_ALONE
+        frozen = stays
 
     again = 1.5 if checkpointing else 1.0
     messages = rows * width * 2 * layers * accumulate * again
@@ -157,15 +178,16 @@ def plan_of(recipe: FlowRecipe, model: Model, sizes: Sizes, peak: float) -> Plan
 
     return Plan(
         sizes, batch, accumulate,
-        states=(20 * learn + 2 * weights * lora) / shards,
+        states=(20 * learn + base) / shards,
         gathered=_gathered(unit, weights, model.root, shards, lora),
         activations=values * width * rows * 2,
-        frozen=frozen + RUNTIME,
+        frozen=frozen + runtime,
         fsdp_bytes=scattered + replicated, tp_bytes=tp, cp_bytes=cp,
         compute_s=flops / (peak * MFU),
         fsdp_s=scattered / speed(shards * sizes.tp) + replicated / speed(sizes.world),
         tp_s=tp / speed(sizes.tp),
         cp_s=cp / speed(sizes.tp * sizes.cp),
+        streamed=streamed,
     )  # fmt: skip
 
 
@@ -211,6 +233,8 @@ def choose(recipe: RunRecipe, gpus: int, memory_gb: float, gpu: str) -> tuple[Mo
     gpu = known_gpu(gpu)
     if gpus < 1 or memory_gb <= 0:
         raise RecipeError(f"plan: --gpus and --memory must be above 0, got {gpus} and {memory_gb:g}")
+    if recipe.model.precision and gpus > 1:
+        raise RecipeError(f"plan: --gpus must be 1 with model.precision, got {gpus}")
     model, peak, named = model_of(recipe), PEAK_TFLOPS[gpu] * 1e12, recipe.parallel
     heads = model.config["num_attention_heads"]
     if named.dp_shard or max(named.dp_replicate, named.tp, named.cp) > 1:
@@ -221,6 +245,8 @@ def choose(recipe: RunRecipe, gpus: int, memory_gb: float, gpu: str) -> tuple[Mo
         possible = [sizes for sizes in layouts(gpus, heads) if not recipe.lora.rank or sizes.tp == 1]
         found = [plan_of(recipe, model, sizes, peak) for sizes in possible]
     fitting = [p for p in found if p.memory <= memory_gb * 1e9]
+    if not fitting and gpus == 1:
+        fitting = [p for p in [_in_8_bits(recipe, memory_gb, peak)] if p is not None and p.memory <= memory_gb * 1e9]
     if not fitting:
         least = min(found, key=lambda p: p.memory)
         raise RecipeError(
@@ -230,6 +256,26 @@ def choose(recipe: RunRecipe, gpus: int, memory_gb: float, gpu: str) -> tuple[Mo
     # Layouts that keep the samples of a step first: others change what is learned.
     wanted = recipe.batch * recipe.accumulate
     return model, sorted(fitting, key=lambda p: (p.samples != wanted, p.seconds / p.samples, p.memory))
+
+
+def frugal(recipe: FlowRecipe) -> list[str]:
+    """Changes of a recipe that need less memory, of the same samples in a step."""
+    return ["model.gradient_checkpointing=true", "batch=1", f"accumulate={recipe.batch * recipe.accumulate}"]
+
+
+def in_8_bits(memory_gb: float) -> list[str]:
+    """Changes of a recipe of adapters that need less than half of the memory: producers would hold encoders too."""
+    return ["model.precision=int8", f"model.memory={memory_gb:g}GB", "producers.encode=false"]
+
+
+def _in_8_bits(recipe: FlowRecipe, memory_gb: float, peak: float) -> Plan | None:
+    """The plan of a recipe of adapters on one card with `in_8_bits`, where it has none of it."""
+    if not recipe.lora.rank or recipe.lora.kind == "dora" or recipe.model.precision:
+        return None
+    own = replace(recipe.model, gradient_checkpointing=True, precision="int8", memory=f"{memory_gb:g}GB", compile=False)
+    small = replace(recipe, batch=1, accumulate=recipe.batch * recipe.accumulate, model=own)
+    changes = [*in_8_bits(memory_gb), "model.gradient_checkpointing=true"]
+    return replace(plan_of(small, model_of(small), Sizes(1, 1, 1, 1), peak), changes=tuple(changes))
 
 
 def known_gpu(name: str) -> str:
@@ -302,9 +348,15 @@ def _print_stage(recipe: RunRecipe, plans: list[Plan], console: Console) -> None
         f"FSDP {best.fsdp_s:.2f} beside them"
     )
     s = best.sizes
+    if best.streamed:
+        console.print(
+            f"from the machine's memory for every micro-batch, GB: {best.streamed / 1e9:.1f}, modulation and condition "
+            f"encoder; {best.streamed / PCIE:.2f} s at {PCIE / 1e9:.0f} GB/s, assumed"
+        )
     console.print(
         f"use it: parallel.dp_replicate={s.dp_replicate} parallel.dp_shard={s.dp_shard} parallel.cp={s.cp} "
-        f"parallel.tp={s.tp} batch={best.batch} accumulate={best.accumulate}",
+        f"parallel.tp={s.tp} batch={best.batch} accumulate={best.accumulate}"
+        + "".join(f" {change}" for change in best.changes),
         soft_wrap=True,
     )
     if best.samples != (wanted := recipe.batch * recipe.accumulate):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_image_fast.training.parallel.layout import Sizes
-from qwen_image_fast.training.parallel.plan import Plan, model_of, plan_of
+from qwen_image_fast.training.parallel.plan import Plan, frugal, in_8_bits, model_of, plan_of
 from qwen_image_fast.training.recipe.curriculum import read_curriculum
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.flow import FlowRecipe
@@ -19,7 +19,8 @@ ANY_PEAK = 1e15  # operations per second: only memory is asked for
 def preset_changes(path: Path, overrides: Sequence[str], name: str) -> tuple[list[str], str]:
     """Changes of a recipe that let it fit a card, and a sentence about them.
 
-    The first that is enough of: none; one picture at a time and gradient checkpointing; and pictures of 768, 512 px.
+    The first that is enough of: none; one picture at a time and gradient checkpointing; and pictures of 768, 512 px;
+    for adapters then the same with the base in 8 bits, and what is used once for a picture read when it is used.
 
     Raises:
         RecipeError: there is no such preset, or nothing is enough; the sentence names a preset that is.
@@ -29,14 +30,17 @@ def preset_changes(path: Path, overrides: Sequence[str], name: str) -> tuple[lis
     recipe = read_curriculum(path, overrides).stages[0].recipe
     if not isinstance(recipe, FlowRecipe):
         raise RecipeError(f"preset: --preset is for kind flow, this recipe is of kind {recipe.kind}")
-    frugal = ["model.gradient_checkpointing=true", "batch=1", f"accumulate={recipe.batch * recipe.accumulate}"]
-    smaller = [[*frugal, f"data.buckets=[[{side}, {side}]]"] for side in SIDES]
-    needed = 0.0
-    for changes in ([], frugal, *smaller):
+    less, small = frugal(recipe), in_8_bits(PRESETS[name])
+    sizes = [[], *([f"data.buckets=[[{side}, {side}]]"] for side in SIDES)]
+    tried = [[], *([*less, *size] for size in sizes)]
+    if recipe.lora.rank and recipe.lora.kind != "dora" and not recipe.model.precision:
+        tried += [[*less, *small, *size] for size in sizes]
+    for changes in tried:
         plan = _alone(path, [*changes, *overrides])
-        needed = plan.memory / 1e9
-        if needed <= PRESETS[name]:
-            return changes, f"{name}: {', '.join(changes) or 'the recipe as it is'}; about {needed:.1f} GB are needed"
+        if plan.memory / 1e9 <= PRESETS[name]:
+            said = ", ".join(changes) or "the recipe as it is"
+            return changes, f"{name}: {said}; about {plan.memory / 1e9:.1f} GB are needed, counted from sizes"
+    needed = plan.memory / 1e9
     enough = [other for other, memory in PRESETS.items() if needed <= memory]
     would = f"--preset {enough[0]} would" if enough else "no preset would"
     parts = f"{plan.states / 1e9:.1f} the transformer, {plan.frozen / 1e9:.1f} condition encoder, VAE and CUDA"

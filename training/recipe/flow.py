@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from qwen_image_fast.training.recipe.fields import must, must_be_at_least
+from qwen_image_fast.sizes import parse_bytes
+from qwen_image_fast.training.recipe.fields import RecipeError, must, must_be_at_least
 from qwen_image_fast.training.recipe.run import RunRecipe
 
 ADAPTERS = ("lora", "dora", "lokr")
+TYPES = ("auto", "float32", "bfloat16")
 LEVELS = ("logit-normal", "uniform", "shifted", "resolution")
 NEW = "new"
 
@@ -21,6 +23,10 @@ class ModelRecipe:
     bfloat16 on CUDA, float32 on the CPU. The optimiser's weights are always float32. train_text_encoder: whether it
     learns too, as that of tiny did. max_text_tokens: of a caption, which is cut behind them. gradient_checkpointing:
     less memory for a third more time. compile: by torch.compile.
+
+    precision: "int8", the large frozen weights below adapters in 8 bits, an approximation; empty: in `dtype`. memory:
+    with it, bytes such as "24GB" that the run may hold on its device: modulation and the condition encoder, where they
+    do not fit, are read when they are used, from the machine's memory or the disk; empty: all that there is.
     """
 
     folder: str = ""
@@ -30,6 +36,26 @@ class ModelRecipe:
     max_text_tokens: int = 256
     gradient_checkpointing: bool = False
     compile: bool = False
+    precision: str = ""
+    memory: str = ""
+
+    def check(self, lora: LoraRecipe) -> None:
+        must(self.dtype in TYPES, "model.dtype", f"be {', '.join(TYPES[:-1])} or {TYPES[-1]}", self.dtype)
+        must(not (lora.rank and self.train_text_encoder), "model.train_text_encoder",
+             "be false where lora.rank is above 0", True)  # fmt: skip
+        must(self.precision in ("", "int8"), "model.precision", "be int8 or left out", self.precision)
+        if self.precision:
+            must(lora.rank > 0, "lora.rank", "be above 0 with model.precision: adapters alone learn then", lora.rank)
+            must(lora.kind != "dora", "lora.kind", "be lora or lokr with model.precision: DoRA needs whole weights",
+                 lora.kind)  # fmt: skip
+            must(not self.compile, "model.compile", "be false with model.precision", True)
+        if self.memory:
+            must(bool(self.precision), "model.memory", "be left out without model.precision: blocks whose weights come "
+                 "and go have no gradients", self.memory)  # fmt: skip
+            try:
+                parse_bytes(self.memory, "recipe: model.memory")
+            except ValueError as error:
+                raise RecipeError(str(error)) from error
 
     @property
     def start(self) -> str:
@@ -116,8 +142,5 @@ class FlowRecipe(RunRecipe):
         first = self.data.parts[0].source
         must(not self.log.ocr_samples or first == "synthesis", "log.ocr_samples",
              "be 0 unless the first data.source is synthesis", self.log.ocr_samples)  # fmt: skip
-        types = ("auto", "float32", "bfloat16")
-        must(self.model.dtype in types, "model.dtype", "be auto, float32 or bfloat16", self.model.dtype)
         self.lora.check()
-        must(not (self.lora.rank and self.model.train_text_encoder), "model.train_text_encoder",
-             "be false where lora.rank is above 0", True)  # fmt: skip
+        self.model.check(self.lora)

@@ -110,7 +110,10 @@ def flow_losses(
         out = transformer.forward_packed(img[img_rows], transformer.embed_text(states[txt_rows]), layout, modulation)
         return _own_losses(out, eps - x0, torch.cat(kept), samples, img_rows)
     txt = transformer.embed_text(states)
-    out = transformer.forward_packed(img, txt, layout, transformer.sample_modulation(sigma))
+    # What is read when it is used has no gradients, and learns nothing.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and transformer.streamed is None):
+        modulation = transformer.sample_modulation(sigma)
+    out = transformer.forward_packed(img, txt, layout, modulation)
     if len(out) != len(x0):
         out = out[torch.cat(kept).to(weight.device)]
     errors = (out.float() - (eps - x0)).square()
@@ -149,6 +152,7 @@ class FlowTask:
         recipe: of the run. folder: of the run; without `recipe.model.start` the tiny model is made in `start/` there.
         source: instead of those that the recipe names. sources: those, by `part_key`; None: made here.
         run: where there are several stages; `recipe` is then the first one's.
+        memory_limit: bytes of the weights that are always there; None: `recipe.model.memory`, if that is said.
     """
 
     def __init__(
@@ -159,6 +163,7 @@ class FlowTask:
         run: Curriculum | None = None,
         parallel: Parallel | None = None,
         sources: dict[str, Source] | None = None,
+        memory_limit: int | None = None,
     ):
         self.recipe, self.run, self.parallel = recipe, run or one_stage(recipe), parallel
         self.rejected: list[tuple[None, str, str]] = []
@@ -191,15 +196,19 @@ class FlowTask:
         kind: Any = QwenImageEditPlusPipeline if self.edits else QwenImagePipeline
         # In the type in which it computes: float32 weights of a large model would need twice the memory for a moment.
         loaded = torch.float32 if recipe.model.train_text_encoder else self.dtype
+        if recipe.model.precision:
+            parts |= {"precision": recipe.model.precision, "memory_limit": memory_limit or recipe.model.memory or None}
         pipe = kind.from_pretrained(self.folder, torch_dtype=loaded, device=self.device, **parts)
         shared = {name: getattr(pipe, name) for name in QwenImagePipeline.parts}
         self.pipe, self.edit_pipe = QwenImagePipeline(**shared), pipe if self.edits else None
         self.transformer: Any = self.pipe.transformer.train()
-        if parallel is None:
+        if parallel is None and not recipe.model.precision:
             self.transformer.to(self.dtype)
         # torch's backward of 16-bit attention is slow on the CPU, and a text encoder that learns is a small one.
         on_cpu = recipe.model.train_text_encoder and self.device.type == "cpu"
-        self.text_encoder: Any = self.pipe.text_encoder.to(torch.float32 if on_cpu else self.dtype)
+        self.text_encoder: Any = self.pipe.text_encoder
+        if not recipe.model.precision:
+            self.text_encoder.to(torch.float32 if on_cpu else self.dtype)
         for frozen in (self.pipe.vae, self.text_encoder):
             frozen.requires_grad_(False)
         self.modules: dict[str, nn.Module] = {"transformer": self.transformer}

@@ -134,7 +134,7 @@ class PretrainedModel(nn.Module):
         as stored; so are `device` and `device_map`. `variant="fp16"` reads
         `diffusion_pytorch_model.fp16.safetensors`. Large weights that stay on the CPU as they are stored are pages of
         the file, read when they are used; others are read once, into their final place: memory peaks at the model's
-        size, with any `low_cpu_mem_usage`. `precision="int8"`, of transformers on CPUs, makes the blocks' large layers
+        size, with any `low_cpu_mem_usage`. `precision="int8"`, of transformers, makes the blocks' large layers
         compute in 8 bits (docs/quantization.md): an approximation. Errors: FileNotFoundError for what is not there,
         ValueError for a configuration of another class, damaged files, weights that do not fit the configuration, or a
         precision that cannot be had; TypeError for an unknown keyword.
@@ -241,7 +241,7 @@ class PretrainedModel(nn.Module):
         """`loader`: what gives the model its weights; what it returns is the model's `streamed`."""
         opened = opened or open_weights(files, cls.part)
         model = cls.empty({**config, **({"zero_cond_t": True} if opened.zero_cond_t else {})})
-        convert = None if precision is None else read_int8_layers
+        convert = None if precision is None else functools.partial(read_int8_layers, device=device)
         model.streamed = loader(model, opened, dtype=dtype, device=device, part=cls.part, convert=convert)
         if model.streamed is not None:
             refuse_moves(model)

@@ -1,7 +1,10 @@
 """Linear layers that compute in 8 bits (W8A8, rotated): which they are, how they come from weights, how they are saved.
 
 A weight W becomes W H, rounded to integers with one scale for a row; so do activations, at every call
-(`ops.int8_rows`).
+(`ops.int8_rows`). Where there are no kernels, on GPUs, activations are rotated but not rounded: x H times integers that
+become the type of x for the call, with the scales on the result.
+Gradients go to x alone, as those of the dequantised weight: g s W H for g of the result and scales s. The weight
+becomes floating point for that product and is not kept, nor is x.
 The state dict is ComfyUI's: `weight` int8 [out, in] of W H, `weight_scale` float32 [out, 1], and `comfy_quant`, the
 bytes of a json of the format (`int8_tensorwise` with `convrot`). Files of that format are used as they are.
 """
@@ -14,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,6 +28,7 @@ from qwen_image_fast.weights.reading import read_entry
 from qwen_image_fast.weights.stored import StoredWeight, Weight, is_quantised
 
 PRECISIONS = ("int8",)
+PLACES = ("cpu", "cuda")
 # Which layers of a transformer compute in 8 bits: all large products of the blocks. What is left: modulation, which
 # multiplies everything and is computed once for a schedule; the time step; embeddings; the output norm and projection.
 LAYERS = re.compile(
@@ -53,8 +58,23 @@ class _NoWeight(Tensor):
 _ASKED = tuple(getattr(Tensor, name) for name in ("dtype", "device", "shape", "ndim", "is_meta", "requires_grad"))
 
 
+class _Product(torch.autograd.Function):
+    """`Int8Linear.computed` with gradients of x and the bias; of x nothing is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Int8Linear) -> Tensor:
+        ctx.layer = layer
+        return layer.computed(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (grad,) = grads
+        x = ctx.layer.gradient(grad) if ctx.needs_input_grad[0] else None
+        return x, grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None
+
+
 class Int8Linear(nn.Linear):
-    """x W^T + b with W, and x row by row, in 8 bits; without gradients, on the CPU.
+    """x W^T + b with W, and on the CPU x row by row, in 8 bits.
 
     Its `weight` cannot be read or changed: `int8` has the packed one, `dequantised` makes floats of it.
     """
@@ -90,10 +110,30 @@ class Int8Linear(nn.Linear):
         return self.product(x, self.bias)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        return _Product.apply(x, bias, self) if wanted else self.computed(x, bias)
+
+    def computed(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + bias, without gradients."""
+        if not x.is_cpu:
+            return self.in_floats(x, bias)
         rows = int8_rows(x.reshape(-1, self.in_features), self.group)
         bias = None if bias is None else bias.to(x.dtype)
         (y,) = linear_int8([rows], [self.int8], [bias], x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def in_floats(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with x in its own type."""
+        weight = self.int8
+        rotated = _int8.rotated(x.float(), self.group).to(x.dtype)
+        y = F.linear(rotated, weight.values().to(x.dtype)).float() * weight.scales
+        return (y if bias is None else y + bias.float()).to(x.dtype)
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """grad W, in its type; [..., out] -> [..., in]."""
+        weight = self.int8
+        scaled = (grad.float() * weight.scales).to(grad.dtype)
+        return _int8.rotated((scaled @ weight.values().to(grad.dtype)).float(), self.group).to(grad.dtype)
 
     def dequantised(self) -> Tensor:
         """W in float32, [out, in]."""
@@ -101,8 +141,11 @@ class Int8Linear(nn.Linear):
         return _int8.rotated(weight.values().float() * weight.scales[:, None], self.group)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        check_place(self, fn(torch.empty(0)).device)
-        return super()._apply(fn, recurse)
+        there = fn(torch.empty(0)).device
+        check_place(self, there)
+        super()._apply(fn, recurse)
+        self._hold(self.int8.laid_out())
+        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -115,7 +158,7 @@ class Int8Linear(nn.Linear):
         if len(given) == len(_PARTS) and given["weight"].dtype == torch.int8:
             config = json.loads(given["comfy_quant"].numpy().tobytes())
             group = int(config.get("convrot_groupsize", 256)) if config.get("convrot") else 1
-            self._hold(Int8Weight.of(given["weight"], given["weight_scale"], group))
+            self._hold(Int8Weight.of(given["weight"], given["weight_scale"], group).to(self.packed.device))
         elif given:
             error_msgs.append(f"{prefix}weight must be in 8 bits, with {' and '.join(_PARTS[1:])}")
         elif strict:
@@ -138,17 +181,20 @@ def comfy_config(group: int) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(config).encode()), dtype=torch.uint8)
 
 
-def quantised(weight: Tensor) -> Int8Weight:
-    """A weight of floating-point numbers in 8 bits, rotated in the largest groups that its columns can be cut into."""
+def quantised(weight: Tensor, place: Int8Weight | None = None) -> Int8Weight:
+    """A weight of floating-point numbers in 8 bits, rotated in the largest groups that its columns can be cut into.
+    `place`: of the result, on the CPU."""
     group = _int8.group_of(weight.shape[1])
-    values, scales = int8_rows(weight.detach(), group)
-    return Int8Weight.of(_int8.from_tiles(values, *weight.shape), scales, group)
+    values, scales = int8_rows(weight.detach().cpu(), group)
+    return Int8Weight.of(_int8.from_tiles(values, *weight.shape), scales, group, place).to(weight.device)
 
 
 def check_place(model: nn.Module, device: torch.device) -> None:
-    """ValueError where a model with layers in 8 bits would be moved to a device that they have no kernels for."""
-    if device.type not in ("cpu", "meta") and any(isinstance(module, Int8Linear) for module in model.modules()):
-        raise ValueError(f"to: a model in 8 bits stays on the CPU, got {device}: load it without precision")
+    """ValueError where a model with layers in 8 bits would be moved to a device that they do not compute on."""
+    if device.type not in (*PLACES, "meta") and any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise ValueError(
+            f"to: a model in 8 bits computes on {' and '.join(PLACES)}, got {device}: load it without precision"
+        )
 
 
 def check_precision(where: str, precision: str | None, device: str | torch.device) -> None:
@@ -157,9 +203,11 @@ def check_precision(where: str, precision: str | None, device: str | torch.devic
         return
     if precision not in PRECISIONS:
         raise ValueError(f"{where}: precision must be None or one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if torch.device(device).type != "cpu":
-        raise ValueError(f"{where}: precision must be None on {device}: layers in 8 bits have kernels for CPUs alone")
-    if len(UNITS) == 1:
+    if torch.device(device).type not in PLACES:
+        raise ValueError(
+            f"{where}: precision must be None on {device}: layers in 8 bits compute on {' and '.join(PLACES)}"
+        )
+    if torch.device(device).type == "cpu" and len(UNITS) == 1:
         raise ValueError(
             f"{where}: precision must be None on this CPU, which has none of the instructions for 8-bit products "
             "(AVX2, VNNI, AMX): it would be slower than without"
@@ -171,7 +219,9 @@ def int8_layers(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: layer for name, layer in model.named_modules() if LAYERS.fullmatch(name)}  # type: ignore[misc]
 
 
-def read_int8_layers(model: nn.Module, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+def read_int8_layers(
+    model: nn.Module, weights: Mapping[str, Weight], device: torch.device | None = None
+) -> dict[str, Weight]:
     """Put 8-bit layers into a model on the meta device, weight by weight from its files; returns what is left to read.
 
     Of a file that has some of these layers in 8 bits already, those are taken as they are, and no others are made.
@@ -184,10 +234,13 @@ def read_int8_layers(model: nn.Module, weights: Mapping[str, Weight]) -> dict[st
     if not own:
         refuse_quantised(stored)
         own = stored
+    # All places first: made between what is read and given back, they would leave holes, a third of them all.
+    places = {path: Int8Weight.empty(weight.shape[0], weight.shape[1]) for path, weight in own.items()}
     for path, weight in tqdm(own.items(), desc="read in 8 bits", leave=False, disable=None):
         parent, _, name = path.rpartition(".")
         layer: Any = model.get_submodule(path)
-        setattr(model.get_submodule(parent), name, Int8Linear(_read(path, weight), layer.bias))
+        read = _read(path, weight, places.pop(path)).to(device or torch.device("cpu"))
+        setattr(model.get_submodule(parent), name, Int8Linear(read, layer.bias))
     return {name: weight for name, weight in weights.items() if name.removesuffix(".weight") not in own}
 
 
@@ -206,12 +259,12 @@ def _is_int8(weight: Weight) -> bool:
     return isinstance(weight, StoredWeight) and weight.rotation is not None
 
 
-def _read(path: str, weight: Any) -> Int8Weight:
+def _read(path: str, weight: Any, place: Int8Weight) -> Int8Weight:
     if isinstance(weight, Entry):
-        found = quantised(read_entry(weight).float() if weight.dtype == torch.float64 else read_entry(weight))
+        found = quantised(read_entry(weight).float() if weight.dtype == torch.float64 else read_entry(weight), place)
     else:
         values, scales = (read_entry(weight.parts[part].entry) for part in ("weight", "scale"))
-        found = Int8Weight.of(values, scales, weight.rotation)
+        found = Int8Weight.of(values, scales, weight.rotation, place)
     if not bool(torch.isfinite(found.scales).all()):
         raise ValueError(f"{path}.weight must hold finite numbers, got NaN or infinity: download the file again")
     return found

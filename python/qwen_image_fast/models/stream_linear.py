@@ -31,7 +31,7 @@ def project(layers: Sequence[Any], x: Sequence[Tensor]) -> list[Tensor]:
 
 def each(layers: Sequence[Any], x: Sequence[Tensor]) -> list[Tensor]:
     """layer_i(x_i), for any layers: as modules, or all by AMX or in 8 bits."""
-    if in_8_bits(layers):
+    if in_8_bits(layers, x):
         return _int8(layers, x)
     if x[0].is_cpu and all(map(_plain, layers, x)) and worthwhile(x, [layer.weight for layer in layers]):
         return linear_amx(x, *_parameters(layers))
@@ -55,9 +55,13 @@ def in_one_launch(op: str, layers: Sequence[Any], x: Sequence[Tensor]) -> bool:
     return all(map(_plain, layers, x)) and fused(op, x, [layer.weight for layer in layers])
 
 
-def in_8_bits(layers: Sequence[Any]) -> bool:
-    """Whether all are layers in 8 bits with nothing besides."""
-    return all(type(layer) is Int8Linear and _unwatched(layer) for layer in layers)
+def in_8_bits(layers: Sequence[Any], x: Sequence[Tensor]) -> bool:
+    """Whether all are layers in 8 bits with nothing besides, and no gradient is wanted of what they take."""
+    return (
+        all(type(layer) is Int8Linear and _unwatched(layer) for layer in layers)
+        and all(t.is_cpu for t in x)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in x))
+    )
 
 
 def int8_gate_residual(layers: Sequence[Any], residual, x, gate, offsets, gelu: bool) -> list[Tensor]:

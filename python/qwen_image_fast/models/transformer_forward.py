@@ -362,7 +362,7 @@ def finish_block(
         residual, projections, attended, [m.gate1 for m in mods], [(m.shift2, m.scale2) for m in mods], offsets
     )
     expand, reduce = [mlp.net[0].proj for mlp in mlps], [mlp.net[2] for mlp in mlps]
-    in_8_bits = stream_linear.in_8_bits([*expand, *reduce])
+    in_8_bits = stream_linear.in_8_bits([*expand, *reduce], [*normed, *x, *(m.gate2 for m in mods)])
     if in_8_bits:  # GELU is part of what rounds its result
         hidden = stream_linear.each(expand, normed)
     elif stream_linear.in_one_launch("linear_gelu", expand, normed):
@@ -385,7 +385,7 @@ def gated_norm(
 
     gelu: the layers are in 8 bits and take gelu_tanh(y).
     """
-    if stream_linear.in_8_bits(layers):
+    if stream_linear.in_8_bits(layers, [*residual, *y, *gate]):
         x = stream_linear.int8_gate_residual(layers, residual, y, gate, offsets, gelu)
         return x, [layer_norm_modulate(t, f[0], f[1], o) for t, f, o in zip(x, following, offsets)]
     if stream_linear.in_one_launch("linear_gate_residual", layers, y):

@@ -58,15 +58,18 @@ def group_of(width: int) -> int:
     return next(group for group in reversed(GROUPS) if width % group == 0)
 
 
-def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [columns, depth] as `linear_int8` reads it: [columns / 16, depth / 64, 16, 16, 4]; and the sums of its rows,
-    int32 [columns]."""
+def empty_packed(columns: int, depth: int) -> tuple[Tensor, Tensor]:
+    """The places of a packed weight, int8 [columns / 16, depth / 64, 16, 16, 4], and the sums of its rows, int32
+    [columns]."""
+    tiles = up(columns, COLUMNS), up(depth, DEPTH), DEPTH // 4, COLUMNS, 4
+    return torch.empty(tiles, dtype=torch.int8, device="cpu"), torch.empty(columns, dtype=torch.int32, device="cpu")
+
+
+def pack(weight: Tensor, places: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """int8 [columns, depth] as `linear_int8` reads it, in `places`, or in those of `empty_packed`."""
     columns, depth = weight.shape
     weight = weight.contiguous()
-    packed = torch.empty(
-        up(columns, COLUMNS), up(depth, DEPTH), DEPTH // 4, COLUMNS, 4, dtype=torch.int8, device=weight.device
-    )
-    sums = torch.empty(columns, dtype=torch.int32, device=weight.device)
+    packed, sums = empty_packed(columns, depth) if places is None else places
     if weight.numel():
         _C.int8_pack(weight.data_ptr(), packed.data_ptr(), sums.data_ptr(), columns, depth)
     return packed, sums

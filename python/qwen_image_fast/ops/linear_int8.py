@@ -23,7 +23,8 @@ _unit: Choice[str] = Choice("int8_unit", UNITS[-1])
 class Int8Weight(NamedTuple):
     """A weight [columns, depth] as `linear_int8` reads it. The rows of x go to `int8_rows` with `group`.
 
-    packed: int8 [columns / 16, depth / 64, 16, 16, 4]. sums: int32 [columns], of its rows. scales: float32 [columns].
+    packed: int8 [columns / 16, depth / 64, 16, 16, 4]; [columns, depth] where there are no kernels, on GPUs.
+    sums: int32 [columns], of its rows. scales: float32 [columns].
     """
 
     packed: Tensor
@@ -33,15 +34,39 @@ class Int8Weight(NamedTuple):
     group: int
 
     @classmethod
-    def of(cls, values: Tensor, scales: Tensor, group: int) -> Int8Weight:
-        """From int8 [columns, depth], rotated by `group` along the depth, and a scale for each row, or one for all."""
-        packed, sums = _int8.pack(values)
+    def of(cls, values: Tensor, scales: Tensor, group: int, place: Int8Weight | None = None) -> Int8Weight:
+        """From int8 [columns, depth], rotated by `group` along the depth, and a scale for each row, or one for all; on
+        the CPU, in `place`, of `empty`, if it is given."""
         scales = scales.to(torch.float32).reshape(-1).expand(len(values)).contiguous()
+        if place is not None:
+            _int8.pack(values, (place.packed, place.sums))
+            place.scales.copy_(scales)
+            return place._replace(group=group)
+        packed, sums = _int8.pack(values) if values.is_cpu else (values, values.sum(1, dtype=torch.int32))
         return cls(packed, sums, scales, values.shape[1], group)
+
+    @classmethod
+    def empty(cls, columns: int, depth: int) -> Int8Weight:
+        """The place of one, on the CPU."""
+        return cls(*_int8.empty_packed(columns, depth), torch.empty(columns, device="cpu"), depth, 1)
 
     def values(self) -> Tensor:
         """int8 [columns, depth], as before it was packed."""
+        if self.packed.dim() == 2:
+            return self.packed
         return _int8.unpack(self.packed, len(self.sums), self.depth)
+
+    def to(self, device: torch.device) -> Int8Weight:
+        """On a device, as it is laid out there."""
+        packed, sums, scales = self.packed.to(device), self.sums.to(device), self.scales.to(device)
+        return self._replace(packed=packed, sums=sums, scales=scales).laid_out()
+
+    def laid_out(self) -> Int8Weight:
+        """Packed on the CPU, rows of numbers elsewhere."""
+        if self.packed.is_cpu == (self.packed.dim() > 2) or self.packed.is_meta:
+            return self
+        packed = _int8.pack(self.packed)[0] if self.packed.is_cpu else self.values()
+        return self._replace(packed=packed)
 
 
 def int8_unit(name: str) -> contextlib.AbstractContextManager[None]:

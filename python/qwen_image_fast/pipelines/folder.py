@@ -69,7 +69,7 @@ class PipelineFolder:
             variant: "fp16" reads `*.fp16.safetensors`; a part that has none is read without, and a warning names it.
             free_modulation_weights: release the modulation weights (a third of the transformer) once the vectors of a
                 schedule are known; another schedule reads them from the folder again.
-            precision: "int8" makes the transformer compute in 8 bits on CPUs (docs/quantization.md), an approximation.
+            precision: "int8" makes the transformer compute in 8 bits (docs/quantization.md), an approximation.
             memory_limit: bytes or "20GB" that the process, or the GPU, may hold: weights that do not fit are streamed,
                 with the same result (docs/memory.md).
             components: ready-made parts to use instead of the folder's (`transformer=...`), None, or a file with the
