@@ -56,7 +56,7 @@ class BlockPair:
 
     def modulation(self) -> tuple:
         """The vectors of the image and the text stream."""
-        from qwen_image_fast.models.transformer_forward import BlockVectors
+        from qwen_image_fast.models.transformer_block import BlockVectors
 
         mods = (self.ours.img_mod[1], self.ours.txt_mod[1])
         return tuple(BlockVectors(*mod(F.silu(self.temb)).split(self.width, dim=1)) for mod in mods)
@@ -67,7 +67,7 @@ class BlockPair:
 
     def run_ours(self, run_block, mods):
         """The streams enter as they leave the previous block: the first norm of both belongs to it."""
-        from qwen_image_fast.models.transformer_forward import Stream
+        from qwen_image_fast.models.transformer_block import Stream
 
         img_mod, txt_mod = mods
         img, txt = run_block(
@@ -116,7 +116,7 @@ def random_weights(like: dict[str, torch.Tensor], device: str, dtype: torch.dtyp
 
 
 def cases(settings: Settings, grids=((16, 16), (16, 32), (32, 32)), heads: int = 24, txt: int = 64) -> Iterator[Case]:
-    from qwen_image_fast.models.transformer_forward import run_block
+    from qwen_image_fast.models.transformer_block import run_block
 
     torch.manual_seed(0)
     weights = None

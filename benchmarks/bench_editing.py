@@ -26,7 +26,7 @@ NAMES = ("red", "blue")
 
 
 def cases(settings: Settings, heads: int = 24, grid: tuple[int, int] = (16, 16), txt: int = 64) -> Iterator[Case]:
-    from qwen_image_fast.models.transformer_forward import run_block
+    from qwen_image_fast.models.transformer_block import run_block
 
     torch.manual_seed(0)
     with torch.inference_mode():

@@ -140,7 +140,7 @@ def block(sides=(64, 32, 83), heads: int = 24, rounds: int = 20, compile: bool =
 
     diffusers' block is compiled when all else is measured.
     """
-    from qwen_image_fast.models.transformer_forward import run_block
+    from qwen_image_fast.models.transformer_block import run_block
 
     clock, weights, measured = Clock(), None, []
     for side in sides:

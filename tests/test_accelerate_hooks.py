@@ -217,7 +217,7 @@ def test_compile(theirs, order, packed):
     compiled = torch.compile(ours, backend="eager")
     if order == "before":
         accelerate(compiled)
-    assert_same(run(compiled), run(theirs))
+    assert_same(run(compiled, encoder_hidden_states_mask=None), run(theirs, encoder_hidden_states_mask=None))
     assert packed
     del packed[:]
     OwnProcessor.calls = 0

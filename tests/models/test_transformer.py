@@ -175,7 +175,7 @@ ERRORS = {
     "img_shapes must have one entry per sample, 2, got 3": {"img_shapes": [[(1, 4, 4)], [(1, 4, 4)], [(1, 2, 8)]]},
     "hidden_states must hold the 20 image tokens": {"img_shapes": [[(1, 4, 5)]]},
     "hidden_states must hold the 8 image tokens": {"img_shapes": [[(1, 4, 2)]]},
-    "must have one batch size, got 2 and 1": {"encoder_hidden_states": torch.randn(1, 5, 48)},
+    "must have one batch size, or one sample for all, got 2, 3 and 2": {"encoder_hidden_states": torch.randn(3, 5, 48)},
     "encoder_hidden_states_mask must have the shape": {"encoder_hidden_states_mask": torch.ones(2, 9)},
     "guidance must be None": {"guidance": torch.ones(2)},
 }

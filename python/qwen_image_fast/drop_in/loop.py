@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qwen_image_fast.models.hooks import is_bare, own_forward
 from qwen_image_fast.models.modulation import Modulation, checksum
 
 
@@ -67,12 +68,14 @@ class ModulationTable:
     rows: dict[float, tuple[tuple, Modulation]] = field(default_factory=dict)
 
     def get(
-        self, step: Step, timestep: Tensor, additional_t_cond: Tensor | None, compute: Callable[[], Modulation]
+        self,
+        step: Step,
+        weights: list[Tensor],
+        timestep: Tensor,
+        additional_t_cond: Tensor | None,
+        compute: Callable[[], Modulation],
     ) -> Modulation:
-        """The vectors of `step`, from the table if they are there. A layer with an adapter or a hook is never kept."""
-        weights = modulation_weights(step.transformer)
-        if weights is None:
-            return compute()
+        """The vectors of `step`, from the table if they are there; `weights`: what they depend on."""
         # Within a call a weight that is written to has another version. From one call to the next also the values are
         # compared: merging an adapter, or an average of weights, writes through `.data`, which leaves no trace.
         versions = tuple((id(w), 0 if w.is_inference() else w._version) for w in weights)
@@ -91,19 +94,34 @@ class ModulationTable:
 
 
 def modulation_weights(transformer: Any) -> list[Tensor] | None:
-    """The parameters that modulation vectors depend on; None if a layer is not a plain one."""
+    """The parameters that modulation vectors depend on; None if a layer is not a plain one, or has a hook.
+
+    Or if a hook on the whole model may have changed the time step; those of offloading do not.
+    """
+    if transformer._forward_pre_hooks or (own_forward(transformer) and not _offloaded(transformer)):
+        return None
     linears = [
         block._modules[mod]._modules["1"] for block in transformer.transformer_blocks for mod in ("img_mod", "txt_mod")
     ]
     linears += [transformer.norm_out.linear]
-    linears += [m for m in transformer.time_text_embed.modules() if next(m.parameters(recurse=False), None) is not None]
-    weights: list[Tensor] = []
-    for linear in linears:
-        if type(linear) not in (nn.Linear, nn.Embedding) or "forward" in linear.__dict__ or linear._forward_hooks:
-            return None
-        weights += [w for w in linear._parameters.values() if w is not None]
+    time = list(transformer.time_text_embed.modules())
+    linears += [m for m in time if next(m.parameters(recurse=False), None) is not None]
+    if any(type(linear) not in (nn.Linear, nn.Embedding) for linear in linears) or not is_bare(*linears, *time):
+        return None
+    if any(type(m).__module__.split(".")[0] not in ("torch", "diffusers") for m in time):
+        return None
+    weights = [w for linear in linears for w in linear._parameters.values() if w is not None]
     if transformer.streamed is not None:  # those that are streamed cannot be written to
         weights = [w for w in weights if not w.is_meta]
     if any(type(w) is not nn.Parameter or w.is_meta or w.device != weights[0].device for w in weights):
         return None
     return weights
+
+
+def _offloaded(model: nn.Module) -> bool:
+    """Whether its forward was replaced by hooks of accelerate and diffusers alone."""
+    hook = model.__dict__.get("_hf_hook")
+    registry = model.__dict__.get("_diffusers_hook")
+    hooks = [*getattr(hook, "hooks", [hook] if hook is not None else [])]
+    hooks += [] if registry is None else registry.hooks.values()
+    return bool(hooks) and all(type(h).__module__.split(".")[0] in ("accelerate", "diffusers") for h in hooks)

@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwen_image_fast.models.hooks import at, has_hook, hooks_on_all_modules, own_forward
 from qwen_image_fast.ops import _library
 
 _NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+# Names of diffusers' hooks by which weights are stored in another type.
+_CASTING = {"layerwise_casting", "peft_autocast_disable"}
+# What the last block does not call: the queries and the end of its text stream.
+_UNUSED = (("attn", "add_q_proj"), ("attn", "to_add_out"), ("txt_mlp", "net", "0", "proj"), ("txt_mlp", "net", "2"))
 
 
 def compute_dtype(hidden_states: Tensor) -> torch.dtype:
@@ -22,8 +27,9 @@ def compute_dtype(hidden_states: Tensor) -> torch.dtype:
 def obstacle(model: Any, hidden_states: Tensor | None = None) -> str | None:
     """Why the fast forward may not run now, or None.
 
-    It reads the norm weights and never calls the blocks, their attention, norms and activations. So these must be
-    diffusers' own, without hooks: group and sequential offloading, step caches and context parallelism hook them.
+    It reads the norm weights and never calls the blocks, their attention, norms, activations and dropout, nor the text
+    layers at the end of the last block. So these must be diffusers' own, without hooks: group and sequential
+    offloading, step caches and context parallelism hook them.
     """
     place = model.proj_out.weight if hidden_states is None else hidden_states
     try:
@@ -31,6 +37,10 @@ def obstacle(model: Any, hidden_states: Tensor | None = None) -> str | None:
             _library.check_device("accelerate", place)
     except NotImplementedError as error:
         return str(error)
+    if hooks_on_all_modules():
+        return "hooks on all modules are registered, of which the fast forward calls some"
+    if not torch.compiler.is_compiling() and _library.transformed() and not _library.use_reference():
+        return "torch.func or forward-mode autograd asks for derivatives that the ops do not have"
     dtype = None if hidden_states is None else compute_dtype(hidden_states)
     known = model._known
     if known.registry._active_backend != known.native:
@@ -42,6 +52,8 @@ def obstacle(model: Any, hidden_states: Tensor | None = None) -> str | None:
         return "a gradient checkpointing function of your own was set"
     for i, block in enumerate(model.transformer_blocks):
         if (why := _unlike(block, known.block, f"transformer_blocks.{i}")) is not None:
+            return why
+        if block.training and (why := _dropout(block, i)) is not None:
             return why
         attn = block._modules["attn"]
         processor, eps = attn.processor, attn._modules["norm_q"].eps
@@ -58,25 +70,44 @@ def obstacle(model: Any, hidden_states: Tensor | None = None) -> str | None:
                 return f"transformer_blocks.{i}.attn.{name} is stored as {weight.dtype}, the inputs are {dtype}"
             if weight.is_meta:
                 return f"the weights of transformer_blocks.{i}.attn.{name} are not loaded"
+    return _in_last_block(model)
+
+
+def _dropout(block: Any, i: int) -> str | None:
+    for path in (("attn", "to_out", "1"), ("img_mlp", "net", "1"), ("txt_mlp", "net", "1")):
+        layer = at(block, path)
+        if layer.training and layer.p > 0:
+            return f"transformer_blocks.{i}.{'.'.join(path)} drops values in training"
     return None
+
+
+def _in_last_block(model: Any) -> str | None:
+    """A hook on a layer whose result would reach nothing, so that it is not computed."""
+    i = len(model.transformer_blocks) - 1
+    for path in _UNUSED:
+        for name, module in at(model.transformer_blocks[i], path).named_modules():
+            if has_hook(module) or _own_forward(module):
+                where = ".".join(filter(None, ("transformer_blocks", str(i), *path, name)))
+                return f"{where} has a hook, and would not be called in the last block"
+    return None
+
+
+def _own_forward(module: nn.Module) -> bool:
+    """Whether its forward was replaced by anything but what casts its weights while it runs."""
+    registry = module.__dict__.get("_diffusers_hook")
+    casting = registry is not None and registry.hooks.keys() <= _CASTING
+    return not casting and own_forward(module)
 
 
 def _unlike(root: nn.Module, expected: dict[tuple[str, ...], tuple[type, ...]], prefix: str) -> str | None:
     """The first module below `root` that has another class than expected, or a hook."""
     for path, classes in expected.items():
-        module = root
-        for name in path:
-            module = module._modules.get(name)
-            if module is None:
-                break
+        module = at(root, path)
         if type(module) not in classes:
             return f"{'.'.join((prefix, *path)).lstrip('.')} is a {type(module).__name__}"
-        state = module.__dict__
-        wrapped = state.get("forward")
-        if wrapped is not None and getattr(wrapped, "__func__", None) is not type(module).forward:
+        if own_forward(module):
             return f"{'.'.join((prefix, *path)).lstrip('.')} has a hook (offloading, a step cache or the like)"
-        if (state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"]
-                or state["_backward_pre_hooks"]):  # fmt: skip
+        if has_hook(module):
             return f"{'.'.join((prefix, *path)).lstrip('.')} has a hook"
     return None
 
@@ -94,12 +125,17 @@ def known_parts() -> types.SimpleNamespace:
     for stream in ("img", "txt"):
         block |= {(f"{stream}_norm{i}",): (nn.LayerNorm,) for i in (1, 2)}
         block[(f"{stream}_mod",)] = (nn.Sequential,)
+        block[(f"{stream}_mod", "0")] = (nn.SiLU,)
         block[(f"{stream}_mlp",)] = (attention.FeedForward,)
         block[(f"{stream}_mlp", "net", "0")] = (activations.GELU,)
+        block[(f"{stream}_mlp", "net", "1")] = (nn.Dropout,)
+    block["attn", "to_out", "1"] = (nn.Dropout,)
     top = {
+        ("time_text_embed",): (qwen.QwenTimestepProjEmbeddings,),  # it is called with less than there
         ("pos_embed",): (qwen.QwenEmbedRope, qwen.QwenEmbedLayer3DRope),
         ("norm_out",): (normalization.AdaLayerNormContinuous,),
         ("norm_out", "norm"): (nn.LayerNorm,),
+        ("norm_out", "silu"): (nn.SiLU,),
     }
     return types.SimpleNamespace(
         block=block,

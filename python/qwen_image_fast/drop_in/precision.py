@@ -8,6 +8,7 @@ from torch import nn
 from tqdm import tqdm
 
 from qwen_image_fast.drop_in.report import Report
+from qwen_image_fast.models.hooks import is_bare
 from qwen_image_fast.models.int8_linear import Int8Linear, int8_layers, quantised
 
 # Attribute of a transformer whose layers are in 8 bits: its own, by name.
@@ -22,7 +23,7 @@ def compute_in_8_bits(transformer: Any, report: Report) -> None:
     for path, layer in tqdm(layers.items(), desc="quantise", leave=False, disable=None):
         if isinstance(layer, Int8Linear):
             made += 1
-        elif type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        elif type(layer) is not nn.Linear or not is_bare(layer):
             left += 1
             why = f"{path} is a {type(layer).__name__} or has a hook"
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from contextlib import contextmanager
 from typing import Any
@@ -11,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwen_image_fast.drop_in.loop import ModulationTable, current_loop, current_step
+from qwen_image_fast.drop_in.loop import ModulationTable, current_loop, current_step, modulation_weights
 from qwen_image_fast.drop_in.obstacle import compute_dtype, known_parts, obstacle
 from qwen_image_fast.drop_in.swapped import Swapped
 from qwen_image_fast.models.modulation import Modulation
-from qwen_image_fast.models.transformer_forward import TransformerForward
+from qwen_image_fast.models.transformer_forward import TransformerForward, batch_size
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,9 @@ class FastTransformer(Swapped, TransformerForward):
     def methods(cls, original: type) -> dict[str, Any]:
         from diffusers.utils import apply_lora_scale
 
-        forward = apply_lora_scale("attention_kwargs")(cls.forward)
+        forward: Any = apply_lora_scale("attention_kwargs")(cls.forward)
+        if "txt_seq_lens" in inspect.signature(original.forward).parameters:
+            forward = with_lengths(forward)
         return {"forward": functools.wraps(original.forward)(forward), "_known": known_parts()}
 
     def forward(
@@ -42,27 +45,38 @@ class FastTransformer(Swapped, TransformerForward):
         controlnet_block_samples=None,
         additional_t_cond=None,
         return_dict=True,
+        **others,
     ):
+        """As diffusers' own; `others`: what that one may take besides."""
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-        arguments = (encoder_hidden_states, encoder_hidden_states_mask, timestep, img_shapes, guidance,
-                     attention_kwargs, controlnet_block_samples, additional_t_cond)  # fmt: skip
-        if why := obstacle(self, hidden_states):
+        arguments = {
+            "encoder_hidden_states": encoder_hidden_states, "encoder_hidden_states_mask": encoder_hidden_states_mask,
+            "timestep": timestep, "img_shapes": img_shapes, "guidance": guidance, "attention_kwargs": attention_kwargs,
+            "controlnet_block_samples": controlnet_block_samples, "additional_t_cond": additional_t_cond,
+        }  # fmt: skip
+        why = obstacle(self, hidden_states)
+        if why is None and others:
+            why = f"it was called with {', '.join(others)}"
+        if why is None and encoder_hidden_states_mask is not None and torch.compiler.is_compiling():
+            why = "what is compiled with a text mask cannot leave padding out"
+        if why is not None:
             if self.streamed is not None:
                 raise RuntimeError(f"weights that are streamed need the fast forward, which may not run: {why}")
             if not torch.compiler.is_compiling() and self.__dict__.get("_said") != why:
                 self._said = why
                 logger.warning("the transformer runs diffusers' own forward: %s", why)
-            return super(TransformerForward, self).forward(hidden_states, *arguments, return_dict)
+            return super(TransformerForward, self).forward(
+                hidden_states, **arguments, **others, return_dict=return_dict
+            )
         if timestep is not None:
-            timestep = timestep.to(compute_dtype(hidden_states))
-        arguments = (*arguments[:2], timestep, *arguments[3:])
-        (sample,) = super().forward(hidden_states, *arguments, return_dict=False)
+            arguments["timestep"] = timestep.to(compute_dtype(hidden_states))
+        (sample,) = super().forward(hidden_states, **arguments, return_dict=False)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _check_inputs(self, hidden_states, encoder_hidden_states, timestep, img_shapes, guidance):
         if self.img_in.weight.dtype != hidden_states.dtype:  # a quantised weight, or one stored in another type
-            return hidden_states.shape[:2]
+            return batch_size(hidden_states, encoder_hidden_states, timestep), hidden_states.shape[1]
         return super()._check_inputs(hidden_states, encoder_hidden_states, timestep, img_shapes, guidance)
 
     def _typed(self, hidden_states, encoder_hidden_states):
@@ -89,13 +103,16 @@ class FastTransformer(Swapped, TransformerForward):
         step = None if torch.compiler.is_compiling() else current_step.get()
         if step is None or step.transformer is not self or torch.is_grad_enabled():
             return super().modulation_of(timestep, additional_t_cond)
+        weights = modulation_weights(self)
+        if weights is None:  # an adapter or a hook: it gets all samples, and nothing is kept
+            return super().modulation_of(timestep, additional_t_cond)
         rows = timestep[:1] if additional_t_cond is None else timestep
 
         def compute() -> Modulation:
             return self.sample_modulation(rows, additional_t_cond)
 
         table = self.__dict__.setdefault("_modulation_table", ModulationTable())
-        modulation = table.get(step, rows, additional_t_cond, compute)
+        modulation = table.get(step, weights, rows, additional_t_cond, compute)
         if self.config.zero_cond_t and len(rows) != len(timestep):  # two rows per sample: its target, its references
             repeated = [t.repeat(len(timestep), 1) for t in (*modulation.img, modulation.final)]
             modulation = Modulation(repeated[:-1], modulation.txt, repeated[-1])
@@ -116,3 +133,18 @@ class FastTransformer(Swapped, TransformerForward):
         rows = 2 if self.config.zero_cond_t else 1
         values = self.inner_dim * (len(self.transformer_blocks) * (6 * rows + 6) + 2 * rows)
         return values * torch.empty((), dtype=self.dtype).element_size()
+
+
+def with_lengths(forward: Any) -> Any:
+    """For calls by position to the forward of diffusers before 0.39, where `txt_seq_lens` came after `img_shapes`."""
+    names = (
+        "txt_seq_lens", "guidance", "attention_kwargs", "controlnet_block_samples", "additional_t_cond", "return_dict"
+    )  # fmt: skip
+
+    def method(self, *args, **kwargs):
+        kwargs |= dict(zip(names, args[5:], strict=False))
+        if kwargs.get("txt_seq_lens") is None:
+            kwargs.pop("txt_seq_lens", None)
+        return forward(self, *args[:5], **kwargs)
+
+    return method

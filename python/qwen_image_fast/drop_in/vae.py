@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from qwen_image_fast.drop_in.swapped import Swapped
-from qwen_image_fast.models.vae_conv import convolve, is_bare, norm_silu
+from qwen_image_fast.models.hooks import is_bare
+from qwen_image_fast.models.vae_conv import convolve, norm_silu
 from qwen_image_fast.ops import has_kernels
 
 

@@ -26,7 +26,7 @@ from qwen_image_fast.models.transformer import (
     QwenTimestepProjEmbeddings,
     RMSNorm,
 )
-from qwen_image_fast.models.transformer_forward import BlockVectors, Stream, run_block
+from qwen_image_fast.models.transformer_block import BlockVectors, Stream, run_block
 from qwen_image_fast.ops.layer_norm_modulate import layer_norm_modulate
 
 
@@ -71,11 +71,30 @@ class QwenImageControlNetModel(PretrainedModel):
 
     @classmethod
     def from_transformer(
-        cls, transformer: Any, num_layers: int = 5, extra_condition_channels: int = 0
+        cls,
+        transformer: Any,
+        num_layers: int = 5,
+        attention_head_dim: int | None = None,
+        num_attention_heads: int | None = None,
+        load_weights_from_transformer: bool = True,
+        extra_condition_channels: int = 0,
     ) -> QwenImageControlNetModel:
-        """A ControlNet to train: the first blocks and the embeddings of `transformer`, zero outputs."""
+        """A ControlNet to train: the first blocks and the embeddings of `transformer`, zero outputs.
+
+        Heads have the transformer's sizes, and may have others only where its weights are not taken: ValueError.
+        """
         config = {k: v for k, v in transformer.config.items() if k in _CONFIG}
+        heads = {"attention_head_dim": attention_head_dim, "num_attention_heads": num_attention_heads}
+        for name, value in heads.items():
+            if value not in (None, config[name]) and load_weights_from_transformer:
+                raise ValueError(
+                    f"from_transformer: {name} must be the transformer's, {config[name]}, got {value}; others need "
+                    "load_weights_from_transformer=False"
+                )
+        config |= {name: value for name, value in heads.items() if value is not None}
         model = cls(**{**config, "num_layers": num_layers, "extra_condition_channels": extra_condition_channels})
+        if not load_weights_from_transformer:
+            return model.to(transformer.device, transformer.dtype)
         own = model.state_dict()
         state = {k: v for k, v in transformer.state_dict().items() if k in own}
         model.load_state_dict({**own, **state})

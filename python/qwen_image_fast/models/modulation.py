@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_image_fast.checkpoint import load_state_into
+from qwen_image_fast.models.hooks import is_bare
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Schedules whose tables are kept, the least recently used one leaving first.
@@ -55,6 +56,8 @@ class ModulationTables:
         A level goes the way of the reference: 1000 * level in float32, rounded to the model's dtype, divided by 1000.
         """
         weight = model.proj_out.weight
+        if self.freed and not unwatched(model):
+            restore_modulation_weights(model)
         key = (tuple(levels), additional_t_cond, weight.dtype, weight.device, None if self.freed else versions(model))
         if self.freed and key not in self.tables:
             restore_modulation_weights(model)
@@ -95,14 +98,18 @@ def table_layers(model) -> dict[str, Any]:
     return {**modulation_layers(model), **{name: model.get_submodule(name) for name in time}}
 
 
+def unwatched(model) -> bool:
+    """Whether no hook is on a module that a table depends on."""
+    return is_bare(*modulation_layers(model).values(), *model.time_text_embed.modules())
+
+
 def versions(model) -> tuple:
     """The state of every tensor a table depends on; empty if a layer is not a plain one (a LoRA or a hook on it).
 
     Identity and version of each, and a checksum of their values: a write through `.data` leaves no other trace.
     """
-    for layer in table_layers(model).values():
-        if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
-            return ()
+    if any(type(layer) is not nn.Linear for layer in table_layers(model).values()) or not unwatched(model):
+        return ()
     tensors = [p for layer in modulation_layers(model).values() for p in layer.parameters()]
     tensors += list(model.time_text_embed.parameters())
     written = tuple((id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in tensors)
@@ -128,7 +135,7 @@ def free_modulation_weights(model, table: Modulation) -> int:
     Another schedule reads them again from the folder the model came from; without a folder it raises.
     """
     tables = model.modulation_tables
-    if tables.freed or model.streamed is not None:  # what is streamed is not there to be released
+    if tables.freed or model.streamed is not None or not unwatched(model):  # a hook wants to see them used
         return 0
     for name, layer in table_layers(model).items():
         # An adapter of `lora.py`, which has a `mix`, reads the weights again before it changes.

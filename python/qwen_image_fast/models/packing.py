@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +68,29 @@ class PackedLayout:
         return torch.cat(pieces[1::2]), torch.cat(pieces[0::2])
 
 
+class KnownLayout(NamedTuple):
+    """A layout, and the mask it was made of: as it was then, where it can be read for nothing, or its version."""
+
+    layout: PackedLayout
+    mask: Tensor | None
+    values: Tensor | None
+    version: int | None
+
+    @classmethod
+    def of(cls, layout: PackedLayout, mask: Tensor | None) -> KnownLayout:
+        if mask is None:
+            return cls(layout, None, None, None)
+        if mask.is_cpu or mask.is_inference():  # which has no version
+            return cls(layout, mask, mask.clone(), None)
+        return cls(layout, mask, None, mask._version)
+
+    def holds(self) -> bool:
+        """Whether the mask is what it was."""
+        if self.mask is None:
+            return True
+        return self.mask._version == self.version if self.values is None else torch.equal(self.mask, self.values)
+
+
 def cumulative(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """int32 [0, l0, l0 + l1, ...]."""
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
@@ -77,7 +100,8 @@ def normalize_shapes(img_shapes: Sequence, samples: int) -> tuple[tuple[ImageSha
     """diffusers' `img_shapes` (per sample a list of (frames, height, width), or one tuple) for `samples` samples."""
     per_sample: list[Any] = []
     for entry in img_shapes:
-        images = [entry] if isinstance(entry[0], int) else entry
+        first = entry[0]  # a number of Python's, numpy's or a tensor's, or an image's shape
+        images = entry if isinstance(first, Sequence) or getattr(first, "ndim", 0) else [entry]
         per_sample.append(tuple(tuple(int(n) for n in image) for image in images))
     if len(per_sample) != samples:
         if len(set(per_sample)) != 1:

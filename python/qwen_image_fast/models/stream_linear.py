@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwen_image_fast.models.hooks import is_bare
 from qwen_image_fast.models.int8_linear import Int8Linear
 from qwen_image_fast.ops import int8_rows, linear_int8
 from qwen_image_fast.ops._linear import fused
@@ -58,7 +59,7 @@ def in_one_launch(op: str, layers: Sequence[Any], x: Sequence[Tensor]) -> bool:
 def in_8_bits(layers: Sequence[Any], x: Sequence[Tensor]) -> bool:
     """Whether all are layers in 8 bits with nothing besides, and no gradient is wanted of what they take."""
     return (
-        all(type(layer) is Int8Linear and _unwatched(layer) for layer in layers)
+        all(type(layer) is Int8Linear and is_bare(layer) for layer in layers)
         and all(t.is_cpu for t in x)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in x))
     )
@@ -84,20 +85,13 @@ def _int8(layers: Sequence[Any], x: Sequence[Tensor], gelu: bool = False, *gated
     return linear_int8(taken, [layer.int8 for layer in layers], biases, dtype, *gated)
 
 
-def _unwatched(layer: Any) -> bool:
-    return (
-        not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
-        and "forward" not in layer.__dict__
-    )
-
-
 def _plain(layer: Any, x: Tensor) -> bool:
     return (
         type(layer) is nn.Linear
         and layer.bias is not None
         and layer.weight.dtype == x.dtype
         and type(layer.weight) is nn.Parameter
-        and _unwatched(layer)
+        and is_bare(layer)
         and not torch.is_autocast_enabled(x.device.type)
     )
 

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_image_fast.models.base import PretrainedModel, record_config
+from qwen_image_fast.models.hooks import check_uncalled
 from qwen_image_fast.models.modulation import ModulationTables, restore_modulation_weights
-from qwen_image_fast.models.transformer_forward import Stream, TransformerForward, run_block
+from qwen_image_fast.models.transformer_block import Stream, run_block
+from qwen_image_fast.models.transformer_forward import TransformerForward
 
 # Widths of frame, height and width in a head of every released model.
 RELEASED_ROPE = (16, 56, 56)
@@ -205,6 +207,9 @@ class QwenImageTransformer2DModel(TransformerForward, PretrainedModel):
             "use_layer3d_rope": layered,
         }
 
+    def check_hooks(self) -> None:
+        check_uncalled(self)
+
     def run_block(self, block: Any, *args: Any) -> tuple[Stream, Stream]:
         return block(*args)
 
@@ -215,7 +220,7 @@ class QwenImageTransformer2DModel(TransformerForward, PretrainedModel):
 
     def __getstate__(self):
         """Without the layouts of recent calls: they are known by the identity of masks that a copy does not have."""
-        return {k: v for k, v in self.__dict__.items() if k != "_layouts"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_layouts", "_said")}
 
     @property
     def is_gradient_checkpointing(self) -> bool:

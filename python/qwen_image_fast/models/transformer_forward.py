@@ -11,23 +11,19 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from qwen_image_fast.models import stream_linear
 from qwen_image_fast.models.modulation import Modulation
 from qwen_image_fast.models.outputs import Output
-from qwen_image_fast.models.packing import PackedLayout, pack_padded
+from qwen_image_fast.models.packing import KnownLayout, PackedLayout, normalize_shapes, pack_padded
+from qwen_image_fast.models.transformer_block import BlockVectors, Stream, run_block
 from qwen_image_fast.ops import keeping_choices
-from qwen_image_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
-from qwen_image_fast.ops.gelu_tanh import gelu_tanh
-from qwen_image_fast.ops.joint_attention import joint_attention
 from qwen_image_fast.ops.layer_norm_modulate import layer_norm_modulate
-from qwen_image_fast.ops.qk_norm_rope import qk_norm_rope
 
 logger = logging.getLogger(__name__)
 
@@ -35,24 +31,6 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Transformer2DModelOutput(Output):
     sample: Tensor
-
-
-class BlockVectors(NamedTuple):
-    """The modulation of one stream in one block: of attention, then of the MLP. Each [conditions, width]."""
-
-    shift1: Tensor
-    scale1: Tensor
-    gate1: Tensor
-    shift2: Tensor
-    scale2: Tensor
-    gate2: Tensor
-
-
-class Stream(NamedTuple):
-    """One token stream between two sub-layers: the residual stream and its normalised, modulated copy."""
-
-    x: Tensor
-    normed: Tensor
 
 
 class TransformerForward:
@@ -127,6 +105,7 @@ class TransformerForward:
             [image rows, patch_size^2 * out_channels]; with `layout.targets` only those rows, and of the others the last
             block computes keys and values alone.
         """
+        self.check_hooks()
         blocks = self.transformer_blocks
         img = self.img_in(img)
         width = img.shape[-1]
@@ -161,6 +140,9 @@ class TransformerForward:
                 img_s = Stream(x, layer_norm_modulate(x, next_img[0], next_img[1], img_offsets))
         return self.proj_out(img_s.normed)
 
+    def check_hooks(self) -> None:
+        """Say which hooks would never run; the drop-in has decided that before."""
+
     def run_block(self, block: Any, *args: Any) -> tuple[Stream, Stream]:
         """`run_block`; a model whose blocks have it as their forward calls those, so that hooks on a block run."""
         return run_block(block, *args)
@@ -184,7 +166,7 @@ class TransformerForward:
 
         Args:
             hidden_states: [B, L, in_channels]. encoder_hidden_states: [B, T, joint_attention_dim]. Both become the
-                type of the weights.
+                type of the weights; one picture, text or noise level goes to all samples.
             encoder_hidden_states_mask: [B, T], nonzero where a text token counts; None: everywhere.
             timestep: [B] noise levels in [0, 1].
             img_shapes: per sample a list of (frames, height, width) in tokens, the generated image first; a sample
@@ -199,6 +181,8 @@ class TransformerForward:
         assert encoder_hidden_states is not None and timestep is not None  # checked, with a sentence
         if not torch.is_autocast_enabled(hidden_states.device.type):
             hidden_states, encoder_hidden_states = self._typed(hidden_states, encoder_hidden_states)
+        hidden_states = hidden_states.expand(samples, -1, -1)
+        encoder_hidden_states = encoder_hidden_states.expand(samples, -1, -1)
         layout = self.layout_of(img_shapes, rows, encoder_hidden_states_mask, encoder_hidden_states)
         img, txt = hidden_states.flatten(0, 1), encoder_hidden_states.flatten(0, 1)
         if layout.txt_index is not None:
@@ -235,31 +219,31 @@ class TransformerForward:
     def layout_of(self, img_shapes, img_rows: int, mask: Tensor | None, txt: Tensor) -> PackedLayout:
         """The layout of a padded batch, kept for the next step of the same loop.
 
-        A mask is recognised by identity, so that no device value is read again; the cache holds it, so its id stays
-        its own.
+        A mask is recognised by identity, so that no value of a GPU is read again (but under `inference_mode`, where
+        nothing else tells of a write); the cache holds it, so its id stays its own.
         """
         samples, txt_rows = txt.shape[:2]
         targets = self.target_images(img_shapes)
+        shapes = normalize_shapes(img_shapes, samples)
 
         def make() -> PackedLayout:
             config = self.config
             return pack_padded(
-                img_shapes, img_rows, mask, txt_rows, samples, axes_dim=config.axes_dims_rope,
+                shapes, img_rows, mask, txt_rows, samples, axes_dim=config.axes_dims_rope,
                 layer3d=config.use_layer3d_rope, zero_cond_t=config.zero_cond_t, targets=targets,
                 device=txt.device,
             )  # fmt: skip
 
         if torch.compiler.is_compiling():
             return make()
-        version = None if mask is None or mask.is_inference() else mask._version
-        known = None if mask is None else id(mask)
-        key = (str(img_shapes), targets, samples, img_rows, txt_rows, txt.device, known, version)
-        cache = self.__dict__.setdefault("_layouts", {})
-        if key not in cache:
+        key = (shapes, targets, samples, img_rows, txt_rows, txt.device, None if mask is None else id(mask))
+        cache: dict[tuple, KnownLayout] = self.__dict__.setdefault("_layouts", {})
+        if key not in cache or not cache[key].holds():
+            cache.pop(key, None)
             while len(cache) >= 8:
                 cache.pop(next(iter(cache)))
-            cache[key] = (make(), mask)
-        return cache[key][0]
+            cache[key] = KnownLayout.of(make(), mask)
+        return cache[key].layout
 
     def _check_inputs(self, hidden_states, encoder_hidden_states, timestep, img_shapes, guidance) -> tuple[int, int]:
         config = self.config
@@ -278,121 +262,16 @@ class TransformerForward:
                 raise ValueError(f"{name} must have the shape [batch, tokens, {channels}], got {tuple(t.shape)}")
             if not t.is_floating_point():
                 raise TypeError(f"{name} must have a floating-point dtype, got {t.dtype}")
-        if hidden_states.shape[0] != encoder_hidden_states.shape[0]:
-            raise ValueError(
-                f"hidden_states and encoder_hidden_states must have one batch size, "
-                f"got {hidden_states.shape[0]} and {encoder_hidden_states.shape[0]}"
-            )
-        return hidden_states.shape[0], hidden_states.shape[1]
+        return batch_size(hidden_states, encoder_hidden_states, timestep), hidden_states.shape[1]
 
 
-def run_block(
-    block: Any,
-    img: Stream,
-    txt: Stream,
-    layout: PackedLayout,
-    img_mod: BlockVectors,
-    txt_mod: BlockVectors,
-    next_img: tuple[Tensor, Tensor],
-    next_txt: tuple[Tensor, Tensor] | None,
-    img_offsets: Tensor | None,
-    txt_offsets: Tensor | None,
-) -> tuple[Stream, Stream]:
-    """One double-stream block on normalised inputs; returns the streams normalised for what follows.
-
-    h += gate1 * to_out(attention(LN-modulate(h))); h += gate2 * mlp(LN-modulate(h)), for both streams; each gated
-    residual is one pass with the norm that follows it. `next_img`, `next_txt`: shift and scale of that next norm;
-    next_txt None: this is the last block, whose text output reaches nothing and is not computed; nor is, with
-    `layout.targets`, that of the other image rows.
-    """
-    attn = block.attn
-    head_dim = attn.norm_q.weight.shape[0]
-    targets = layout.targets if next_txt is None else None
-    spread = getattr(attn, "spread", None)  # tensor parallel: what all ranks' heads read (training/parallel/tensor.py)
-    img_x, txt_x = img.normed, txt.normed
-    norms = [attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight]
-    if spread is not None:
-        img_x, txt_x, norms = spread(img_x), spread(txt_x), [spread(weight) for weight in norms]
-
-    img_layers, txt_layers = [attn.to_q, attn.to_k, attn.to_v], [attn.add_q_proj, attn.add_k_proj, attn.add_v_proj]
-    if next_txt is None:
-        txt_layers = txt_layers[1:]
-    inputs = [img_x if targets is None else img_x[targets], img_x, img_x]
-    inputs += [txt_x] * len(txt_layers)
-    img_q, img_k, img_v, *txt_q, txt_k, txt_v = (
-        y.unflatten(-1, (-1, head_dim)) for y in stream_linear.project([*img_layers, *txt_layers], inputs)
-    )
-    if targets is not None:  # the op wants all rows; the others are not read again
-        img_q = img_q.new_zeros(len(img.x), *img_q.shape[1:]).index_copy(0, targets, img_q)
-    q, k, v = qk_norm_rope(
-        img_q, img_k, img_v, txt_q[0] if txt_q else None, txt_k, txt_v,
-        norms[0], norms[1], norms[2], norms[3],
-        layout.img_rope, layout.txt_rope, layout.cu_img, layout.cu_txt, attn.norm_q.eps,
-    )  # fmt: skip
-    if targets is not None:
-        img_y = joint_attention(
-            q[targets], k, v, layout.target_lens, layout.joint_lens, layout.cu_targets, layout.cu_joint
-        ).flatten(1)
-        img = Stream(img.x[targets], img.normed)
-    elif next_txt is None:
-        img_y = layout.attend(q, k, v, images_only=True).flatten(1)
-    else:
-        img_y, txt_y = layout.split_joint(layout.attend(q, k, v).flatten(1))
-        img, txt = finish_block(
-            [img, txt], [img_y, txt_y], [attn.to_out[0], attn.to_add_out], [block.img_mlp, block.txt_mlp],
-            [img_mod, txt_mod], [next_img, next_txt], [img_offsets, txt_offsets],
-        )  # fmt: skip
-        return img, txt
-    (img,) = finish_block([img], [img_y], [attn.to_out[0]], [block.img_mlp], [img_mod], [next_img], [img_offsets])
-    return img, txt
-
-
-def finish_block(
-    streams: list[Stream],
-    attended: list[Tensor],
-    projections: list[Any],
-    mlps: list[Any],
-    mods: list[BlockVectors],
-    following: list[tuple[Tensor, Tensor]],
-    offsets: list[Tensor | None],
-) -> list[Stream]:
-    """The two gated residuals of each stream, each with the norm behind it, and the MLP between them."""
-    residual = [s.x for s in streams]
-    x, normed = gated_norm(
-        residual, projections, attended, [m.gate1 for m in mods], [(m.shift2, m.scale2) for m in mods], offsets
-    )
-    expand, reduce = [mlp.net[0].proj for mlp in mlps], [mlp.net[2] for mlp in mlps]
-    in_8_bits = stream_linear.in_8_bits([*expand, *reduce], [*normed, *x, *(m.gate2 for m in mods)])
-    if in_8_bits:  # GELU is part of what rounds its result
-        hidden = stream_linear.each(expand, normed)
-    elif stream_linear.in_one_launch("linear_gelu", expand, normed):
-        hidden = stream_linear.gelu(expand, normed)
-    else:
-        hidden = [gelu_tanh(t, inplace=True) for t in stream_linear.each(expand, normed)]
-    return list(map(Stream, *gated_norm(x, reduce, hidden, [m.gate2 for m in mods], following, offsets, in_8_bits)))
-
-
-def gated_norm(
-    residual: list[Tensor],
-    layers: list[Any],
-    y: list[Tensor],
-    gate: list[Tensor],
-    following: list[tuple[Tensor, Tensor]],
-    offsets: list[Tensor | None],
-    gelu: bool = False,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """x = residual + gate * layer(y) and LN-modulate(x) of each stream; `following`: its shift and scale.
-
-    gelu: the layers are in 8 bits and take gelu_tanh(y).
-    """
-    if stream_linear.in_8_bits(layers, [*residual, *y, *gate]):
-        x = stream_linear.int8_gate_residual(layers, residual, y, gate, offsets, gelu)
-        return x, [layer_norm_modulate(t, f[0], f[1], o) for t, f, o in zip(x, following, offsets)]
-    if stream_linear.in_one_launch("linear_gate_residual", layers, y):
-        x = stream_linear.gate_residual(layers, residual, y, gate, offsets)
-        return x, [layer_norm_modulate(t, f[0], f[1], o) for t, f, o in zip(x, following, offsets)]
-    pairs = [
-        gate_residual_norm_modulate(r, t, g, f[0], f[1], o)
-        for r, t, g, f, o in zip(residual, stream_linear.each(layers, y), gate, following, offsets)
-    ]
-    return [x for x, _ in pairs], [normed for _, normed in pairs]
+def batch_size(hidden_states: Tensor, encoder_hidden_states: Tensor, timestep: Tensor) -> int:
+    """The number of samples; of what goes to all of them there is one."""
+    counts = [len(hidden_states), len(encoder_hidden_states), timestep.numel()]
+    samples = max(counts)
+    if any(n not in (1, samples) for n in counts):
+        raise ValueError(
+            "hidden_states, encoder_hidden_states and timestep must have one batch size, or one sample for all, "
+            f"got {counts[0]}, {counts[1]} and {counts[2]}"
+        )
+    return samples

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwen_image_fast.models.vae_conv import Conv, Convolution, convolve, is_bare, norm_silu
+from qwen_image_fast.models.hooks import is_bare
+from qwen_image_fast.models.vae_conv import Conv, Convolution, convolve, norm_silu
 from qwen_image_fast.models.vae_streams import FrameStream, RowStream, run_in_strips
 from qwen_image_fast.ops import has_kernels
 

@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qwen_image_fast.ops import channel_norm_silu, conv2d, conv3x3, has_kernels, pack_conv3x3
@@ -48,11 +47,6 @@ def uses_cuda(conv: Conv, x: Tensor) -> bool:
     )
 
 
-# Where torch keeps the hooks on all modules; before torch 2.8 it has no function that looks at all of them.
-_GLOBAL_HOOKS = (
-    "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
-)  # fmt: skip
-
 # Transformed weights, as long as their parameter lives, with what tells whether it has changed.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -86,14 +80,6 @@ def packed_bytes(model: nn.Module) -> int:
 def flat_weight(weight: Tensor) -> Tensor:
     """The part of a weight that meets a single frame: [D, C, kh, kw]."""
     return weight[:, :, -1] if weight.ndim == 5 else weight
-
-
-def is_bare(*modules: nn.Module) -> bool:
-    """Whether nothing of the user's runs when these are called: no hook, no other forward."""
-    return not any(getattr(nn_module, name) for name in _GLOBAL_HOOKS) and not any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks or "forward" in vars(m)
-        for m in modules
-    )
 
 
 def channels_last(x: Tensor) -> Tensor:
