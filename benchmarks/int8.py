@@ -1,4 +1,6 @@
-"""Two blocks of the released width in 8 bits beside what a CPU user has instead: `python -m benchmarks.int8`.
+"""Two blocks of the released width in 8 bits, and with weights in 4, beside what a CPU user has instead:
+
+    python -m benchmarks.int8
 
 All variants run in turn in one process on one thread, in seconds of processor time, which a neighbour disturbs least.
 The roof is what the tile unit does on numbers in its registers, compiled with g++ where it is here, and measured in
@@ -33,7 +35,8 @@ CONFIG = {"num_layers": 2}
 TEXT = 30
 GRIDS = {256: (16, 16), 512: (32, 32)}
 BARS = {256: 5.5, 512: 4.5}  # times as fast as diffusers in float32
-ROOF_BAR = 0.55
+ROOF_BAR, INT4_BAR = 0.55, 0.85
+SMALL = {"ours int8": "int8", "ours int4": "int4"}
 PRODUCTS = ((286, 3072, 3072), (286, 12288, 3072), (1054, 3072, 12288), (1054, 12288, 3072))  # rows, depth, columns
 ROOF = r"""
 #include <immintrin.h>
@@ -82,7 +85,7 @@ def models() -> dict[str, Any]:
     torch.manual_seed(0)
     with torch.device("meta"):
         theirs = diffusers.QwenImageTransformer2DModel(**CONFIG)
-        ours = {name: QwenImageTransformer2DModel(**CONFIG) for name in ("ours float32", "ours bfloat16", "ours int8")}
+        ours = {name: QwenImageTransformer2DModel(**CONFIG) for name in ("ours float32", "ours bfloat16", *SMALL)}
     state = {}
     for name, t in theirs.state_dict().items():
         bound = (3 / t.shape[-1]) ** 0.5
@@ -97,12 +100,14 @@ def models() -> dict[str, Any]:
     for model in (theirs, half):  # its tables are no part of the state
         model.pos_embed = QwenEmbedRope(10000, [16, 56, 56], scale_rope=True)
     ours["ours float32"].load_state_dict(state, assign=True)
-    for name in ("ours bfloat16", "ours int8"):
+    for name in ("ours bfloat16", *SMALL):
         ours[name].load_state_dict(small, assign=True)
-    model = ours["ours int8"]
-    for path, layer in int8_layers(model).items():
-        parent, _, last = path.rpartition(".")
-        setattr(model.get_submodule(parent), last, Int8Linear(quantised(layer.weight), layer.bias))
+    for name, precision in SMALL.items():
+        model = ours[name]
+        for path, layer in int8_layers(model).items():
+            parent, _, last = path.rpartition(".")
+            made = quantised(layer.weight, precision=precision)
+            setattr(model.get_submodule(parent), last, Int8Linear(made, layer.bias))
     found = {"diffusers float32": theirs, "diffusers bfloat16": half, **ours}
     return {name: m.eval() for name, m in found.items()}
 
@@ -143,14 +148,16 @@ def steps(found: dict[str, Any], rounds: int) -> list[dict[str, Any]]:
         calls = {name: step(name, model, grid) for name, model in found.items()}
         for unit in UNITS[-2:-1]:  # what the same machine does without its best
             calls[f"ours int8, {unit}"] = with_unit(unit, calls["ours int8"])
-        exact, ours = calls["diffusers float32"]().double(), calls["ours int8"]().double()
+        exact, ours = calls["diffusers float32"]().double(), {name: calls[name]().double() for name in SMALL}
         seconds = in_turn(calls, rounds)
         base = seconds["diffusers float32"]
         ratios = {n: statistics.median(a / b for a, b in zip(base, s)) for n, s in seconds.items()}
-        error = ((ours - exact).pow(2).mean() / exact.pow(2).mean()).sqrt().item()
+        errors = {n: ((y - exact).pow(2).mean() / exact.pow(2).mean()).sqrt().item() for n, y in ours.items()}
+        shares = [a / b for a, b in zip(seconds["ours int8"], seconds["ours int4"])]
         results.append(
             {
-                "pixels": side, "tokens": grid[0] * grid[1] + TEXT, "bar": BARS[side], "relative_error": error,
+                "pixels": side, "tokens": grid[0] * grid[1] + TEXT, "bar": BARS[side], "relative_error": errors,
+                "int4_as_fast_as_int8": statistics.median(shares),
                 "seconds": {n: {"median": statistics.median(s), "least": min(s)} for n, s in seconds.items()},
                 "times_diffusers_float32": ratios,
             }
@@ -175,13 +182,17 @@ def products(rounds: int) -> list[dict[str, Any]]:
             Int8Weight.of(torch.randint(-127, 128, (columns, depth), dtype=torch.int8), torch.rand(columns), 256)
             for _ in range(3)  # none is in a cache when its turn comes
         ]
+        four = [Int8Weight.of_floats(torch.randn(columns, depth), 256) for _ in range(3)]
         x, bias = torch.randn(rows, depth).bfloat16(), torch.randn(columns).bfloat16()
         taken = int8_rows(x, 256)
-        operations, rates, roofs, rounding = 2 * rows * depth * columns, [], [], []
+        operations, rates, roofs, rounding, fours = 2 * rows * depth * columns, [], [], [], []
         for i in range(3 * rounds):
             start = time.process_time()
             linear_int8([taken], [weights[i % 3]], [bias], torch.bfloat16)
             rates.append(operations / (time.process_time() - start))
+            start = time.process_time()
+            linear_int8([taken], [four[i % 3]], [bias], torch.bfloat16)
+            fours.append(operations / (time.process_time() - start))
             start = time.process_time()
             int8_rows(x, 256)
             rounding.append(x.numel() / (time.process_time() - start))
@@ -189,11 +200,15 @@ def products(rounds: int) -> list[dict[str, Any]]:
                 roofs.append(peak())
         one = {"rows": rows, "depth": depth, "columns": columns, "unit": UNITS[-1]}
         one |= {"operations_per_second": statistics.median(rates), "rounded_per_second": statistics.median(rounding)}
+        one["int4_as_fast_as_int8"] = statistics.median(b / a for a, b in zip(rates, fours))
         if peak is not None:
             one |= {"roof": statistics.median(roofs), "share": statistics.median(a / b for a, b in zip(rates, roofs))}
         results.append(one)
-        rate = f"{one['operations_per_second'] / 1e12:.2f} Tops"
-        print(f"{rows} x {depth} x {columns}: {rate}, share of the roof {one.get('share')}", flush=True)
+        rate = f"int4 {one['int4_as_fast_as_int8']:.2f} as fast as int8, {one['operations_per_second'] / 1e12:.2f} Tops"
+        print(
+            f"{rows} x {depth} x {columns}: {rate}, share of the roof {one.get('share')}",
+            flush=True,
+        )
     return results
 
 
@@ -211,6 +226,7 @@ def main() -> None:
         found["steps"] = steps(models(), given.rounds)
     share = [p["share"] for p in found["products"] if "share" in p]
     reached = {f"{s['pixels']} px": s["times_diffusers_float32"]["ours int8"] >= s["bar"] for s in found["steps"]}
+    reached["int4"] = min(s["int4_as_fast_as_int8"] for s in found["steps"]) >= INT4_BAR
     if share:
         reached["share of the roof"] = min(share) >= ROOF_BAR
     found["reached"] = reached

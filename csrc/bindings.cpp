@@ -134,12 +134,18 @@ PYBIND11_MODULE(_C, m) {
   define(m, "picture_statistics", picture_statistics, picture_statistics_cpu);
   define(m, "int8_rows", int8_rows, int8_rows_cpu);
   define(m, "int8_pack", int8_pack, int8_pack_cpu);
-  m.def("linear_int8", [](const std::vector<Int8Arguments>& products, int dtype, const std::string& unit) {
-    const std::vector<Int8Product> p = int8_products(products, dtype);
-    const Int8Unit with = int8_unit(unit);
-    py::gil_scoped_release release;
-    linear_int8(p.data(), static_cast<int64_t>(p.size()), with);
-  });
+  define(m, "int4_quantise", int4_quantise, int4_quantise_cpu);
+  define(m, "int4_unpack", int4_unpack_all, int4_unpack_all_cpu);
+  m.def(
+      "linear_int8",
+      [](const std::vector<Int8Arguments>& products, int dtype, const std::string& unit,
+         const std::vector<bool>& four) {
+        const std::vector<Int8Product> p = int8_products(products, dtype, four);
+        const Int8Unit with = int8_unit(unit);
+        py::gil_scoped_release release;
+        linear_int8(p.data(), static_cast<int64_t>(p.size()), with);
+      },
+      py::arg("products"), py::arg("dtype"), py::arg("unit"), py::arg("four") = std::vector<bool>());
 #if defined(QIF_AMX)
   m.def("amx_products", [](const std::vector<AmxArguments>& products) {
     const std::vector<AmxProduct> p = amx_products(products);

@@ -11,6 +11,7 @@
 #include "kernels/gate_residual_norm_modulate.h"
 #include "kernels/gelu_tanh.h"
 #include "kernels/guided_step.h"
+#include "kernels/int4_quantise.h"
 #include "kernels/int8_rows.h"
 #include "kernels/joint_attention.h"
 #include "kernels/layer_norm_modulate.h"
@@ -259,6 +260,16 @@ inline Int8Rows int8_rows(Address x, int64_t stride, Address values, Address sca
   return {pointer(x), stride, pointer<uint8_t>(values), pointer<float>(scales), rows, width, group, gelu, dtype};
 }
 
+inline Int4Quantise int4_quantise(Address weight, Address packed, Address scales, Address sums, int64_t columns,
+                                  int64_t depth) {
+  return {
+      pointer<float>(weight), pointer<uint8_t>(packed), pointer<float>(scales), pointer<int32_t>(sums), columns, depth};
+}
+
+inline Int4Unpack int4_unpack_all(Address packed, Address out, int64_t tiles) {
+  return {pointer<uint8_t>(packed), pointer<int8_t>(out), tiles};
+}
+
 inline Int8Pack int8_pack(Address weight, Address packed, Address sums, int64_t columns, int64_t depth) {
   return {pointer<int8_t>(weight), pointer<int8_t>(packed), pointer<int32_t>(sums), columns, depth};
 }
@@ -269,7 +280,9 @@ using Int8Arguments =
     std::tuple<std::tuple<Address, Address, int64_t, int64_t>, std::tuple<Address, Address, Address, Address, int64_t>,
                Address, std::tuple<Address, Address, int64_t, Address, int64_t>>;
 
-inline std::vector<Int8Product> int8_products(const std::vector<Int8Arguments>& products, int dtype) {
+// four: which weights are in 4 bits; empty: none.
+inline std::vector<Int8Product> int8_products(const std::vector<Int8Arguments>& products, int dtype,
+                                              const std::vector<bool>& four) {
   std::vector<Int8Product> found;
   for (const auto& [x, w, out, gated] : products) {
     const auto& [values, scales, rows, depth] = x;
@@ -277,7 +290,8 @@ inline std::vector<Int8Product> int8_products(const std::vector<Int8Arguments>& 
     const auto& [residual, gate, gate_stride, offsets, segments] = gated;
     found.push_back({pointer<uint8_t>(values), pointer<float>(scales), pointer<int8_t>(weight),
                      pointer<float>(weight_scales), pointer<int32_t>(sums), pointer(bias), pointer(out), rows, columns,
-                     depth, pointer(residual), pointer(gate), gate_stride, pointer<int32_t>(offsets), segments, dtype});
+                     depth, pointer(residual), pointer(gate), gate_stride, pointer<int32_t>(offsets), segments, dtype,
+                     !four.empty() && four.at(found.size())});
   }
   return found;
 }

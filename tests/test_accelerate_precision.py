@@ -25,8 +25,14 @@ def test_a_transformer_and_back(monkeypatch):
     assert 0 < distance(run(model), before) < 0.03 and len(calls) == 1
     again = accelerate(model, precision="int8")
     assert again.added == report.added and 0 < distance(run(model), before) < 0.03
+    with pytest.raises(ValueError, match="precision must be int8, as it is already, or restore first, got 'int4'"):
+        accelerate(model, precision="int4")
     restore(model)
     assert torch.equal(run(model), before) and model.transformer_blocks[0].attn.to_q is layer
+    report = accelerate(model, precision="int4")
+    assert "compute in 8 bits, of weights in 4, which" in str(report) and 0.03 < distance(run(model), before) < 0.2
+    restore(model)
+    assert torch.equal(run(model), before)
     assert set(model.state_dict()) == names
 
 
@@ -51,7 +57,7 @@ def test_what_is_left_alone_and_refused():
     report = accelerate(model, precision="int8")
     assert "1 linear layers: not in 8 bits" in str(report)
     assert type(model.transformer_blocks[0].attn.to_q) is nn.Linear
-    with pytest.raises(ValueError, match="accelerate: precision must be None or one of int8, got 'int5'"):
+    with pytest.raises(ValueError, match="accelerate: precision must be None or one of int8, int4, got 'int5'"):
         accelerate(small_transformer(), precision="int5")
     model = small_transformer()
     model.hf_quantizer = object()

@@ -61,6 +61,21 @@ def test_the_file(whole):
     assert [p.name for p in file.parent.iterdir()] == [file.name]
 
 
+def test_a_file_in_4_bits(tmp_path):
+    """What `from_pretrained(precision="int4")` makes of the same weights, bit by bit."""
+    file = tmp_path / "model.safetensors"
+    errors = quantize(opened(), file, precision="int4")
+    wanted = QwenImageTransformer2DModel.from_pretrained(SHIPPED, subfolder="transformer", precision="int4")
+    state, model = wanted.state_dict(), read(file, precision="int4")
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    assert torch.equal(model.get_submodule(LAYER).int8.packed, wanted.get_submodule(LAYER).int8.packed)
+    assert len(errors) == 60 and all(0.05 < error < 0.09 for error in errors.values())
+    assert json.loads(read_metadata(file)[METADATA])["precision"] == "int4"
+    assert model.get_submodule(LAYER).int8.packed.nbytes == 192 * 192 * 9 // 16
+    with pytest.raises(ValueError, match="is quantised already, .* as int4 groups of 16"):
+        read(file, precision="int8")
+
+
 @pytest.mark.parametrize("cut", [False, True])
 def test_going_on(tmp_path, monkeypatch, whole, cut):
     """Only what is missing is made again; a line that was cut off counts as missing."""

@@ -8,6 +8,9 @@
 // with signed ones: sums of the weights, times 128, are taken off the integers. The integers are exact (127 * 255 *
 // 66000 fits), so that all units give the same bits.
 //
+// Weights in 4 bits (int4_tile.h) become integers of 8, two panels of 16 columns and kDeep tiles of the depth at a
+// time, in the first-level cache: once for each block of some hundred rows.
+//
 // Traffic: rows once, weights once for each block of some hundred rows; 2 * rows * columns * depth operations.
 #pragma once
 #include "common/cpu_dispatch.h"
@@ -30,6 +33,7 @@ struct Int8Product {
   const int32_t* offsets;       // [segments + 1] first row of each segment; null: segments of equal length
   int64_t segments;
   int dtype;  // of bias, out, residual and gate; not float64
+  bool four;  // the weight is in the 4 bits of int4_tile.h, which become 8 on the way
 };
 
 constexpr int64_t kInt8Columns = 16;

@@ -11,6 +11,7 @@
 
 #include "common/segments.h"
 #include "common/vec.h"
+#include "kernels/int4_tile.h"
 #include "kernels/linear_int8.h"
 
 namespace qif {
@@ -321,6 +322,10 @@ inline void finish(const Int8Product& p, const ColumnValues& v, const int32_t* s
 // ---- the order of the work
 // --------------------------------------------------------------------------------------------
 
+struct alignas(64) Unpacked {
+  int8_t data[2 * kDeep * kTile];
+};
+
 struct Task {
   const Int8Product* product;
   int64_t row, rows, column, columns;
@@ -337,29 +342,45 @@ inline void fetch(const T* row, int64_t rows, int64_t stride) {
   for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(row + i * stride, 0, 2);
 }
 
+// Two panels of columns from 4 bits, `steps` tiles of the depth of each, `stride` bytes apart.
+inline void unpack(const uint8_t* from, int64_t panel, bool both, int64_t steps, int8_t* out, int64_t stride) {
+  for (int64_t s = 0; s < steps; ++s) {
+    int4_unpack(from + s * kInt4Tile, out + s * kTile);
+    if (both) int4_unpack(from + panel + s * kInt4Tile, out + stride + s * kTile);
+  }
+}
+
 template <class T>
-static void run(const Task& task, int32_t* sums) {
+static void run(const Task& task, int32_t* sums, int8_t* unpacked) {
   const Int8Product& p = *task.product;
   const int64_t steps = (p.depth + kInt8Depth - 1) / kInt8Depth, panel = steps * kTile;
   const int64_t height = (task.rows + kBlock - 1) / kBlock * kBlock;
   for (int64_t deep = 0; deep < steps; deep += kDeep)
     for (int64_t j = 0; j < task.columns; j += kBlock) {
       const int64_t column = task.column + j, columns = std::min(kBlock, task.columns - j);
-      const int8_t* b = p.weight + column / kInt8Columns * panel;
-      const int64_t b_stride = columns > kInt8Columns ? panel : 0, end = std::min(deep + kDeep, steps);
+      const bool two = columns > kInt8Columns;
+      const int64_t end = std::min(deep + kDeep, steps);
+      // In 4 bits, a panel is shorter, and multiplied is what was made of it.
+      const int64_t tile = p.four ? kInt4Tile : kTile, stored = steps * tile;
+      const int8_t* source = p.weight + column / kInt8Columns * stored;
+      const int8_t* b = p.four ? unpacked - deep * kTile : source;
+      const int64_t b_stride = !two ? 0 : p.four ? kDeep * kTile : panel;
+      if (p.four)
+        unpack(reinterpret_cast<const uint8_t*>(source) + deep * tile, stored, two, end - deep, unpacked, b_stride);
       ColumnValues v;
       if (end == steps) column_values<T>(p, column, columns, v);
       for (int64_t s = deep; s < end; s += kChunk) {
         const int64_t count = std::min(kChunk, end - s);
         const bool last = s + count == steps;
         // What the two panels of columns that come next begin with is fetched in the meantime, a share at every step.
-        const int8_t* next = b + (s + count) * kTile;
-        if (s + count == end) {
-          const bool beside = j + kBlock < task.columns || last;
-          next = beside ? b + 2 * panel + (last ? 0 : deep) * kTile
-                        : p.weight + task.column / kInt8Columns * panel + end * kTile;
+        const int8_t* next = source + (s + count) * tile;
+        if (s + count == end || p.four) {
+          const bool beside = j + kBlock < task.columns || end == steps;
+          next = beside ? source + 2 * stored + (end == steps ? 0 : deep) * tile
+                        : p.weight + task.column / kInt8Columns * stored + end * tile;
+          if (p.four) next += (s - deep) * tile;
         }
-        const int64_t lines = (kTile / 64 * kBlock + height - 1) / height;
+        const int64_t lines = (tile / 64 * kBlock + height - 1) / height;
         Rest rest = {nullptr, 0, 0};
         for (int64_t r = 0; r < task.rows; r += kBlock) {
           const int64_t rows = std::min(kBlock, task.rows - r);
@@ -379,7 +400,7 @@ static void run(const Task& task, int32_t* sums) {
           Unit::multiply(a, panel, rows, b + s * kTile, b_stride, count, block, s > 0, [&] {
             for (int64_t i = 0; i < lines; ++i, next += 64) {
               __builtin_prefetch(next, 0, 2);
-              __builtin_prefetch(next + panel, 0, 2);
+              __builtin_prefetch(next + stored, 0, 2);
             }
             finish_some(kBlock / kChunk);
           });
@@ -391,14 +412,14 @@ static void run(const Task& task, int32_t* sums) {
     }
 }
 
-static void run_any(const Task& task, int32_t* sums) {
+static void run_any(const Task& task, int32_t* sums, int8_t* unpacked) {
   switch (task.product->dtype) {
     case kFloat16:
-      return run<Half>(task, sums);
+      return run<Half>(task, sums, unpacked);
     case kBFloat16:
-      return run<BFloat16>(task, sums);
+      return run<BFloat16>(task, sums, unpacked);
     default:
-      return run<float>(task, sums);
+      return run<float>(task, sums, unpacked);
   }
 }
 
@@ -433,8 +454,9 @@ void linear_int8(const Int8Product* products, int64_t count) {
     [[maybe_unused]] const Unit unit;
     const std::unique_ptr<int32_t[]> memory(new int32_t[most + 16]);
     int32_t* sums = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64 / 4;
+    Unpacked unpacked;
 #pragma omp for schedule(dynamic)
-    for (size_t i = 0; i < tasks.size(); ++i) run_any(tasks[i], sums);
+    for (size_t i = 0; i < tasks.size(); ++i) run_any(tasks[i], sums, unpacked.data);
   }
 }
 

@@ -1,4 +1,4 @@
-"""Quantise a transformer once: read tensor by tensor, merge LoRAs, write ComfyUI's int8 layout; go on where it stopped.
+"""Quantise a transformer once: read tensor by tensor, merge LoRAs, write ComfyUI's layout; go on where it stopped.
 
 One weight is held at a time. The output is a file of its final size from the start, into which every weight is written
 at its place; a journal beside it names those that are there. At the end the file gets its name and the journal goes, so
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_image_fast.models.int8_linear import LAYERS, comfy_config, comfy_tensors, quantised, refuse_quantised
+from qwen_image_fast.models.int8_linear import LAYERS, SHARED, comfy_tensors, quantised, refuse_quantised
 from qwen_image_fast.models.lora_kinds import Adapter
 from qwen_image_fast.ops import _int8
 from qwen_image_fast.tensor_files import DTYPE_NAMES
@@ -56,9 +56,10 @@ class Output:
 
 
 def quantize(
-    opened: Opened, out: Path, loras: Loras = (), about: Mapping[str, Any] | None = None, said: Said | None = None
-) -> dict[str, float]:
-    """Write the transformer in `opened` to the file `out` in 8 bits.
+    opened: Opened, out: Path, loras: Loras = (), about: Mapping[str, Any] | None = None, said: Said | None = None,
+    precision: str = "int8",
+) -> dict[str, float]:  # fmt: skip
+    """Write the transformer in `opened` to the file `out` in 8 bits, or in 4.
 
     Args:
         opened: floating-point weights under our names.
@@ -68,22 +69,22 @@ def quantize(
         said: told how many weights are done.
 
     Returns:
-        The relative root mean square error of each weight in 8 bits, on some of its rows.
+        The relative root mean square error of each such weight, on some of its rows.
 
     Raises:
         ValueError: weights with a quantisation of their own, or that are not finite.
     """
     weights = opened.weights
     refuse_quantised({name.removesuffix(".weight"): w for name, w in weights.items() if _in_8_bits(name)})
-    notes_of_file = {"precision": "int8", "rotation": "ConvRot", **(about or {})}
-    output = Output(dict(_like(weights)), {"format": "pt", METADATA: json.dumps(notes_of_file)})
+    notes_of_file = {"precision": precision, "rotation": "ConvRot", **(about or {})}
+    output = Output(dict(_like(weights, precision)), {"format": "pt", METADATA: json.dumps(notes_of_file)})
     part, journal = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.journal")
     errors = _continue(part, journal, output, _fingerprint(output, weights))
     done = set(errors)
     with open(part, "r+b") as file, open(journal, "a", encoding="utf-8") as notes:
         for name, weight in weights.items():
             if name not in done:
-                error = _convert(name, weight, file, output, loras)
+                error = _convert(name, weight, file, output, loras, precision)
                 file.flush()
                 os.fsync(file.fileno())
                 notes.write(json.dumps([name, error]) + "\n")
@@ -100,20 +101,20 @@ def _in_8_bits(name: str) -> bool:
     return name.endswith(".weight") and LAYERS.fullmatch(name.removesuffix(".weight")) is not None
 
 
-def _like(weights: Mapping[str, Weight]) -> Iterable[tuple[str, tuple[torch.dtype, tuple[int, ...]]]]:
+def _like(weights: Mapping[str, Weight], precision: str) -> Iterable[tuple[str, tuple[torch.dtype, tuple[int, ...]]]]:
     """Type and shape of everything that is written."""
     for name, weight in weights.items():
         if _in_8_bits(name):
             rows, width = weight.shape
-            layer, config = name.removesuffix(".weight"), comfy_config(_int8.group_of(width))
-            yield name, (torch.int8, (rows, width))
-            yield f"{layer}.weight_scale", (torch.float32, (rows, 1))
-            yield f"{layer}.comfy_quant", (torch.uint8, tuple(config.shape))
+            one = quantised(torch.zeros(1, width), precision=precision)  # of one row, whose tensors say the others
+            for suffix, tensor in comfy_tensors(one).items():
+                shape = tuple(tensor.shape) if suffix in SHARED else (rows, *tensor.shape[1:])
+                yield f"{name.removesuffix('.weight')}.{suffix}", (tensor.dtype, shape)
         else:
             yield name, (getattr(weight, "dtype", torch.bfloat16), weight.shape)
 
 
-def _convert(name: str, weight: Weight, file: Any, output: Output, loras: Loras) -> float | None:
+def _convert(name: str, weight: Weight, file: Any, output: Output, loras: Loras, precision: str) -> float | None:
     """Read, merge, round and write one weight; returns its error."""
     value = read_weights({name: weight}, None, torch.device("cpu"))[name]
     path, _, kind = name.rpartition(".")
@@ -123,7 +124,7 @@ def _convert(name: str, weight: Weight, file: Any, output: Output, loras: Loras)
     if not _in_8_bits(name):
         output.write(file, name, value)
         return None
-    small = quantised(value)
+    small = quantised(value, precision=precision)
     for suffix, tensor in comfy_tensors(small).items():
         output.write(file, f"{path}.{suffix}", tensor)
     step = max(1, len(value) // ROWS)

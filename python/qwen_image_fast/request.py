@@ -63,7 +63,7 @@ class Request(BaseModel):
     text_encoder: Files = about(None, "The text encoder's, too; llama.cpp's vision tower is a second file.")
     vae: str | None = about(None, "The VAE's, too.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = about("auto", WEIGHT)
-    precision: Literal["int8"] | None = about(None, "The transformer in 8 bits: an approximation.")
+    precision: Literal["int8", "int4"] | None = about(None, "The transformer in 8 or 4 bits: an approximation.")
 
     # The pipelines of model_index.json that it can be made with, what it does with them, and one that can.
     models: ClassVar[Sequence[str]] = DRAWING

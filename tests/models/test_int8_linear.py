@@ -206,7 +206,7 @@ def test_a_pipeline(trained):
 
 def test_what_is_refused(tmp_path, trained, monkeypatch):
     load = QwenImageTransformer2DModel.from_pretrained
-    with pytest.raises(ValueError, match="from_pretrained: precision must be None or one of int8, got 'int3'"):
+    with pytest.raises(ValueError, match="from_pretrained: precision must be None or one of int8, int4, got 'int3'"):
         load(tmp_path / "nowhere", precision="int3")  # before anything is looked for
     with pytest.raises(ValueError, match="precision must be None on xpu: layers in 8 bits compute on cpu and cuda"):
         check_precision("from_pretrained", "int8", "xpu")

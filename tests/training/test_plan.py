@@ -126,7 +126,7 @@ def test_a_gpu_by_any_spelling(name):
 @pytest.mark.parametrize(
     ("changes", "memory", "advice"),
     [
-        (["lora.rank=8"], 16, "use more GPUs"),
+        (["lora.rank=8"], 12, "use more GPUs"),
         (["lora.rank=8", "lora.kind=dora"], 24, "use more GPUs"),
         (["lora.rank=8", "lora.kind=dora", "model.gradient_checkpointing=false"], 64,
          "use more GPUs, smaller data.buckets or model.gradient_checkpointing"),
@@ -188,6 +188,12 @@ def test_peaks_of_gpus_by_their_names():
             False,
             "24gb: model.gradient_checkpointing=true, .*model.precision=int8, model.memory=24GB, .*; about 22",
         ),
+        (
+            "16gb",
+            "",
+            False,
+            "16gb: model.gradient_checkpointing=true, .*model.precision=int4, model.memory=16GB, .*; about 15",
+        ),
         ("80gb", "", True, r"80gb: model.gradient_checkpointing=true, batch=1, accumulate=16; about 6\d"),
     ],
 )
@@ -197,12 +203,12 @@ def test_a_preset_changes_what_it_must(tmp_path, name, model, wasteful, words):
         text = text.replace("batch: 1\n", "batch: 4\n").replace("gradient_checkpointing: true", "compile: false")
     (tmp_path / "recipe.yaml").write_text(text)
     found, sentence = preset_changes(tmp_path / "recipe.yaml", [f"model.folder={model}"], name)
-    assert re.match(words, sentence) and bool(found) == (wasteful or "int8" in words)
+    assert re.match(words, sentence) and bool(found) == (wasteful or "precision" in words)
 
 
 def test_a_preset_that_cannot_hold_a_run_names_one_that_can():
-    with pytest.raises(RecipeError, match="16gb cannot hold .* needs 20.* GB at least .*: --preset 24gb would"):
-        preset_changes(find_recipe("lora"), [], "16gb")
+    with pytest.raises(RecipeError, match="12gb cannot hold .* needs 14.* GB at least .*: --preset 16gb would"):
+        preset_changes(find_recipe("lora"), [], "12gb")
     with pytest.raises(RecipeError, match="--preset must be one of 12gb, .*, got '24'"):
         preset_changes(find_recipe("lora"), [], "24")
     with pytest.raises(RecipeError, match="--preset is for kind flow"):

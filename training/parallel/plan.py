@@ -3,8 +3,8 @@
 The model, per micro-batch (P: weights of a rank's tensor-parallel part, S = dp_shard x cp, R = dp_replicate):
 
     states      20 P / S bytes: float32 weights, gradients, two moments, average; with adapters those are of A alone,
-                their parameters, and the weights are 2 P / S; with `model.precision` those in 8 bits are one byte each,
-                and with `model.memory` the modulation is not among them
+                their parameters, and the weights are 2 P / S; with `model.precision` the large ones take a byte, in 4
+                bits 9 / 16 of one, and with `model.memory` the modulation is not among them
     gathered    two units of weights in 16 bit, one of gradients in 16 and in 32 bit, and the root in 16 bit; of the
                 frozen weights below adapters nothing on a single GPU
     activations `memory.estimate`'s count for each token of the rank; of the 22 values 15 are split by tp
@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwen_image_fast.folders import local_folder, nearest
-from qwen_image_fast.models.int8_linear import int8_layers
+from qwen_image_fast.models.int8_linear import PRECISIONS, bytes_of, int8_layers
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.training.engine.memory import adapter_weights, references_of, tokens_of_batch, transformer_config
 from qwen_image_fast.training.parallel.layout import Sizes, check_recipe_parallel, sizes_of
@@ -153,7 +153,7 @@ def plan_of(recipe: FlowRecipe, model: Model, sizes: Sizes, peak: float) -> Plan
     frozen = _frozen(recipe) if not recipe.model.train_text_encoder else 0.0
     base, streamed, runtime = 2 * weights * lora, 0.0, RUNTIME
     if recipe.model.precision:
-        base -= model.small
+        base -= model.small * (2 - bytes_of(recipe.model.precision))
     if recipe.model.memory:
         of_modulation = 2.0 * model.modulation * layers
         stays = min(frozen, FROZEN_STAYS)
@@ -245,8 +245,9 @@ def choose(recipe: RunRecipe, gpus: int, memory_gb: float, gpu: str) -> tuple[Mo
         possible = [sizes for sizes in layouts(gpus, heads) if not recipe.lora.rank or sizes.tp == 1]
         found = [plan_of(recipe, model, sizes, peak) for sizes in possible]
     fitting = [p for p in found if p.memory <= memory_gb * 1e9]
-    if not fitting and gpus == 1:
-        fitting = [p for p in [_in_8_bits(recipe, memory_gb, peak)] if p is not None and p.memory <= memory_gb * 1e9]
+    if not fitting and gpus == 1 and in_fewer_bits(recipe):
+        small = (_small(recipe, precision, memory_gb, peak) for precision in in_fewer_bits(recipe))
+        fitting = [plan for plan in small if plan.memory <= memory_gb * 1e9][:1]
     if not fitting:
         least = min(found, key=lambda p: p.memory)
         raise RecipeError(
@@ -263,19 +264,23 @@ def frugal(recipe: FlowRecipe) -> list[str]:
     return ["model.gradient_checkpointing=true", "batch=1", f"accumulate={recipe.batch * recipe.accumulate}"]
 
 
-def in_8_bits(memory_gb: float) -> list[str]:
+def in_fewer_bits(recipe: FlowRecipe) -> tuple[str, ...]:
+    """Precisions that the base of a recipe's adapters could have, the exacter first; none where it has one."""
+    return PRECISIONS if recipe.lora.rank and recipe.lora.kind != "dora" and not recipe.model.precision else ()
+
+
+def small_base(precision: str, memory_gb: float) -> list[str]:
     """Changes of a recipe of adapters that need less than half of the memory: producers would hold encoders too."""
-    return ["model.precision=int8", f"model.memory={memory_gb:g}GB", "producers.encode=false"]
+    return [f"model.precision={precision}", f"model.memory={memory_gb:g}GB", "producers.encode=false"]
 
 
-def _in_8_bits(recipe: FlowRecipe, memory_gb: float, peak: float) -> Plan | None:
-    """The plan of a recipe of adapters on one card with `in_8_bits`, where it has none of it."""
-    if not recipe.lora.rank or recipe.lora.kind == "dora" or recipe.model.precision:
-        return None
-    own = replace(recipe.model, gradient_checkpointing=True, precision="int8", memory=f"{memory_gb:g}GB", compile=False)
-    small = replace(recipe, batch=1, accumulate=recipe.batch * recipe.accumulate, model=own)
-    changes = [*in_8_bits(memory_gb), "model.gradient_checkpointing=true"]
-    return replace(plan_of(small, model_of(small), Sizes(1, 1, 1, 1), peak), changes=tuple(changes))
+def _small(recipe: FlowRecipe, precision: str, memory_gb: float, peak: float) -> Plan:
+    """The plan of a recipe of adapters on one card with `small_base`, one sample at a time."""
+    changed = {"gradient_checkpointing": True, "compile": False, "precision": precision, "memory": f"{memory_gb:g}GB"}
+    model = replace(recipe.model, **changed)
+    own = replace(recipe, batch=1, accumulate=recipe.batch * recipe.accumulate, model=model)
+    changes = (*small_base(precision, memory_gb), "model.gradient_checkpointing=true")
+    return replace(plan_of(own, model_of(own), Sizes(1, 1, 1, 1), peak), changes=changes)
 
 
 def known_gpu(name: str) -> str:

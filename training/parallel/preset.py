@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen_image_fast.training.parallel.layout import Sizes
-from qwen_image_fast.training.parallel.plan import Plan, frugal, in_8_bits, model_of, plan_of
+from qwen_image_fast.training.parallel.plan import Plan, frugal, in_fewer_bits, model_of, plan_of, small_base
 from qwen_image_fast.training.recipe.curriculum import read_curriculum
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.flow import FlowRecipe
@@ -20,7 +20,7 @@ def preset_changes(path: Path, overrides: Sequence[str], name: str) -> tuple[lis
     """Changes of a recipe that let it fit a card, and a sentence about them.
 
     The first that is enough of: none; one picture at a time and gradient checkpointing; and pictures of 768, 512 px;
-    for adapters then the same with the base in 8 bits, and what is used once for a picture read when it is used.
+    for adapters then the same with the base in 8 or 4 bits, where what is used once for a picture is read for it.
 
     Raises:
         RecipeError: there is no such preset, or nothing is enough; the sentence names a preset that is.
@@ -30,11 +30,11 @@ def preset_changes(path: Path, overrides: Sequence[str], name: str) -> tuple[lis
     recipe = read_curriculum(path, overrides).stages[0].recipe
     if not isinstance(recipe, FlowRecipe):
         raise RecipeError(f"preset: --preset is for kind flow, this recipe is of kind {recipe.kind}")
-    less, small = frugal(recipe), in_8_bits(PRESETS[name])
+    less = frugal(recipe)
     sizes = [[], *([f"data.buckets=[[{side}, {side}]]"] for side in SIDES)]
     tried = [[], *([*less, *size] for size in sizes)]
-    if recipe.lora.rank and recipe.lora.kind != "dora" and not recipe.model.precision:
-        tried += [[*less, *small, *size] for size in sizes]
+    for precision in in_fewer_bits(recipe):
+        tried += [[*less, *small_base(precision, PRESETS[name]), *size] for size in sizes]
     for changes in tried:
         plan = _alone(path, [*changes, *overrides])
         if plan.memory / 1e9 <= PRESETS[name]:

@@ -24,7 +24,8 @@ class ModelRecipe:
     learns too, as that of tiny did. max_text_tokens: of a caption, which is cut behind them. gradient_checkpointing:
     less memory for a third more time. compile: by torch.compile.
 
-    precision: "int8", the large frozen weights below adapters in 8 bits, an approximation; empty: in `dtype`. memory:
+    precision: "int8" or "int4", the large frozen weights below adapters in 8 or 4 bits, an approximation; empty: in
+    `dtype`. memory:
     with it, bytes such as "24GB" that the run may hold on its device: modulation and the condition encoder, where they
     do not fit, are read when they are used, from the machine's memory or the disk; empty: all that there is.
     """
@@ -43,7 +44,7 @@ class ModelRecipe:
         must(self.dtype in TYPES, "model.dtype", f"be {', '.join(TYPES[:-1])} or {TYPES[-1]}", self.dtype)
         must(not (lora.rank and self.train_text_encoder), "model.train_text_encoder",
              "be false where lora.rank is above 0", True)  # fmt: skip
-        must(self.precision in ("", "int8"), "model.precision", "be int8 or left out", self.precision)
+        must(self.precision in ("", "int8", "int4"), "model.precision", "be int8, int4 or left out", self.precision)
         if self.precision:
             must(lora.rank > 0, "lora.rank", "be above 0 with model.precision: adapters alone learn then", lora.rank)
             must(lora.kind != "dora", "lora.kind", "be lora or lokr with model.precision: DoRA needs whole weights",

@@ -1,4 +1,4 @@
-"""`qwen-image-fast quantize`: write a transformer in 8 bits once, and say how far it is from the one it was made of."""
+"""`qwen-image-fast quantize`: write a transformer in 8 or 4 bits once, and say how far it is from its origin."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ RESULT = "quantization.json"
 
 def quantize_command(
     model: Annotated[str, typer.Argument(help="A model's folder or hub name, or that of its transformer; tiny.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the 8-bit transformer and what is measured.")],
-    precision: Annotated[str, typer.Option(help="int8.")] = "int8",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the transformer and what is measured.")],
+    precision: Annotated[str, typer.Option(help="int8 or int4.")] = "int8",
     lora: Annotated[list[str] | None, typer.Option(help="A LoRA's file, =WEIGHT; merged first; several times.")] = None,
     check: Annotated[bool, typer.Option(help="Compare velocities; needs the memory of both.")] = True,
     pictures: Annotated[int, typer.Option(min=0, help="Pictures with text to draw by both, read and compare.")] = 0,
     as_json: JSON = False,
 ) -> None:
-    """Write a transformer in 8 bits, in ComfyUI's layout; an interrupted run goes on where it stopped."""
-    if precision != "int8":
-        raise CommandError(f"--precision must be int8, got {precision}")
+    """Write a transformer in 8 or 4 bits, in ComfyUI's layout; an interrupted run goes on where it stopped."""
+    if precision not in ("int8", "int4"):
+        raise CommandError(f"--precision must be int8 or int4, got {precision}")
     with failing(BAD_INPUT, FileNotFoundError, NotADirectoryError):
         local_folder(model)
     if pictures and not check:
         raise CommandError("--pictures has no effect with --no-check")
     with failing(BAD_INPUT, FileNotFoundError, NotADirectoryError, FileExistsError, ValueError):
-        report = _quantize(model, out, lora or [], check, pictures, not as_json)
+        report = _quantize(model, out, lora or [], check, pictures, not as_json, precision)
     if as_json:
         print_json(report)
         return
-    console.print(f"{out}: {report['layers']} layers in 8 bits, errors of weights up to {report['largest_error']:.4f}")
+    bits, largest = precision.removeprefix("int"), report["largest_error"]
+    console.print(f"{out}: {report['layers']} layers in {bits} bits, errors of weights up to {largest:.4f}")
     for sigma, error in report.get("velocity_errors", {}).items():
         console.print(f"velocity at sigma {sigma}: {error:.4f}", highlight=False)
     for line in report["said"]:
@@ -62,7 +63,9 @@ def quantize_command(
     console.print(f"use it: {shlex.join(words)}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _quantize(model: str, out: Path, loras: list[str], check: bool, pictures: int, show: bool) -> dict[str, Any]:
+def _quantize(
+    model: str, out: Path, loras: list[str], check: bool, pictures: int, show: bool, precision: str
+) -> dict[str, Any]:
     if show:
         err.print(f"{model}: loading torch", markup=False, soft_wrap=True)
     import torch
@@ -93,13 +96,13 @@ def _quantize(model: str, out: Path, loras: list[str], check: bool, pictures: in
         file = out / "diffusion_pytorch_model.safetensors"
         if not file.exists():
             about = {"model": model, "loras": named, "version": __version__}
-            errors = quantize(opened, file, adapters, about, said)
+            errors = quantize(opened, file, adapters, about, said, precision)
             atomic_write(out / "errors.json", lambda f: f.write(json_bytes(errors)))
         errors = json.loads((out / "errors.json").read_text(encoding="utf-8"))
         bar.close()
         atomic_write(out / "config.json", lambda f: f.write(json_bytes(dict(config))))
         report = {
-            "model": model, "precision": "int8", "loras": named, "layers": len(errors), "bytes": file.stat().st_size,
+            "model": model, "precision": precision, "loras": named, "layers": len(errors), "bytes": file.stat().st_size,
             "largest_error": max(errors.values()), "errors_by_kind": quantize_report.errors_by_kind(errors),
             "errors": errors, "said": [],
         }  # fmt: skip
@@ -155,7 +158,7 @@ def _check(report: dict[str, Any], folder: Path, place: Path, out: Path, loras: 
         pipe.set_adapters(pipe.load_lora_weights(name or text), float(scale) if name else 1.0)
     if loras:
         pipe.fuse_lora()
-    small = QwenImageTransformer2DModel.from_pretrained(out, precision="int8")
+    small = QwenImageTransformer2DModel.from_pretrained(out, precision=report["precision"])
     prompts = ["a red circle on white", "the word HELLO in black", "two blue squares on yellow"]
     side = 128 if pipe.transformer.inner_dim < 1024 else 512
     call = {"height": side, "width": side, "num_inference_steps": 8, "output_type": "latent", "true_cfg_scale": 1.0}
@@ -166,10 +169,10 @@ def _check(report: dict[str, Any], folder: Path, place: Path, out: Path, loras: 
         errors.append(velocity_errors(pipe.transformer, small, clean, embeds, (side // 16, side // 16)))
     report["velocity_errors"] = {s: (sum(e[s] ** 2 for e in errors) / len(errors)) ** 0.5 for s in errors[0]}
     if pictures:
-        report["pictures"] = _pictures(pipe, small, side, pictures, out)
+        report["pictures"] = _pictures(pipe, small, side, pictures, out, report["precision"])
 
 
-def _pictures(pipe: Any, small: Any, side: int, count: int, out: Path) -> dict[str, Any]:
+def _pictures(pipe: Any, small: Any, side: int, count: int, out: Path, precision: str) -> dict[str, Any]:
     """Draw captions by both, read the texts, and write pairs of pictures side by side."""
     from PIL import Image
 
@@ -183,12 +186,12 @@ def _pictures(pipe: Any, small: Any, side: int, count: int, out: Path) -> dict[s
 
         recipe, reader = tiny(128, ("en",), max_letters=6, max_lines=1), Reader()
     cases, made, exact = held_out_cases(recipe, count), {}, pipe.transformer
-    for name, model in (("exact", exact), ("int8", small)):
+    for name, model in (("exact", exact), (precision, small)):
         pipe.transformer = model
         draw = drawn_by(pipe, seed=0, height=side, width=side, num_inference_steps=20, true_cfg_scale=1.0)
         made[name] = list(evaluate(draw, cases, recipe, reader))
     pipe.transformer = exact
-    pairs = [(a.image, b.image) for a, b in zip(made["exact"], made["int8"])]
+    pairs = [(a.image, b.image) for a, b in zip(made["exact"], made[precision])]
     sheet = Image.fromarray(side_by_side(pairs[:48]))
     atomic_write(out / "pictures.png", lambda f: sheet.save(f, "PNG"))
     values = sorted(psnr(a, b) for a, b in pairs)

@@ -79,7 +79,7 @@ def accelerate(
                 if isinstance(module, (FastCausalConv3d, FastResample)) and module.convolution != convolution:
                     module.convolution = convolution
         if name == "transformer" and precision is not None:
-            compute_in_8_bits(part, report)
+            compute_in_8_bits(part, report, precision)
     if memory_limit is not None:
         report.replaced += said(stream_parts(_models(pipe, parts), limit, device))
     if getattr(pipe, "controlnet", None) is not None:

@@ -15,24 +15,30 @@ from qwen_image_fast.models.int8_linear import Int8Linear, int8_layers, quantise
 OWN = "_own_layers"
 
 
-def compute_in_8_bits(transformer: Any, report: Report) -> None:
-    """Put 8-bit layers in the place of the plain ones; others are named in the report."""
+def compute_in_8_bits(transformer: Any, report: Report, precision: str) -> None:
+    """Put layers in 8 bits, or with weights in 4, in the place of the plain ones; others are named in the report."""
     own: dict[str, Any] = transformer.__dict__.setdefault(OWN, {})
     layers = int8_layers(transformer)
     made = left = 0
     for path, layer in tqdm(layers.items(), desc="quantise", leave=False, disable=None):
         if isinstance(layer, Int8Linear):
+            if layer.int8.four != (precision == "int4"):
+                has = "int4" if layer.int8.four else "int8"
+                raise ValueError(
+                    f"accelerate: precision must be {has}, as it is already, or restore first, got {precision!r}"
+                )
             made += 1
         elif type(layer) is not nn.Linear or not is_bare(layer):
             left += 1
             why = f"{path} is a {type(layer).__name__} or has a hook"
         else:
             own[path] = layer
-            _put(transformer, path, Int8Linear(quantised(layer.weight), layer.bias))
+            _put(transformer, path, Int8Linear(quantised(layer.weight, precision=precision), layer.bias))
             made += 1
     now = [layer for layer in transformer.modules() if isinstance(layer, Int8Linear)]
     report.added = sum(layer.packed.numel() for layer in now)
-    report.replaced.append(f"transformer: {made} linear layers compute in 8 bits, which is an approximation")
+    of_4 = ", of weights in 4" if precision == "int4" else ""
+    report.replaced.append(f"transformer: {made} linear layers compute in 8 bits{of_4}, which is an approximation")
     if left:
         report.left_alone.append((f"{left} linear layers", f"not in 8 bits: {why}"))
 

@@ -241,7 +241,7 @@ class PretrainedModel(nn.Module):
         """`loader`: what gives the model its weights; what it returns is the model's `streamed`."""
         opened = opened or open_weights(files, cls.part)
         model = cls.empty({**config, **({"zero_cond_t": True} if opened.zero_cond_t else {})})
-        convert = None if precision is None else functools.partial(read_int8_layers, device=device)
+        convert = None if precision is None else functools.partial(read_int8_layers, device=device, precision=precision)
         model.streamed = loader(model, opened, dtype=dtype, device=device, part=cls.part, convert=convert)
         if model.streamed is not None:
             refuse_moves(model)

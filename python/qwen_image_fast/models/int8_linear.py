@@ -5,8 +5,11 @@ A weight W becomes W H, rounded to integers with one scale for a row; so do acti
 become the type of x for the call, with the scales on the result.
 Gradients go to x alone, as those of the dequantised weight: g s W H for g of the result and scales s. The weight
 becomes floating point for that product and is not kept, nor is x.
+In 4 bits (`precision="int4"`) a weight is kept as codes with a scale for every 16 of them, which become such integers
+for the product (`ops._int4`).
 The state dict is ComfyUI's: `weight` int8 [out, in] of W H, `weight_scale` float32 [out, 1], and `comfy_quant`, the
-bytes of a json of the format (`int8_tensorwise` with `convrot`). Files of that format are used as they are.
+bytes of a json of the format (`int8_tensorwise` with `convrot`); in 4 bits `asym_w4a8_int8`. Files of that format are
+used as they are.
 """
 
 from __future__ import annotations
@@ -21,13 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qwen_image_fast.ops import Int8Weight, _int8, int8_rows, linear_int8
+from qwen_image_fast.ops import Int8Weight, _int4, _int8, int8_rows, linear_int8
 from qwen_image_fast.ops.linear_int8 import UNITS
 from qwen_image_fast.tensor_files import Entry
 from qwen_image_fast.weights.reading import read_entry
 from qwen_image_fast.weights.stored import StoredWeight, Weight, is_quantised
 
-PRECISIONS = ("int8",)
+PRECISIONS = ("int8", "int4")
 PLACES = ("cpu", "cuda")
 # Which layers of a transformer compute in 8 bits: all large products of the blocks. What is left: modulation, which
 # multiplies everything and is computed once for a schedule; the time step; embeddings; the output norm and projection.
@@ -36,6 +39,9 @@ LAYERS = re.compile(
     r"(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|(img|txt)_mlp\.net\.(0\.proj|2))"
 )
 _PARTS = ("weight", "weight_scale", "comfy_quant")
+_PARTS_OF_4 = ("weight", "weight_s_rel", "weight_s_channel", "weight_codebook", "comfy_quant")
+
+SHARED = ("weight_codebook", "comfy_quant")  # of what a file holds of a weight, what has no rows
 
 
 class _NoWeight(Tensor):
@@ -154,13 +160,20 @@ class Int8Linear(nn.Linear):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        given = {name: state_dict[prefix + name] for name in _PARTS if prefix + name in state_dict}
-        if len(given) == len(_PARTS) and given["weight"].dtype == torch.int8:
+        names = _PARTS_OF_4 if self.int8.four else _PARTS
+        given = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
+        if len(given) == len(names) and given["weight"].dtype == torch.int8:
             config = json.loads(given["comfy_quant"].numpy().tobytes())
             group = int(config.get("convrot_groupsize", 256)) if config.get("convrot") else 1
-            self._hold(Int8Weight.of(given["weight"], given["weight_scale"], group).to(self.packed.device))
+            if self.int8.four:
+                codes, times, scales, levels = (given[name] for name in _PARTS_OF_4[:4])
+                read = of_file(prefix, codes, times, scales, levels, group)
+            else:
+                read = Int8Weight.of(given["weight"], given["weight_scale"], group)
+            self._hold(read.to(self.packed.device))
         elif given:
-            error_msgs.append(f"{prefix}weight must be in 8 bits, with {' and '.join(_PARTS[1:])}")
+            bits = 4 if self.int8.four else 8
+            error_msgs.append(f"{prefix}weight must be in {bits} bits, with {' and '.join(names[1:])}")
         elif strict:
             missing_keys.append(f"{prefix}weight")
         rest = {key: tensor for key, tensor in state_dict.items() if key.removeprefix(prefix) not in given}
@@ -169,22 +182,47 @@ class Int8Linear(nn.Linear):
 
 def comfy_tensors(weight: Int8Weight) -> dict[str, Tensor]:
     """What a file holds of a weight, by suffix."""
-    scales = weight.scales[:, None].contiguous()
-    return {"weight": weight.values(), "weight_scale": scales, "comfy_quant": comfy_config(weight.group)}
+    config = comfy_config(weight.group, weight.four)
+    if not weight.four:
+        return {"weight": weight.values(), "weight_scale": weight.scales[:, None].contiguous(), "comfy_quant": config}
+    codes, times = _int4.to_rows(weight.packed, len(weight.sums), weight.depth)
+    levels = torch.tensor(_int4.LEVELS, dtype=torch.float32) / (1 << _int4.SHIFT)
+    made = codes.view(torch.int8), times.float(), weight.scales.contiguous(), levels, config
+    return dict(zip(_PARTS_OF_4, made))
 
 
-def comfy_config(group: int) -> Tensor:
+def comfy_config(group: int, four: bool = False) -> Tensor:
     """The bytes of the json that describes a weight."""
-    config: dict[str, Any] = {"format": "int8_tensorwise"}
+    config: dict[str, Any] = (
+        {"format": "asym_w4a8_int8", "group_size": _int4.GROUP} if four else {"format": "int8_tensorwise"}
+    )
     if group > 1:
         config |= {"convrot": True, "convrot_groupsize": group}
     return torch.frombuffer(bytearray(json.dumps(config).encode()), dtype=torch.uint8)
 
 
-def quantised(weight: Tensor, place: Int8Weight | None = None) -> Int8Weight:
-    """A weight of floating-point numbers in 8 bits, rotated in the largest groups that its columns can be cut into.
+def of_file(
+    where: str, codes: Tensor, times: Tensor, scales: Tensor, codebook: Tensor, group: int,
+    place: Int8Weight | None = None,
+) -> Int8Weight:  # fmt: skip
+    """A weight in 4 bits from a file's tensors; ValueError where they are of another tool's codebook."""
+    levels, whole = (codebook.float() * (1 << _int4.SHIFT)).tolist(), times.float()
+    if levels != [float(level) for level in _int4.LEVELS] or bool((whole != whole.round().clamp(0, 120)).any()):
+        raise ValueError(
+            f"{where.rstrip('.')} is in 4 bits of another codebook: load it without precision, which decodes it"
+        )
+    return Int8Weight.of_codes(codes.view(torch.uint8), whole.to(torch.uint8), scales, group, place)
+
+
+def quantised(weight: Tensor, place: Int8Weight | None = None, precision: str = "int8") -> Int8Weight:
+    """A weight of floating-point numbers in 8 or 4 bits, rotated in the largest groups that divide its columns.
     `place`: of the result, on the CPU."""
     group = _int8.group_of(weight.shape[1])
+    if precision == "int4":
+        if weight.shape[1] % _int4.GROUP:
+            raise ValueError(f"int4: the inputs of a layer must be a multiple of {_int4.GROUP}, got {weight.shape[1]}")
+        rotated = _int8.rotated(weight.detach().cpu().float(), group)
+        return Int8Weight.of_floats(rotated, group, place).to(weight.device)
     values, scales = int8_rows(weight.detach().cpu(), group)
     return Int8Weight.of(_int8.from_tiles(values, *weight.shape), scales, group, place).to(weight.device)
 
@@ -214,32 +252,37 @@ def check_precision(where: str, precision: str | None, device: str | torch.devic
         )
 
 
+def bytes_of(precision: str) -> float:
+    """Of a number of such a weight, in 4 bits with its share of the scale of 16."""
+    return _int4.TILE / (_int8.COLUMNS * _int8.DEPTH) if precision == "int4" else 1.0
+
+
 def int8_layers(model: nn.Module) -> dict[str, nn.Linear]:
     """The layers of a transformer that `LAYERS` names, by name."""
     return {name: layer for name, layer in model.named_modules() if LAYERS.fullmatch(name)}  # type: ignore[misc]
 
 
 def read_int8_layers(
-    model: nn.Module, weights: Mapping[str, Weight], device: torch.device | None = None
+    model: nn.Module, weights: Mapping[str, Weight], device: torch.device | None = None, precision: str = "int8"
 ) -> dict[str, Weight]:
-    """Put 8-bit layers into a model on the meta device, weight by weight from its files; returns what is left to read.
+    """Put layers in 8 or 4 bits into a model on the meta device, weight by weight from its files; returns what is left.
 
-    Of a file that has some of these layers in 8 bits already, those are taken as they are, and no others are made.
+    Of a file that has some of these layers in these bits already, those are taken as they are, and no others are made.
 
     Raises:
         ValueError: the file has a quantisation of its own that is another, or numbers that are not finite.
     """
     stored = {path: weights[f"{path}.weight"] for path in int8_layers(model) if f"{path}.weight" in weights}
-    own = {path: weight for path, weight in stored.items() if _is_int8(weight)}
+    own = {path: weight for path, weight in stored.items() if _is_in(precision, weight)}
     if not own:
         refuse_quantised(stored)
         own = stored
     # All places first: made between what is read and given back, they would leave holes, a third of them all.
-    places = {path: Int8Weight.empty(weight.shape[0], weight.shape[1]) for path, weight in own.items()}
-    for path, weight in tqdm(own.items(), desc="read in 8 bits", leave=False, disable=None):
+    places = {path: _place_of(weight, precision) for path, weight in own.items()}
+    for path, weight in tqdm(own.items(), desc=f"read in {precision[3:]} bits", leave=False, disable=None):
         parent, _, name = path.rpartition(".")
         layer: Any = model.get_submodule(path)
-        read = _read(path, weight, places.pop(path)).to(device or torch.device("cpu"))
+        read = _read(path, weight, places.pop(path), precision).to(device or torch.device("cpu"))
         setattr(model.get_submodule(parent), name, Int8Linear(read, layer.bias))
     return {name: weight for name, weight in weights.items() if name.removesuffix(".weight") not in own}
 
@@ -255,13 +298,27 @@ def refuse_quantised(stored: Mapping[str, Weight]) -> None:
             )
 
 
-def _is_int8(weight: Weight) -> bool:
-    return isinstance(weight, StoredWeight) and weight.rotation is not None
+def _is_in(precision: str, weight: Weight) -> bool:
+    """Whether a file has it in these bits already, as this model computes with it."""
+    if not isinstance(weight, StoredWeight):
+        return False
+    return (weight.rotation if precision == "int8" else weight.rotation_of_4) is not None
 
 
-def _read(path: str, weight: Any, place: Int8Weight) -> Int8Weight:
+def _place_of(weight: Weight, precision: str) -> Int8Weight:
+    rows, width = weight.shape
+    return Int8Weight.empty(rows, width, precision == "int4")
+
+
+def _read(path: str, weight: Any, place: Int8Weight, precision: str) -> Int8Weight:
     if isinstance(weight, Entry):
-        found = quantised(read_entry(weight).float() if weight.dtype == torch.float64 else read_entry(weight), place)
+        value = read_entry(weight)
+        found = quantised(value.float() if value.dtype == torch.float64 else value, place, precision)
+    elif precision == "int4":
+        codes, times, scales, levels = (
+            read_entry(weight.parts[part].entry) for part in ("weight", "s_rel", "s_channel", "codebook")
+        )
+        found = of_file(path, codes, times, scales, levels, weight.rotation_of_4, place)
     else:
         values, scales = (read_entry(weight.parts[part].entry) for part in ("weight", "scale"))
         found = Int8Weight.of(values, scales, weight.rotation, place)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qwen_image_fast.ops import _int8
+from qwen_image_fast.ops import _int4, _int8
 from qwen_image_fast.ops import _library as lib
 from qwen_image_fast.ops._choices import Choice
 from qwen_image_fast.ops._library import _C, DTYPE_CODES, pointer
@@ -23,7 +23,8 @@ _unit: Choice[str] = Choice("int8_unit", UNITS[-1])
 class Int8Weight(NamedTuple):
     """A weight [columns, depth] as `linear_int8` reads it. The rows of x go to `int8_rows` with `group`.
 
-    packed: int8 [columns / 16, depth / 64, 16, 16, 4]; [columns, depth] where there are no kernels, on GPUs.
+    packed: int8 [columns / 16, depth / 64, 16, 16, 4]; [columns, depth] where there are no kernels, on GPUs; of a
+    weight in 4 bits, which become 8 for the product, uint8 [columns / 16, depth / 64, 576] (_int4.py).
     sums: int32 [columns], of its rows. scales: float32 [columns].
     """
 
@@ -46,15 +47,40 @@ class Int8Weight(NamedTuple):
         return cls(packed, sums, scales, values.shape[1], group)
 
     @classmethod
-    def empty(cls, columns: int, depth: int) -> Int8Weight:
+    def of_floats(cls, rotated: Tensor, group: int, place: Int8Weight | None = None) -> Int8Weight:
+        """In 4 bits, from float32 [columns, depth] on the CPU, rotated by `group`; the depth is a multiple of 16."""
+        place = place or cls.empty(rotated.shape[0], rotated.shape[1], four=True)
+        _int4.quantise(rotated, place.packed, place.scales, place.sums)
+        return place._replace(group=group)
+
+    @classmethod
+    def of_codes(
+        cls, codes: Tensor, times: Tensor, scales: Tensor, group: int, place: Int8Weight | None = None
+    ) -> Int8Weight:
+        """In 4 bits, from the rows of a file: `_int4.to_rows`, and a scale for each row."""
+        depth = codes.shape[1] * 2
+        place = place or cls.empty(len(codes), depth, four=True)
+        place.packed.copy_(_int4.from_rows(codes, times))
+        place.scales.copy_(scales.reshape(-1))
+        place.sums.copy_(place.values().sum(1, dtype=torch.int32))
+        return place._replace(group=group)
+
+    @property
+    def four(self) -> bool:
+        """Whether it is in 4 bits."""
+        return self.packed.dtype == torch.uint8
+
+    @classmethod
+    def empty(cls, columns: int, depth: int, four: bool = False) -> Int8Weight:
         """The place of one, on the CPU."""
-        return cls(*_int8.empty_packed(columns, depth), torch.empty(columns, device="cpu"), depth, 1)
+        packed, sums = (_int4 if four else _int8).empty_packed(columns, depth)
+        return cls(packed, sums, torch.empty(columns, device="cpu"), depth, 1)
 
     def values(self) -> Tensor:
         """int8 [columns, depth], as before it was packed."""
         if self.packed.dim() == 2:
             return self.packed
-        return _int8.unpack(self.packed, len(self.sums), self.depth)
+        return _int8.unpack(_int4.in_8_bits(self.packed) if self.four else self.packed, len(self.sums), self.depth)
 
     def to(self, device: torch.device) -> Int8Weight:
         """On a device, as it is laid out there."""
@@ -62,8 +88,8 @@ class Int8Weight(NamedTuple):
         return self._replace(packed=packed, sums=sums, scales=scales).laid_out()
 
     def laid_out(self) -> Int8Weight:
-        """Packed on the CPU, rows of numbers elsewhere."""
-        if self.packed.is_cpu == (self.packed.dim() > 2) or self.packed.is_meta:
+        """Packed on the CPU, rows of numbers elsewhere; in 4 bits alike everywhere."""
+        if self.four or self.packed.is_cpu == (self.packed.dim() > 2) or self.packed.is_meta:
             return self
         packed = _int8.pack(self.packed)[0] if self.packed.is_cpu else self.values()
         return self._replace(packed=packed)
@@ -164,7 +190,7 @@ def _check(values, scales, packed, columns, sums, bias, residual, gate, offsets,
         ):
             rule = f"be the uint8 tiles of {rows} rows with the depth of the weight, {w.shape[1]} tiles"
             lib.fail(_OP, "rows", rule, f"{v.dtype} {tuple(v.shape)}")
-        if w.dtype != torch.int8 or len(w) != _int8.up(width, _int8.COLUMNS) or len(c) != width:
+        if w.dtype not in (torch.int8, torch.uint8) or len(w) != _int8.up(width, _int8.COLUMNS) or len(c) != width:
             lib.fail(_OP, "weight", f"be an Int8Weight of {width} columns", f"{w.dtype} {tuple(w.shape)}")
         if len(b) and (b.dtype != dtype or tuple(b.shape) != (width,)):
             lib.fail(_OP, "bias", f"be {dtype} ({width},)", f"{b.dtype} {tuple(b.shape)}")
@@ -189,7 +215,8 @@ def _forward(values, scales, packed, columns, sums, bias, residual, gate, offset
             by = (w.data_ptr(), c.data_ptr(), t.data_ptr(), b.data_ptr() if len(b) else 0, len(t))
             arguments.append((x, by, y.data_ptr(), gated))
     if arguments:
-        _C.linear_int8(arguments, DTYPE_CODES[dtype], unit)
+        four = [w.dtype == torch.uint8 for w, s in zip(packed, scales) if len(s)]
+        _C.linear_int8(arguments, DTYPE_CODES[dtype], unit, *([four] if any(four) else []))
     return out
 
 

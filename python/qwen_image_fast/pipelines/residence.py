@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qwen_image_fast.checkpoint import find_weights, read_config
-from qwen_image_fast.models.int8_linear import LAYERS
+from qwen_image_fast.models.int8_linear import LAYERS, bytes_of
 from qwen_image_fast.models.streaming import StreamingLoader, units_of
 from qwen_image_fast.models.text_encoder import load_text_encoder
 from qwen_image_fast.pipelines.parts import MODELS, WEIGHTS, settings_of
@@ -66,7 +66,7 @@ def part_size(
 
     Layers in 8 bits are packed for the processor when they are read, and always stay.
     """
-    eight = in_8_bits(weights) if name == "transformer" and precision is not None else {}
+    eight = in_8_bits(weights, precision) if name == "transformer" and precision is not None else {}
     weights = {n: weight for n, weight in weights.items() if n not in eight}
     own = units_of({n: weight.shape for n, weight in weights.items()}) if streams else {}
     sizes = {t: [sum(weight_bytes(weights[n], dtype) for n in names) for names in us] for t, us in own.items()}
@@ -77,10 +77,12 @@ def part_size(
     return PartSize(name, always, sizes)
 
 
-def in_8_bits(weights: Mapping[str, Weight]) -> dict[str, int]:
-    """The matrices that layers in 8 bits are made of, and what they take then."""
+def in_8_bits(weights: Mapping[str, Weight], precision: str) -> dict[str, int]:
+    """The matrices that layers in 8 bits or 4 are made of, and what they take then."""
     found = {n: w for n, w in weights.items() if n.endswith(".weight") and LAYERS.fullmatch(n.removesuffix(".weight"))}
-    return {name: math.prod(weight.shape) + 8 * weight.shape[0] for name, weight in found.items()}
+    return {
+        name: int(bytes_of(precision) * math.prod(weight.shape)) + 8 * weight.shape[0] for name, weight in found.items()
+    }
 
 
 class Residence:
@@ -102,7 +104,7 @@ class Residence:
         if memory_limit is None:
             needs = {n: need_of(p.used.values(), kinds[n], device) for n, p in stored.items()}
             if precision is not None and "transformer" in needs:
-                of_blocks = in_8_bits(stored["transformer"].used)
+                of_blocks = in_8_bits(stored["transformer"].used, precision)
                 left = {n: w for n, w in stored["transformer"].used.items() if n not in of_blocks}
                 need = need_of(left.values(), kinds["transformer"], device)
                 needs["transformer"] = Need(need.own + sum(of_blocks.values()), need.mapped)

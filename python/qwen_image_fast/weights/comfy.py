@@ -204,7 +204,9 @@ def _grouped(layer: _Layer) -> StoredWeight:
     if "weight_correction" in layer.tensors:
         parts["correction"] = Part(layer.wants("weight_correction", (columns // group, rows)))
     kind = f"int{bits} groups of {group}, rotated {size}"
-    return StoredWeight(kind, (rows, columns), columns, parts, scales.grouped(columns, bits, group, size))
+    plain = bits == 4 and group == 16 and "codebook" in parts and "correction" not in parts and size <= 256
+    decode = scales.grouped(columns, bits, group, size)
+    return StoredWeight(kind, (rows, columns), columns, parts, decode, rotation_of_4=size if plain else None)
 
 
 _FORMATS: dict[str, Callable[[_Layer], StoredWeight]] = {

@@ -33,6 +33,7 @@ class StoredWeight:
     """A quantised weight, decoded by rows of `width` values. `parts["weight"]` holds the numbers.
 
     rotation: of int8 numbers with a scale for a row, or one for all, the size of the groups that are rotated, or 1.
+    rotation_of_4: the same of 4-bit codes of a codebook in groups of 16.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class StoredWeight:
     parts: Mapping[str, Part]
     decode: Decode
     rotation: int | None = None
+    rotation_of_4: int | None = None
 
     @property
     def rows(self) -> int:
