@@ -40,28 +40,38 @@ EXPECTED = {
     "noisy": "texture", "refused": "invalid_caption", "compressed": "image_quality", "bordered": "border",
     "watermarked": "watermark", "named": "invalid_caption",
     "marked up": "invalid_caption", "repeating": "invalid_caption",
+    # Before the picture that they are copies of, which must stay.
+    "blurred first": "clarity", "smaller first": "near_duplicate",
 }  # fmt: skip
+_THEN = {"blurred first": "sharp after its blur", "smaller first": "larger after its copy"}
 
 
 def corpus(count: int, seed: int = 0) -> Iterator[Record]:
     """Records whose `metadata["defect"]` says what is wrong, "" for none."""
     rng = np.random.default_rng(seed)
     photos = [open_photo(path) for path, _, _ in find_photos(None)]
-    last = None
+    last, better = None, None
     for number in range(count):
         defect = str(rng.choice(list(EXPECTED))) if last and rng.random() < 1 / 3 else ""
         photo = photos[4 if defect == "oversaturated" else rng.integers(len(photos))]  # 4: a colourful one
-        record = _record(_crop(photo, rng), defect, last, number, rng)
+        if better is not None:
+            picture, defect, better = better[0], better[1], None
+        elif defect in _THEN:
+            picture = _crop(photo, rng, SIDE * 5 // 4 if defect == "smaller first" else SIDE)
+            better = picture, _THEN[defect]
+        else:
+            picture = _crop(photo, rng, SIDE)
+        record = _record(picture, defect, last, number, rng)
         if not defect:
             last = record
         yield record
 
 
-def _crop(photo: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _crop(photo: Image.Image, rng: np.random.Generator, side: int) -> Image.Image:
     share = rng.uniform(0.55, 0.85)
     width, height = round(photo.width * share), round(photo.height * share)
     left, top = rng.integers(photo.width - width + 1), rng.integers(photo.height - height + 1)
-    scale = SIDE / min(width, height)
+    scale = side / min(width, height)
     size = round(width * scale), round(height * scale)
     small = photo.resize(size, Image.Resampling.LANCZOS, (left, top, left + width, top + height), reducing_gap=2)
     if rng.random() < 0.5:
@@ -85,8 +95,10 @@ def _watermarked(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 def _record(image: Image.Image, defect: str, last: Record | None, number: int, rng: np.random.Generator) -> Record:
     caption, exif, quality = f"a photograph, number {number} of many", Image.Exif(), 92
-    if defect == "blurred":
+    if defect in ("blurred", "blurred first"):
         image = image.filter(ImageFilter.GaussianBlur(3))
+    elif defect == "smaller first":
+        image = image.resize((image.width * 4 // 5, image.height * 4 // 5), Image.Resampling.LANCZOS)
     elif defect in ("dark", "bright"):
         offset = 0 if defect == "dark" else 240
         image = image.point(lambda value: offset + value // 17)

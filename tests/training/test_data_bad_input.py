@@ -1,5 +1,6 @@
 """Everything that can be wrong with a source at once: the run goes on, and each record's fate is in the audit."""
 
+import sqlite3
 import struct
 import zlib
 
@@ -10,7 +11,6 @@ from data_pictures import encoded, photos
 from PIL import Image
 
 from qwen_image_fast.training.data import pipeline
-from qwen_image_fast.training.data.filters import duplicates
 from qwen_image_fast.training.data.recipe import FilterRecipe, SourceRecipe
 
 
@@ -75,16 +75,18 @@ def test_a_full_disk_is_a_sentence_and_the_run_can_be_repeated(tmp_path, monkeyp
     for name in ("astronaut.png", "chelsea.png", "coffee.png"):
         (tmp_path / "in" / name).write_bytes(encoded(photos()[name]))
         (tmp_path / "in" / name).with_suffix(".txt").write_text("a photograph of a thing")
+    recipe = recipe_of(tmp_path / "in")
+    recipe.stages, recipe.balance.power = [1, 2, 3, 7], 0.5
     with monkeypatch.context() as patch:
         if place == "tables":
-            opened = duplicates._open
+            opened = sqlite3.connect
 
-            def small(folder, name):
-                database = opened(folder, name)
+            def small(*args, **options):
+                database = opened(*args, **options)
                 database.execute("PRAGMA max_page_count = 1")  # SQLite then says what it says of a full disk
                 return database
 
-            patch.setattr(duplicates, "_open", small)
+            patch.setattr("sqlite3.connect", small)
         else:
 
             def full(file):
@@ -92,6 +94,6 @@ def test_a_full_disk_is_a_sentence_and_the_run_can_be_repeated(tmp_path, monkeyp
 
             patch.setattr("os.fsync", full)
         with pytest.raises(OSError, match="the disk is full: .* free space and"):
-            pipeline.run_filters(recipe_of(tmp_path / "in"), tmp_path / "out")
-    assert list((tmp_path / "out").glob("*")) in ([], [tmp_path / "out" / "shards"])
-    assert pipeline.run_filters(recipe_of(tmp_path / "in"), tmp_path / "out").kept == 3
+            pipeline.run_filters(recipe, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".filtering"]
+    assert pipeline.run_filters(recipe, tmp_path / "out").kept == 3

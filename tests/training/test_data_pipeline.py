@@ -14,6 +14,7 @@ from qwen_image_fast.cli import app
 from qwen_image_fast.training.data import pipeline
 from qwen_image_fast.training.data.collect import collect
 from qwen_image_fast.training.data.filters.balance import Balance
+from qwen_image_fast.training.data.filters.order import FILTER_NAMES
 from qwen_image_fast.training.data.recipe import FilterRecipe, SourceRecipe, read_filter_recipe
 from qwen_image_fast.training.data.record import Record
 from qwen_image_fast.training.data.shards import write_shards
@@ -50,11 +51,11 @@ def test_every_record_has_its_fate_in_the_audit(tmp_path):
     result = pipeline.run_filters(
         recipe_of(tmp_path / "in"),
         tmp_path / "out",
-        progress=lambda: seen.append(1),
-        rejected=lambda record, row: gone.setdefault(record.id, row["reason"]),
+        progress=lambda count, total: seen.append((count, total)),
+        judged=lambda record, row: row["kept"] or gone.setdefault(record.id, row["reason"]),
     )
     audit = pq.read_table(tmp_path / "out" / "audit.parquet").to_pylist()
-    assert [row["id"] for row in audit] == ids and len(seen) == len(ids)
+    assert [row["id"] for row in audit] == ids and seen == [(0, len(ids)), *[(1, len(ids))] * len(ids)]
     assert [row["filter"] for row in audit] == [None] * 9 + EXPECTED
     assert [row["stage"] for row in audit[9:]] == [2, 2, 1, 1, 1, 3]
     assert all(row["kept"] == (row["reason"] is None) for row in audit)
@@ -63,7 +64,7 @@ def test_every_record_has_its_fate_in_the_audit(tmp_path):
     assert (first["height"], first["width"], first["luma"] > 0, first["nsfw"]) == (512, 512, True, None)
     assert blurred["clarity"] < 0.4 and blurred["luma"] is None  # nothing is measured after the first reason
     assert (result.seen, result.kept) == (15, 9)
-    assert list(result.rejected) == [name for name in pipeline.FILTER_NAMES if name in EXPECTED]
+    assert list(result.rejected) == [name for name in FILTER_NAMES if name in EXPECTED]
     kept = list(collect(tmp_path / "out" / "shards"))
     assert [r.id for r in kept] == ids[:9] and kept[0].caption == "a photograph of something in a place"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["audit.parquet", "shards"]
@@ -91,17 +92,14 @@ def balanced(tmp_path, counts, shares, tail=1000, power=1.0):
     table, made = Balance(tmp_path, shares, tail, power, seed=0), []
     for (category, node), count in counts.items():
         for number in range(count):
-            record = Record(f"{category}{node}{number}".encode(), category=category, metadata={"node": node})
-            table.add(len(made), record, float(number))
             made.append((category, node, number))
+    table.add((n, f"{made[n]}", "", *made[n][:2], float(made[n][2])) for n in range(len(made)))
+    gone = {number: reason for number, *reason in table.reasons(True, True)}
     kept = collections.defaultdict(list)
-    reasons = set()
-    for (category, node, number), reason in zip(made, table.reasons(True, True), strict=True):
-        if reason is None:
+    for n, (category, node, number) in enumerate(made):
+        if n not in gone:
             kept[category, node].append(number)
-        else:
-            reasons.add(reason)
-    return kept, reasons
+    return kept, {tuple(reason) for reason in gone.values()}
 
 
 def test_categories_reach_their_shares(tmp_path):

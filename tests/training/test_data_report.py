@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pyarrow.parquet as pq
@@ -12,7 +13,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from qwen_image_fast.cli import app
+from qwen_image_fast.training.data import records_page
 from qwen_image_fast.training.data.record import Record
+from qwen_image_fast.training.data.records_page import write_records
 from qwen_image_fast.training.data.report import summarise
 from qwen_image_fast.training.data.shards import write_shards
 
@@ -54,7 +57,7 @@ def filtered(tmp_path_factory):
 def test_the_page_needs_nothing_beside_it_and_shows_both_sides(filtered):
     text = (filtered / "report.html").read_text()
     page = Page(text)
-    assert page.outside == [] and "<script" not in text and "@BODY@" not in text
+    assert page.outside == ["records.html"] and "<script" not in text and "@BODY@" not in text
     assert "<b>12</b> records seen, <b>9</b> kept (75.0%), <b>3</b> rejected" in text
     plots = [image for image in page.images if image.get("class") == "plot"]
     assert any("limits: 0.06 and 0.93" in image["alt"] for image in plots)
@@ -64,6 +67,9 @@ def test_the_page_needs_nothing_beside_it_and_shows_both_sides(filtered):
     luma = text.partition("<h3>luma")[2].partition("</section>")[0]
     assert "the picture is too dark" in luma.partition("rejected, nearest")[2]
     assert luma.partition("rejected, nearest")[0].count("<figure") == 5
+    assert "</b> shard-00000.tar:000000009<br>the picture is too dark" in luma
+    losses = text.partition("By filter")[2].partition("</table>")[0]
+    assert re.findall(r"<td>(\w+)<td>[\d,]+<td>0<td>not measured", losses) == ["alignment"]
     pair = text.partition("<h2>Duplicates</h2>")[2]
     assert "1 exact duplicates" in pair and pair.count("data:image/jpeg") == 2  # the copy beside what it repeats
 
@@ -77,6 +83,52 @@ def test_counts_are_those_of_the_audit(filtered):
         assert gone.sum() == sum(row["filter"] == name and row[name] is not None for row in rows), name
     before, after = found.balance["category"]
     assert (before["Nature"], after["Nature"], before["unknown"]) == (6, 5, 2)
+
+
+def rows_in(folder):
+    pages = sorted((folder / "records").iterdir())
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    assert all(text.startswith("records([") and text.endswith("]);\n") for text in texts)
+    return [row for text in texts for row in json.loads(text[len("records(") : -3])]
+
+
+def test_the_records_are_those_of_the_audit(filtered, monkeypatch):
+    monkeypatch.setattr(records_page, "ROWS", 5)
+    write_records(filtered)
+    audit = pq.read_table(filtered / "audit.parquet").to_pylist()
+    assert [row[:6] for row in rows_in(filtered)] == [[row[name] for name in records_page._SHOWN] for row in audit]
+    assert len(list((filtered / "records").iterdir())) == 3
+    assert "<script>alert" not in (filtered / "records.html").read_text()
+
+
+def test_the_records_are_searched_in_a_browser(filtered, monkeypatch):
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra dev)")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("there is no Chromium on this machine")
+    monkeypatch.setattr(records_page, "ROWS", 5)
+    write_records(filtered)
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page()
+        errors = []
+        page.on("pageerror", errors.append)
+        page.on("dialog", errors.append)
+        page.goto((filtered / "records.html").as_uri())
+        state = page.locator("#state")
+        playwright.expect(state).to_have_text("12 of 12, page 1 of 1", timeout=60_000)
+        page.fill("#text", "too dark")
+        playwright.expect(state).to_have_text("1 of 12, page 1 of 1")
+        assert "the picture is too dark" in page.inner_text("#rows")
+        page.fill("#text", "")
+        page.select_option("#by", "broken_file")
+        playwright.expect(state).to_have_text("1 of 12, page 1 of 1")
+        assert "shard-00000.tar:000000010" in page.inner_text("#rows")
+        page.select_option("#by", "")
+        page.select_option("#category", "People")
+        playwright.expect(state).to_have_text("4 of 12, page 1 of 1")
+        assert errors == []
+        browser.close()
 
 
 def test_another_folder_is_refused(tmp_path):

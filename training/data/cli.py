@@ -4,16 +4,46 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .pipeline import Result
+    from .recipe import FilterRecipe
+    from .record import Record
+
+_EXAMPLES = 3
 
 
-def filter_command(recipe: Path, overrides: Sequence[str] | None, out: Path) -> None:
+def filter_command(
+    recipe: Path,
+    overrides: Sequence[str] | None,
+    out: Path,
+    workers: int = 1,
+    preset: str = "",
+    dry_run: bool = False,
+    engine: str = "local",
+) -> None:
     """Filter a data set in the report's seven stages.
 
     OUT gets shards/, audit.parquet with every record's scores and reason, rejected.png with examples, and what
-    `data report` reads: examples.parquet and recipe.json.
+    `data report` reads: examples.parquet and recipe.json. With `dry_run`, what would go is printed, and nothing is
+    written.
     """
+    from .engine import engine_of
+    from .recipe import read_filter_recipe
+
+    chosen = read_filter_recipe(recipe, overrides or (), preset)
+    carrier = engine_of(engine, chosen)
+    try:
+        _filter(chosen, out, workers, carrier) if not dry_run else _try(chosen, workers, carrier)
+    finally:
+        carrier.close()
+
+
+def _filter(chosen: FilterRecipe, out: Path, workers: int, engine: Engine) -> None:
     from tqdm import tqdm
 
     from qwen_image_fast.files import atomic_write, claimed
@@ -23,22 +53,64 @@ def filter_command(recipe: Path, overrides: Sequence[str] | None, out: Path) -> 
     from .filters.order import FILTER_NAMES
     from .judge import limits
     from .pipeline import run_filters
-    from .recipe import read_filter_recipe
 
-    chosen = read_filter_recipe(recipe, overrides or ())
     sheet = RejectedSheet(chosen.sheet, len(FILTER_NAMES), chosen.curation.max_pixels)
     examples = Examples(limits(chosen), 5, chosen.curation.max_pixels)
-    with claimed(out, "audit.parquet"):
-        with tqdm(unit="record", smoothing=0.1) as bar:
-            result = run_filters(chosen, out, progress=bar.update, judged=examples.add, rejected=sheet.add)
-        examples.write(out / "examples.parquet")
-        settings = json.dumps(dataclasses.asdict(chosen), indent=2, ensure_ascii=False)
-        atomic_write(out / "recipe.json", lambda file: file.write(settings.encode()))
-        shown = sheet.write(out / "rejected.png")
+    settings = json.dumps(dataclasses.asdict(chosen), indent=2, ensure_ascii=False).encode()
+
+    def judged(record: Record, row: dict[str, Any]) -> None:
+        examples.add(record, row)
+        if not row["kept"]:
+            sheet.add(record, row)
+
+    def beside(folder: Path) -> None:
+        examples.write(folder / "examples.parquet")
+        atomic_write(folder / "recipe.json", lambda file: file.write(settings))
+        sheet.write(folder / "rejected.png")
+
+    with claimed(out, "audit.parquet"), tqdm(unit="record", smoothing=0.1) as bar:
+        progress = _shown_by(bar)
+        result = run_filters(
+            chosen, out, engine=engine, workers=workers, progress=progress, judged=judged, beside=beside
+        )
+    _print(result)
+    shown = (out / "rejected.png").exists()
+    print(f"shards and audit.parquet are in {out}" + ("; see rejected.png" if shown else ""))
+
+
+def _try(recipe: FilterRecipe, workers: int, engine: Engine) -> None:
+    from tqdm import tqdm
+
+    from .pipeline import try_filters
+
+    examples: dict[str, list[str]] = {}
+
+    def heard(row: dict[str, Any]) -> None:
+        if not row["kept"]:
+            some = examples.setdefault(row["filter"], [])
+            if len(some) < _EXAMPLES:
+                some.append(f"{row['origin']}: {row['reason']}")
+
+    with tqdm(unit="record", smoothing=0.1) as bar:
+        result = try_filters(recipe, engine=engine, workers=workers, progress=_shown_by(bar), heard=heard)
+    _print(result, examples)
+    print("a dry run: nothing is written")
+
+
+def _shown_by(bar: Any) -> Callable[[int, int], None]:
+    def progress(count: int, total: int) -> None:
+        bar.total = total
+        bar.update(count)
+
+    return progress
+
+
+def _print(result: Result, examples: Mapping[str, Sequence[str]] = {}) -> None:
     for name, count in result.rejected.items():
         print(f"{count:8} rejected by {name}")
+        for one in examples.get(name, ()):
+            print(f"           {one}")
     print(f"{result.kept:8} of {result.seen} kept")
-    print(f"shards and audit.parquet are in {out}" + ("; see rejected.png" if shown else ""))
 
 
 def annotate_command(recipe: Path, overrides: Sequence[str] | None, out: Path) -> None:

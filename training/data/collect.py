@@ -11,12 +11,13 @@ import binascii
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qwen_image_fast.extras import needed_for
 from qwen_image_fast.training.text_files import decoded
@@ -51,59 +52,74 @@ def collect(
         ValueError: the file is of no known kind.
         ImportError: pyarrow, for parquet, is not installed.
     """
-    root = Path(path).expanduser()
-    if not root.exists():
-        raise FileNotFoundError(f"collect: there is no {path}: give a folder, or a file ending in {', '.join(_TABLES)}")
+    root, files = tables_of(path)
     defaults = {"source": source or root.name, "licence": licence, "category": category}
-    if root.is_file():
-        files = [root]
-        if not _is_table(root):
-            raise ValueError(f"collect: {path} must be a folder or end in {', '.join(_TABLES)}")
+    if files:
+        records = itertools.chain.from_iterable(read_table(file, image_column, defaults) for file in files)
     else:
-        files = sorted(entry for entry in root.iterdir() if entry.is_file() and _is_table(entry))
-    records = _tables(files, image_column, defaults) if files else _folder(root, root, defaults)
+        records = (record_of_picture(root / name, name, defaults) for name in pictures_of(root))
     empty = True
     for record in records:
         empty = False
         yield record
     if empty:
-        what = (
-            f"pictures ({', '.join(IMAGE_SUFFIXES)}) or tables ({', '.join(_TABLES)})" if root.is_dir() else "records"
-        )
-        raise FileNotFoundError(f"collect: {path} has no {what}")
+        raise nothing_in(root)
+
+
+def tables_of(path: str | Path) -> tuple[Path, list[Path]]:
+    """A source's path, and its tables in order; none: it is a folder of pictures. Errors as of `collect`."""
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise FileNotFoundError(f"collect: there is no {path}: give a folder, or a file ending in {', '.join(_TABLES)}")
+    if root.is_file():
+        if not _is_table(root):
+            raise ValueError(f"collect: {path} must be a folder or end in {', '.join(_TABLES)}")
+        return root, [root]
+    files = sorted(entry for entry in root.iterdir() if entry.is_file() and _is_table(entry))
+    # The index beside shards describes them; it has no pictures of its own.
+    return root, [file for file in files if file.name.lower() != "index.parquet" or len(files) == 1]
+
+
+def nothing_in(root: Path) -> FileNotFoundError:
+    what = f"pictures ({', '.join(IMAGE_SUFFIXES)}) or tables ({', '.join(_TABLES)})" if root.is_dir() else "records"
+    return FileNotFoundError(f"collect: {root} has no {what}")
 
 
 def _is_table(path: Path) -> bool:
     return path.name.lower().endswith(_TABLES) and not path.name.startswith(".")
 
 
-def _tables(files: list[Path], column: str, defaults: Mapping[str, str]) -> Iterator[Record]:
-    for file in files:
-        name = file.name.lower()
-        if name.endswith(".jsonl"):
-            yield from _json_lines(file, column, defaults)
-        elif name.endswith(".csv"):
-            yield from _csv(file, column, defaults)
-        elif name.endswith(".parquet"):
-            # The index beside shards describes them; it has no pictures of its own.
-            if file.name != "index.parquet" or len(files) == 1:
-                yield from _parquet(file, column, defaults)
-        else:
-            yield from _shard(file, defaults)
+def read_table(
+    file: Path, column: str, defaults: Mapping[str, str], first: int = 0, offset: int = 0
+) -> Iterator[Record]:
+    """The records of one table, or those from a place that `parts.plan` has noted.
+
+    Args:
+        first: of parquet and CSV, the rows to leave out; of JSON lines, the lines before `offset`.
+        offset: of JSON lines and uncompressed tars, the byte to begin at.
+    """
+    name = file.name.lower()
+    if name.endswith(".jsonl"):
+        return _json_lines(file, column, defaults, first, offset)
+    if name.endswith(".csv"):
+        return itertools.islice(_csv(file, column, defaults), first, None)
+    if name.endswith(".parquet"):
+        return _parquet(file, column, defaults, first)
+    return _shard(file, defaults, offset)
 
 
-def _folder(folder: Path, root: Path, defaults: Mapping[str, str]) -> Iterator[Record]:
-    """In depth, in order of name; one folder's names are in memory, not the tree's."""
-    with os.scandir(folder) as entries:
+def pictures_of(root: Path, inside: str = "") -> Iterator[str]:
+    """Names of pictures, relative to `root`, in depth and in order; one folder's are in memory, not the tree's."""
+    with os.scandir(root / inside) as entries:
         names = sorted((entry.name, entry.is_dir()) for entry in entries)
     for name, is_folder in names:
-        path = folder / name
+        path = f"{inside}/{name}" if inside else name
         if name.startswith("."):
             continue
         if is_folder:
-            yield from _folder(path, root, defaults)
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
-            yield record_of_picture(path, path.relative_to(root).as_posix(), defaults)
+            yield from pictures_of(root, path)
+        elif Path(name).suffix.lower() in IMAGE_SUFFIXES:
+            yield path
 
 
 def record_of_picture(path: Path, origin: str, defaults: Mapping[str, str]) -> Record:
@@ -152,26 +168,25 @@ def _assembled(
     return dataclasses.replace(record, fault=fault) if fault else record
 
 
-def _shard(file: Path, defaults: Mapping[str, str]) -> Iterator[Record]:
+def _shard(file: Path, defaults: Mapping[str, str], offset: int) -> Iterator[Record]:
     """Samples of a tar: neighbours whose names are the same up to the first dot of the last part."""
     key, parts, fault = None, {}, ""  # of the sample under way
     try:
-        with tarfile.open(file, "r|*") as tar:
+        with open(file, "rb") as content, tarfile.open(fileobj=at(content, offset), mode="r|*") as tar:
             for member in tar:
                 tar.members = []  # it would keep every header
                 if not member.isfile():
                     continue
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                if (found := f"{folder}/{stem}" if folder else stem) != key:
+                found, extension = sample_of(member)
+                if found != key:
                     if record := _sample(file, key, parts, fault, defaults):
                         yield record
                     key, parts, fault = found, {}, ""
                 if member.size > LARGEST_FILE:
                     fault = f"{member.name} has {member.size} bytes, more than {LARGEST_FILE}"
                     continue
-                content = tar.extractfile(member)
-                parts["." + extension.lower()] = content.read() if content else b""
+                inside = tar.extractfile(member)
+                parts[extension] = inside.read() if inside else b""
     except (tarfile.TarError, OSError, EOFError) as error:
         # The sample under way is incomplete; those before it are whole.
         fault = f"the shard {file.name} is cut off or damaged here: {error}"
@@ -181,11 +196,27 @@ def _shard(file: Path, defaults: Mapping[str, str]) -> Iterator[Record]:
         yield record
 
 
+def at(file: BinaryIO, offset: int) -> BinaryIO:
+    file.seek(offset)
+    return file
+
+
+def sample_of(member: tarfile.TarInfo) -> tuple[str, str]:
+    """The key of the sample that a file belongs to, and what follows it, in small letters: (`a/00012`, `.jpg`)."""
+    folder, _, name = member.name.rpartition("/")
+    stem, _, extension = name.partition(".")
+    return f"{folder}/{stem}" if folder else stem, "." + extension.lower()
+
+
+def counts_as_sample(extension: str, size: int) -> bool:
+    """Whether a file makes a record of the sample it is in: a picture, its words, or what is too large to read."""
+    return extension in (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, ".json") or size > LARGEST_FILE
+
+
 def _sample(
     file: Path, key: str | None, parts: Mapping[str, bytes], fault: str, defaults: Mapping[str, str]
 ) -> Record | None:
-    image = next((content for suffix, content in parts.items() if suffix in IMAGE_SUFFIXES), None)
-    if key is None or not (image is not None or fault or {*CAPTION_SUFFIXES, ".json"} & parts.keys()):
+    if key is None or not (fault or any(counts_as_sample(extension, 0) for extension in parts)):
         return None
     return record_of_parts(parts, fault, f"{file.name}:{key}", defaults)
 
@@ -199,9 +230,10 @@ def record_of_parts(parts: Mapping[str, bytes], fault: str, origin: str, default
     return _assembled(image or b"", text, parts.get(".json"), fault, origin, defaults)
 
 
-def _json_lines(file: Path, column: str, defaults: Mapping[str, str]) -> Iterator[Record]:
+def _json_lines(file: Path, column: str, defaults: Mapping[str, str], before: int, offset: int) -> Iterator[Record]:
     with open(file, "rb") as lines:
-        for number, line in enumerate(iter(lambda: lines.readline(LARGEST_FILE), b""), 1):
+        lines.seek(offset)
+        for number, line in enumerate(iter(lambda: lines.readline(LARGEST_FILE), b""), before + 1):
             if not line.strip():
                 continue
             yield record_of_line(file, line, number, column, defaults)
@@ -253,7 +285,7 @@ def csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ValueError(f"{file} is no CSV table: {error}") from error
 
 
-def _parquet(file: Path, column: str, defaults: Mapping[str, str]) -> Iterator[Record]:
+def _parquet(file: Path, column: str, defaults: Mapping[str, str], first: int) -> Iterator[Record]:
     with needed_for("reading parquet"):
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -261,10 +293,14 @@ def _parquet(file: Path, column: str, defaults: Mapping[str, str]) -> Iterator[R
     try:
         with pq.ParquetFile(file, pre_buffer=False) as table:
             # pre_buffer would read a whole row group of pictures at once.
-            for batch in table.iter_batches(batch_size=8):
+            groups = list(range(table.num_row_groups))
+            while groups and number + (rows := table.metadata.row_group(groups[0]).num_rows) <= first:
+                number += rows
+                groups.pop(0)
+            for batch in table.iter_batches(batch_size=8, row_groups=groups):
                 for fields in batch.to_pylist():
-                    origin = f"{file.name}:{number}"
-                    yield record_of_row(file, fields, column, origin, defaults)
+                    if number >= first:
+                        yield record_of_row(file, fields, column, f"{file.name}:{number}", defaults)
                     number += 1
     except (pa.ArrowInvalid, OSError) as error:
         fault = f"{file.name} is damaged after row {number}: {error}"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
+from .faults import sentence
 from .filters import captions, curation, duplicates, portrait, quality, refinement, text
 from .filters.base import Filter
-from .filters.order import FILTERS, STAGE_OF
+from .filters.order import FILTERS, SCORED, STAGE_OF
 from .filters.picture import Picture
 from .recipe import FilterRecipe
 from .record import Record
@@ -32,12 +32,11 @@ def limits(recipe: FilterRecipe) -> dict[str, tuple[float | None, float | None]]
         "aesthetic": (0.0, None), "border": (None, last.max_border), "watermark": (None, last.max_watermark),
         "face_mosaic": (None, recipe.balance.max_mosaic),
     }  # fmt: skip
-    return {f.name: found.get(f.name, (None, None)) for f in FILTERS}
+    return {name: found.get(name, (None, None)) for name in SCORED}
 
 
 def build_filters(
     recipe: FilterRecipe,
-    folder: Path,
     *,
     reader: text.TextReader | None = None,
     aesthetic: captions.Scorer | None = None,
@@ -46,7 +45,6 @@ def build_filters(
     """The filters of a recipe's stages, in order; those that judge one record at a time.
 
     Args:
-        folder: for the indices of duplicates.
         reader: of text, for stage 4; None: `evaluation.ocr.Reader`.
         aesthetic: for stage 5; None: that filter is left out.
         alignment: for stage 3, of all captions; None: the models of the recipe, or left out where it names none.
@@ -57,8 +55,9 @@ def build_filters(
     bounds, words = limits(recipe), recipe.captions
 
     def aligned() -> Filter | None:
-        scorers = [alignment or captions.clip_scorer(path) for path in (words.chinese_clip, words.siglip)]
-        return captions.Alignment(words.min_alignment, *scorers) if any(scorers) else None
+        paths = words.chinese_clip, words.siglip
+        made = {path: alignment or captions.clip_scorer(path) for path in dict.fromkeys(paths)}  # each model once
+        return captions.Alignment(words.min_alignment, *(made[path] for path in paths)) if any(made.values()) else None
 
     def read() -> Filter:
         from ..evaluation.ocr import Reader
@@ -70,10 +69,6 @@ def build_filters(
         "file_size": lambda: curation.FileSize(*bounds["file_size"]),
         "resolution": lambda: curation.Resolution(*bounds["resolution"]),
         "aspect_ratio": lambda: curation.AspectRatio(*bounds["aspect_ratio"]),
-        "exact_duplicate": lambda: duplicates.ExactDuplicate(folder),
-        "near_duplicate": lambda: duplicates.NearDuplicate(
-            folder, recipe.curation.duplicate_bits, recipe.quality.min_entropy
-        ),
         "nsfw": lambda: curation.Nsfw(recipe.curation.max_nsfw),
         "rotation": lambda: quality.Rotation(),
         "clarity": lambda: quality.Clarity(*bounds["clarity"]),
@@ -100,11 +95,27 @@ def build_filters(
     return [made for name in wanted if (made := make[name]())]
 
 
-def judge(record: Record, filters: Iterable[Filter], max_pixels: int) -> tuple[Record, dict[str, Any]]:
+class FilterFailure(RuntimeError):
+    """A filter could not judge a record. filter: its name; row: of the audit, up to there."""
+
+    def __init__(self, name: str, why: str, row: dict[str, Any]):
+        super().__init__(f"{name} failed on it: {why}")
+        self.filter, self.row = name, row
+
+
+def judge(
+    record: Record, filters: Iterable[Filter], max_pixels: int, min_entropy: float | None = None
+) -> tuple[Record, dict[str, Any]]:
     """The record, with what the filters found in its metadata, and its row of the audit.
 
     Filters run in order until one rejects; the scores of those after it are missing from the row. Of the stages 2 and
     3, records of the category Synthetic, whose text was drawn and whose caption is known, see none.
+
+    Args:
+        min_entropy: the row of a record that passes gets `hash`, see `duplicates.comparable_hash`; None: it does not.
+
+    Raises:
+        FilterFailure: a filter raised an error.
     """
     picture = Picture(record, max_pixels)
     row: dict[str, Any] = {
@@ -113,13 +124,18 @@ def judge(record: Record, filters: Iterable[Filter], max_pixels: int) -> tuple[R
     for one in filters:
         if one.stage in (2, 3) and record.category == "Synthetic":
             continue
-        verdict = one.judge(picture)
+        try:
+            verdict = one.judge(picture)
+        except Exception as error:  # of whatever library or model
+            raise FilterFailure(one.name, sentence(error), row) from error
         row[one.name] = verdict.score
         if verdict.reason is not None:
             row.update(rejection(one.name, verdict.reason))
             break
     if row.get("broken_file"):
         row["height"], row["width"] = picture.size
+    if row["kept"] and min_entropy is not None:
+        row["hash"] = duplicates.comparable_hash(picture, min_entropy)
     row.update(picture.tags)
     if picture.tags:
         record = dataclasses.replace(record, metadata={**record.metadata, **picture.tags})

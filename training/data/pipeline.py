@@ -1,42 +1,39 @@
-"""The seven stages in order: sources in, shards and an audit of every record out."""
+"""The seven stages: sources in, shards and an audit of every record out.
+
+First every record is judged by itself, part by part, and what is known of it is kept on the disk. Then those that
+passed are compared with each other. At last the sources are read again, and the result is written.
+"""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
+import json
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from qwen_image_fast.extras import needed_for
 from qwen_image_fast.files import atomic_write
 
-from .collect import collect
+from .audit import AuditWriter, rows_of
+from .compare import Fate, columns, compare, read_survivors
 from .disk import full_disk_is_a_sentence
-from .filters.balance import Balance
-from .filters.base import Filter
-from .filters.order import FILTER_NAMES, FILTERS
-from .judge import build_filters, judge, rejection
+from .engine import Engine
+from .filters.order import FILTER_NAMES
+from .journal import Journal
+from .judge import build_filters, rejection
+from .judging import MakeFilters
+from .parts import read_part
 from .recipe import FilterRecipe
 from .record import Record
 from .shards import write_shards
 
-with needed_for("filtering a data set"):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-AUDIT = pa.schema(
-    [
-        ("id", pa.string()), ("origin", pa.string()), ("source", pa.string()), ("category", pa.string()),
-        ("height", pa.int32()), ("width", pa.int32()), ("text_language", pa.string()), ("kept", pa.bool_()),
-        ("stage", pa.int8()), ("filter", pa.string()), ("reason", pa.string()),
-        *((f.name, pa.float64()) for f in FILTERS),
-    ]
-)  # fmt: skip
-_AUDIT_ROWS = 4096
+LOCAL = Engine()
+Heard = Callable[[Record, dict[str, Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -52,95 +49,142 @@ def run_filters(
     recipe: FilterRecipe,
     out: str | Path,
     *,
-    filters: Callable[[FilterRecipe, Path], list[Filter]] = build_filters,
-    progress: Callable[[], Any] = lambda: None,
-    judged: Callable[[Record, dict[str, Any]], Any] = lambda record, row: None,
-    rejected: Callable[[Record, dict[str, Any]], Any] = lambda record, row: None,
+    filters: MakeFilters = build_filters,
+    engine: Engine = LOCAL,
+    workers: int = 1,
+    progress: Callable[[int, int], Any] = lambda count, total: None,
+    judged: Heard = lambda record, row: None,
+    beside: Callable[[Path], Any] = lambda folder: None,
 ) -> Result:
     """Write what passes to `out/shards` (see `shards.write_shards`) and every record's fate to `out/audit.parquet`.
 
-    Records that pass the filters are kept in `out` until the balance of stages 6 and 7 has seen them all, so the disk
-    holds them twice for a while. Memory does not grow with their number. The same recipe gives the same bytes.
+    A killed run goes on with the same call: parts that were judged are not judged again. The result appears when it is
+    whole, the audit last. The same recipe gives the same bytes, whatever the workers and however often it was killed.
+    Sources are read twice and must not change in between.
 
     Args:
-        filters: makes the filters; a function of your own can add models to `build_filters`.
-        progress: called after each record.
-        judged: called with each record and its row of the audit, before the balance of stages 6 and 7.
-        rejected: called with each record that goes, and its row.
+        filters: makes the filters; a function of your own can add models to `build_filters`. Of a module, where there
+            are workers.
+        engine: what carries the run, see `engine.engine_of`.
+        workers: processes that decode and judge; 1: this one, or one actor.
+        progress: called with the number of further records that are judged, and of all.
+        judged: called with each record and its row of the audit, in order, when all is known.
+        beside: called with the folder of the unfinished result; what it writes there appears with it.
+
+    Raises:
+        ValueError: `out` was begun with another recipe, or a source has changed since.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    balance = recipe.balance
-    by_category = 6 in recipe.stages and "category_balance" not in recipe.without and bool(balance.categories)
-    by_node = 7 in recipe.stages and "taxonomy" not in recipe.without and balance.power < 1
-    with full_disk_is_a_sentence(out), tempfile.TemporaryDirectory(prefix=".filtering-", dir=out) as name:
-        work = Path(name)
-        table = Balance(work, balance.categories, balance.tail, balance.power, recipe.seed)
-        chain = filters(recipe, work)
-        first_audit = work / "audit.parquet"
+    journal = Journal(out)
+    with full_disk_is_a_sentence(out):
+        total = journal.begin(recipe)
+        missing = sum(part.count for _, part in journal.missing())
+        progress(total - missing, total)
+        engine.judge(recipe, journal, filters, workers, lambda count: progress(count, total))
+        result = journal.folder / "result"
+        shutil.rmtree(result, ignore_errors=True)
+        result.mkdir()
+        counts = _write(recipe, journal, engine, result, judged)
+        beside(result)
+        _appear(result, out)
+        journal.end()
+    return _result(counts)
 
-        def first_pass(write_row: Callable[[dict[str, Any]], None]) -> Iterator[Record]:
-            number = itertools.count()
-            for source in recipe.sources:
-                for found in collect(**dataclasses.asdict(source)):
-                    record, row = judge(found, chain, recipe.curation.max_pixels)
-                    write_row(row)
-                    judged(record, row)
-                    if row["kept"]:
-                        table.add(next(number), record, row.get(balance.best_by))
-                        yield record
-                    else:
-                        rejected(record, row)
-                    progress()
 
-        atomic_write(first_audit, lambda file: _audited(file, first_pass, work / "kept", recipe.shard_records))
-        counts: collections.Counter[str] = collections.Counter()
+def try_filters(
+    recipe: FilterRecipe,
+    *,
+    filters: MakeFilters = build_filters,
+    engine: Engine = LOCAL,
+    workers: int = 1,
+    progress: Callable[[int, int], Any] = lambda count, total: None,
+    heard: Callable[[dict[str, Any]], Any] = lambda row: None,
+) -> Result:
+    """What `run_filters` would keep and reject; nothing stays on the disk.
 
-        def second_pass(write_row: Callable[[dict[str, Any]], None]) -> Iterator[Record]:
-            reasons, kept = table.reasons(by_category, by_node), _kept(work / "kept")
-            for row in _rows(first_audit):
-                record = dataclasses.replace(next(kept), origin=row["origin"]) if row["kept"] else None
-                if record is not None and (reason := next(reasons)):
-                    row.update(rejection(*reason))
-                    rejected(record, row)
+    Args:
+        heard: called with each row of the audit that there would be.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    with tempfile.TemporaryDirectory(prefix="filtering-") as name, full_disk_is_a_sentence(Path(name)):
+        journal = Journal(Path(name))
+        total = journal.begin(recipe)
+        engine.judge(recipe, journal, filters, workers, lambda count: progress(count, total))
+        for rows in judged_rows(recipe, journal, engine):
+            for row in rows:
                 counts[row["filter"] or ""] += 1
-                write_row(row)
-                if record is not None and row["kept"]:
-                    yield record
+                heard(row)
+    return _result(counts)
 
-        atomic_write(
-            out / "audit.parquet", lambda file: _audited(file, second_pass, out / "shards", recipe.shard_records)
+
+def fates(recipe: FilterRecipe, journal: Journal, engine: Engine) -> Iterator[Fate]:
+    """Of the records that every filter let pass, in order."""
+    found = read_survivors(journal.tables(columns(recipe)), recipe.balance.best_by)
+    table = journal.folder / "balance.sqlite"
+    table.unlink(missing_ok=True)
+    return compare(found, recipe, journal.folder, groups=engine.groups, pairs=engine.pairs)
+
+
+def judged_rows(recipe: FilterRecipe, journal: Journal, engine: Engine) -> Iterator[Iterator[dict[str, Any]]]:
+    """The finished rows of each part, in order."""
+    fate = fates(recipe, journal, engine)
+
+    def finished(number: int) -> Iterator[dict[str, Any]]:
+        for row in rows_of(journal.rows(number)):
+            if row["kept"]:
+                end = next(fate)
+                row.update(exact_duplicate=end.exact, near_duplicate=end.near)
+                if end.filter is not None and end.reason is not None:
+                    row.update(rejection(end.filter, end.reason))
+            yield row
+
+    return (finished(number) for number, _ in journal.parts())
+
+
+def _write(
+    recipe: FilterRecipe, journal: Journal, engine: Engine, result: Path, judged: Heard
+) -> collections.Counter[str]:
+    counts: collections.Counter[str] = collections.Counter()
+
+    def write_all(file: Any) -> None:
+        with AuditWriter(file) as audit:
+
+            def kept() -> Iterator[Record]:
+                for (_, part), rows in zip(journal.parts(), judged_rows(recipe, journal, engine), strict=True):
+                    records = read_part(part, recipe.sources[part.source])
+                    for row in rows:
+                        record = _same(next(records, None), row)
+                        counts[row["filter"] or ""] += 1
+                        audit.write(row)
+                        judged(record, row)
+                        if row["kept"]:
+                            yield record
+
+            write_shards(kept(), result / "shards", shard_records=recipe.shard_records)
+
+    atomic_write(result / "audit.parquet", write_all)
+    return counts
+
+
+def _same(record: Record | None, row: dict[str, Any]) -> Record:
+    """The record that was judged, with what the filters found."""
+    if record is None or record.origin != row["origin"] or (row["kept"] and record.id != row["id"]):
+        raise ValueError(
+            f"filter: {row['origin']} of {row['source']} is not what it was when it was judged: leave the sources "
+            "alone while a run goes on; remove its --out and begin again"
         )
+    tags = json.loads(row["tags"] or "{}")
+    return dataclasses.replace(record, metadata={**record.metadata, **tags}) if tags else record
+
+
+def _appear(result: Path, out: Path) -> None:
+    """Move the result into its place, the audit last: by that a result is known to be whole."""
+    shutil.rmtree(out / "shards", ignore_errors=True)
+    for path in sorted(result.iterdir(), key=lambda path: (path.name == "audit.parquet", path.name)):
+        os.replace(path, out / path.name)
+
+
+def _result(counts: collections.Counter[str]) -> Result:
     ordered = {name: counts[name] for name in FILTER_NAMES if counts[name]}
     return Result(sum(counts.values()), counts[""], ordered)
-
-
-def _audited(
-    file: BinaryIO,
-    records: Callable[[Callable[[dict[str, Any]], None]], Iterator[Record]],
-    folder: Path,
-    shard_records: int,
-) -> None:
-    """Write shards of records, and to `file` the audit rows that making them hands to its argument."""
-    with pq.ParquetWriter(file, AUDIT) as audit:
-        rows: list[dict[str, Any]] = []
-
-        def write_row(row: dict[str, Any]) -> None:
-            rows.append(row)
-            if len(rows) == _AUDIT_ROWS:
-                audit.write_table(pa.Table.from_pylist(rows, AUDIT))
-                rows.clear()
-
-        write_shards(records(write_row), folder, shard_records=shard_records)
-        audit.write_table(pa.Table.from_pylist(rows, AUDIT))
-
-
-def _rows(audit: Path) -> Iterator[dict[str, Any]]:
-    with pq.ParquetFile(audit) as table:
-        for batch in table.iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
-
-
-def _kept(folder: Path) -> Iterator[Record]:
-    """The records of the first pass, as they went in; none where every record was rejected."""
-    return collect(folder) if any(folder.glob("shard-*.tar")) else iter(())

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen_image_fast.training.recipe.fields import RecipeError, convert, read_tree
+from qwen_image_fast.training.recipe.fields import RecipeError, convert, merged, overridden, read_tree
 
 from .filters.duplicates import LARGEST_DISTANCE
 from .filters.order import FILTER_NAMES
+from .presets import PRESETS
 from .record import CATEGORIES
 
 
@@ -106,6 +107,16 @@ class BalanceRecipe:
 
 
 @dataclass
+class RayRecipe:
+    """Of `data filter --engine ray`. address: of a cluster; empty: the one of the environment, or one on this machine.
+    cpus, gpus: of each worker; with gpus, the models of the filters are there."""
+
+    address: str = ""
+    cpus: float = 1.0
+    gpus: float = 0.0
+
+
+@dataclass
 class FilterRecipe:
     """stages: those to run, always in order. without: names of filters to leave out.
 
@@ -125,6 +136,7 @@ class FilterRecipe:
     text: TextRecipe = field(default_factory=TextRecipe)
     refinement: RefinementRecipe = field(default_factory=RefinementRecipe)
     balance: BalanceRecipe = field(default_factory=BalanceRecipe)
+    ray: RayRecipe = field(default_factory=RayRecipe)
 
 
 @dataclass
@@ -135,7 +147,10 @@ class AnnotateRecipe:
     model: a name at the endpoint, or a Qwen2.5-VL's folder. api_key_file: a file with the key; empty: none.
     parallel: requests at once. timeout: seconds of one. attempts: for a picture, of failures and of bad answers.
     backoff: seconds before the second attempt, doubled each time. give_up_after: pictures in a row that the endpoint
-    failed. max_side: pixels of the longer side that the model sees. options: further fields of the request.
+    failed, or answered with nothing of use. max_side: pixels of the longer side that the model sees. options: further
+    fields of the request. question: what the caption should be, in your words; empty: a detailed paragraph. language:
+    of the caption, such as Chinese. trigger: words put before every caption. beside: write each caption as `<name>.txt`
+    beside its picture, where there is none; of sources that are folders of pictures.
     """
 
     sources: list[SourceRecipe] = field(default_factory=list)
@@ -152,6 +167,10 @@ class AnnotateRecipe:
     max_tokens: int = 1500
     temperature: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
+    question: str = ""
+    language: str = "English"
+    trigger: str = ""
+    beside: bool = False
     shard_records: int = 1000
 
 
@@ -160,6 +179,7 @@ def read_annotate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Ann
     recipe = convert(read_tree(path, overrides), AnnotateRecipe, "")
     _check_sources(recipe.sources)
     _must(bool(recipe.model), "model", "be a name at the endpoint, or a folder", recipe.model)
+    _must(bool(recipe.language.strip()), "language", "be the name of a language", recipe.language)
     for name in ("parallel", "attempts", "give_up_after", "max_side", "max_tokens", "shard_records"):
         _must(getattr(recipe, name) >= 1, name, "be at least 1", getattr(recipe, name))
     _must(recipe.timeout > 0, "timeout", "be above 0", recipe.timeout)
@@ -168,15 +188,27 @@ def read_annotate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Ann
     return recipe
 
 
-def read_filter_recipe(path: str | Path, overrides: Sequence[str] = ()) -> FilterRecipe:
-    """The checked recipe in a YAML file, changed by overrides such as "quality.min_luma=0.1".
+def read_filter_recipe(path: str | Path, overrides: Sequence[str] = (), preset: str = "") -> FilterRecipe:
+    """The checked recipe in a YAML file over a preset's, changed by overrides such as "quality.min_luma=0.1".
 
     Paths of sources are relative to the working directory.
+
+    Args:
+        path: with a preset, a source is enough: a folder or a table instead of the YAML file.
+        preset: a name in `PRESETS`; empty: none.
 
     Raises:
         RecipeError: a sentence about the field that is unknown, of a wrong type or out of its limits.
     """
-    recipe = convert(read_tree(path, overrides), FilterRecipe, "")
+    if preset and preset not in PRESETS:
+        raise RecipeError(f"recipe: the preset must be of {', '.join(PRESETS)}, got {preset!r}")
+    if preset and Path(path).suffix.lower() not in (".yaml", ".yml", ".json"):
+        tree = overridden({"sources": [{"path": str(path)}]}, overrides)
+    else:
+        tree = read_tree(path, overrides)
+    if preset and isinstance(tree, dict):
+        tree = merged(PRESETS[preset], tree, FilterRecipe)
+    recipe = convert(tree, FilterRecipe, "")
     validate(recipe)
     return recipe
 
@@ -199,6 +231,8 @@ def validate(recipe: FilterRecipe) -> None:
     _must(balance.best_by in FILTER_NAMES, "balance.best_by", f"be of {', '.join(FILTER_NAMES)}", balance.best_by)
     for name, value in (("balance.tail", balance.tail), ("shard_records", recipe.shard_records)):
         _must(value >= 1, name, "be at least 1", value)
+    for name in ("cpus", "gpus"):
+        _must(getattr(recipe.ray, name) >= 0, f"ray.{name}", "be at least 0", getattr(recipe.ray, name))
     _must(recipe.sheet >= 0, "sheet", "be at least 0", recipe.sheet)
 
 

@@ -26,17 +26,18 @@ from qwen_image_fast.files import atomic_write
 from qwen_image_fast.training.recipe.fields import convert
 
 from .examples import thumbnail
-from .filters.order import FILTER_NAMES, STAGE_OF
+from .filters.order import DUPLICATES, FILTER_NAMES, FILTERS, STAGE_OF
 from .judge import limits
 from .recipe import FilterRecipe
 from .record import Record
+from .records_page import write_records
 
 with needed_for("the report of a data set"):
     import pyarrow.parquet as pq
 
 RATIOS = {"1:3": 1 / 3, "9:16": 9 / 16, "2:3": 2 / 3, "3:4": 3 / 4, "1:1": 1.0, "4:3": 4 / 3, "3:2": 3 / 2,
           "16:9": 16 / 9, "3:1": 3.0}  # fmt: skip
-STAGES = ("curation", "quality", "alignment", "text", "refinement", "portrait, categories", "taxonomy")
+STAGES = ("curation", "quality", "alignment", "text", "refinement", "portrait", "taxonomy")
 _BINS, _PAIRS = 48, 8
 _KEPT, _GONE, _LINE = "#3b7dd8", "#d9703b", "#222222"
 _COPY_OF = re.compile(r"^(?:it looks like|the file is the same as) (.*?)(?:: \d+ of 64 bits differ)?$")
@@ -50,7 +51,8 @@ class Summary:
         seen, kept: records. lost: by filter.
         histograms: by filter, (edges, counts of those it let pass, of those it rejected).
         balance: by what ("category", "language", "aspect"), counts (before, after).
-        pairs: (filter, origin, origin of the earlier one, reason).
+        pairs: (filter, origin, origin of the better one, reason).
+        unmeasured: filters that gave no record a score and rejected none.
     """
 
     seen: int = 0
@@ -59,10 +61,11 @@ class Summary:
     histograms: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=dict)
     balance: dict[str, tuple[collections.Counter[str], collections.Counter[str]]] = field(default_factory=dict)
     pairs: list[tuple[str, str, str, str]] = field(default_factory=list)
+    unmeasured: list[str] = field(default_factory=list)
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `report.html` into the folder of a run of `data filter`, and return its path.
+    """Write `report.html` into the folder of a run of `data filter`, `records.html` beside it, and return its path.
 
     Raises:
         FileNotFoundError: the folder has no audit.parquet, examples.parquet or recipe.json.
@@ -76,6 +79,7 @@ def write_report(folder: str | Path) -> Path:
     recipe = convert(json.loads((folder / "recipe.json").read_text(encoding="utf-8")), FilterRecipe, "")
     found = summarise(folder / "audit.parquet")
     page = _page(found, recipe, pq.read_table(folder / "examples.parquet").to_pylist(), folder)
+    write_records(folder)
     atomic_write(folder / "report.html", lambda file: file.write(page.encode()))
     return folder / "report.html"
 
@@ -102,6 +106,8 @@ def summarise(audit: Path) -> Summary:
                 ["kept", "filter", "reason", "origin", "category", "text_language", "height", "width"]
             ).to_pylist():
                 _count(found, row)
+        silent = [name for name in scores if name not in found.histograms and not found.lost[name]]
+        found.unmeasured = [name for name in silent if name not in DUPLICATES]  # far from each other, they have none
     return found
 
 
@@ -142,7 +148,8 @@ def _page(found: Summary, recipe: FilterRecipe, examples: list[dict[str, Any]], 
     parts = [
         f"<h1>Filtering report</h1><p class=lead><b>{found.seen:,}</b> records seen, <b>{found.kept:,}</b> kept "
         f"({share:.1%}), <b>{found.seen - found.kept:,}</b> rejected. Sources: "
-        + ", ".join(escape(source.path) for source in recipe.sources) + ".</p>",
+        + ", ".join(escape(source.path) for source in recipe.sources)
+        + ". <a href='records.html'>All records</a>, to search in.</p>",
         "<h2>Losses per stage</h2>", _stages_plot(found, recipe), _losses_table(found, recipe), "<h2>Scores</h2>",
         "<p>Every filter sees what those before it let pass. Examples are those nearest to the limit. The limits are "
         "the recipe's; the report of Qwen-Image prints none.</p>",
@@ -166,25 +173,27 @@ def _losses_table(found: Summary, recipe: FilterRecipe) -> str:
     for name in FILTER_NAMES:
         if STAGE_OF[name] in recipe.stages and name not in recipe.without:
             lost = found.lost[name]
-            rows.append(
-                f"<tr><td>{STAGE_OF[name]}<td>{name}<td>{left:,}<td>{lost:,}<td>{lost / left if left else 0:.1%}</tr>"
-            )
+            share = f"{lost / left if left else 0:.1%}"
+            if name in found.unmeasured:  # no model, or nothing that it applies to
+                share = "not measured"
+            rows.append(f"<tr><td>{STAGE_OF[name]}<td>{name}<td>{left:,}<td>{lost:,}<td>{share}</tr>")
             left -= lost
     head = "<tr><th>stage<th>filter<th>came<th>went<th>share</tr>"
     return f"<details open><summary>By filter</summary><table>{head}{''.join(rows)}</table></details>"
 
 
 def _stages_plot(found: Summary, recipe: FilterRecipe) -> str:
-    by_stage = collections.Counter({stage: 0 for stage in sorted(recipe.stages)})
-    for name, lost in found.lost.items():
-        by_stage[STAGE_OF[name]] += lost
+    steps = [(f"{n} {STAGES[n - 1]}", [f.name for f in FILTERS if f.stage == n]) for n in sorted(recipe.stages)]
+    steps += [("1 duplicates", [*DUPLICATES]), ("6, 7 balance", ["category_balance", "taxonomy"])]
     left, came = found.seen, []
-    for stage in sorted(by_stage):
-        came.append((stage, left, by_stage[stage]))
-        left -= by_stage[stage]
+    for title, names in steps:
+        if names:
+            lost = sum(found.lost[name] for name in names)
+            came.append((title, left, lost))
+            left -= lost
 
     def draw(axes: Any) -> None:
-        names = [f"{stage} {STAGES[stage - 1]}" for stage, _, _ in came]
+        names = [title for title, _, _ in came]
         axes.barh(names, [all_ - lost for _, all_, lost in came], color=_KEPT, label="kept")
         axes.barh(names, [lost for _, _, lost in came], left=[a - b for _, a, b in came], color=_GONE, label="rejected")
         for place, (_, all_, lost) in enumerate(came):
@@ -213,7 +222,9 @@ def _filter_section(
                     axes.axvline(limit, color=_LINE, linestyle="--", linewidth=1.2, label=f"limit {limit:g}")
             if edges[0] > 0 and edges[-1] > 50 * edges[0]:
                 axes.set_xscale("log")
+                axes.xaxis.set_major_formatter("{x:,g}")
             axes.set_yscale("symlog", linthresh=10)
+            axes.yaxis.set_major_formatter("{x:,.0f}")  # numbers of records, not powers
             axes.set_ylim(bottom=0)
             axes.set_xlabel(name)
             axes.set_ylabel("records")
@@ -230,7 +241,8 @@ def _filter_section(
 
 def _figure(one: dict[str, Any]) -> str:
     score = "" if one["score"] is None else f"{one['score']:.4g}"
-    return _picture(one["picture"], one["origin"], f"<b>{score}</b> {escape(one['reason'] or one['origin'])}")
+    reason = f"<br>{escape(one['reason'])}" if one["reason"] else ""
+    return _picture(one["picture"], one["origin"], f"<b>{score}</b> {escape(one['origin'])}{reason}")
 
 
 def _picture(jpeg: bytes, origin: str, caption: str) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +12,6 @@ from qwen_image_fast.training.recipe.fields import RecipeError, convert
 from .filters.picture import BrokenImage, Picture
 from .recipe import FilterRecipe, SourceRecipe, validate
 from .record import Record
-
-# They compare records with each other, which only a pass over all of them can.
-_COMPARING = ("exact_duplicate", "near_duplicate")
 
 
 class Rejected(ValueError):
@@ -65,7 +60,5 @@ class Screen:
         if self._filters is None:
             from .judge import build_filters
 
-            self.recipe.without = [*self.recipe.without, *_COMPARING]
-            with tempfile.TemporaryDirectory() as folder:
-                self._filters = build_filters(self.recipe, Path(folder))
+            self._filters = build_filters(self.recipe)
         return self._filters

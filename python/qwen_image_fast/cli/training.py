@@ -102,16 +102,26 @@ def preview_samples(
 
 
 def filter_records(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file with the fields of training/data/recipe.py.")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(help="A YAML file with the fields of training/data/recipe.py; with --preset, also a source."),
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes such as quality.min_luma=0.1.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.")] = Path("outputs/filtered"),
+    workers: Annotated[int, typer.Option(min=1, help="Processes that decode and judge.")] = 1,
+    preset: Annotated[str, typer.Option(help="Defaults by purpose: pretrain, refine or lora.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would go, and write nothing.")] = False,
+    engine: Annotated[str, typer.Option(help="local, or ray: Ray Data, with --workers actors.")] = "local",
 ) -> None:
-    """Filter a data set in the report's seven stages; shards, an audit of every score and examples go to OUT."""
+    """Filter a data set in the report's seven stages; shards, an audit of every score and examples go to OUT.
+
+    A stopped run goes on with the same command.
+    """
     with explained():
         err.print(f"{recipe}: loading the filters", markup=False, soft_wrap=True)
         from qwen_image_fast.training.data.cli import filter_command
 
-        filter_command(recipe, overrides, out)
+        filter_command(recipe, overrides, out, workers, preset, dry_run, engine)
 
 
 def report(folder: Annotated[Path, typer.Argument(help="The result of `data filter`.")]) -> None:

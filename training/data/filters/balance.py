@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-
-from ..record import Record
 
 
 class Balance:
@@ -34,36 +32,37 @@ class Balance:
             "CREATE TABLE kept (number INTEGER PRIMARY KEY, category TEXT, node TEXT, quality REAL, draw REAL)"
         )
 
-    def add(self, number: int, record: Record, quality: float | None) -> None:
-        """Note kept record `number`; the better its quality, the longer it stays in a crowded node."""
-        digest = hashlib.sha256(f"{self._seed}:{record.id}:{record.origin}".encode()).digest()
-        draw = int.from_bytes(digest[:6], "big") / 2**48
-        node = str(record.metadata.get("node") or record.category)
-        # A plain REAL column would sort a missing quality first.
-        row = (number, record.category, node, -1e300 if quality is None else quality, draw)
-        self._table.execute("INSERT INTO kept VALUES (?, ?, ?, ?, ?)", row)
+    def add(self, records: Iterable[tuple[int, str, str, str, str, float | None]]) -> None:
+        """Note kept records: number, id, origin, category, node, quality; the better it is, the longer a record stays
+        in a crowded node."""
 
-    def reasons(self, by_category: bool, by_node: bool) -> Iterator[tuple[str, str] | None]:
-        """For each record in order of its number: (filter, reason) where it goes, else None."""
+        def rows() -> Iterator[tuple[int, str, str, float, float]]:
+            for number, key, origin, category, node, quality in records:
+                digest = hashlib.sha256(f"{self._seed}:{key}:{origin}".encode()).digest()
+                draw = int.from_bytes(digest[:6], "big") / 2**48
+                # A plain REAL column would sort a missing quality first.
+                yield number, category, node, -1e300 if quality is None else quality, draw
+
+        self._table.executemany("INSERT INTO kept VALUES (?, ?, ?, ?, ?)", rows())
+
+    def reasons(self, by_category: bool, by_node: bool) -> Iterator[tuple[int, str, str]]:
+        """(number, filter, reason) of each record that goes, in order of the numbers."""
         chances = self._chances() if by_category else {}
         self._table.create_function("chance", 1, lambda category: chances.get(category, 1.0), deterministic=True)
         query = """
-            SELECT kept.category, kept.node, kept.draw < chance(kept.category), place, count FROM kept LEFT JOIN (
-              SELECT number, ROW_NUMBER() OVER (PARTITION BY node ORDER BY quality DESC, draw) AS place,
+            SELECT kept.number, kept.category, kept.node, kept.draw < chance(kept.category), place, count
+            FROM kept LEFT JOIN (
+              SELECT number, ROW_NUMBER() OVER (PARTITION BY node ORDER BY quality DESC, draw, number) AS place,
                      COUNT(*) OVER (PARTITION BY node) AS count
               FROM kept WHERE draw < chance(category)
             ) AS ranked ON kept.number = ranked.number ORDER BY kept.number"""
-        for category, node, chosen, place, count in self._table.execute(query):
+        for number, category, node, chosen, place, count in self._table.execute(query):
             if not chosen:
                 share = chances[category]
-                yield "category_balance", f"{category} is above its share: {share:.3f} of its records are kept"
+                yield number, "category_balance", f"{category} is above its share: {share:.3f} of its records are kept"
             elif by_node and place > (keeps := self._keeps(count)):
-                yield (
-                    "taxonomy",
-                    f"{node or 'its node'} has {count} records and keeps its best {keeps}; this is {place}",
-                )
-            else:
-                yield None
+                what = f"{node or 'its node'} has {count} records and keeps its best {keeps}; this is {place}"
+                yield number, "taxonomy", what
 
     def _chances(self) -> dict[str, float]:
         counts = dict(self._table.execute("SELECT category, COUNT(*) FROM kept GROUP BY category"))

@@ -120,10 +120,11 @@ class ClipScorer:
     """
 
     def __init__(self, path: str):
+        import torch
         from transformers import AutoModel, AutoProcessor
 
         try:
-            self._model = AutoModel.from_pretrained(path).eval()
+            self._model = AutoModel.from_pretrained(path).eval().to("cuda" if torch.cuda.is_available() else "cpu")
             self._processor = AutoProcessor.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
@@ -148,7 +149,7 @@ class ClipScorer:
             max_length=longest, return_attention_mask=mask,
         )  # fmt: skip
         with torch.inference_mode():
-            output = self._model(**inputs)
+            output = self._model(**inputs.to(self._model.device))
         return float(torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)[0])
 
 

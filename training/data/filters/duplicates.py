@@ -1,98 +1,128 @@
-"""Stage 1, duplicates: the same bytes, and pictures that look the same; both remember on disk, not in memory."""
+"""Duplicates: the same bytes, and pictures that look the same; of each group the best stays.
+
+Which records are compared is known only when every other filter has spoken, so these two judge no picture by itself:
+`perceptual_hash` is taken where the picture is decoded, and the rest works on numbers of all survivors at once.
+"""
 
 from __future__ import annotations
 
 import itertools
-import sqlite3
+from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
-from .base import Filter, Verdict
 from .picture import Picture
 from .quality import RgbEntropy
 
 _SIDE, _KEPT = 32, 8
-_BANDS, _BAND_BITS = 4, 16
-LARGEST_DISTANCE = 2 * _BANDS - 1
+_BITS = 64
+LARGEST_DISTANCE = 7
+PLAIN = 2.5  # bits of `quality.RgbEntropy`, whatever the recipe lets pass
+_STRETCH = 2**16
 
 
-def _open(folder: Path, name: str) -> sqlite3.Connection:
-    """A new table on disk; it only serves one run, so nothing is spent on surviving a crash."""
-    path = folder / f"{name}.sqlite"
-    path.unlink(missing_ok=True)
-    database = sqlite3.connect(path, isolation_level=None)
-    database.execute("PRAGMA journal_mode = OFF")
-    database.execute("PRAGMA synchronous = OFF")
-    database.execute("PRAGMA cache_size = -65536")  # KiB
-    return database
-
-
-class ExactDuplicate(Filter):
-    """Rejects a file whose sha256 has come before; score: 1 for a duplicate, else 0.
+def comparable_hash(picture: Picture, min_entropy: float) -> int | None:
+    """The hash of a picture; None where it is nearly plain: its hash then says where in it something is, not what, and
+    pictures that have nothing in common meet.
 
     Args:
-        folder: for the index, on disk.
-    """
-
-    name, stage = "exact_duplicate", 1
-
-    def __init__(self, folder: Path):
-        self._seen = _open(folder, self.name)
-        self._seen.execute("CREATE TABLE seen (hash BLOB PRIMARY KEY, origin TEXT) WITHOUT ROWID")
-
-    def judge(self, picture: Picture) -> Verdict:
-        digest = bytes.fromhex(picture.record.id)
-        found = self._seen.execute("SELECT origin FROM seen WHERE hash = ?", (digest,)).fetchone()
-        if found:
-            return Verdict(1.0, f"the file is the same as {found[0]}")
-        self._seen.execute("INSERT INTO seen VALUES (?, ?)", (digest, picture.record.origin))
-        return Verdict(0.0)
-
-
-class NearDuplicate(Filter):
-    """Rejects a picture whose perceptual hash is within `distance` bits of an earlier one's; score: that distance.
-
-    The index is multi-index hashing (Norouzi, Punjani and Fleet, CVPR 2012): of four bands of 16 bits, a hash within 7
-    bits has one within 1 bit, so 4 x 17 exact look-ups find every neighbour, and no others are compared than those that
-    share a band. Score: None where none shares a band, and for a picture that is nearly plain: its hash says where in
-    it something is, not what, and pictures that have nothing in common meet. Such pictures are not compared at all.
-
-    Args:
-        folder: for the index, on disk.
-        distance: 0 to 7 bits.
         min_entropy: bits of `quality.RgbEntropy`; a picture of less is nearly plain.
     """
+    if RgbEntropy(min_entropy).judge(picture).reason is not None:
+        return None
+    return perceptual_hash(picture.luma)
 
-    name, stage = "near_duplicate", 1
 
-    def __init__(self, folder: Path, distance: int, min_entropy: float = 2.5):
-        if not 0 <= distance <= LARGEST_DISTANCE:
-            raise ValueError(f"near_duplicate: distance must be 0 to {LARGEST_DISTANCE} bits, got {distance}")
-        self._distance, self._entropy = distance, RgbEntropy(min_entropy)
-        self._seen = _open(folder, self.name)
-        self._seen.execute("CREATE TABLE seen (band INTEGER, hash INTEGER, origin TEXT)")
-        self._seen.execute("CREATE INDEX bands ON seen (band)")
-        # Each band's own part of the key keeps the bands apart in one index.
-        flips = [0, *(1 << bit for bit in range(_BAND_BITS))] if distance >= _BANDS else [0]
-        self._flips = [(band, flip) for band, flip in itertools.product(range(_BANDS), flips)]
-        self._query = f"SELECT DISTINCT hash, origin FROM seen WHERE band IN ({','.join('?' * len(self._flips))})"
+def best_of(groups: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    """int64 [n]: for each record the one of its group that ranks first.
 
-    def judge(self, picture: Picture) -> Verdict:
-        if self._entropy.judge(picture).reason is not None:
-            return Verdict(None)
-        value = perceptual_hash(picture.luma)
-        parts = [value >> (_BAND_BITS * band) & 0xFFFF for band in range(_BANDS)]
-        keys = [band << _BAND_BITS | parts[band] ^ flip for band, flip in self._flips]
-        found = self._seen.execute(self._query, keys)
-        near = min(((((other % 2**64) ^ value).bit_count(), origin) for other, origin in found), default=None)
-        if near and near[0] <= self._distance:
-            return Verdict(float(near[0]), f"it looks like {near[1]}: {near[0]} of 64 bits differ")
-        signed = value - 2**64 if value >= 2**63 else value
-        rows = [(band << _BAND_BITS | part, signed, picture.record.origin) for band, part in enumerate(parts)]
-        self._seen.executemany("INSERT INTO seen VALUES (?, ?, ?)", rows)
-        return Verdict(float(near[0]) if near else None)
+    Args:
+        groups: int [n], the number of each record's group.
+        rank: int64 [n], each value once; the smallest is the best.
+    """
+    order = np.lexsort((rank, groups))
+    sorted_groups = groups[order]
+    starts = np.flatnonzero(np.r_[True, sorted_groups[1:] != sorted_groups[:-1]]) if len(order) else order
+    best = np.empty(len(groups), np.int64)
+    best[order] = np.repeat(order[starts], np.diff(np.r_[starts, len(order)]))
+    return best
+
+
+def masks(radius: int) -> list[int]:
+    """Sets of bits such that hashes within `radius` bits agree in at least one set whole.
+
+    64 bits are cut into radius + 2 pieces: at most `radius` of them differ, so two are the same. A set is two pieces;
+    after the multi-index hashing of Norouzi, Punjani and Fleet (CVPR 2012), with longer keys and no neighbours of keys
+    to look up.
+    """
+    edges = [round(place * _BITS / (radius + 2)) for place in range(radius + 3)]
+    pieces = [(1 << end) - (1 << start) for start, end in itertools.pairwise(edges)]
+    return [one | other for one, other in itertools.combinations(pieces, 2)]
+
+
+def near_pairs(hashes: np.ndarray, radius: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(first, second, bits that differ) of all pairs within `radius` bits, each pair once.
+
+    Args:
+        hashes: uint64 [n], each value once.
+    """
+    chosen = [np.uint64(mask) for mask in masks(radius)]
+    for number, mask in enumerate(chosen):
+        order = np.argsort(hashes & mask, kind="stable")
+        yield from pairs_within(hashes[order], order, chosen[: number + 1], radius)
+
+
+def pairs_within(
+    hashes: np.ndarray, numbers: np.ndarray, chosen: list[np.uint64], radius: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Pairs of neighbours that agree in the last of `chosen`, by which `hashes` are sorted, and in none before it."""
+    keys, at, step = hashes & chosen[-1], np.arange(len(hashes)), 1
+    while len(at := at[: np.searchsorted(at, len(hashes) - step)]):
+        at = at[keys[at] == keys[at + step]]
+        other = hashes[at] ^ hashes[at + step]
+        bits = bits_of(other)
+        new = bits <= radius
+        for mask in chosen[:-1]:
+            new &= (other & mask) != 0
+        if new.any():
+            yield numbers[at[new]], numbers[at[new] + step], bits[new]
+        step += 1
+
+
+def bits_of(values: np.ndarray) -> np.ndarray:
+    """uint8: how many bits of each uint64 are set."""
+    found = values - ((values >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    found = (found & np.uint64(0x3333333333333333)) + ((found >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    found = (found + (found >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return ((found * np.uint64(0x0101010101010101)) >> np.uint64(56)).astype(np.uint8)
+
+
+def leaders(
+    rank: np.ndarray, pairs: tuple[np.ndarray, np.ndarray, np.ndarray], distance: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 [n], int16 [n]): whom each goes for, -1 where it stays; bits to the nearest better one that stays, or -1.
+
+    From the best to the worst, one goes that is within `distance` bits of a better one that stays. So each that goes
+    has its better copy in the result, and a chain of pictures, each a little like the next, does not fall together.
+
+    Args:
+        rank: int64 [n], each value once.
+        pairs: as of `near_pairs`, all of them.
+    """
+    first, second, bits = pairs
+    better = np.where(rank[first] < rank[second], first, second)
+    worse = np.where(rank[first] < rank[second], second, first)
+    order = np.lexsort((rank[better], bits, rank[worse]))
+    goes_for, nearest = np.full(len(rank), -1, np.int64), np.full(len(rank), -1, np.int16)
+    for start in range(0, len(order), _STRETCH):
+        stretch = order[start : start + _STRETCH]
+        for low, high, apart in zip(worse[stretch].tolist(), better[stretch].tolist(), bits[stretch].tolist()):
+            if goes_for[high] < 0 and nearest[low] < 0:
+                nearest[low] = apart
+                if apart <= distance:
+                    goes_for[low] = high
+    return goes_for, nearest
 
 
 def perceptual_hash(luma: np.ndarray) -> int:

@@ -15,6 +15,7 @@ from qwen_image_fast.ops import PictureStatistics, picture_statistics
 from qwen_image_fast.pictures import to_rgb
 
 from ...evaluation.ocr import Line
+from ..faults import sentence
 from ..record import Record
 
 WORK_SIDE = 512
@@ -110,4 +111,4 @@ class Picture:
         except BrokenImage:
             raise
         except Exception as error:  # Pillow's decoders raise a dozen types on damaged files
-            raise BrokenImage(f"it cannot be decoded: {error}") from error
+            raise BrokenImage(f"it cannot be decoded: {sentence(error)}") from error
