@@ -34,6 +34,10 @@ class EndpointError(ConnectionError):
         self.status, self.retry_after = status, retry_after
 
 
+class NoCompletion(EndpointError, ValueError):
+    """What the endpoint answered is no chat completion: a page of HTML, no choices, no text."""
+
+
 class ChatEndpoint:
     """Any endpoint with OpenAI's chat completions.
 
@@ -54,12 +58,15 @@ class ChatEndpoint:
         self.model, self.api_key, self.timeout = model, api_key, timeout
         self.options, self.who = options or {}, who
 
-    def __call__(self, system: str, prompt: str, pictures: Sequence[Image.Image] = ()) -> str:
+    def __call__(self, system: str, prompt: str, pictures: Sequence[Image.Image | bytes] = ()) -> str:
         """The answer.
 
+        Args:
+            pictures: those that are bytes of a JPEG are sent as they are, the others as PNG.
+
         Raises:
-            EndpointError: the endpoint was not reached, took longer than `timeout`, or refused.
-            ValueError: its answer is no chat completion or holds no text.
+            EndpointError: the endpoint was not reached, took longer than `timeout`, or refused; `NoCompletion`, which
+                is a ValueError too: its answer is no chat completion or holds no text.
         """
         content: Any = prompt
         if pictures:
@@ -74,8 +81,13 @@ class ChatEndpoint:
         try:
             text = json.loads(answer)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise ValueError(f"{self.who}: {self.url} must answer with a chat completion") from error
-        return checked(self.who, text)
+            begins = answer[:60].decode("utf-8", "replace")
+            what = f"{self.who}: {self.url} must answer with a chat completion, got {begins!r}"
+            raise NoCompletion(what) from error
+        try:
+            return checked(self.who, text)
+        except ValueError as error:
+            raise NoCompletion(str(error)) from error
 
     def _sent(self, request: urllib.request.Request) -> bytes:
         end = time.monotonic() + self.timeout
@@ -133,7 +145,9 @@ def checked(who: str, text: Any) -> str:
     return text.strip()
 
 
-def _data_url(picture: Image.Image) -> str:
+def _data_url(picture: Image.Image | bytes) -> str:
+    if isinstance(picture, bytes):
+        return "data:image/jpeg;base64," + base64.b64encode(picture).decode()
     file = io.BytesIO()
     picture.save(file, format="PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -13,7 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pyarrow.parquet as pq
 import pytest
-from data_pictures import noise
+from data_pictures import encoded, noise, photos
+from PIL import Image
 from typer.testing import CliRunner
 
 from qwen_image_fast.chat import EndpointError
@@ -41,6 +42,7 @@ class Stub(ThreadingHTTPServer):
     def __init__(self, reply):
         self.reply, self.asked, self.lock = reply, collections.Counter(), threading.Lock()
         self.now = self.most = 0
+        self.bodies = []
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -55,6 +57,7 @@ class Handler(BaseHTTPRequestHandler):
         shown = body["messages"][1]["content"][0]["image_url"]["url"].partition(",")[2]
         key = hashlib.sha256(base64.b64decode(shown)).hexdigest()
         with server.lock:
+            server.bodies.append(body)
             server.asked[key] += 1
             times = server.asked[key]
             server.now += 1
@@ -172,6 +175,105 @@ def test_every_fate_is_in_the_audit(tmp_path, serve):
     assert [row["reason"] for row in rows[:2]] == ["the answer has no JSON object: 'la la la'"] * 2
     assert "cannot be decoded" in rows[2]["reason"] and rows[3]["reason"] == "the file is empty"
     assert sum(result.rejected.values()) == 5 and sum(server.asked.values()) == 4
+
+
+def raw(content):
+    """A reply of status 200 with some bytes."""
+
+    def reply(handler, times):
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    return reply
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [raw(b"<html><h1>502 Bad Gateway</h1></html>"), raw(b'{"choices": []}'), raw(b"\xff\x00garbage"),
+     lambda handler, times: handler.say("no JSON at all"), lambda handler, times: handler.say("", 400)],
+    ids=["html", "no choices", "garbage", "no annotation", "400"],
+)  # fmt: skip
+def test_answers_of_no_use_end_the_run_and_are_asked_for_again(tmp_path, serve, reply):
+    server = serve(reply)
+    recipe = recipe_of(tmp_path / "in", server, 9, parallel=1, attempts=1, give_up_after=3)
+    with pytest.raises(RuntimeError, match="the endpoint failed for 3 pictures in a row: .*run the same"):
+        module.annotate(recipe, tmp_path / "out")
+    assert sum(server.asked.values()) == 3
+    server.reply = lambda handler, times: handler.say(WHOLE)
+    assert module.annotate(recipe, tmp_path / "out").annotated == 9
+
+
+def test_some_without_an_answer_are_said_by_the_exit_code(tmp_path, serve):
+    lock, first = threading.Lock(), []
+
+    def one_is_sick(handler, times):
+        with lock:
+            first.append(1)
+            ill = len(first) == 1
+        raw(b"<html>")(handler, times) if ill else handler.say(WHOLE)
+
+    server = serve(one_is_sick)
+    recipe_of(tmp_path / "in", server, 4)
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    file.write_text(f"sources: [{{path: {tmp_path / 'in'}}}]\nendpoint: {server.url}\nmodel: stub\nattempts: 1\n")
+    command = ["data", "annotate", str(file), "--out", str(out)]
+    result = CliRunner().invoke(app, command)
+    text = " ".join(result.output.split())
+    assert result.exit_code == 1 and "3 of 4 annotated" in text and "the endpoint failed for 1 of 4 pictures" in text
+    assert len(list(collect(out / "shards"))) == 3
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0 and "4 of 4 annotated" in result.output and sum(server.asked.values()) == 5
+
+
+def test_question_language_trigger_and_captions_beside_the_pictures(tmp_path, serve):
+    server = serve(lambda handler, times: handler.say(WHOLE))
+    asked = server.bodies
+    photo = Image.fromarray(photos()["coffee.png"])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    files = {
+        "small.jpg": encoded(photo.resize((60, 40)), "JPEG"), "deep/large.jpg": encoded(photo, "JPEG"),
+        "turned.jpg": encoded(photo.resize((60, 40)), "JPEG", exif=turned), "has.png": noise(1),
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / "in" / name).write_bytes(content)
+    (tmp_path / "in" / "has.txt").write_text("a caption of mine")
+    recipe = AnnotateRecipe(
+        sources=[SourceRecipe(str(tmp_path / "in"))], endpoint=server.url, model="stub", max_side=64,
+        question="one short sentence about the clothes", language="Chinese", trigger="sks dog,", beside=True,
+    )  # fmt: skip
+    result = module.annotate(recipe, tmp_path / "out")
+    assert (result.annotated, result.beside, result.had_caption) == (4, 3, 1)
+    assert (tmp_path / "in" / "deep" / "large.txt").read_text() == f"sks dog, {GOOD['caption']}"
+    assert (tmp_path / "in" / "has.txt").read_text() == "a caption of mine"
+    assert {r.captions["recaption"] for r in collect(tmp_path / "out" / "shards")} == {f"sks dog, {GOOD['caption']}"}
+    content = {body["messages"][1]["content"][1]["text"].partition('"image_type"')[0] for body in asked}
+    assert len(content) == 1 and '"caption": in Chinese, one short sentence about the clothes' in content.pop()
+    shown = {body["messages"][1]["content"][0]["image_url"]["url"] for body in asked}
+    as_it_is = "data:image/jpeg;base64," + base64.b64encode(files["small.jpg"]).decode()
+    assert as_it_is in shown and sum(url.startswith("data:image/png") for url in shown) == 3
+    # The next run finds its own captions.
+    assert module.annotate(recipe, tmp_path / "out").had_caption == 1 and len(asked) == 4
+    recipe.sources = [SourceRecipe(str(tmp_path / "out" / "shards"))]
+    with pytest.raises(ValueError, match="with `beside`, the sources must be folders of pictures"):
+        module.annotate(recipe, tmp_path / "other")
+
+
+def test_a_pilot_comes_before_the_rest(tmp_path, serve):
+    server = serve(lambda handler, times: handler.say(WHOLE.replace("A cup", "A <b>cup</b>")))
+    recipe_of(tmp_path / "in", server, 6)
+    file, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    file.write_text(f"sources: [{{path: {tmp_path / 'in'}}}]\nendpoint: {server.url}\nmodel: stub\n")
+    command = ["data", "annotate", str(file), "--out", str(out)]
+    result = CliRunner().invoke(app, [*command, "--pilot", "2"], catch_exceptions=False)
+    assert result.exit_code == 0 and "2 of 2 annotated" in result.output and sum(server.asked.values()) == 2
+    page = (out / "pilot.html").read_text()
+    assert page.count("data:image/jpeg") == 2 and "A &lt;b&gt;cup&lt;/b&gt;" in page and "2 of 2 annotated" in page
+    assert not (out / "audit.parquet").exists()
+    CliRunner().invoke(app, command, catch_exceptions=False)
+    assert sum(server.asked.values()) == 6 and len(list(collect(out / "shards"))) == 6
 
 
 def test_a_dead_endpoint_stops_the_run_which_goes_on_later(tmp_path, serve):
@@ -296,7 +398,8 @@ def test_recipes_are_checked(tmp_path):
     file.write_text("sources: [{path: photos}]\nmodel: m\nendpoint: http://localhost:1/v1\n")
     assert read_annotate_recipe(file, ["parallel=9"]).parallel == 9
     for change, sentence in [("model=''", "model must be a name"), ("parallel=0", "parallel must be at least 1"),
-                             ("timeout=0", "above 0"), ("sources=[]", "at least one path")]:  # fmt: skip
+                             ("timeout=0", "above 0"),
+                             ("language=''", "language must be"), ("sources=[]", "at least one path")]:  # fmt: skip
         with pytest.raises(RecipeError, match=sentence):
             read_annotate_recipe(file, [change])
     with pytest.raises(FileNotFoundError, match="api_key_file must be a file"):

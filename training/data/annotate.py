@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import random
 import sqlite3
@@ -26,11 +27,12 @@ from qwen_image_fast.extras import needed_for
 from qwen_image_fast.files import atomic_write
 from qwen_image_fast.folders import resolve_folder
 
-from .annotation import PROMPT, SYSTEM, InvalidAnnotation, read_annotation
+from .annotated import Outcome, check_beside, pilot_page, write_beside
+from .annotation import CAPTION, SYSTEM, prompt_for, read_annotation
 from .collect import collect
 from .disk import full_disk_is_a_sentence
 from .filters.picture import BrokenImage, Picture
-from .recipe import AnnotateRecipe
+from .recipe import AnnotateRecipe, SourceRecipe
 from .record import Record
 from .shards import write_shards
 
@@ -51,25 +53,19 @@ _WRONG_SETTINGS = (401, 403, 404, 405)
 
 @dataclass(frozen=True)
 class AnnotateResult:
-    """seen, annotated: records. repaired: of those annotated. rejected: how many went, by reason (its first words)."""
+    """seen, annotated: records. repaired: of those annotated. rejected: how many went, by reason (its first words).
+
+    unanswered: of those rejected, how many the endpoint failed; another run asks again. beside: captions written beside
+    their pictures; had_caption: those that were not, since there was one.
+    """
 
     seen: int
     annotated: int
     repaired: int
     rejected: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a picture. answer: as JSON; reason: why there is none; trouble: the endpoint's, not the
-    picture's, so that another run asks again."""
-
-    answer: str | None
-    reason: str | None
-    repairs: str
-    attempts: int
-    seconds: float
-    trouble: bool = False
+    unanswered: int = 0
+    beside: int = 0
+    had_caption: int = 0
 
 
 def captioner(recipe: AnnotateRecipe) -> Chat:
@@ -110,7 +106,7 @@ def captioner(recipe: AnnotateRecipe) -> Chat:
         sampling["temperature"] = recipe.temperature
     one_at_a_time = threading.Lock()
 
-    def ask(system: str, prompt: str, pictures: Sequence[Image.Image] = ()) -> str:
+    def ask(system: str, prompt: str, pictures: Sequence[Image.Image | bytes] = ()) -> str:
         text = TURNS % (system, f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>{prompt}")
         with one_at_a_time:
             answer = write_caption(model, tokenizer, pictures[0], processor, text, recipe.max_tokens, **sampling)
@@ -120,7 +116,12 @@ def captioner(recipe: AnnotateRecipe) -> Chat:
 
 
 def annotate(
-    recipe: AnnotateRecipe, out: str | Path, *, chat: Chat | None = None, progress: Callable[[], Any] = lambda: None
+    recipe: AnnotateRecipe,
+    out: str | Path,
+    *,
+    chat: Chat | None = None,
+    progress: Callable[[], Any] = lambda: None,
+    pilot: int | None = None,
 ) -> AnnotateResult:
     """Write annotated records to `out/shards` and every record's fate to `out/audit.parquet`.
 
@@ -130,29 +131,39 @@ def annotate(
     Args:
         chat: the model; None: `captioner(recipe)`.
         progress: called after each picture that was asked about or was known from an earlier run.
+        pilot: ask about so many records and write `out/pilot.html` instead of the result; the same call without it
+            goes on.
 
     Raises:
         RuntimeError: the endpoint failed for `give_up_after` pictures in a row, or refuses all; what is done stays, and
             the same call goes on.
-        ValueError: `out` was begun with another model or question.
+        ValueError: `out` was begun with another model or question, or captions cannot be written beside the pictures.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    if recipe.beside:
+        check_beside(recipe.sources)
     with full_disk_is_a_sentence(out):
-        table = _Table(out / "answers.sqlite", {"endpoint": recipe.endpoint, "model": recipe.model, "prompt": PROMPT})
+        settings = {"endpoint": recipe.endpoint, "model": recipe.model, "prompt": _prompt(recipe)}
+        table = _Table(out / "answers.sqlite", settings)
         try:
-            _ask_all(recipe, chat or captioner(recipe), table, progress)
-            return _write_all(recipe, out, table)
+            _ask_all(recipe, chat or captioner(recipe), table, progress, pilot)
+            return _write_all(recipe, out, table) if pilot is None else _write_pilot(recipe, out, table, pilot)
         finally:
             table.close()
 
 
-def _records(recipe: AnnotateRecipe) -> Iterator[Record]:
+def _prompt(recipe: AnnotateRecipe) -> str:
+    return prompt_for(recipe.language, recipe.question or CAPTION)
+
+
+def _records(recipe: AnnotateRecipe) -> Iterator[tuple[SourceRecipe, Record]]:
     for source in recipe.sources:
-        yield from collect(**dataclasses.asdict(source))
+        for record in collect(**dataclasses.asdict(source)):
+            yield source, record
 
 
-def _ask_all(recipe: AnnotateRecipe, chat: Chat, table: _Table, progress: Callable[[], Any]) -> None:
+def _ask_all(recipe: AnnotateRecipe, chat: Chat, table: _Table, progress: Callable[[], Any], most: int | None) -> None:
     pending: dict[Future[Outcome], str] = {}
     failures, stop = 0, threading.Event()
 
@@ -162,7 +173,8 @@ def _ask_all(recipe: AnnotateRecipe, chat: Chat, table: _Table, progress: Callab
             outcome = future.result()
             table.put(pending.pop(future), outcome)
             progress()
-            failures = failures + 1 if outcome.trouble else 0
+            if outcome.trouble or outcome.answer is not None:
+                failures = failures + 1 if outcome.trouble else 0
             if failures >= recipe.give_up_after:
                 raise RuntimeError(
                     f"annotate: the endpoint failed for {failures} pictures in a row: {outcome.reason}; what is done "
@@ -171,8 +183,9 @@ def _ask_all(recipe: AnnotateRecipe, chat: Chat, table: _Table, progress: Callab
 
     with ThreadPoolExecutor(recipe.parallel) as pool:
         try:
-            for record in _records(recipe):
+            for _, record in itertools.islice(_records(recipe), most):
                 if record.id in pending.values():
+                    progress()
                     continue
                 if table.settled(record.id):
                     progress()
@@ -191,34 +204,42 @@ def _ask_all(recipe: AnnotateRecipe, chat: Chat, table: _Table, progress: Callab
 
 def _outcome(record: Record, recipe: AnnotateRecipe, chat: Chat, stop: threading.Event) -> Outcome:
     start = time.monotonic()
+    picture = Picture(record, recipe.max_pixels)
     try:
-        picture = Image.fromarray(Picture(record, recipe.max_pixels).rgb)
+        shown = _shown(picture, recipe.max_side, isinstance(chat, ChatEndpoint))
     except BrokenImage as error:
         return Outcome(None, str(error), "", 0, 0.0)
-    picture.thumbnail((recipe.max_side, recipe.max_side), Image.Resampling.LANCZOS)
     chance = random.Random(record.id)
     for attempt in range(1, recipe.attempts + 1):
-        pause, trouble = 0.0, False
+        pause, trouble = 0.0, 1
         try:
-            found, repairs = read_annotation(chat(SYSTEM, PROMPT, [picture]))
+            found, repairs = read_annotation(chat(SYSTEM, _prompt(recipe), [shown]))
             answer = json.dumps(dataclasses.asdict(found), ensure_ascii=False)
             return Outcome(answer, None, "; ".join(dict.fromkeys(repairs)), attempt, time.monotonic() - start)
-        except InvalidAnnotation as error:
-            reason = str(error)
         except EndpointError as error:
             reason = str(error)
             if error.status in _WRONG_SETTINGS:
                 raise RuntimeError(f"{reason}; check endpoint, model and api_key_file, and run it again") from error
             if error.status is not None and error.status < 500 and error.status not in (408, 409, 425, 429):
-                return Outcome(None, reason, "", attempt, time.monotonic() - start)
+                return Outcome(None, reason, "", attempt, time.monotonic() - start, trouble)
             # Doubled each time, and never at the same moment as the other requests.
             pause = error.retry_after or recipe.backoff * 2 ** (attempt - 1) * chance.uniform(0.5, 1.5)
-            trouble = True
-        except ValueError as error:
-            reason = str(error)  # no chat completion, or an empty one
+            trouble = 2
+        except ValueError as error:  # `InvalidAnnotation`, or no text of a local model
+            reason = str(error)
         if attempt < recipe.attempts and stop.wait(min(pause, _LONGEST_WAIT)):
             break
     return Outcome(None, reason, "", attempt, time.monotonic() - start, trouble)
+
+
+def _shown(picture: Picture, side: int, endpoint: bool) -> Image.Image | bytes:
+    """What the model is shown: the file where an endpoint can read it as it is, else the picture, upright and small."""
+    pixels, content = picture.rgb, picture.record.image
+    if endpoint and max(picture.size) <= side and picture.orientation == 1 and content.startswith(b"\xff\xd8\xff"):
+        return content
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return image
 
 
 def _write_all(recipe: AnnotateRecipe, out: Path, table: _Table) -> AnnotateResult:
@@ -226,23 +247,22 @@ def _write_all(recipe: AnnotateRecipe, out: Path, table: _Table) -> AnnotateResu
     rejected: collections.Counter[str] = collections.Counter()
 
     def records(write: Callable[[dict[str, Any]], None]) -> Iterator[Record]:
-        for record in _records(recipe):
-            outcome = table.get(record.id)
-            if record.fault and not record.image:
-                outcome = Outcome(None, record.fault, "", 0, 0.0)
-            elif outcome is None:
-                reason = "it was not in its source when the pictures were asked about"
-                outcome = Outcome(None, reason, "", 0, 0.0)
+        for source, record in _records(recipe):
+            outcome = _outcome_of(record, table)
             counts["seen"] += 1
             row = {"id": record.id, "origin": record.origin, "annotated": outcome.answer is not None}
             write(row | {name: getattr(outcome, name) for name in ("reason", "repairs", "attempts", "seconds")})
             if outcome.answer is None:
                 rejected[(outcome.reason or "").partition(":")[0].partition(", got")[0]] += 1
+                counts["unanswered"] += outcome.trouble == 2
                 continue
             counts["annotated"] += 1
             counts["repaired"] += bool(outcome.repairs)
             found = json.loads(outcome.answer)
-            captions = {**record.captions, "recaption": found.pop("caption")}
+            caption = " ".join(filter(None, (recipe.trigger.strip(), found.pop("caption"))))
+            if recipe.beside:
+                counts["beside" if write_beside(source, record, caption) else "had_caption"] += 1
+            captions = {**record.captions, "recaption": caption}
             yield dataclasses.replace(record, captions=captions, metadata={**record.metadata, "annotation": found})
 
     def write_audit(file: BinaryIO) -> None:
@@ -259,7 +279,38 @@ def _write_all(recipe: AnnotateRecipe, out: Path, table: _Table) -> AnnotateResu
             audit.write_table(pa.Table.from_pylist(rows, AUDIT))
 
     atomic_write(out / "audit.parquet", write_audit)
-    return AnnotateResult(counts["seen"], counts["annotated"], counts["repaired"], dict(rejected.most_common()))
+    return _result(counts, rejected)
+
+
+def _result(counts: collections.Counter[str], rejected: collections.Counter[str]) -> AnnotateResult:
+    names = ("unanswered", "beside", "had_caption")
+    of_all = (counts["seen"], counts["annotated"], counts["repaired"], dict(rejected.most_common()))
+    return AnnotateResult(*of_all, **{name: counts[name] for name in names})
+
+
+def _outcome_of(record: Record, table: _Table) -> Outcome:
+    if record.fault and not record.image:
+        return Outcome(None, record.fault, "", 0, 0.0)
+    reason = "it was not in its source when the pictures were asked about"
+    return table.get(record.id) or Outcome(None, reason, "", 0, 0.0)
+
+
+def _write_pilot(recipe: AnnotateRecipe, out: Path, table: _Table, count: int) -> AnnotateResult:
+    counts: collections.Counter[str] = collections.Counter()
+    rejected: collections.Counter[str] = collections.Counter()
+    shown = []
+    for _, record in itertools.islice(_records(recipe), count):
+        outcome = _outcome_of(record, table)
+        counts["seen"] += 1
+        counts["annotated"] += outcome.answer is not None
+        counts["repaired"] += bool(outcome.repairs)
+        counts["unanswered"] += outcome.trouble == 2
+        if outcome.answer is None:
+            rejected[(outcome.reason or "").partition(":")[0].partition(", got")[0]] += 1
+        shown.append((record, outcome))
+    page = pilot_page(shown, _prompt(recipe), recipe.max_pixels)
+    atomic_write(out / "pilot.html", lambda file: file.write(page.encode()))
+    return _result(counts, rejected)
 
 
 class _Table:

@@ -14,15 +14,23 @@ from dataclasses import dataclass
 from typing import Any
 
 SYSTEM = "You describe pictures for the training of an image generation model. You answer with one JSON object alone."
-PROMPT = """Look at the picture and answer with one JSON object with exactly these fields, in this order:
-"caption": one detailed paragraph in English: subjects with their number, attributes and places, setting, light, \
-viewpoint, style. Only what can be seen. Quote every visible text word for word, in its own language, inside quotation \
-marks.
+CAPTION = """one detailed paragraph: subjects with their number, attributes and places, setting, light, viewpoint, \
+style. Only what can be seen. Quote every visible text word for word, in its own language, inside quotation marks."""
+_PROMPT = """Look at the picture and answer with one JSON object with exactly these fields, in this order:
+"caption": in %s, %s
 "image_type": such as photograph, poster, user interface, painting, slide.
 "image_style": such as realistic, flat, watercolour, 3D.
 "watermarks": a list of the watermarks, each as its text or a description; [] where there are none.
 "abnormal_element": true where there is a QR code, a bar code, a mosaic or blur over a part, or a border, else false.
 "texts": a list of every other visible text, verbatim, never translated; [] where there is none."""
+
+
+def prompt_for(language: str = "English", caption: str = CAPTION) -> str:
+    """The question. language: of the caption; caption: what it should be."""
+    return _PROMPT % (language, caption)
+
+
+PROMPT = prompt_for()
 
 _LONGEST_CAPTION = 20_000
 _NAMES = {

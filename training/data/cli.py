@@ -113,19 +113,39 @@ def _print(result: Result, examples: Mapping[str, Sequence[str]] = {}) -> None:
     print(f"{result.kept:8} of {result.seen} kept")
 
 
-def annotate_command(recipe: Path, overrides: Sequence[str] | None, out: Path) -> None:
-    """Annotate a data set; OUT gets shards/, audit.parquet and answers.sqlite, from which a stopped run goes on."""
+def annotate_command(recipe: Path, overrides: Sequence[str] | None, out: Path, pilot: int | None = None) -> None:
+    """Annotate a data set; OUT gets shards/, audit.parquet and answers.sqlite, from which a stopped run goes on.
+
+    Args:
+        pilot: so many records alone, and pilot.html.
+
+    Raises:
+        RuntimeError: the endpoint failed for some pictures, which another run asks about again.
+    """
     from tqdm import tqdm
 
     from qwen_image_fast.files import claimed
 
     from .annotate import annotate
+    from .parts import plan
     from .recipe import read_annotate_recipe
 
     chosen = read_annotate_recipe(recipe, overrides or ())
-    with claimed(out), tqdm(unit="picture", smoothing=0.1) as bar:
-        result = annotate(chosen, out, progress=bar.update)
+    total = sum(part.count for part in plan(chosen.sources))
+    total = total if pilot is None else min(total, pilot)
+    with claimed(out), tqdm(unit="picture", total=total, smoothing=0.1) as bar:
+        result = annotate(chosen, out, progress=bar.update, pilot=pilot)
     for reason, count in result.rejected.items():
         print(f"{count:8} rejected: {reason}")
     print(f"{result.annotated:8} of {result.seen} annotated, {result.repaired} of them after a repair")
-    print(f"shards and audit.parquet are in {out}")
+    if result.beside or result.had_caption:
+        print(
+            f"{result.beside:8} captions are beside their pictures; {result.had_caption} pictures had one and keep it"
+        )
+    written = "shards and audit.parquet are" if pilot is None else "pilot.html is"
+    print(f"{written} in {out}")
+    if result.unanswered:
+        raise RuntimeError(
+            f"annotate: the endpoint failed for {result.unanswered} of {result.seen} pictures, which the result lacks; "
+            "run the same command again to ask for them"
+        )

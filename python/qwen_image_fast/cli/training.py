@@ -136,13 +136,16 @@ def annotate_records(
     recipe: Annotated[Path, typer.Argument(help="A YAML file with the fields of AnnotateRecipe in recipe.py.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes such as parallel=16.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.")] = Path("outputs/annotated"),
+    pilot: Annotated[
+        int | None, typer.Option(min=1, help="Ask about so many records alone, such as 20, and write OUT/pilot.html.")
+    ] = None,
 ) -> None:
     """Caption pictures by a vision-language model; a stopped run goes on with the same command."""
     with explained():
         err.print(f"{recipe}: loading what annotates", markup=False, soft_wrap=True)
         from qwen_image_fast.training.data.cli import annotate_command
 
-        annotate_command(recipe, overrides, out)
+        annotate_command(recipe, overrides, out, pilot)
 
 
 data.command("preview")(preview_samples)
