@@ -108,15 +108,18 @@ def test_the_records_are_searched_in_a_browser(filtered, monkeypatch):
         pytest.skip("there is no Chromium on this machine")
     monkeypatch.setattr(records_page, "ROWS", 5)
     write_records(filtered)
+    playwright.expect.set_options(timeout=120_000)
     with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = started.chromium.launch(
+            executable_path=chromium, args=["--headless", "--no-sandbox", "--disable-gpu"]
+        )
         page = browser.new_page()
         errors = []
-        page.on("pageerror", errors.append)
-        page.on("dialog", errors.append)
+        page.on("pageerror", lambda error: errors.append(error))
+        page.on("dialog", lambda dialog: errors.append(dialog))
         page.goto((filtered / "records.html").as_uri())
         state = page.locator("#state")
-        playwright.expect(state).to_have_text("12 of 12, page 1 of 1", timeout=60_000)
+        playwright.expect(state).to_have_text("12 of 12, page 1 of 1")
         page.fill("#text", "too dark")
         playwright.expect(state).to_have_text("1 of 12, page 1 of 1")
         assert "the picture is too dark" in page.inner_text("#rows")

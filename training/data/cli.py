@@ -131,10 +131,11 @@ def annotate_command(recipe: Path, overrides: Sequence[str] | None, out: Path, p
     from .recipe import read_annotate_recipe
 
     chosen = read_annotate_recipe(recipe, overrides or ())
-    total = sum(part.count for part in plan(chosen.sources))
-    total = total if pilot is None else min(total, pilot)
-    with claimed(out), tqdm(unit="picture", total=total, smoothing=0.1) as bar:
-        result = annotate(chosen, out, progress=bar.update, pilot=pilot)
+    with claimed(out):
+        total = sum(part.count for part in plan(chosen.sources))
+        total = total if pilot is None else min(total, pilot)
+        with tqdm(unit="picture", total=total, smoothing=0.1) as bar:
+            result = annotate(chosen, out, progress=bar.update, pilot=pilot)
     for reason, count in result.rejected.items():
         print(f"{count:8} rejected: {reason}")
     print(f"{result.annotated:8} of {result.seen} annotated, {result.repaired} of them after a repair")

@@ -64,7 +64,6 @@ class RayEngine:
         judged = parts.map_batches(
             _Judge, fn_constructor_args=(recipe, out, filters), batch_size=1, batch_format="numpy",
             concurrency=min(workers, len(rows)), num_cpus=self._recipe.cpus, num_gpus=self._recipe.gpus,
-            max_restarts=-1, max_task_retries=-1,
         )  # fmt: skip
         try:
             for row in judged.iter_rows():
