@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 GPU_PYTHON ?= 3.12
 
-.PHONY: demo lora-demo pipeline eval docs extras test lint matrix bench install dev clean cuda-compile gpu-check gpu-wheels gpu-status
+.PHONY: demo lora-demo pipeline eval docs extras test lint matrix bench install dev clean sdist wheels wheels-check cuda-compile gpu-check gpu-wheels gpu-status
 
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard cmake/*.cmake) \
   $(shell find csrc python training -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.py' -o -name '*.yaml' -o -path '*serving/page/*')
@@ -94,6 +94,17 @@ gpu-status:
 # The wheel with old and new versions of torch, transformers and diffusers; downloads some GB. docs/versions.md from it.
 matrix: $(VENV)/wheel/built
 	$(BIN)/python -m tests.matrix --wheel $(WHEEL)
+
+# In dist/ the source archive, and with it a wheel for every Python that is found; CUDA=1: with CUDA kernels (docs/install.md).
+sdist:
+	$(PYTHON) packaging/build_wheels.py --sdist
+
+wheels:
+	$(PYTHON) packaging/build_wheels.py $(if $(CUDA),--cuda)
+
+# Those wheels in clean environments, the table in docs/install.md from it; TORCH=cp311=torch==2.13.0: whole there.
+wheels-check:
+	$(PYTHON) -m tests.wheels $(if $(TORCH),--torch $(TORCH))
 
 bench: $(VENV)/dev
 	$(BIN)/python -m benchmarks.run

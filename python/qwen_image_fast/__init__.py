@@ -84,9 +84,19 @@ def __getattr__(name: str) -> "Any":
     if name not in _HOMES and name not in ("_C", "ops"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module("torch")  # first, so that our kernels find torch's OpenMP runtime loaded and share its threads
-    if name not in _HOMES:
-        return import_module(f"{__name__}.{name}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    try:
+        if name not in _HOMES:
+            return import_module(f"{__name__}.{name}")
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    except ImportError as error:
+        if "libgomp" not in str(error):
+            raise
+        raise ImportError(
+            "qwen_image_fast needs OpenMP's runtime libgomp.so.1, which neither torch nor this system has: install it "
+            "with `apt-get install libgomp1`, `dnf install libgomp`, or what this system has for it",
+            name=error.name,
+            path=error.path,
+        ) from error
     return value
 
 

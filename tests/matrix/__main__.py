@@ -104,10 +104,10 @@ def failures(results: dict[str, Any]) -> list[str]:
     return found
 
 
-def write_page(results: dict[str, Any]) -> None:
-    text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+def write_page(page: Path, begin: str, table: str) -> None:
+    """Put a table between the line `begin` and the next `END` of a page."""
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    page.write_text(f"{before}{begin}\n{table}\n{END}{rest.split(END, 1)[1]}", encoding="utf-8")
 
 
 def build_wheel() -> Path:
@@ -130,7 +130,7 @@ def main() -> None:
     if RESULTS.is_file():
         results = json.loads(RESULTS.read_text(encoding="utf-8"))
     if chosen.table:
-        write_page(results)
+        write_page(PAGE, BEGIN, table(results))
         return
     BUILD.mkdir(parents=True, exist_ok=True)
     wheel = (chosen.wheel or build_wheel()).resolve()
@@ -143,7 +143,7 @@ def main() -> None:
             "machine": f"{platform.system()} {platform.machine()}", "rows": {n: kept[n] for n in rows() if n in kept},
         }  # fmt: skip
         RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        write_page(results)
+        write_page(PAGE, BEGIN, table(results))
     bad = failures(results)
     print("\n".join(["failed:", *bad]) if bad else "every check passed")
     sys.exit(bool(bad))

@@ -1,0 +1,1 @@
+"""Wheels where they must run."""
