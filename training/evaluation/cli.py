@@ -1,4 +1,4 @@
-"""The commands `evaluate text`, `evaluate edit` and `evaluate tiny`."""
+"""The commands `evaluate text`, `evaluate edit`, `evaluate tiny` and `evaluate bench`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import typer
 
 from qwen_image_fast.files import claimed
 from qwen_image_fast.folders import local_folder
+from qwen_image_fast.training.evaluation.bench.cli import bench_command
 
 app = typer.Typer(help="Measure what a model can do.", no_args_is_help=True)
+app.command("bench")(bench_command)
 
 
 def _known(name: str) -> str:

@@ -1,0 +1,110 @@
+"""The command `evaluate bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwen_image_fast.folders import local_folder
+
+if TYPE_CHECKING:
+    from qwen_image_fast.training.evaluation.bench.judges import Judge
+    from qwen_image_fast.training.evaluation.bench.run import BenchRun
+
+NAMES = ("geneval", "geneval2", "dpg", "oneig", "tiif", "cvtg", "chinese-word", "long-text", "gedit", "imgedit")
+
+
+def bench_command(
+    name: Annotated[str, typer.Argument(help=f"of {', '.join(NAMES)}")],
+    model: Annotated[str, typer.Argument(help="diffusers-layout folder, hub name, or tiny")],
+    prompts: Annotated[Path, typer.Option(help="where the benchmark's files are; docs/evaluation.md says which")],
+    judge: Annotated[
+        str | None,
+        typer.Option(help="rapidocr, the address of an OpenAI-compatible endpoint, a folder with a vision-language "
+                          "model, or a file of detections; without it only pictures are made"),
+    ] = None,
+    judge_model: Annotated[str, typer.Option(help="the judge's name at the address, and beside the scores")] = "",
+    judge_key: Annotated[Path | None, typer.Option(help="file that holds the endpoint's key")] = None,
+    judge_timeout: Annotated[float, typer.Option(help="seconds until an answer must be here", min=1)] = 120.0,
+    parallel: Annotated[int, typer.Option(help="questions at a time", min=1)] = 4,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="folder; default outputs/bench-<name>")] = None,
+    language: Annotated[str, typer.Option(help="of the benchmark's sets: en or zh")] = "",
+    count: Annotated[int, typer.Option(help="only the first so many prompts; 0: all", min=0)] = 0,
+    pictures: Annotated[int, typer.Option(help="of each prompt; 0: as the benchmark has it", min=0)] = 0,
+    grids: Annotated[Path | None, typer.Option(help="folder of <id>.png, 2 x 2 pictures not to be drawn")] = None,
+    size: Annotated[int, typer.Option(help="height and width in pixels; edits have their source's", min=32)] = 1024,
+    steps: Annotated[int, typer.Option(help="denoising steps", min=1)] = 50,
+    guidance: Annotated[float, typer.Option(help="true_cfg_scale; 1: none")] = 4.0,
+    seed: Annotated[int, typer.Option(help="picture n of prompt i gets seed + i * pictures + n")] = 0,
+    batch: Annotated[int, typer.Option(help="pictures at a time", min=1)] = 1,
+) -> None:  # fmt: skip
+    """Draw a public benchmark's prompts, have them judged, and score: each stage goes on where it was stopped."""
+    if name not in NAMES:
+        raise typer.BadParameter(f"the benchmark must be one of {', '.join(NAMES)}, got {name}")
+    from qwen_image_fast.files import claimed
+    from qwen_image_fast.training.evaluation.bench.benchmarks import BENCHMARKS
+    from qwen_image_fast.training.evaluation.bench.judges import find_judge
+    from qwen_image_fast.training.evaluation.bench.run import BenchRun, digest
+    from qwen_image_fast.training.evaluation.page import markdown
+
+    typer.echo(f"{name}: reading the prompts", err=True)
+    benchmark = BENCHMARKS[name]
+    language = language or benchmark.languages[0]
+    if language not in benchmark.languages:
+        raise typer.BadParameter(f"--language must be {' or '.join(benchmark.languages)} for {name}, got {language}")
+    folder = out or Path(f"outputs/bench-{name}")
+    try:
+        who = None
+        if judge is not None:
+            who = find_judge(judge, judge_model, benchmark.judges, judge_key, judge_timeout)
+        items = benchmark.load(prompts.expanduser(), language, folder / "sources")
+        settings = {"model": model, "prompts": digest(items), "size": size, "steps": steps, "guidance": guidance,
+                    "seed": seed}  # fmt: skip
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    run = BenchRun(name, language, items[: count or None], pictures or benchmark.pictures, folder, settings)
+    with claimed(folder):
+        run.open()
+        _draw(run, model, grids, size, steps, guidance, seed, batch)
+        if who is None:
+            print(f"pictures are in {folder / 'pictures'}; run again with --judge to score them")
+            return
+        print(markdown(_judged(run, who, parallel)))
+    print(f"results.json and report.html are in {folder}")
+
+
+def _draw(
+    run: BenchRun, model: str, grids: Path | None, size: int, steps: int, guidance: float, seed: int, batch: int
+) -> None:
+    missing = len(run.missing())
+    if not missing:
+        return
+    if grids is not None:
+        run.cut(grids)
+        return
+    try:
+        local_folder(model)
+    except OSError as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"{model}: loading torch", err=True)
+    from tqdm import tqdm
+
+    from qwen_image_fast.training.evaluation.bench.drawing import drawn_by
+
+    draw = drawn_by(
+        model, run.items[0].source is not None, size, num_inference_steps=steps, true_cfg_scale=guidance,
+        negative_prompt=" " if guidance > 1 else None,
+    )  # fmt: skip
+    total = len(run.items) * run.pictures
+    with tqdm(total=total, initial=total - missing, unit="picture") as bar:
+        run.draw(draw, seed, batch, bar.update)
+
+
+def _judged(run: BenchRun, who: Judge, parallel: int) -> list[list[str]]:
+    from tqdm import tqdm
+
+    with tqdm(total=sum(1 for _ in run.questions()), unit="answer") as bar:
+        answers = run.judge(who, parallel, bar.update)
+    return run.score(who.name, answers)

@@ -1,0 +1,158 @@
+"""Who judges: a vision-language model by an endpoint or in this process, a reader of text, or a file of detections."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from qwen_image_fast.chat import Chat, ChatEndpoint, LocalChat
+from qwen_image_fast.training.evaluation.bench.answers import JudgeCall
+from qwen_image_fast.training.evaluation.bench.items import Question
+
+READER = "rapidocr"
+_LONGEST = 2048  # tokens of an answer
+_KINDS = {"chat": "a chat model", "reader": "a reader of texts", "detections": "a file of detections"}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A judge with the name that stands beside its scores. kind: chat, reader or detections."""
+
+    name: str
+    kind: str
+    ask: JudgeCall
+
+
+def find_judge(
+    given: str, model: str, kinds: Sequence[str], key_file: Path | None = None, timeout: float = 120.0
+) -> Judge:
+    """`rapidocr`, an endpoint's address with a model's name there, a folder with a chat model, or a file of detections.
+
+    Args:
+        model: the name beside the scores; of a folder or a file its own, where it is empty.
+        kinds: of judges that the benchmark knows. key_file: holds the endpoint's key.
+
+    Raises:
+        ValueError: it is none of them, or of another kind, or something is missing.
+    """
+    path = Path(given).expanduser()
+    address = given.startswith(("http://", "https://"))
+    kind = "reader" if given == READER else "chat" if address or path.is_dir() else "detections"
+    if kind == "detections" and not path.is_file():
+        raise ValueError(
+            f"evaluate bench: --judge must be {READER}, an address, a folder with a chat model, or a file of "
+            f"detections, got {given}"
+        )
+    if kind not in kinds:
+        allowed = " or ".join(_KINDS[one] for one in kinds)
+        raise ValueError(f"evaluate bench: --judge must be {allowed}, got {_KINDS[kind]}")
+    if key_file is not None and not address:
+        raise ValueError(f"evaluate bench: --judge-key must be given with an address alone, got {given}")
+    if kind == "reader":
+        return Judge("RapidOCR", kind, read_by_ocr())
+    if kind == "detections":
+        return Judge(model or path.name, kind, found_in(path))
+    if not address:
+        return Judge(model or path.resolve().name, kind, _in_this_process(path))
+    if not model:
+        raise ValueError("evaluate bench: --judge-model must be given with an address, its name stands by every score")
+    key = None
+    if key_file is not None:
+        try:
+            key = key_file.expanduser().read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise ValueError(f"evaluate bench: --judge-key must be a file that holds it, got {key_file}") from error
+    options = {"temperature": 0, "max_tokens": _LONGEST}
+    return Judge(
+        model, kind, seen_by(ChatEndpoint(given, model, api_key=key, timeout=timeout, options=options, who="judge"))
+    )
+
+
+def seen_by(chat: Chat) -> JudgeCall:
+    """A judge that is shown the pictures of a question."""
+
+    def ask(question: Question) -> str:
+        pictures = []
+        for path in question.pictures:
+            with Image.open(path) as image:
+                pictures.append(image.convert("RGB"))
+        return chat(question.system, question.prompt, pictures)
+
+    return ask
+
+
+def read_by_ocr() -> JudgeCall:
+    """RapidOCR: whatever is asked, the lines in the last picture of a question, from top to bottom."""
+    from qwen_image_fast.training.evaluation.ocr import Reader
+
+    reader, one_at_a_time = Reader(), threading.Lock()
+
+    def ask(question: Question) -> str:
+        with Image.open(question.pictures[-1]) as image, one_at_a_time:
+            return "\n".join(line.text for line in reader.read(np.asarray(image.convert("RGB"))))
+
+    return ask
+
+
+def found_in(path: Path) -> JudgeCall:
+    """A file of JSON lines {"picture": "<stem of its file>", "objects": [...]}, as a detector left them.
+
+    Raises:
+        ValueError: the file is none; when asked, of a picture that it does not have.
+    """
+    records: dict[str, Any] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            records[record["picture"]] = record["objects"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'evaluate bench: line {number} of {path} must be JSON with "picture" and "objects"'
+            ) from error
+
+    def ask(question: Question) -> str:
+        stem = question.pictures[-1].stem
+        if stem not in records:
+            raise LookupError(f"evaluate bench: {path} has no detections of {stem}")
+        return json.dumps(records[stem])
+
+    return ask
+
+
+def _in_this_process(path: Path) -> JudgeCall:
+    """A model of transformers, read when it is first asked: until then the memory is the model's that draws."""
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"evaluate bench: --judge must be a folder with a vision-language model, {path} has no config.json"
+        )
+    loaded: list[Chat] = []
+    one_at_a_time = threading.Lock()
+
+    def ask(system: str, prompt: str, pictures: Sequence[Image.Image] = ()) -> str:
+        with one_at_a_time:
+            if not loaded:
+                loaded.append(_read_model(path))
+            return loaded[0](system, prompt, pictures)
+
+    return seen_by(ask)
+
+
+def _read_model(path: Path) -> Chat:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"evaluate bench: there is no vision-language model of transformers in {path}: {error}"
+        ) from error
+    options = {"do_sample": False, "max_new_tokens": _LONGEST}
+    return LocalChat(model, processor.tokenizer, processor, options=options, who="judge")
