@@ -9,8 +9,9 @@ if(QIF_GLIBC)
   set(OLD_GLIBC csrc/old_glibc.cpp)
   if(QIF_CUDA_FOUND)
     list(APPEND OLD_GLIBC csrc/old_glibc_cuda.cpp)
-    # Where they were before; empty since.
-    target_link_options(_C PRIVATE LINKER:--push-state,--no-as-needed -ldl -lpthread -lrt LINKER:--pop-state)
+    # Where they were before, named by their files: what is linked as -lrt is an archive since.
+    target_link_options(_C PRIVATE LINKER:--push-state,--no-as-needed -l:libdl.so.2 -l:libpthread.so.0 -l:librt.so.1
+                        LINKER:--pop-state)
   endif()
   add_library(old_glibc OBJECT ${OLD_GLIBC})
   foreach(file ${OLD_GLIBC})

@@ -9,7 +9,9 @@ OLDEST(exp)
 #define QIF_OWN extern "C" __attribute__((visibility("hidden")))
 
 // libstdc++'s headers read it before they count references; false is always right.
-QIF_OWN char __libc_single_threaded = 0;
+extern "C" {
+__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+}
 
 // What GCC 11 added to libstdc++ and its headers call, by what GCC 8's has, under their mangled names:
 // std::__throw_bad_array_new_length(), and of std::exception_ptr, which holds one pointer, _M_addref() and
