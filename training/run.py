@@ -40,11 +40,14 @@ from qwen_image_fast.training.recipe.names import (
     described,
     find_recipe,
 )
+from qwen_image_fast.training.recipe.post import PostRecipe
 from qwen_image_fast.training.recipe.vae import VaeRecipe
+from qwen_image_fast.training.rollout.prompts import check_collecting
 from qwen_image_fast.training.sources.sample import Source
 from qwen_image_fast.training.sources.survey import said_of, sources_of
 from qwen_image_fast.training.tasks.device import pick_device, pick_dtype
 from qwen_image_fast.training.tasks.flow import FlowTask
+from qwen_image_fast.training.tasks.post import PostTask
 from qwen_image_fast.training.tasks.task import Task
 from qwen_image_fast.training.tasks.vae import VaeTask
 from qwen_image_fast.training.terminal import Terminal
@@ -77,7 +80,11 @@ def make_task(
             f"memory about {needed}, of {gigabytes(available(device))} that are free")  # fmt: skip
         left += [needed.under(limit).weights] if (limit := stage.recipe.model.memory) else []
     assert isinstance(recipe, FlowRecipe)
-    return FlowTask(recipe, folder, source, run, sources=sources, memory_limit=min(left, default=None))
+    for stage in run.stages:
+        if isinstance(stage.recipe, PostRecipe):
+            check_collecting(stage.recipe, folder)
+    kind = PostTask if any(isinstance(stage.recipe, PostRecipe) for stage in run.stages) else FlowTask
+    return kind(recipe, folder, source, run, sources=sources, memory_limit=min(left, default=None))
 
 
 def _to_stderr(sentence: str) -> None:
@@ -134,6 +141,8 @@ def _train(run: Curriculum, folder: Path, source: Source | None, options: dict[s
         return trainer
     check_torch()
     for stage in run.stages:
+        if isinstance(stage.recipe, PostRecipe):
+            raise RecipeError(f"recipe: kind {stage.recipe.kind} must be run by one process, not under torchrun")
         if stage.recipe.parallel != first.parallel:
             raise RecipeError(f"recipe: parallel must be the same in all stages, it differs in {stage.name}")
         check_recipe_parallel(stage.recipe, sizes, transformer_config(first)["num_attention_heads"])

@@ -93,6 +93,12 @@ class Terminal:
             left = self.left()
             self.say(f"step {self.done}  {text}" + (f"  {clock(left)} left" if left else ""))
 
+    def doing(self, what: str) -> None:
+        """What goes on between two updates and takes a while."""
+        self.progress.update(self.bar, line=what)
+        if self.progress.disable and time.monotonic() - self.said > SECONDS:
+            self.say(f"step {self.done}  {what}")
+
     def say(self, sentence: str) -> None:
         self.said = time.monotonic()
         self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)

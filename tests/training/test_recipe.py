@@ -49,7 +49,7 @@ def test_kind_chooses_the_dataclass():
         ({"optimizer": {"lrr": 1}}, "there is no field optimizer.lrr; did you mean optimizer.lr?"),
         ({"optimiser": {}}, "there is no field optimiser; did you mean optimizer?"),
         ({"zzz": 1}, "there is no field zzz; fields: kind, "),
-        ({"kind": "gan"}, "kind must be one of flow, vae, got 'gan'"),
+        ({"kind": "gan"}, "kind must be one of flow, vae, sft, dpo, grpo, nft, awm, got 'gan'"),
         ({"steps": "many"}, "steps must be int, got 'many'"),
         ({"steps": True}, "steps must be int, got True"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
@@ -79,7 +79,9 @@ def test_bad_overrides_and_files(tmp_path):
         read_recipe(path, ["steps"])
     with pytest.raises(RecipeError, match="steps has a value of its own"):
         read_recipe(path, ["steps.more=1"])
-    with pytest.raises(RecipeError, match="there is no file nothing; shipped recipes: edit-lora, lora, cur"):
+    with pytest.raises(
+        RecipeError, match="there is no file nothing; shipped recipes: awm, dpo, edit-lora, grpo, lora, nft, sft, cur"
+    ):
         find_recipe("nothing")
 
 

@@ -280,14 +280,14 @@ def masked(sample: Sample, images: Sequence[np.ndarray], data: DataRecipe) -> np
 
 
 class StagedBatches:
-    """Makes the micro-batches of a whole run: each by its stage's maker."""
+    """Makes the micro-batches of a whole run: each by its stage's maker, which has `batch` and `use`."""
 
-    def __init__(self, run: Curriculum, makers: Sequence[FlowBatches]):
+    def __init__(self, run: Curriculum, makers: Sequence[Any]):
         self.run, self.makers = run, list(makers)
 
     def use(self, changes: Sequence[Change]) -> None:
         for maker in self.makers:
             maker.use(changes)
 
-    def batch(self, step: int, micro: int) -> Batch:
+    def batch(self, step: int, micro: int) -> Any:
         return self.makers[self.run.number(step)].batch(step, micro)

@@ -1,7 +1,8 @@
 """Training checkpoints: weights, averages and optimiser states as safetensors, the rest as JSON; never a pickle.
 
-    checkpoints/step-00000100/state.safetensors     weights/<name>, ema/<name>, optimizer/<name>/<state>, all float32
-    checkpoints/step-00000100/trainer.json          step, recipe, updates of the average
+    checkpoints/step-00000100/state.safetensors     weights/<name>, ema/<name>, optimizer/<name>/<state>, all float32;
+                                                    task/<name>: what a task has collected, and copies of the weights
+    checkpoints/step-00000100/trainer.json          step, recipe, updates of the average; what else a task remembers
 
 A checkpoint is written into a hidden folder, flushed to the disk and then renamed, so a folder `step-*` is complete. An
 older one is removed only when a newer one is in place. Only what trains is stored: the frozen weights are those of the
@@ -16,7 +17,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 @dataclass
 class Checkpoint:
-    """What a run needs to go on. step: updates made."""
+    """What a run needs to go on. step: updates made. task, collected: what a task has to remember (`Collects`)."""
 
     step: int
     recipe: dict[str, Any]
@@ -41,6 +42,8 @@ class Checkpoint:
     weights: dict[str, Tensor]
     ema: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    task: dict[str, Tensor] = field(default_factory=dict)
+    collected: dict[str, Any] = field(default_factory=dict)
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -55,6 +58,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     tensors = {f"weights/{n}": t for n, t in checkpoint.weights.items()}
     tensors |= {f"ema/{n}": t for n, t in checkpoint.ema.items()}
     tensors |= {f"optimizer/{n}": t for n, t in checkpoint.optimizer.items()}
+    tensors |= {f"task/{n}": t.clone() for n, t in checkpoint.task.items()}  # some are parts of one tensor
     try:
         with explained(folder, checkpoint.step):
             save_state(
@@ -74,6 +78,8 @@ def publish(building: Path, folder: Path, checkpoint: Checkpoint, keep: int) -> 
     """Put a written checkpoint in its place, with what is not tensors; then remove all but the newest `keep`."""
     final = path_of(folder, checkpoint.step)
     record = {"step": checkpoint.step, "recipe": checkpoint.recipe, "ema_updates": checkpoint.ema_updates}
+    if checkpoint.collected:
+        record["task"] = checkpoint.collected
     atomic_write(building / RECORD, lambda file: file.write(json_bytes(record)))
     _flush(building)
     if final.exists():  # the same step again, after a resume from an earlier one
@@ -133,11 +139,13 @@ def load(path: Path) -> Checkpoint:
             tensors = load_file(path / f"{STATE}.safetensors")
     except Exception as error:
         raise ValueError(f"resume: {path} is damaged ({error}); remove it to resume from the one before") from error
-    groups: dict[str, dict[str, Tensor]] = {"weights": {}, "ema": {}, "optimizer": {}}
+    groups: dict[str, dict[str, Tensor]] = {"weights": {}, "ema": {}, "optimizer": {}, "task": {}}
     for full, tensor in tensors.items():
         group, _, name = full.partition("/")
         groups[group][name] = tensor
-    return Checkpoint(record["step"], record["recipe"], record["ema_updates"], **groups)
+    return Checkpoint(
+        record["step"], record["recipe"], record["ema_updates"], **groups, collected=record.get("task", {})
+    )
 
 
 def in_parts(path: Path) -> bool:

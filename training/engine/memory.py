@@ -20,6 +20,7 @@ from qwen_image_fast.training.recipe.data import DataRecipe
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.flow import FlowRecipe, LoraRecipe
 from qwen_image_fast.training.recipe.names import model_folder
+from qwen_image_fast.training.recipe.post import PostRecipe
 
 # Values that a block keeps for its backward pass, for each token and in units of the width: the inputs of both
 # normalisations and their outputs, q, k and v before and after their norm and rotation, the attention's output, both
@@ -140,6 +141,8 @@ def check_recipe(recipe: FlowRecipe, device: torch.device, dtype: torch.dtype) -
     else:
         learns = others if recipe.model.train_text_encoder else 0
         frozen, trained = others - learns, own + learns
+    if isinstance(recipe, PostRecipe):  # the reference, the old policy
+        frozen += len(recipe.policies) * trained
     tokens = tokens_of_batch(recipe, references_of(recipe.data))
     needed = estimate(recipe, transformer.config, frozen, trained, dtype, tokens)
     if recipe.model.precision:

@@ -24,6 +24,7 @@ from qwen_image_fast import reference
 from qwen_image_fast.checkpoint import read_json
 from qwen_image_fast.training.batches.mixture import Watched
 from qwen_image_fast.training.engine import checkpoint as checkpoints
+from qwen_image_fast.training.engine.collecting import TrainingStopped, collect
 from qwen_image_fast.training.engine.ema import EMA
 from qwen_image_fast.training.engine.interrupts import Interrupted, Interrupts
 from qwen_image_fast.training.engine.meter import Meter
@@ -38,15 +39,11 @@ from qwen_image_fast.training.recipe.fields import RecipeError, differences
 from qwen_image_fast.training.recipe.names import check_unused
 from qwen_image_fast.training.recipe.run import RunRecipe
 from qwen_image_fast.training.tasks.flops import peak_flops
-from qwen_image_fast.training.tasks.task import Task
+from qwen_image_fast.training.tasks.task import Collects, Task
 from qwen_image_fast.training.terminal import Terminal
 
 if TYPE_CHECKING:  # imported where several processes run: torch must be newer for them than for one
     from qwen_image_fast.training.parallel.checkpoints import Writer
-
-
-class TrainingStopped(RuntimeError):
-    """The loss or a gradient is not finite: which batch, and what is left to go on from."""
 
 
 class Trainer:
@@ -129,6 +126,8 @@ class Trainer:
         if stage := self.run_of.number(max(state.step - 1, 0)):
             self._enter(stage, Carry(optimizer=False))
         self.optimizer.load_state(state.optimizer)
+        if isinstance(self.task, Collects):
+            self.task.load_state(state.task, state.collected)
         self.ema.updates, self.step = state.ema_updates, state.step
 
     def _blank(self, path: Path) -> checkpoints.Checkpoint:
@@ -156,9 +155,10 @@ class Trainer:
         return [self._save(), *([used] if used else [])]
 
     def _save(self) -> Path:
+        task, collected = self.task.state() if isinstance(self.task, Collects) else ({}, {})
         state = checkpoints.Checkpoint(
             self.step, self.run_of.described(), self.ema.updates, dict(self.optimizer.masters), self.ema.average,
-            self.optimizer.state(),
+            self.optimizer.state(), task, collected,
         )  # fmt: skip
         if self.writer is not None:
             self.writer.save(state, self.parameters)
@@ -222,6 +222,7 @@ class Trainer:
                 log.say(f"stage {stage}, {self.run_of.stages[stage].name}, begins after step {self.step}")
             recipe = self.recipe
             meter.waited += waited
+            collect(self.task, batches, self.step, log, terminal, self._kept)
             losses = self.train_step(batches)
             rejected = [sample for batch in batches for sample in batch.rejected]
             if self.parallel is not None and losses["rejected"]:
@@ -255,6 +256,12 @@ class Trainer:
             terminal.pause(spent)
         if self.writer is not None:
             self.writer.finish()
+
+    def _kept(self) -> str:
+        """Where the newest checkpoint is, of this very step."""
+        if checkpoints.latest(self.checkpoint_folder) != checkpoints.path_of(self.checkpoint_folder, self.step):
+            self.save()
+        return self.last_checkpoint()
 
     def _asked(self) -> int:
         """The signal that asks for an end; of several ranks, where all of them know of one since their last update."""
@@ -296,7 +303,8 @@ class Trainer:
         total: float | Tensor = 0.0
         # Every micro-batch of every rank has as many samples.
         parts = len(batches) * (self.parallel.sizes.dp if self.parallel else 1)
-        tokens, flops, extra, seen = 0, 0.0, {}, []
+        tokens, flops, seen = 0, 0.0, []
+        extra: dict[str, float] = {}
         levels: list[float] = []
         for batch in batches:
             losses = self.task.loss(batch)
@@ -304,7 +312,8 @@ class Trainer:
             self.optimizer.accumulate()
             tokens += losses.tokens
             flops += losses.flops
-            extra = losses.extra
+            for name, value in losses.extra.items():
+                extra[name] = extra.get(name, 0.0) + value / len(batches)
             seen.append(losses.per_sample.detach())
             levels += losses.levels
             total = total + losses.total.detach() / parts

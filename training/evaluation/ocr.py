@@ -28,13 +28,14 @@ class Reader:
     """Finds and reads lines of English and Chinese.
 
     Args:
-        threads: of the inference engine.
+        threads: of the inference engine. side: pixels to which the shorter side is enlarged before text is looked for;
+            0: what the detector was made with, 736. turned: whether lines that stand upside down are looked for.
 
     Raises:
         ImportError: rapidocr or onnxruntime is not installed.
     """
 
-    def __init__(self, threads: int = 1):
+    def __init__(self, threads: int = 1, side: int = 0, turned: bool = True):
         with needed_for("reading text"):
             import onnxruntime  # noqa: F401  rapidocr imports it only when it reads
             from rapidocr import RapidOCR
@@ -45,6 +46,8 @@ class Reader:
                 "Global.log_level": "error",
                 f"{engine}.intra_op_num_threads": threads,
                 f"{engine}.inter_op_num_threads": 1,
+                "Global.use_cls": turned,
+                **({"Det.limit_side_len": side} if side else {}),
             }
         )
 

@@ -1,8 +1,9 @@
 """A run of several stages in one process: a recipe with a list `stages`.
 
 Every field at the top of the file holds in all stages, and a field of a stage in that one. A stage has further a name
-and `carry`. Model, seed and device are those of the whole run. What a stage begins with: the weights of the one before
-always, the optimiser's state and the average as `carry` says. The learning rate's schedule begins anew in each.
+and `carry`, and may be of another kind than the others: flow, then dpo, then grpo is one run. Model, seed and device
+are those of the whole run. What a stage begins with: the weights of the one before always, the optimiser's state and
+the average as `carry` says. The learning rate's schedule begins anew in each.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any
 
 from qwen_image_fast.training.recipe.fields import RecipeError, convert, merged
 from qwen_image_fast.training.recipe.fitted import read_fitted
-from qwen_image_fast.training.recipe.read import KINDS, build
+from qwen_image_fast.training.recipe.flow import FlowRecipe
+from qwen_image_fast.training.recipe.kinds import KINDS
+from qwen_image_fast.training.recipe.read import build
 from qwen_image_fast.training.recipe.run import RunRecipe
 
 # One for the run, so not a stage's own.
@@ -130,10 +133,12 @@ def _stage(common: dict[str, Any], own: Any, number: int, first: int) -> Stage:
     own = dict(own)
     carry = convert(own.pop("carry", {}), Carry, "carry")
     name = str(own.pop("name", f"stage {number}"))
+    kinds = [KINDS.get(str(name), RunRecipe) for name in (common.get("kind", "flow"), own.get("kind", "flow"))]
+    shared = all(issubclass(kind, FlowRecipe) for kind in kinds)  # flow, and what comes after it
     for field_name in _OF_THE_RUN:
-        if field_name in own:
+        if field_name in own and not (field_name == "kind" and shared):
             raise RecipeError(f"recipe: {field_name} must stand above the stages: it is one for the whole run")
-    kind = KINDS.get(common.get("kind", "flow"), RunRecipe)
+    kind = KINDS.get(own.get("kind", common.get("kind", "flow")), RunRecipe)
     return Stage(name, build(merged(common, own, kind) | {"name": name}), carry, first)
 
 

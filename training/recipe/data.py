@@ -16,6 +16,10 @@ UNNAMED = (
     "recipe: no data are named: give --images, a folder of pictures with captions, --pairs, a folder of pictures "
     "before and after, or data.source: also a table, shards, synthesis or squares"
 )
+UNNAMED_PROMPTS = (
+    "recipe: nothing to draw is named: give rollout.prompts, a file with a prompt a line, or data.source, whose "
+    "captions are drawn; or --pairs, a file of pairs of pictures, for dpo and sft"
+)
 
 
 # Width to height of the report's nine shapes (arXiv 2508.02324, section 4.2).

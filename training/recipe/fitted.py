@@ -11,6 +11,7 @@ from qwen_image_fast.folders import local_folder
 from qwen_image_fast.model_defaults import generation_of, model_class
 from qwen_image_fast.training.recipe.fields import merged, overridden, read_tree
 from qwen_image_fast.training.recipe.flow import NEW, FlowRecipe
+from qwen_image_fast.training.recipe.kinds import KINDS
 
 SMALL = "small"  # a group of a recipe's file: what stands in it holds, instead, for small models
 SMALL_AREA = 256 * 256  # pixels of a small model's pictures at most
@@ -29,11 +30,11 @@ def read_fitted(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     if isinstance(name, str) and name not in ("", NEW):
         size = picture_size(name)
         if size is not None:
-            tree = merged(tree, small, FlowRecipe)
+            tree = merged(tree, small, KINDS.get(str(tree.get("kind", "flow")), FlowRecipe))
     elif name == NEW or model.get("train_text_encoder", True):
         return overridden(tree, overrides)  # a model from nothing, whose pictures are what it is shown
     data, said = tree.get("data") or {}, asked.get("data") or {}
-    if tree.get("kind", "flow") == "flow" and not ({"buckets", "sides"} & set(said)):
+    if tree.get("kind", "flow") != "vae" and not ({"buckets", "sides"} & set(said)):
         tree["data"] = {**data, "buckets": [list(size)] if size else LARGE}
     return overridden(tree, overrides)
 

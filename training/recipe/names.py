@@ -9,9 +9,10 @@ from pathlib import Path
 
 from qwen_image_fast.folders import local_folder, nearest, nearest_file, resolve_folder
 from qwen_image_fast.training.recipe.curriculum import Curriculum
-from qwen_image_fast.training.recipe.data import DRAWN, UNNAMED
+from qwen_image_fast.training.recipe.data import DRAWN, UNNAMED, UNNAMED_PROMPTS
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.flow import NEW, FlowRecipe
+from qwen_image_fast.training.recipe.post import PostRecipe
 from qwen_image_fast.training.recipe.vae import VaeRecipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -109,11 +110,17 @@ def check_data(run: Curriculum) -> None:
     """RecipeError where data are named that are not there."""
     for stage in run.stages:
         data = stage.recipe.data
+        if isinstance(stage.recipe, PostRecipe):
+            for field, name in (("pairs", stage.recipe.pairs), ("rollout.prompts", stage.recipe.rollout.prompts)):
+                if name and not Path(name).expanduser().is_file():
+                    raise RecipeError(f"recipe: {field}: there is no file {name}{nearest_file(name)}")
+        if not stage.recipe.names_data:
+            continue
         if data.cache and not Path(data.cache).expanduser().is_dir():
             raise RecipeError(f"recipe: data.cache: there is no folder {data.cache}{nearest_file(data.cache)}")
         for part in data.parts:
             if not part.source and not data.cache:
-                raise RecipeError(UNNAMED)
+                raise RecipeError(UNNAMED_PROMPTS if isinstance(stage.recipe, PostRecipe) else UNNAMED)
             here = part.source in DRAWN or part.source.startswith("hub:") or Path(part.source).expanduser().exists()
             if part.source and not here:
                 near = nearest(part.source, DRAWN) or nearest_file(part.source)

@@ -8,11 +8,8 @@ from typing import Any
 
 from qwen_image_fast.training.recipe.fields import RecipeError, convert
 from qwen_image_fast.training.recipe.fitted import read_fitted
-from qwen_image_fast.training.recipe.flow import FlowRecipe
+from qwen_image_fast.training.recipe.kinds import KINDS
 from qwen_image_fast.training.recipe.run import RunRecipe
-from qwen_image_fast.training.recipe.vae import VaeRecipe
-
-KINDS: dict[str, type[RunRecipe]] = {"flow": FlowRecipe, "vae": VaeRecipe}
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunRecipe:

@@ -144,9 +144,10 @@ class ParallelRecipe:
 class RunRecipe:
     """What every run has.
 
-    kind: flow, the transformer, or vae. name: of the run, in what it says. seed: of everything that is drawn. steps:
-    updates. batch: samples of a micro-batch. accumulate: micro-batches of a step. device: cpu, cuda, cuda:1 or auto.
-    reference_ops: run the PyTorch references of the fused ops, on a device that has no kernels.
+    kind: flow, the transformer; vae; or what comes after training: sft, dpo, grpo, nft, awm. name: of the run, in what
+    it says. seed: of everything that is drawn. steps: updates. batch: samples of a micro-batch. accumulate:
+    micro-batches of a step. device: cpu, cuda, cuda:1 or auto. reference_ops: run the PyTorch references of the fused
+    ops, on a device that has no kernels.
     """
 
     kind: str = "flow"
@@ -163,6 +164,11 @@ class RunRecipe:
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     parallel: ParallelRecipe = field(default_factory=ParallelRecipe)
     log: LogRecipe = field(default_factory=LogRecipe)
+
+    @property
+    def names_data(self) -> bool:
+        """Whether `data` must name a source."""
+        return True
 
     def check(self) -> None:
         """Everything that can be known before a model is loaded; RecipeError with one sentence."""

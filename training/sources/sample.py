@@ -8,13 +8,16 @@ from typing import Protocol
 
 import numpy as np
 
+from qwen_image_fast.training.synthesis.sample import EditSample
+from qwen_image_fast.training.synthesis.sample import Sample as DrawnSample
+
 
 @dataclass
 class Sample:
     """image: uint8 [H, W, 3]. caption: describes it, or says how it comes from `references`, 0..N images.
 
     origin: which file or record it is; empty where it was drawn. mask: uint8 [H, W], 255 where the loss counts and
-    0 where it does not; None: everywhere.
+    0 where it does not; None: everywhere. drawn: what the synthesis knows of it, where it was drawn by that.
     """
 
     image: np.ndarray
@@ -22,6 +25,7 @@ class Sample:
     references: Sequence[np.ndarray] = ()
     origin: str = ""
     mask: np.ndarray | None = None
+    drawn: DrawnSample | EditSample | None = None
 
 
 class Source(Protocol):

@@ -18,7 +18,7 @@ def sources_of(run: Curriculum) -> dict[str, Source]:
     first = run.stages[0].recipe.data
     if first.cache and first.source == DataRecipe.source:
         return {}
-    return make_sources([part for stage in run.stages for part in stage.recipe.data.parts])
+    return make_sources([p for stage in run.stages if stage.recipe.names_data for p in stage.recipe.data.parts])
 
 
 def said_of(run: Curriculum, sources: dict[str, Source], folder: Path) -> Iterator[str]:

@@ -30,11 +30,11 @@ class Synthesis:
 
     def sample(self, seed: int, index: int) -> Sample:
         made = _drawn(make, self.recipe, seed, index)
-        return Sample(made.image, made.caption)
+        return Sample(made.image, made.caption, drawn=made)
 
     def edit(self, seed: int, index: int) -> Sample:
         made = _drawn(make_edit, self.recipe, seed, index)
-        return Sample(made.target, made.instruction, (made.source,))
+        return Sample(made.target, made.instruction, (made.source,), drawn=made)
 
 
 def _drawn(draw: Callable[[SynthesisRecipe, int, int], Made], recipe: SynthesisRecipe, seed: int, index: int) -> Made:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 from qwen_image_fast.checkpoint import find_weights, save_state
 from qwen_image_fast.folders import SHIPPED
 from qwen_image_fast.model_defaults import GENERATION_FILE
-from qwen_image_fast.models.packing import pack
-from qwen_image_fast.models.rope import ImageShape
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
 from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
@@ -41,27 +38,7 @@ from qwen_image_fast.training.tasks.flops import step_flops
 from qwen_image_fast.training.tasks.flow_samples import samples, sampling
 from qwen_image_fast.training.tasks.task import Drawn, Losses
 from qwen_image_fast.training.trainable import choose_trainable
-
-
-@dataclass
-class FlowSample:
-    """One sample in latent space.
-
-    Attributes:
-        target: x0, [tokens, channels], packed and normalised latents of the image.
-        shape: its (frames, height, width) in tokens.
-        noise: eps, like `target`. sigma: noise level in [0, 1].
-        references, reference_shapes: the latents of 0..N reference images and their shapes.
-        weights: float32 [tokens], what each counts in its loss, not all 0; None: all alike.
-    """
-
-    target: Tensor
-    shape: ImageShape
-    noise: Tensor
-    sigma: float
-    references: Sequence[Tensor] = ()
-    reference_shapes: Sequence[ImageShape] = ()
-    weights: Tensor | None = None
+from qwen_image_fast.training.velocity import FlowSample, forward, packed
 
 
 def flow_losses(
@@ -82,41 +59,19 @@ def flow_losses(
     Returns:
         float32 [samples]. The interpolation and the loss are computed in float32.
     """
-    weight, config = transformer.proj_out.weight, transformer.config
     lengths = [len(s.target) for s in samples]
-    sigma = torch.tensor([s.sigma for s in samples], dtype=torch.float32, device=weight.device)
+    sigma = torch.tensor([s.sigma for s in samples], dtype=torch.float32, device=transformer.proj_out.weight.device)
     x0 = torch.cat([s.target for s in samples]).float()
     eps = torch.cat([s.noise for s in samples]).float()
-    rows = sigma.repeat_interleave(torch.tensor(lengths, device=weight.device), output_size=len(x0))[:, None]
+    rows = sigma.repeat_interleave(torch.tensor(lengths, device=sigma.device), output_size=len(x0))[:, None]
     noisy = (1 - rows) * x0 + rows * eps
-
-    pieces, kept, start = [], [], 0
-    for sample, target in zip(samples, noisy.split(lengths)):
-        pieces += [target, *(r.to(noisy) for r in sample.references)]
-        kept.append(torch.arange(start, start + len(target)))
-        start += len(target) + sum(len(r) for r in sample.references)
-    layout = pack(
-        tuple((s.shape, *s.reference_shapes) for s in samples),
-        [len(t) for t in texts],
-        axes_dim=config.axes_dims_rope,
-        layer3d=config.use_layer3d_rope,
-        zero_cond_t=config.zero_cond_t,
-        device=weight.device,
-    )
-    states, img = torch.cat(list(texts)).to(weight.dtype), torch.cat(pieces).to(weight.dtype)
+    given = packed(transformer, samples, noisy.split(lengths), texts)
     if parallel is not None and parallel.sizes.cp > 1:
-        layout, img_rows, txt_rows = split_layout(layout, parallel.cp_rank, parallel.sizes.cp, parallel.cp_group)
-        modulation = transformer.sample_modulation(sigma)
-        out = transformer.forward_packed(img[img_rows], transformer.embed_text(states[txt_rows]), layout, modulation)
-        return _own_losses(out, eps - x0, torch.cat(kept), samples, img_rows)
-    txt = transformer.embed_text(states)
-    # What is read when it is used has no gradients, and learns nothing.
-    with torch.set_grad_enabled(torch.is_grad_enabled() and transformer.streamed is None):
-        modulation = transformer.sample_modulation(sigma)
-    out = transformer.forward_packed(img, txt, layout, modulation)
-    if len(out) != len(x0):
-        out = out[torch.cat(kept).to(weight.device)]
-    errors = (out.float() - (eps - x0)).square()
+        layout, img_rows, txt_rows = split_layout(given.layout, parallel.cp_rank, parallel.sizes.cp, parallel.cp_group)
+        modulation, txt = transformer.sample_modulation(sigma), transformer.embed_text(given.states[txt_rows])
+        out = transformer.forward_packed(given.img[img_rows], txt, layout, modulation)
+        return _own_losses(out, eps - x0, given.kept, samples, img_rows)
+    errors = (forward(transformer, given).float() - (eps - x0)).square()
     if any(s.weights is not None for s in samples):
         errors = errors * _scaled_weights(samples, errors.device)[:, None]
     if len(set(lengths)) == 1:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qwen_image_fast.training.producer.backend import BatchMaker
+
+
+class StopRun(RuntimeError):
+    """A sentence about why a run must not go on."""
 
 
 @dataclass
@@ -66,3 +70,24 @@ class Task(Protocol):
 
     def export(self, folder: Path) -> None:
         """Write what was trained in the layout in which it is used; the modules hold the averaged weights."""
+
+
+@runtime_checkable
+class Collects(Protocol):
+    """A task that makes what it learns from with the weights as they are, and so has more to remember than they."""
+
+    def collect(self, batches: Sequence[Any], doing: Callable[[str], Any]) -> dict[str, float]:
+        """Before an update: make what it and the next ones learn from, where that is due; numbers for the log, none
+        where nothing was made. doing: is told what goes on, with how much of it is done.
+
+        Raises:
+            StopRun: the run must not go on, as what it collects shows.
+        """
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint must hold of it beside the weights: tensors by name, and what JSON can hold."""
+
+    def load_state(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None: ...
+
+    def said(self) -> list[str]:
+        """Sentences for whoever follows the run, since this was last asked."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qwen_image_fast.training.engine.interrupts import Interrupted
     from qwen_image_fast.training.terminal import Terminal
 
+AFTER_TRAINING = ("sft", "dpo", "grpo", "nft", "awm")  # kinds of recipes
 Recipe = Annotated[str | None, typer.Argument(help="lora, edit-lora, another one of --list, or a YAML file.")]
 
 
@@ -24,7 +25,9 @@ def train(
     recipe: Recipe = None,
     overrides: Overrides = None,
     images: Annotated[str | None, typer.Option(help="Pictures with captions: a folder, a table or shards.")] = None,
-    pairs: Annotated[str | None, typer.Option(help="A folder of pictures before and after, with instructions.")] = None,
+    pairs: Annotated[
+        str | None, typer.Option(help="A folder of pictures before and after; for dpo, sft: a file of preferences.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="tiny, a folder, or a hub name such as Qwen/Qwen-Image.")] = None,
     preset: Annotated[str | None, typer.Option(help="Fit a card: 12gb, 16gb, 24gb, 48gb or 80gb.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")] = Path("outputs/run"),
@@ -103,6 +106,13 @@ def _from_options(recipe: str, images: str | None, pairs: str | None, model: str
     data = tree.get("data") or {} if isinstance(tree, dict) else {}
     if model is not None:
         change("folder" if tree.get("kind") == "vae" else "model.folder", model)
+    after = tree.get("kind") in AFTER_TRAINING
+    if after and pairs is not None:
+        if tree.get("kind") not in ("dpo", "sft"):
+            raise CommandError(f"--pairs has no effect on {recipe}, which draws its pictures")
+        change("pairs", pairs)
+        change("rollout", {})  # nothing is drawn
+        pairs = None
     for option, source in (("--images", images), ("--pairs", pairs)):
         if source is None:
             continue

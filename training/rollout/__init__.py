@@ -1,0 +1,1 @@
+"""What a model draws to learn from: prompts, pictures, what they count."""
