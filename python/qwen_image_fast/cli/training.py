@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -148,7 +148,37 @@ def annotate_records(
         annotate_command(recipe, overrides, out, pilot)
 
 
+def prefer(
+    folder: Annotated[Path, typer.Argument(help="Pictures of which several have one prompt.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File of pairs to write.")] = Path("pairs.jsonl"),
+    port: Annotated[int, typer.Option(help="Of the page on this machine; 0: any.", min=0, max=65535)] = 8765,
+) -> None:
+    """Compare pictures by keyboard in a browser; the pairs are for `train dpo --pairs`."""
+    with explained():
+        from qwen_image_fast.training.data.prefer import Comparisons, pairs_of, pictures_of, server
+
+        if not folder.is_dir():
+            raise CommandError(f"there is no folder {folder}")
+        if out.is_dir() or not out.expanduser().parent.is_dir():
+            raise CommandError(f"--out must be a file in a folder that is there, got {out}")
+        comparisons = Comparisons(pairs_of(pictures_of(folder)), out.expanduser())
+        try:
+            page = server(comparisons, port)
+        except OSError as error:
+            raise CommandError(f"port {port} cannot be used: {error}; give another --port") from error
+        with page:
+            done, _ = comparisons.next()
+            where = f"http://127.0.0.1:{page.server_address[1]}"
+            err.print(f"{done} of {len(comparisons.pairs)} pairs compared; open {where}; Ctrl-C ends", markup=False)
+            with suppress(KeyboardInterrupt):
+                page.serve_forever()
+        done, _ = comparisons.next()
+        err.print(f"{done} of {len(comparisons.pairs)} pairs compared", markup=False)
+    print(out)
+
+
 data.command("preview")(preview_samples)
 data.command("filter")(filter_records)
 data.command("report")(report)
 data.command("annotate")(annotate_records)
+data.command("prefer")(prefer)
