@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 GPU_PYTHON ?= 3.12
 
-.PHONY: demo lora-demo pipeline eval docs extras test lint matrix bench install dev clean sdist wheels wheels-check cuda-compile gpu-check gpu-wheels gpu-status
+.PHONY: demo lora-demo rl-demo pipeline eval docs extras test lint matrix bench install dev clean sdist wheels wheels-check cuda-compile gpu-check gpu-wheels gpu-status
 
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard cmake/*.cmake) \
   $(shell find csrc python training -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.py' -o -name '*.yaml' -o -path '*serving/page/*')
@@ -38,6 +38,10 @@ demo: $(VENV)/installed
 # A LoRA of twelve pictures and one of edit pairs, with what the tiny model can do before and after: minutes on two cores.
 lora-demo: $(VENV)/dev
 	$(BIN)/python examples/lora_demo.py
+
+# Two short rounds of DPO on the tiny model's own pictures, and what they changed: before, after, curve in one picture.
+rl-demo: $(VENV)/dev
+	$(BIN)/python examples/rl_demo.py
 
 # Collect, filter, annotate, synthesise, balance, train two stages, score: minutes on two cores.
 pipeline: $(VENV)/dev
