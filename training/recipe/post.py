@@ -164,7 +164,7 @@ class GrpoRecipe(PostRecipe):
     """step: how noise enters a step: "flow" (Flow-GRPO's stochastic equation), "cps" (coefficients that keep the
     noise level) or "dance" (a constant amount). noise: how much. window: stochastic steps of a rollout, which are those
     that learn. within: they lie in the first so many steps. move: "random", another place in each round, or
-    "progressive", one step further every `move_every` rounds and back to the first.
+    "progressive", one step further every so many rounds and back to the first. move_every: these rounds.
 
     clip: of the ratio of probabilities, which are means over the latent's values. ratio: "plain", or "guard",
     GRPO-Guard's, whose mean is 1 and whose spread is alike at all steps. kl: weight of the distance from the
