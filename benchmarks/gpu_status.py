@@ -32,6 +32,9 @@ convolution with bias and residual, and its table, which is empty: cuDNN compute
 which is faster. The linear kernels are off unless `ops.linear_kernels("cutlass")` asks for them.
 """
 FOOT = """
+Several GPUs, for training and for pictures ([distributed.md](distributed.md)), are tested with gloo on CPUs. NCCL, and
+every speed of several GPUs, is beyond `make gpu-check`, which uses one: nothing on this page will speak of them.
+
 To fill this page in: on a machine with a GPU, nvcc and a CUDA build of torch run `make gpu-check`, then
 `make gpu-status`. It takes at most nine minutes; every stage has a share of them, and the results file is written after
 each. Without a network there, run `make gpu-wheels` elsewhere first (`GPU_PYTHON=3.12` names the Python of that

@@ -13,6 +13,7 @@ LAYERS = [
     {"_C", "ops", "extras"},
     {"folders", "files", "keywords", "once", "pictures", "sizes", "tensor_files", "weights"},
     {"checkpoint", "models"},
+    {"parallel"},
     {"chat", "schedulers", "model_defaults", "request", "request_fields"},
     {"graphs", "sampling", "quantize", "quantize_report"},
     {"pipelines"},

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from qwen_image_fast.files import atomic_write, claimed
+from qwen_image_fast.parallel.world import local_device, world_size
 from qwen_image_fast.training.batches.latents import META, write_cache
 from qwen_image_fast.training.engine.interrupts import Interrupted
 from qwen_image_fast.training.engine.memory import available, check_recipe, gigabytes, transformer_config
@@ -23,10 +24,8 @@ from qwen_image_fast.training.parallel.layout import (
     Parallel,
     check_recipe_parallel,
     check_torch,
-    local_device,
     sizes_of,
     start,
-    world_size,
 )
 from qwen_image_fast.training.parallel.watch import Watch, sentence
 from qwen_image_fast.training.recipe.curriculum import Curriculum, one_stage, read_curriculum

@@ -66,7 +66,15 @@ class StepGraphs:
         self._capture.retire()
 
     def start(self, transformer: Any) -> None:
-        """Called once per sampling loop: drops graphs of another transformer, or of another state of it."""
+        """Called once per sampling loop: drops graphs of another transformer, or of another state of it.
+
+        ValueError: several processes compute its passes together.
+        """
+        if getattr(transformer, "ranks", None) is not None:
+            raise ValueError(
+                "CUDA graphs: the transformer's passes must be this process's alone: disable_parallel or "
+                "disable_cuda_graphs"
+            )
         state = transformer_state(transformer)
         if state != self._state:
             self.clear()

@@ -274,6 +274,16 @@ def joined(parts: Sequence[Modulation]) -> Modulation:
     return Modulation([torch.cat(t) for t in zip(*img)], [torch.cat(t) for t in zip(*txt)], torch.cat(final))
 
 
+def check_same(ranks: Any, samples: Sequence[Sample], steps: int, guidance: float) -> None:
+    """ValueError on every rank (parallel/ranks.py) where they are about to make different pictures."""
+    texts = [text for s in samples for text in (s.cond, s.uncond)]
+    ranks.check_same({
+        "steps": steps, "guidance": guidance, "sizes": tuple(s.shapes for s in samples),
+        "prompts": tuple(0 if text is None else len(text.embeds) for text in texts),
+        "noise": torch.cat([s.latents for s in samples]),
+    })  # fmt: skip
+
+
 def _combination(track: Track) -> tuple[bool, float, bool]:
     """What samples must have in common to be one call of guided_step: unguided, or guided in the same way."""
     return (False, track.guidance, track.rescale) if track.uncond is not None else (True, 1.0, True)

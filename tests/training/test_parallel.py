@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from data_pictures import noise
-from parallel_helpers import HERE, finish, launch, losses, run_jobs, write_recipe
+from parallel_helpers import HERE, losses, run_jobs, write_recipe
 from PIL import Image
 from safetensors.torch import load_file
+from several_processes import finish, launch
 from torch.distributed.run import get_args_parser
 from trainer_helpers import small_recipe, small_transformer, small_tree, start
 

@@ -7,7 +7,6 @@ of the heads.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,16 +18,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from qwen_image_fast.parallel.world import join
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.flow import FlowRecipe
 from qwen_image_fast.training.recipe.run import ParallelRecipe, RunRecipe
 
 OLDEST_TORCH = "2.9"  # for several processes; one trains with any that pyproject.toml allows
-
-
-def world_size() -> int:
-    """Processes of this run, as torchrun and other launchers say in WORLD_SIZE; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_torch() -> None:
@@ -172,24 +167,13 @@ class Parallel:
         return [entry for found in self.gather(entries)[::together] for entry in found]
 
 
-def local_device(device: torch.device) -> torch.device:
-    """The GPU of this process among those of its machine."""
-    if device.type != "cuda":
-        return device
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-
-
 def start(sizes: Sizes, device: torch.device, timeout: float) -> Parallel:
     """Join the other processes. The launcher's MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE say where they are.
 
     Args:
         timeout: seconds after which a collective operation that some rank does not join fails.
     """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    join(device, timeout)
     names = ("dp_replicate", "fsdp", "tp")
     mesh = init_device_mesh(
         device.type, (sizes.dp_replicate, sizes.dp_shard * sizes.cp, sizes.tp), mesh_dim_names=names

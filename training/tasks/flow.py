@@ -14,6 +14,7 @@ from qwen_image_fast.checkpoint import find_weights, save_state
 from qwen_image_fast.folders import SHIPPED
 from qwen_image_fast.model_defaults import GENERATION_FILE
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
+from qwen_image_fast.parallel.ulysses import split_layout
 from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
 from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
 from qwen_image_fast.tiny import write_untrained
@@ -23,7 +24,6 @@ from qwen_image_fast.training.batches.latents import LatentCache
 from qwen_image_fast.training.lora import LORAS, add_lora, save_lora, save_lora_file
 from qwen_image_fast.training.parallel.export import export_model, full_state
 from qwen_image_fast.training.parallel.layout import Parallel
-from qwen_image_fast.training.parallel.ulysses import split_layout
 from qwen_image_fast.training.producer.backend import BatchMaker
 from qwen_image_fast.training.producer.encode import Encoders, EncodingMaker
 from qwen_image_fast.training.producer.encoded import EncodedStore, models_of

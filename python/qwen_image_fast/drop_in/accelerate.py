@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from torch import nn
 
+from qwen_image_fast.drop_in.branches import share_work
 from qwen_image_fast.drop_in.memory import restore_parts, said, stream_parts, streaming_device
 from qwen_image_fast.drop_in.obstacle import obstacle
 from qwen_image_fast.drop_in.pipeline import add_text_hook, remove_text_hook
@@ -28,9 +30,12 @@ from qwen_image_fast.extras import needed_for
 from qwen_image_fast.keywords import hinted
 from qwen_image_fast.models.int8_linear import check_precision
 from qwen_image_fast.models.vae_conv import Convolution
+from qwen_image_fast.parallel.ranks import start_ranks
 from qwen_image_fast.sizes import parse_bytes
 
 logger = logging.getLogger(__name__)
+
+PATIENCE = 600.0  # seconds after which the absence of another process is an error
 
 OLDEST_DIFFUSERS = (0, 37)  # as in pyproject.toml; transformers of before have neither layers nor references
 
@@ -41,6 +46,7 @@ def accelerate(
     convolution: Convolution = "auto",
     precision: str | None = None,
     memory_limit: int | str | None = None,
+    parallel: str | Mapping[str, int] | None = None,
 ) -> Report:
     """Make a diffusers Qwen-Image pipeline faster in place; the images stay the same up to rounding.
 
@@ -52,6 +58,9 @@ def accelerate(
             approximation. The pipeline's own stay in memory, or in the file that diffusers mapped, until `restore`.
         memory_limit: bytes or "20GB" of the GPU: the pipeline is put there, and blocks that do not fit are streamed
             from pinned memory of the host (docs/memory.md). Not yet run on a GPU. Load LoRAs before.
+        parallel: the processes that torchrun started make each picture together: "auto", or how many groups share the
+            branches of guidance, and how many processes of each the tokens, such as "guidance=2,ulysses=4". Every one
+            makes the same calls, with generators of the same seeds (docs/distributed.md). Not yet run on GPUs.
 
     Returns:
         What was replaced, and what was left alone and why. Parts that are accelerated already are listed as such; of
@@ -61,7 +70,7 @@ def accelerate(
         ImportError: diffusers is not installed, or too old.
         TypeError: `pipe` is something else.
         ValueError: `convolution` is neither; `precision` is unknown, or cannot be had for this pipeline; `memory_limit`
-            is too small, or there is no GPU.
+            is too small, or there is no GPU; `parallel` does not fit the processes or the model.
     """
     _require_diffusers()
     if memory_limit is not None:
@@ -71,6 +80,11 @@ def accelerate(
     parts = _parts(pipe)
     if precision is not None:
         _check_precision(precision, parts)
+    ranks = None
+    if parallel is not None:
+        if "transformer" not in parts:
+            raise ValueError(f"accelerate: parallel must be None without a transformer, got {parallel!r}")
+        ranks = start_ranks("accelerate", parallel, parts["transformer"], PATIENCE)
     report = Report()
     for name, part in parts.items():
         _accelerate_part(name, part, convolution, report)
@@ -80,6 +94,8 @@ def accelerate(
                     module.convolution = convolution
         if name == "transformer" and precision is not None:
             compute_in_8_bits(part, report, precision)
+    if ranks is not None:
+        share_work(parts, ranks, report)
     if memory_limit is not None:
         report.replaced += said(stream_parts(_models(pipe, parts), limit, device))
     if getattr(pipe, "controlnet", None) is not None:

@@ -26,8 +26,12 @@ class Loop:
         self.checksum: tuple[int, ...] | None = None
         self._timesteps: tuple[Tensor, int] | None = None
         self.schedule: tuple[float, ...] = ()
+        # By several processes (branches.py): whether all were asked for the same, whether steps have two branches, and
+        # the first one of a step, which is computed with the second.
+        self.checked = self.guided = False
+        self.waiting: Any = None
 
-    def step(self, transformer: nn.Module) -> Step | None:
+    def step(self, transformer: nn.Module, branch: str = "") -> Step | None:
         """Where the pipeline is now; None where it does not go through its scheduler's time steps one by one."""
         now = getattr(self.pipe, "_current_timestep", None)
         timesteps = getattr(self.pipe.scheduler, "timesteps", None)
@@ -42,16 +46,17 @@ class Loop:
         version = 0 if timesteps.is_inference() else timesteps._version
         if self._timesteps is None or self._timesteps[0] is not timesteps or self._timesteps[1] != version:
             self._timesteps, self.schedule = (timesteps, version), tuple(timesteps.tolist())
-        return Step(self, transformer, self.schedule[index])
+        return Step(self, transformer, self.schedule[index], branch)
 
 
 @dataclass
 class Step:
-    """One time step of a loop: the `transformer` called, and the element of `loop.schedule`."""
+    """One time step of a loop: the `transformer` called, the element of `loop.schedule`, the branch of guidance."""
 
     loop: Loop
     transformer: nn.Module
     t: float
+    branch: str = ""
 
 
 # Set while a pipeline runs, and while it calls its transformer; every thread has its own.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qwen_image_fast.drop_in.batches import batch_methods, encoded_once
+from qwen_image_fast.drop_in.branches import unfilled
 from qwen_image_fast.drop_in.loop import Loop, current_loop
 from qwen_image_fast.drop_in.swapped import Swapped
 
@@ -21,11 +22,15 @@ class FastPipeline(Swapped):
     @classmethod
     def methods(cls, original: type) -> dict[str, Any]:
         def __call__(self, *args, **kwargs):
-            token = current_loop.set(Loop(self))
+            loop = Loop(self)
+            token = current_loop.set(loop)
             try:
-                return original.__call__(self, *args, **kwargs)
+                result = original.__call__(self, *args, **kwargs)
             finally:
                 current_loop.reset(token)
+            if loop.waiting is not None:
+                raise unfilled()
+            return result
 
         encode = encoded_once(original.encode_prompt)
 

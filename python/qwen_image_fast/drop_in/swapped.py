@@ -30,7 +30,7 @@ class Swapped:
 
     _original: type
     _rebuild: Callable[[type], Any]  # an object of the class that replaces an original, for pickle
-    _caches = ("_layouts", "_modulation_table", "_said", "_one_frame")
+    _caches = ("_layouts", "_modulation_table", "_said", "_one_frame", "ranks")
     _settings = ("convolution",)
 
     @classmethod

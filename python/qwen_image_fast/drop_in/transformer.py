@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwen_image_fast.drop_in.branches import forward as forward_branches
 from qwen_image_fast.drop_in.loop import ModulationTable, current_loop, current_step, modulation_weights
 from qwen_image_fast.drop_in.obstacle import compute_dtype, known_parts, obstacle
 from qwen_image_fast.drop_in.swapped import Swapped
 from qwen_image_fast.models.modulation import Modulation
 from qwen_image_fast.models.transformer_forward import TransformerForward, batch_size
+from qwen_image_fast.parallel.ranks import Call
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +73,14 @@ class FastTransformer(Swapped, TransformerForward):
             )
         if timestep is not None:
             arguments["timestep"] = timestep.to(compute_dtype(hidden_states))
-        (sample,) = super().forward(hidden_states, **arguments, return_dict=False)
+        step = None if self.ranks is None or torch.is_grad_enabled() else current_step.get()
+        if step is not None and step.transformer is self:
+            # All but `attention_kwargs`, whose scale was put on the adapters.
+            given = {name: value for name, value in arguments.items() if name != "attention_kwargs"}
+            inputs, finish = self.packed(hidden_states, **given)
+            sample = forward_branches(self, self.ranks, step, Call(*inputs), finish)
+        else:
+            (sample,) = super().forward(hidden_states, **arguments, return_dict=False)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
     def _check_inputs(self, hidden_states, encoder_hidden_states, timestep, img_shapes, guidance):
@@ -84,11 +93,11 @@ class FastTransformer(Swapped, TransformerForward):
         return hidden_states, encoder_hidden_states.to(hidden_states.dtype)
 
     @contextmanager
-    def cache_context(self, *args, **kwargs):
+    def cache_context(self, name, *args, **kwargs):
         """Around each of the pipelines' own calls of the transformer, and so not around those of a user's callback."""
-        with super().cache_context(*args, **kwargs):
+        with super().cache_context(name, *args, **kwargs):
             loop = current_loop.get()
-            token = current_step.set(None if loop is None else loop.step(self))
+            token = current_step.set(None if loop is None else loop.step(self, name))
             try:
                 yield
             finally:

@@ -12,7 +12,9 @@ from torch import nn
 
 from qwen_image_fast.drop_in.swapped import Swapped
 from qwen_image_fast.models.hooks import is_bare
+from qwen_image_fast.models.vae import DecoderOutput
 from qwen_image_fast.models.vae_conv import convolve, norm_silu
+from qwen_image_fast.models.vae_tiling import blended_tiles
 from qwen_image_fast.ops import has_kernels
 
 
@@ -36,7 +38,41 @@ class FastVAE(Swapped):
         finally:
             self._one_frame = False
 
+    def tiled_decode(self, z, return_dict=True):
+        if self.ranks is None or z.shape[2] != 1:
+            return super().tiled_decode(z, return_dict)
+
+        def decode(tile):
+            self.clear_cache()
+            self._conv_idx = [0]
+            return self.decoder(self.post_quant_conv(tile), feat_cache=self._feat_map, feat_idx=self._conv_idx)
+
+        sample = self._shared_tiles(decode, z, self.spatial_compression_ratio, 1)
+        return DecoderOutput(sample) if return_dict else (sample,)
+
+    def tiled_encode(self, x):
+        if self.ranks is None or x.shape[2] != 1:
+            return super().tiled_encode(x)
+
+        def encode(tile):
+            self.clear_cache()
+            self._enc_conv_idx = [0]
+            return self.quant_conv(self.encoder(tile, feat_cache=self._enc_feat_map, feat_idx=self._enc_conv_idx))
+
+        return self._shared_tiles(encode, x, 1, self.spatial_compression_ratio)
+
+    def _shared_tiles(self, fn, x, up, down):
+        """`fn` of the tiles of an image, which the ranks share; it makes `up / down` positions of one."""
+        sides = (self.tile_sample_min_height, self.tile_sample_min_width)
+        strides = (self.tile_sample_stride_height, self.tile_sample_stride_width)
+        tile, stride = ([side // up for side in pair] for pair in (sides, strides))
+        found = blended_tiles(fn, x, tile, stride, (up, down), self.ranks.each)
+        self.clear_cache()
+        return found
+
     _one_frame = False
+    # The processes that share tiles (parallel/ranks.py); None: diffusers' own loop over them.
+    ranks = None
 
     def clear_cache(self):
         """Called before each pass: an image needs no memory of the frames before the next one."""

@@ -54,7 +54,7 @@ class PackedLayout:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, images_only: bool = False) -> Tensor:
         """Attention of the joint rows, or of the image rows alone, to the joint rows of their samples.
 
-        A layout of which other processes hold a part asks them (training/parallel/ulysses.py).
+        A layout of which other processes hold a part asks them (parallel/ulysses.py).
         """
         if images_only:
             return joint_attention(q, k, v, self.img_lens, self.joint_lens, self.cu_img, self.cu_joint)

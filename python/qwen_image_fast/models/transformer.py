@@ -219,8 +219,9 @@ class QwenImageTransformer2DModel(TransformerForward, PretrainedModel):
         return super().state_dict(*args, **kwargs)
 
     def __getstate__(self):
-        """Without the layouts of recent calls: they are known by the identity of masks that a copy does not have."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("_layouts", "_said")}
+        """Without the layouts of recent calls, which are known by the identity of masks that a copy does not have, and
+        without the processes that compute together: a copy computes alone."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_layouts", "_said", "ranks")}
 
     @property
     def is_gradient_checkpointing(self) -> bool:

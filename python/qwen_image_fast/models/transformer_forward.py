@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +48,8 @@ class TransformerForward:
     gradient_checkpointing: bool
     # Weights of units that are read when they are used (models/streaming.py); None: all are in memory.
     streamed: Any = None
+    # The processes that compute a forward together (parallel/ranks.py); None: this one alone.
+    ranks: Any = None
 
     def unit(self, track: str, i: int) -> AbstractContextManager:
         """Around what uses the weights of a block: "blocks", or "modulation"."""
@@ -106,6 +108,18 @@ class TransformerForward:
             block computes keys and values alone.
         """
         self.check_hooks()
+        inputs = img, txt, layout, modulation, controlnet_block_samples
+        return self.forward_alone(*inputs) if self.ranks is None else self.ranks.forward(self, *inputs)
+
+    def forward_alone(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        layout: PackedLayout,
+        modulation: Modulation,
+        controlnet_block_samples: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """`forward_packed` by this process, or by this rank for its rows."""
         blocks = self.transformer_blocks
         img = self.img_in(img)
         width = img.shape[-1]
@@ -177,6 +191,25 @@ class TransformerForward:
         Returns:
             `.sample` or a tuple: [B, L, patch_size^2 * out_channels], zero at padding.
         """
+        inputs, finish = self.packed(
+            hidden_states, encoder_hidden_states, encoder_hidden_states_mask, timestep, img_shapes, guidance,
+            controlnet_block_samples, additional_t_cond,
+        )  # fmt: skip
+        out = finish(self.forward_packed(*inputs))
+        return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+
+    def packed(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        encoder_hidden_states_mask: Tensor | None,
+        timestep: Tensor | None,
+        img_shapes: Sequence | None,
+        guidance: Tensor | None,
+        controlnet_block_samples: Sequence[Tensor] | None,
+        additional_t_cond: Tensor | None,
+    ) -> tuple[tuple, Callable[[Tensor], Tensor]]:
+        """What `forward_packed` is given of a padded batch, and what makes a padded one of its result."""
         samples, rows = self._check_inputs(hidden_states, encoder_hidden_states, timestep, img_shapes, guidance)
         assert encoder_hidden_states is not None and timestep is not None  # checked, with a sentence
         if not torch.is_autocast_enabled(hidden_states.device.type):
@@ -194,14 +227,17 @@ class TransformerForward:
             if controlnet_block_samples is not None:
                 controlnet_block_samples = [c[layout.img_index] for c in controlnet_block_samples]
         modulation = self.modulation_of(timestep.expand(samples), additional_t_cond)
-        out = self.forward_packed(img, self.embed_text(txt), layout, modulation, controlnet_block_samples)
-        if layout.targets is not None:
-            out = out.new_zeros(len(img), out.shape[-1]).index_copy(0, layout.targets, out)
-        if layout.img_index is not None:
-            padded = out.new_zeros(samples * rows, out.shape[-1])
-            out = padded.index_copy(0, layout.img_index, out)
-        out = out.unflatten(0, (samples, rows))
-        return Transformer2DModelOutput(sample=out) if return_dict else (out,)
+        kept = len(img)
+
+        def finish(out: Tensor) -> Tensor:
+            if layout.targets is not None:
+                out = out.new_zeros(kept, out.shape[-1]).index_copy(0, layout.targets, out)
+            if layout.img_index is not None:
+                padded = out.new_zeros(samples * rows, out.shape[-1])
+                out = padded.index_copy(0, layout.img_index, out)
+            return out.unflatten(0, (samples, rows))
+
+        return (img, self.embed_text(txt), layout, modulation, controlnet_block_samples), finish
 
     def _typed(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """In the type of the weights."""

@@ -104,6 +104,9 @@ class AutoencoderKLQwenImage(PretrainedModel):
     """
 
     part = "vae"
+    # The processes that share tiles (parallel/ranks.py); None: this one computes all.
+    ranks: Any = None
+    _each = property(lambda self: map if self.ranks is None else self.ranks.each)
 
     @record_config
     def __init__(
@@ -325,9 +328,10 @@ class AutoencoderKLQwenImage(PretrainedModel):
         return fn(x)
 
     def _encode(self, x: Tensor) -> Tensor:
+        ratio = self.spatial_compression_ratio
         tile, stride = self._tile_and_stride()
         if self.use_tiling and (x.shape[-2] > tile[0] or x.shape[-1] > tile[1]):
-            return blended_tiles(self._encode_whole, x, tile, stride, (1, self.spatial_compression_ratio))
+            return blended_tiles(self._encode_whole, x, tile, stride, (1, ratio), self._each)
         return self._encode_whole(x)
 
     def _encode_whole(self, x: Tensor) -> Tensor:
@@ -344,7 +348,7 @@ class AutoencoderKLQwenImage(PretrainedModel):
         ratio = self.spatial_compression_ratio
         tile, stride = ([size // ratio for size in sizes] for sizes in self._tile_and_stride())
         if self.use_tiling and (z.shape[-2] > tile[0] or z.shape[-1] > tile[1]):
-            return blended_tiles(self._decode_whole, z, tile, stride, (ratio, 1))
+            return blended_tiles(self._decode_whole, z, tile, stride, (ratio, 1), self._each)
         return self._decode_whole(z).clamp(-1.0, 1.0)
 
     def _decode_whole(self, z: Tensor) -> Tensor:
@@ -382,6 +386,9 @@ class AutoencoderKLQwenImage(PretrainedModel):
             return parse_bytes(limit)
         except ValueError as wrong:
             raise error(method, str(wrong)) from None
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "ranks"}  # a copy computes alone
 
     def _tile_and_stride(self) -> tuple[tuple[int, int], tuple[int, int]]:
         tile = (self.tile_sample_min_height, self.tile_sample_min_width)

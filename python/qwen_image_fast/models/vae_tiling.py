@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,21 +58,26 @@ def blended_tiles(
     tile: Sequence[int],
     stride: Sequence[int],
     scale: tuple[int, int],
+    each: Callable[[Callable[[Tensor], Tensor], Sequence[Tensor]], Iterable[Tensor]] = map,
 ) -> Tensor:
     """Apply `fn` to overlapping tiles of `x [..., H, W]` and join the results, blended where they overlap.
 
     Args:
         tile, stride: (height, width) of a tile and between the starts of tiles, in positions of `x`.
         scale: `fn` turns s positions into `s * scale[0] // scale[1]`.
+        each: applies `fn` to every tile, in order; by default one after another as they are joined.
     """
+    tops, lefts = range(0, x.shape[-2], stride[0]), range(0, x.shape[-1], stride[1])
+    tiles = [x[..., top : top + tile[0], left : left + tile[1]] for top in tops for left in lefts]
+    results = iter(each(fn, tiles))
     rescale = [scale[0] * s // scale[1] for s in stride]
     overlap = [scale[0] * (t - s) // scale[1] for t, s in zip(tile, stride)]
     above: list[Tensor] = []
     rows = []
-    for top in range(0, x.shape[-2], stride[0]):
+    for _ in tops:
         row: list[Tensor] = []
-        for column, left in enumerate(range(0, x.shape[-1], stride[1])):
-            piece = fn(x[..., top : top + tile[0], left : left + tile[1]])
+        for column, _ in enumerate(lefts):
+            piece = next(results)
             if above:
                 piece = _blend(above[column], piece, overlap[0], dim=-2)
             if row:

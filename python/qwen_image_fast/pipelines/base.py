@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,6 +13,8 @@ import torch
 from qwen_image_fast.graphs import StepGraphs
 from qwen_image_fast.keywords import check_visible, hinted
 from qwen_image_fast.models.outputs import Output
+from qwen_image_fast.parallel.ranks import start_ranks
+from qwen_image_fast.parallel.split import Split
 from qwen_image_fast.pipelines.counterparts import Counterparts
 from qwen_image_fast.pipelines.folder import PipelineFolder
 from qwen_image_fast.pipelines.lora import LoraMixin
@@ -132,11 +134,42 @@ class Pipeline(Counterparts, PipelineFolder, LoraMixin):
             raise ValueError(
                 "enable_cuda_graphs: the transformer must be in memory as a whole, and its blocks are streamed"
             )
+        if self.transformer.ranks is not None:
+            raise ValueError("enable_cuda_graphs: the transformer must compute alone, call disable_parallel() first")
         self.cuda_graphs = StepGraphs(limit)
 
     def disable_cuda_graphs(self) -> None:
         """Run passes one kernel after another again, and free the graphs' memory."""
         self.cuda_graphs = None
+
+    def enable_parallel(self, parallel: str | Mapping[str, int] | Split = "auto", timeout: float = 600.0) -> None:
+        """Let the processes that torchrun started make each picture together; every one makes the same calls.
+
+        All of them get the pictures. The branches of guidance are computed with the same bits as by one process, tokens
+        equal up to rounding; the VAE's tiles, where tiling is enabled, with the same bits. Pipelines around the same
+        models do so too. Not yet run on GPUs; see docs/distributed.md.
+
+        Args:
+            parallel: how many groups share the branches, and how many processes of each the tokens:
+                "guidance=2,ulysses=4" or such a mapping; "auto": the branches first.
+            timeout: seconds after which the others' absence is an error.
+
+        Raises:
+            ValueError: there is one process alone; the numbers do not fit it or the model; CUDA graphs are enabled.
+        """
+        if self.cuda_graphs is not None:
+            raise ValueError("enable_parallel: CUDA graphs must be off, call disable_cuda_graphs() first")
+        self._need("transformer", "nothing can be computed together")
+        ranks = start_ranks("enable_parallel", parallel, self.transformer, timeout)
+        self.transformer.ranks = ranks
+        if self.vae is not None:
+            self.vae.ranks = ranks
+
+    def disable_parallel(self) -> None:
+        """Let every process compute by itself again."""
+        for part in (self.transformer, self.vae):
+            if part is not None:
+                part.ranks = None
 
     @property
     def _modules(self) -> list[Any]:

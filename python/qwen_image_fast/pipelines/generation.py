@@ -17,7 +17,7 @@ from qwen_image_fast.pipelines.arguments import OUTPUT_TYPES, TENSOR_INPUTS, Arg
 from qwen_image_fast.pipelines.base import QwenImagePipelineOutput
 from qwen_image_fast.pipelines.latents import decode_latents, draw_noise, stacked, to_output
 from qwen_image_fast.pipelines.prompts import PromptPipeline
-from qwen_image_fast.sampling import Changed, Sample, denoise
+from qwen_image_fast.sampling import Changed, Sample, check_same, denoise
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,8 @@ class GenerationPipeline(PromptPipeline):
             return None, [None] * images
         if seed is None:
             seed = random.SystemRandom().randrange(2**31)
+            if self.transformer.ranks is not None:
+                seed = self.transformer.ranks.from_first(seed)
         seeds = [seed + i for i in range(images)] if isinstance(seed, int) else list(seed)
         if len(seeds) != images:
             raise ValueError(f"seed must be one or one for each image, {images}, got {len(seeds)}")
@@ -155,13 +157,17 @@ class GenerationPipeline(PromptPipeline):
             names = call.callback_on_step_end_tensor_inputs
             on_step = self._step_callback(call.callback_on_step_end, names, samples)
         steps = call.num_inference_steps if call.sigmas is None else len(call.sigmas)
+        progress = call.progress
+        if self.transformer.ranks is not None:
+            progress = progress and self.transformer.ranks.rank == 0
+            check_same(self.transformer.ranks, samples, steps, call.true_cfg_scale)
         self._num_timesteps = steps - options.get("begin", 0)
         with self._stage("denoise"):
             tokens = denoise(
                 self.transformer, self.scheduler, samples, steps=call.num_inference_steps, sigmas=call.sigmas,
                 guidance=call.true_cfg_scale, free_weights=self.free_modulation_weights,
-                graphs=self.cuda_graphs, on_step=on_step, progress=call.progress,
-                bar_options=self._progress_bar_config if call.progress else None,
+                graphs=self.cuda_graphs, on_step=on_step, progress=progress,
+                bar_options=self._progress_bar_config if progress else None,
                 interrupted=lambda: self.interrupt, **options,
             )  # fmt: skip
             self.check_result(tokens)
