@@ -11,7 +11,7 @@ ROOT = Path(qwen_image_fast.__file__).parent
 # From the bottom up; a module may import its own layer and those below it.
 LAYERS = [
     {"_C", "ops", "extras"},
-    {"folders", "files", "keywords", "once", "pictures", "sizes", "tensor_files", "weights"},
+    {"folders", "files", "keywords", "once", "picture_memory", "pictures", "sizes", "tensor_files", "weights"},
     {"checkpoint", "models"},
     {"parallel"},
     {"chat", "schedulers", "model_defaults", "request", "request_fields"},

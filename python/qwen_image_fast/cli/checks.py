@@ -32,7 +32,7 @@ def check_before_loading(request: Request, opened: Mapping[str, Any], pipeline: 
     _check_files(request)
     if request.kind != "controlnet" and not request.lora:
         return
-    transformer = QwenImageTransformer2DModel.empty(read_config(_part(request, "transformer")))
+    transformer = QwenImageTransformer2DModel.empty(read_config(part_folder(request, "transformer")))
     if request.kind == "controlnet":
         _check_net(request.net, "mask" in opened, transformer)  # type: ignore[attr-defined]
     _check_loras(request, transformer, pipeline)
@@ -79,11 +79,11 @@ def _check_loras(request: Request, transformer: Any, pipeline: Any) -> None:
         with _about("lora", lora.name):
             state, config = read_lora(*locate_lora(lora.name, None, None, {"revision": None}))
             if encoder is None and split_components(state)[1] and not pipeline.writes_captions:
-                encoder = empty_text_encoder(_part(request, "text_encoder"), pipeline.uses_vision)
+                encoder = empty_text_encoder(part_folder(request, "text_encoder"), pipeline.uses_vision)
             parse_components(state, config, transformer, encoder)
 
 
-def _part(request: Request, name: str) -> Path:
+def part_folder(request: Request, name: str) -> Path:
     """The folder of a part of the model, of which the configuration is there."""
     return pretrained_folder(request.model, name, ["config.json"])
 

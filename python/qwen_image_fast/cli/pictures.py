@@ -202,11 +202,13 @@ def _load(request: Request, opened: Mapping[str, Any], class_name: str, run: Run
     """The pipeline on its device and in its dtype, with LoRAs and the Lightning schedule, and what a PNG says of it."""
     import qwen_image_fast as q
     from qwen_image_fast.cli.checks import check_before_loading
+    from qwen_image_fast.cli.room import check_room
 
     device = common.device_name(run.device)
     check_before_loading(request, opened, getattr(q, class_name))
     small = device != "cpu" or request.precision
     dtype = request.dtype if request.dtype != "auto" else "bfloat16" if small else "float32"
+    check_room(request, opened, device, common.torch_dtype(dtype).itemsize, run.batch, run.memory is not None)
     place = {"torch_dtype": common.torch_dtype(dtype), "device": device}
     parts: dict[str, Any] = {n: f for n in ("transformer", "text_encoder", "vae") if (f := getattr(request, n))}
     if request.kind == "controlnet":

@@ -8,13 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Full-resolution images of a strip's height alive at once: six (a block's input, its rows with those kept from before,
-# the same of the hidden image, its result and the next), and what malloc keeps in pieces of other sizes; measured.
-_STRIP_IMAGES = 20
-# Bytes of workspaces and of what libraries keep, whatever the image.
-_OVERHEAD = 64 << 20
-# Images of the middle block alive at once in its attention: input, norm, q, k, v, result, its projection; and one more.
-_MIDDLE_IMAGES = 8
+from qwen_image_fast.picture_memory import decoding_bytes
 
 
 def strip_rows(config: Mapping[str, Any], height: int, width: int, element: int, limit: int) -> int | None:
@@ -28,20 +22,14 @@ def strip_rows(config: Mapping[str, Any], height: int, width: int, element: int,
     Raises:
         ValueError: `limit` is less than a single row of the latent takes.
     """
-    scale = 2 ** (len(config["dim_mult"]) - 1)
-    middle = height * width * config["base_dim"] * config["dim_mult"][-1]
-    image = 2 * config["input_channels"] * scale * height * scale * width
-    # Each resolution keeps some rows of each layer; its rows are half as long as those of the one before, and up to
-    # twice as wide, so all resolutions keep about the same.
-    kept = 4 * (config["num_res_blocks"] + 1) * scale * width * config["base_dim"] * len(config["dim_mult"])
-    per_row = _STRIP_IMAGES * config["base_dim"] * scale * scale * width
 
     def needed(rows: int) -> int:
-        return _OVERHEAD + element * max(_MIDDLE_IMAGES * middle, 2 * middle + image + kept + rows * per_row)
+        return decoding_bytes(config, height, width, element, rows)
 
     if needed(height) <= limit:
         return None
     if needed(1) > limit:
+        scale = 2 ** (len(config["dim_mult"]) - 1)
         raise ValueError(
             f"memory_limit must be at least {needed(1)} bytes for an image of {scale * height} x {scale * width}, "
             f"got {limit}"

@@ -34,6 +34,12 @@ class StepCost:
 
     def request(self, request: Request, opened: Opened) -> float:
         """Of all steps of a request, about: its text is not tokenised yet."""
-        text = TEMPLATE_TOKENS + len(request.prompt.encode()) // BYTES_PER_TOKEN
-        branches = 2 if request.cfg > 1 else 1
-        return self.step(request.tokens(opened) + text, branches) * request.steps_taken * request.each
+        tokens, samples = samples_of(request, opened)
+        return self.step(tokens, samples) * request.steps_taken
+
+
+def samples_of(request: Request, opened: Opened) -> tuple[int, int]:
+    """Image and text tokens of a sample, about: the text is not tokenised yet; and how many go together: all pictures
+    of a prompt, in both branches of guidance."""
+    text = TEMPLATE_TOKENS + len(request.prompt.encode()) // BYTES_PER_TOKEN
+    return request.tokens(opened) + text, (2 if request.cfg > 1 else 1) * request.each

@@ -19,10 +19,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from qwen_image_fast.picture_memory import denoising_bytes
 from qwen_image_fast.sizes import gb
 
 PIXELS, TEXT_ROWS, STEPS = 1328, 256, 50
-TENSORS = 12  # of [rows, width] at the same time in a block
 DISK_RATE = 2.0e9  # bytes per second that a plan counts on
 # Tracks in the order in which their units stay, and how often they are read.
 EVERY = {"blocks": "step", "layers": "prompt", "modulation": "schedule"}
@@ -31,7 +31,7 @@ EVERY = {"blocks": "step", "layers": "prompt", "modulation": "schedule"}
 def working_bytes(width: int, blocks: int, itemsize: int, pixels: int = PIXELS, branches: int = 2) -> int:
     """Of one square picture, with guidance or without."""
     rows = branches * ((pixels // 16) ** 2 + TEXT_ROWS)
-    return itemsize * width * (TENSORS * rows + STEPS * 12 * blocks)
+    return denoising_bytes(width, blocks, itemsize, rows, STEPS)
 
 
 @dataclass(frozen=True)

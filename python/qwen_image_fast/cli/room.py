@@ -1,0 +1,39 @@
+"""Whether there is memory for a picture, before the model that would make it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qwen_image_fast.checkpoint import read_config
+from qwen_image_fast.cli.checks import part_folder
+from qwen_image_fast.cli.errors import FAILED, CommandError
+from qwen_image_fast.picture_memory import PictureMemory
+from qwen_image_fast.request import Request
+from qwen_image_fast.serving.cost import samples_of
+
+
+def check_room(
+    request: Request, opened: Mapping[str, Any], device: str, itemsize: int, pictures: int, strips: bool
+) -> None:
+    """CommandError where a picture takes more than is free, with what fits.
+
+    Args:
+        itemsize: bytes of a value. pictures: that go together. strips: the VAE decodes in strips, under --memory.
+    """
+    import torch
+
+    from qwen_image_fast.weights.memory import free_bytes
+
+    free = free_bytes(torch.device(device))
+    if free is None:
+        return
+    configs = [read_config(part_folder(request, name)) for name in ("transformer", "vae")]
+    memory = PictureMemory.of(configs[0], configs[1], itemsize, strips)
+    tokens, samples = samples_of(request, opened)
+    size, rows, steps = request.size(opened), tokens * samples * pictures, request.steps_taken
+    where = "this machine" if device == "cpu" else device
+    if said := memory.sentence(free, size, rows, steps, where):
+        helps = not strips and memory._replace(strips=True).needed(size, rows, steps) <= free
+        advice = "; with --memory this one would too, as it is decoded in strips" if helps else ""
+        raise CommandError(f"{said}{advice}", FAILED)
