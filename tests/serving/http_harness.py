@@ -28,8 +28,10 @@ class Inside:
         self.submit, self.cancel = self.engine.submit, self.engine.cancel
         cost = self.engine.cost
         on_event(Ready({
-            "class": "QwenImageEditPlusPipeline", "generation": {"width": 128, "height": 128, "steps": 20, "cfg": 1.0},
+            "class": type(self.models.pipe).__name__,
+            "generation": {"width": 128, "height": 128, "steps": 20, "cfg": 1.0},
             "loras": self.models.loras.names, "cost": (cost.per_token, cost.per_pair),
+            "controlnets": list(self.models.nets), **self.models.about,
         }))  # fmt: skip
         self.ended = threading.Event()
 

@@ -13,6 +13,7 @@ import qwen_image_fast as q
 from qwen_image_fast.request import make
 from qwen_image_fast.serving.adapters import Registered
 from qwen_image_fast.serving.messages import Cancelled, Failed, Finished, Stepped, Task, WaveRan
+from qwen_image_fast.tiny import tiny_configs
 
 PROMPTS = ["a red circle on the left of a blue square", "the text \"OK\" in the center, on a green background",
            "a white triangle and a grey star above an orange circle, on a black background"]  # fmt: skip
@@ -35,13 +36,26 @@ class MODELS:
     def __init__(self, lora=None):
         self.pipe = q.QwenImageEditPlusPipeline.from_pretrained("tiny", torch_dtype=torch.float32)
         self.loras = Registered(self.pipe, {} if lora is None else {"style": str(lora)})
-        self.made = {}
+        self.made, self.nets = {}, {"union": control_net()}
+        self.about = {}  # more of what an engine tells of itself
 
     def pipeline(self, request):
-        name = request.pipeline(type(self.pipe).__name__)
+        name, net = request.pipeline(type(self.pipe).__name__), getattr(request, "net", None)
         if name not in self.made:
-            self.made[name] = getattr(q, name).from_pipe(self.pipe)
+            more = {} if net is None else {"controlnet": self.nets[net]}
+            self.made[name] = getattr(q, name).from_pipe(self.pipe, **more)
         return self.made[name]
+
+
+def control_net():
+    """A ControlNet of two blocks for the tiny transformer, whose residuals are not zero."""
+    sizes = {k: v for k, v in tiny_configs()["transformer"].items() if k != "guidance_embeds"}
+    torch.manual_seed(0)
+    net = q.QwenImageControlNetModel(**{**sizes, "num_layers": 2, "extra_condition_channels": 0}).eval()
+    for p in net.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.5 * p.shape[-1] ** -0.5)
+    return net
 
 
 class Collected:
@@ -86,6 +100,7 @@ def task(prompt=PROMPTS[0], side=64, *, kind="text", opened=None, loras=None, pr
     opened = opened or {}
     places = {n: [{"path": "-"}] * len(v) if isinstance(v, list) else {"path": "-"} for n, v in opened.items()}
     sizes = {"width": side, "height": side} if kind == "text" else {}
+    places |= {"net": "union"} if kind == "controlnet" else {}
     values = {"steps": 4, "seed": 0, "cfg": 1.0, "model": "tiny", **sizes, **values}
     request = make(kind, {"prompt": prompt, **places, **values})
     return Task(uuid.uuid4().hex, request, opened, loras or {}, previews=previews)

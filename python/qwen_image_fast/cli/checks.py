@@ -34,7 +34,7 @@ def check_before_loading(request: Request, opened: Mapping[str, Any], pipeline: 
         return
     transformer = QwenImageTransformer2DModel.empty(read_config(part_folder(request, "transformer")))
     if request.kind == "controlnet":
-        _check_net(request.net, "mask" in opened, transformer)  # type: ignore[attr-defined]
+        check_net(request.net, "mask" in opened, transformer)  # type: ignore[attr-defined]
     _check_loras(request, transformer, pipeline)
 
 
@@ -57,19 +57,20 @@ def _check_files(request: Request) -> None:
                 check_part(open_weights(files, name), files, name)
 
 
-def _check_net(net: str, masked: bool, transformer: Any) -> None:
-    """A ControlNet's folder and whether it goes with the transformer, and with a mask."""
+def check_net(net: str, masked: bool | None, transformer: Any, option: str = "net") -> None:
+    """A ControlNet's folder and whether it goes with the transformer, and with a mask; None: it may be for one."""
     cls = QwenImageControlNetModel
-    with _about("net", net):
+    with _about(option, net):
         folder = pretrained_folder(net, None, [cls.config_name, "model_index.json", *weight_patterns(cls.weights_name)])
         if (folder / "model_index.json").is_file() and not (folder / cls.config_name).is_file():
             holds = read_json(folder / "model_index.json").get("_class_name")
-            raise CommandError(f"--net must be the folder of a ControlNet alone, {net} holds a whole {holds}")
+            raise CommandError(f"{flag(option)} must be the folder of a ControlNet alone, {net} holds a whole {holds}")
         config = read_config(folder, cls.config_name)
         cls.check_weights(config, open_weights(find_weights(folder, cls.weights_name)))
         model = cls.empty(config)
         check_family(model, transformer)
-        check_masked(model, masked)
+        if masked is not None:
+            check_masked(model, masked)
 
 
 def _check_loras(request: Request, transformer: Any, pipeline: Any) -> None:

@@ -11,8 +11,9 @@ import typer
 from qwen_image_fast.cli import common
 from qwen_image_fast.cli.errors import BAD_INPUT, FAILED, CommandError, err, failing
 from qwen_image_fast.extras import needed_for
-from qwen_image_fast.folders import local_folder, resolve_folder
+from qwen_image_fast.folders import local_folder, read_json, resolve_folder
 from qwen_image_fast.model_defaults import GENERATION_FILE, model_class
+from qwen_image_fast.parallel.split import Split, parse_split
 
 LISTEN, WHO, LIMITS = "Where it listens", "Who may ask", "Limits"
 
@@ -23,11 +24,17 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.", rich_help_panel=LISTEN)] = 8000,
     name: Annotated[list[str] | None, typer.Option(help="Another name of the model in requests.")] = None,
     lora: Annotated[list[str] | None, typer.Option(help="NAME=FILE: a LoRA that requests may name.")] = None,
+    controlnet: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER: a ControlNet that requests may name.")
+    ] = None,
     transformer: Annotated[str | None, typer.Option(help="The transformer's weights, in a file.")] = None,
     dtype: Annotated[str, typer.Option(help="auto: bfloat16 on a GPU, else float32.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU, if we have kernels.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Of the model, on the CPU.")] = None,
     wave_tokens: Annotated[int | None, typer.Option(min=64, help="Of one step of all that share it.")] = None,
+    parallel: Annotated[
+        str | None, typer.Option(help="guidance=2,ulysses=4: GPUs that make each picture together; auto: all of them.")
+    ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="JSON list of keys.", rich_help_panel=WHO)] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Listen for other machines without keys.", rich_help_panel=WHO)
@@ -65,7 +72,8 @@ def serve(
         )
     with failing(BAD_INPUT, ValueError, OSError):
         keys = [] if api_key_file is None else settings.read_keys(api_key_file)
-        loras = dict(settings.lora_sources(lora or []))
+        loras = dict(settings.named_sources(lora or [], "LoRA"))
+        nets = dict(settings.named_sources(controlnet or [], "ControlNet"))
     common.check_device(device)
     if dtype != "auto":
         common.check_dtype(dtype)
@@ -74,6 +82,7 @@ def serve(
             raise CommandError(f"--cors-origin must be like https://example.com, got {origin}")
     _check_loras(loras)
     folder = _folder(model)
+    _check_nets(nets, folder)
     with failing(BAD_INPUT, OSError):
         socket = listen(host, port)
     place = socket.getsockname()[1]
@@ -81,11 +90,13 @@ def serve(
     err.print(f"http://{shown}:{place}  {model} is being loaded", highlight=False, soft_wrap=True)
     chosen = device if device == "cpu" else common.device_name(device)
     dtype = dtype if dtype != "auto" else "float32" if chosen == "cpu" else "bfloat16"
-    _check_memory(folder, chosen, dtype)
+    split = Split() if parallel is None else _split(parallel, chosen, folder)
+    _check_memory(folder, chosen, dtype, split.ranks)
     told: dict[str, Any] = {"wave_tokens": wave_tokens or (2048 if chosen == "cpu" else 8192)}
+    told |= {"guidance": split.guidance, "ulysses": split.ulysses}
     served = settings.Model(
-        name=model, names=name or [], loras=loras, transformer=transformer, device=chosen, dtype=dtype,
-        threads=threads, **told,
+        name=model, names=name or [], loras=loras, controlnets=nets, transformer=transformer, device=chosen,
+        dtype=dtype, threads=threads, **told,
     )  # fmt: skip
     logs.to_stderr()
     run(
@@ -106,12 +117,24 @@ def _check_loras(loras: dict[str, str]) -> None:
         loras[name] = lora_file(source)
 
 
+def _check_nets(nets: dict[str, str], folder: Path) -> None:
+    """CommandError for folders that hold no ControlNet, or one of another transformer."""
+    if nets:
+        from qwen_image_fast.checkpoint import read_config
+        from qwen_image_fast.cli.checks import check_net
+        from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
+
+        transformer = QwenImageTransformer2DModel.empty(read_config(folder / "transformer"))
+        for source in nets.values():
+            check_net(source, None, transformer, "controlnet")
+
+
 def _folder(model: str) -> Path:
     """The model's folder, which is downloaded where it is not here."""
     with failing(FAILED, ConnectionError, PermissionError), failing(BAD_INPUT, FileNotFoundError, NotADirectoryError):
         if local_folder(model) is None:
             err.print(f"find {model}", highlight=False)
-        folder = resolve_folder(model, allow_patterns=["model_index.json", GENERATION_FILE])
+        folder = resolve_folder(model, allow_patterns=["model_index.json", GENERATION_FILE, "transformer/config.json"])
         found = model_class(folder, model)
     served = ("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageLayeredPipeline")
     if found not in served:
@@ -119,10 +142,27 @@ def _folder(model: str) -> Path:
     return folder
 
 
-def _check_memory(folder: Path, device: str, dtype: str) -> None:
-    """CommandError where the weights alone are more than there is, before they are read."""
+def _split(parallel: str, device: str, folder: Path) -> Split:
+    """CommandError where there are not as many GPUs, or the model cannot be split so."""
+    gpus = None
+    if device != "cpu":
+        import torch
+
+        gpus = torch.cuda.device_count() - int(device.partition(":")[2] or 0)
+    with failing(BAD_INPUT, ValueError, OSError):
+        config = read_json(folder / "transformer" / "config.json")
+        found = parse_split("--parallel", parallel, gpus if parallel == "auto" else None, config["num_attention_heads"])
+    if gpus is not None and found.ranks > gpus:
+        raise CommandError(f"--parallel {parallel} needs {found.ranks} GPUs, and there are {gpus}")
+    return found
+
+
+def _check_memory(folder: Path, device: str, dtype: str, ranks: int) -> None:
+    """CommandError where the weights alone are more than there is, before they are read. ranks: processes that read the
+    transformer, each for itself."""
     sizes: list[tuple[int, int]] = []
     for path in folder.rglob("*.safetensors"):
+        copies = ranks if device == "cpu" and path.parent.name == "transformer" else 1
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length)) if length < 2**27 else {}
@@ -130,7 +170,7 @@ def _check_memory(folder: Path, device: str, dtype: str) -> None:
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
                 wide = {"F64": 8, "F32": 4}.get(entry["dtype"], 2 if entry["dtype"] in ("F16", "BF16") else 1)
-                sizes.append(((end - begin) // wide, wide))
+                sizes.append((copies * (end - begin) // wide, wide))
     needed = sum(count * (4 if dtype == "float32" else 2) for count, _ in sizes)
     free = _free(device)
     if needed > free:

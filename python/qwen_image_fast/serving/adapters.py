@@ -25,16 +25,22 @@ class Registered:
         for name, source in sources.items():
             pipe.load_lora_weights(source, adapter_name=name)
         own.activate({})
-        text = LoraAdapters(pipe.text_encoder)
+        self.names = list(own.loaded)
+        self._parts = {"transformer": own}
+        self._active: dict[str, Composition] = {"transformer": (), "text_encoder": ()}
+        if pipe.text_encoder is None:
+            return
+        text = self._parts["text_encoder"] = LoraAdapters(pipe.text_encoder)
         for name, layers in own.loaded.items():
             split = {k.removeprefix(TEXT_ENCODER): a for k, a in layers.items() if k.startswith(TEXT_ENCODER)}
             text.loaded[name] = split
             own.loaded[name] = {k: a for k, a in layers.items() if not k.startswith(TEXT_ENCODER)}
-        self.names = list(own.loaded)
-        self._parts, self._active = {"transformer": own, "text_encoder": text}, {"transformer": (), "text_encoder": ()}
+
+    def active(self, part: str) -> Composition:
+        return self._active[part]
 
     def activate(self, wanted: Composition, part: str) -> None:
         """Make exactly these active in one of the two models."""
         if wanted != self._active[part]:
             self._parts[part].activate(dict(wanted))
-            self._active[part] = wanted  # type: ignore[assignment]
+            self._active[part] = wanted

@@ -164,6 +164,7 @@ class Server:
             "class": desk.model_class,
             "defaults": desk.generation.model_dump(exclude_none=True),
             "loras": desk.loras,
+            "controlnets": desk.controlnets,
         }
         return JSONResponse({"object": "list", "data": found, "about": about})
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from qwen_image_fast.model_defaults import Generation
-from qwen_image_fast.serving.cost import StepCost
+from qwen_image_fast.picture_memory import PictureMemory
+from qwen_image_fast.serving.cost import StepCost, samples_of
 from qwen_image_fast.serving.errors import ApiError, of_cancelled, of_failure
 from qwen_image_fast.serving.jobs import CANCELLED, COMPLETED, FAILED, GENERATING, QUEUED, Job, Store
 from qwen_image_fast.serving.messages import (
@@ -89,6 +90,10 @@ class Desk:
         return list((self.about or {}).get("loras", []))
 
     @property
+    def controlnets(self) -> list[str]:
+        return list((self.about or {}).get("controlnets", []))
+
+    @property
     def model_class(self) -> str:
         return (self.about or {}).get("class", "")
 
@@ -109,6 +114,18 @@ class Desk:
         if not self.is_ready:
             why = self.why if self.about is None else "the engine does not answer"
             raise self._refused("not_ready", ApiError(503, f"not ready: {why}", "not_ready", retry_after=5))
+
+    def check_memory(self, request, opened) -> None:
+        """ApiError 400 where the pictures take more memory than was free once the model was loaded."""
+        about = self.about or {}
+        if about.get("free") is None:
+            return
+        tokens, samples = samples_of(request, opened)
+        said = PictureMemory(*about["memory"]).sentence(
+            about["free"], request.size(opened), tokens * samples, request.steps_taken, "this server"
+        )
+        if said is not None:
+            raise self._refused("memory", ApiError(400, said, "out_of_memory", "size"))
 
     def check_room(self, cost: float, size: int) -> None:
         """ApiError 429 where this much work would wait too long."""

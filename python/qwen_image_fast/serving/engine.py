@@ -208,6 +208,7 @@ class Engine:
         """Its samples, with the modulation vectors of all its steps."""
         assert work.denoising is not None
         call, samples, options = work.denoising
+        control = options.pop("control", None)
         if unknown := options.keys() - {"begin", "rescale"}:
             raise ValueError(f"an engine must not be given {', '.join(sorted(unknown))}")
         self._activate(work.loras)
@@ -215,6 +216,8 @@ class Engine:
             self.pipe.transformer, work.pipe.scheduler, samples, steps=call.num_inference_steps, sigmas=call.sigmas,
             guidance=call.true_cfg_scale, tables=lambda noise, flag: self._table(work.loras, noise, flag), **options,
         )  # fmt: skip
+        if control is not None:
+            work.residuals = control(torch.stack([t.levels for t in work.tracks], 1)[:-1])
 
     def _table(self, loras: Composition, noise, flag) -> Modulation:
         key = (loras, tuple(noise), flag)
@@ -237,7 +240,9 @@ class Engine:
         self._activate(chosen[0].loras)
         shown = {work.id: work.shows() for work in chosen}
         before = {id(t): t.latents for work in chosen if shown[work.id] is not None for t in work.tracks}
-        failed = [w for group in alike.groups(chosen, self.enough_rows, self.amx) for w in self._step(group)]
+        groups = alike.groups([w for w in chosen if w.residuals is None], self.enough_rows, self.amx)
+        groups += [[w] for w in chosen if w.residuals is not None]  # what a ControlNet adds is of one request's rows
+        failed = [w for group in groups for w in self._step(group)]
         if self.pipe.device.type == "cuda":
             torch.cuda.synchronize(self.pipe.device)
         seconds = time.perf_counter() - began
@@ -282,7 +287,7 @@ class Engine:
             wave = self._waves.pop(key, None)
             if wave is None:
                 wave = Wave(self.pipe.transformer, [t for work in group for t in work.tracks])
-            wave.step()
+            wave.step(residuals=group[0].next_residuals())
             self._waves[key] = wave
             while len(self._waves) > KEPT_WAVES:
                 self._waves.popitem(last=False)

@@ -16,7 +16,8 @@ from qwen_image_fast.serving.errors import ApiError, invalid
 from qwen_image_fast.serving.settings import Limits
 
 OF_REQUEST = {"cfg": "true_cfg_scale", "steps": "num_inference_steps", "images": "n", "width": "size",
-              "height": "size", "mask": "mask", "count": "layers"}  # fmt: skip
+              "height": "size", "mask": "mask", "count": "layers", "control": "image", "net": "controlnet",
+              "scale": "control_scale"}  # fmt: skip
 # Shares of the model's own steps.
 QUALITIES = {"low": 0.3, "medium": 0.6, "standard": 1.0, "high": 1.0, "hd": 1.0, "auto": 1.0}
 
@@ -67,6 +68,8 @@ class Edit(Fields):
     strength: float | None = about(None, "With a mask: share of the steps that is taken.", gt=0, le=1)
     layers: int | None = about(None, "Of a Layered model: how many layers.", ge=1, le=100)
     resolution: Literal[640, 1024] | None = about(None, "Of layers: they have about its square in pixels.")
+    controlnet: str | None = about(None, "A registered ControlNet, to which the pictures are controls.")
+    control_scale: float | None = about(None, "Its weight.", ge=0, le=10, allow_inf_nan=False)
 
     endpoint: ClassVar[str] = "edits"
 

@@ -28,6 +28,8 @@ from qwen_image_fast.serving.uploads import from_data_url, open_mask, open_pictu
 
 MULTIPART, JSON = "multipart/form-data", "application/json"
 PICTURES = 16
+WHAT = {"text": "pictures from a prompt", "edit": "edits by this model", "image_to_image": "variations",
+        "inpaint": "masks of this model", "layers": "layers", "controlnet": "controls"}  # fmt: skip
 Contents = list[tuple[str, bytes]]  # names of fields, and bytes
 
 
@@ -64,6 +66,7 @@ class Intake:
         if kind is api.Generation or "width" in type(task.request).model_fields:
             width, height = task.request.size(task.opened)
             api.check_size(fields.model_copy(update={"size": f"{width}x{height}"}), self.limits, (width, height), True)
+        self.desk.check_memory(task.request, task.opened)
         owner = "" if key is None else key.name
         client = request.client.host if request.client else ""
         task.tenant = owner or fields.user or client
@@ -173,8 +176,9 @@ class Intake:
         """The request's description, by request.py, under the model's defaults."""
         desk, model, usual = self.desk, self.settings.model, self.desk.generation
         wanted = self._kind(kind, fields, opened)
-        limits = api.check_size(fields, self.limits, (usual.width or 1328, usual.height or 1328), wanted != "text")
-        if wanted not in ("text", "edit", "image_to_image", "inpaint"):
+        any_side = wanted not in ("text", "controlnet")
+        limits = api.check_size(fields, self.limits, (usual.width or 1328, usual.height or 1328), any_side)
+        if wanted == "layers":
             if fields.size != "auto":
                 raise invalid("size has no effect on layers; resolution has", "size")
             limits = {}
@@ -189,17 +193,26 @@ class Intake:
             "lora": [{"name": name, "scale": scale} for name, scale in weights.items()] or None,
             "dtype": model.dtype,
         }  # fmt: skip
-        names = ("strength", "lightning", "max_sequence_length", "resolution")
-        given |= {name: getattr(fields, name, None) for name in names}
-        given["count" if wanted == "layers" else "layers"] = getattr(fields, "layers", None)
-        if wanted != "layers" or fields.n != 1:
+        for name in ("strength", "lightning", "max_sequence_length", "resolution", "layers"):
+            value, own = getattr(fields, name, None), "count" if name == "layers" else name
+            if value is not None and own not in KINDS[wanted].model_fields:
+                raise invalid(f"{name} has no effect on {WHAT[wanted]}", name)
+            given[own] = value
+        if wanted != "layers":
             given["images"] = fields.n
+        elif fields.n != 1:
+            raise invalid(f"n must be 1 for layers, got {fields.n}: layers is their number", "n")
+        elif fields.output_format == "jpeg":
+            raise invalid("output_format must be png or webp for layers: they are transparent", "output_format")
+        if wanted == "controlnet":
+            given |= {"net": fields.controlnet, "scale": fields.control_scale}  # type: ignore[attr-defined]
         if wanted in ("image_to_image", "inpaint", "layers") and len(opened["image"]) > 1:
             raise invalid(f"image must be given once here, got {len(opened['image'])}", "image")
         shown = [{"path": f"image[{k}]", "sha256": hashlib.sha256(c).hexdigest()} for k, c in enumerate(contents)]
         if "image" in opened:
-            single = wanted != "edit"
-            given["image"], opened["image"] = (shown[0], opened["image"][0]) if single else (shown, opened["image"])
+            several, name = wanted in ("edit", "controlnet"), "control" if wanted == "controlnet" else "image"
+            found = opened.pop("image")
+            given[name], opened[name] = (shown, found) if several else (shown[0], found[0])
         if "mask" in opened:
             given["mask"] = {"path": "mask"}
         try:
@@ -217,6 +230,15 @@ class Intake:
             return "text"
         if kind is api.Variation:
             return "image_to_image"
+        name, scale = getattr(fields, "controlnet", None), getattr(fields, "control_scale", None)
+        if name is not None:
+            if name not in self.desk.controlnets:
+                there = ", ".join(self.desk.controlnets) or "none"
+                raise ApiError(404, f"there is no ControlNet {name[:100]}; registered are: {there}",
+                               "controlnet_not_found", "controlnet")  # fmt: skip
+            return "controlnet"
+        if scale is not None:
+            raise invalid("control_scale has no effect without controlnet", "control_scale")
         if self.desk.model_class == "QwenImageLayeredPipeline":
             return "layers"
         if self.desk.model_class == "QwenImagePipeline" and "mask" in opened:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -11,39 +12,52 @@ import torch
 import qwen_image_fast
 from qwen_image_fast.folders import resolve_folder
 from qwen_image_fast.model_defaults import generation_of, model_class
+from qwen_image_fast.parallel.leader import Leader
+from qwen_image_fast.picture_memory import PictureMemory
 from qwen_image_fast.request import Request, make
 from qwen_image_fast.serving.adapters import Registered
 from qwen_image_fast.serving.engine import Engine, Limits
+from qwen_image_fast.serving.followers import Place, join_group
 from qwen_image_fast.serving.messages import Event, Failed, Finished, Task
 from qwen_image_fast.serving.settings import Model
+from qwen_image_fast.serving.threads import use_threads
+from qwen_image_fast.weights.memory import free_bytes
 
-# Models as narrow as this one are fastest on one thread: a second one costs more to wake than it does.
-NARROW = 384
 
+def load(
+    model: Model,
+    on_event: Callable[[Event], None],
+    others: Sequence[Connection] = (),
+    place: Place | None = None,
+) -> tuple[Engine, dict[str, Any]]:
+    """A running engine that has made one picture, and what requests need to know of its model.
 
-def load(model: Model, on_event: Callable[[Event], None]) -> tuple[Engine, dict[str, Any]]:
-    """A running engine that has made one picture, and what requests need to know of its model."""
+    others, place: the processes that compute with this one (followers.py).
+    """
     folder = resolve_folder(model.name)
     name = model_class(folder, model.name)
     generation = generation_of(folder, name)
-    load_class = name if name != "QwenImagePipeline" else "QwenImagePipeline"
     parts = {"transformer": model.transformer} if model.transformer else {}
-    pipe = getattr(qwen_image_fast, load_class).from_pretrained(
+    pipe = getattr(qwen_image_fast, name).from_pretrained(
         model.name, torch_dtype=getattr(torch, model.dtype), device=model.device, **parts
     )
-    config = pipe.transformer.config
-    width = config.num_attention_heads * config.attention_head_dim
-    if model.threads is not None or (width < NARROW and model.device == "cpu"):
-        torch.set_num_threads(model.threads or 1)
+    use_threads(model, pipe.transformer)
     loras = Registered(pipe, model.loras)
-    made: dict[str, Any] = {}
+    if place is not None:
+        ranks = join_group(model, place)
+        pipe.transformer.ranks = Leader(ranks, others, lambda: loras.active("transformer"))
+    net_class: Any = qwen_image_fast.QwenImageControlNetModel
+    kind: dict[str, Any] = {"torch_dtype": pipe.dtype, "device": model.device}
+    nets = {name: net_class.from_pretrained(source, **kind) for name, source in model.controlnets.items()}
+    made: dict[Any, Any] = {}
 
     def pipeline(request: Request) -> Any:
-        found = request.pipeline(name)
-        if found not in made:
+        found, net = request.pipeline(name), getattr(request, "net", None)
+        if (found, net) not in made:
             cls = getattr(qwen_image_fast, found)
-            made[found] = pipe if isinstance(pipe, cls) else cls.from_pipe(pipe)
-        return made[found]
+            more = {} if net is None else {"controlnet": nets[net]}
+            made[found, net] = pipe if isinstance(pipe, cls) else cls.from_pipe(pipe, **more)
+        return made[found, net]
 
     first = _First(on_event)
     engine = Engine(
@@ -58,11 +72,15 @@ def load(model: Model, on_event: Callable[[Event], None]) -> tuple[Engine, dict[
         "class": name,
         "generation": generation.model_dump(exclude_none=True),
         "loras": loras.names,
+        "controlnets": list(nets),
         "cost": (engine.cost.per_token, engine.cost.per_pair),
         "enough_rows": engine.enough_rows,
         "device": model.device,
         "dtype": model.dtype,
         "threads": torch.get_num_threads(),
+        "parallel": str(model.split),
+        "memory": tuple(PictureMemory.of(pipe.transformer.config, pipe.vae.config, pipe.dtype.itemsize)),
+        "free": free_bytes(pipe.device),
     }
     return engine, about
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import queue
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from qwen_image_fast.serving.followers import Place, follow
 from qwen_image_fast.serving.messages import Alive, Event, Ready, Task
 from qwen_image_fast.serving.settings import Model
 
@@ -35,9 +38,22 @@ class EngineProcess:
     ):
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=run or serve, args=(model, theirs), name="engine", daemon=True)
-        self._process.start()
-        theirs.close()
+        pipes = [context.Pipe() for _ in range(1, model.split.ranks)]
+        arguments: list[Any] = [model, theirs]
+        if pipes:
+            self._folder = tempfile.TemporaryDirectory(prefix="qwen-image-fast-")
+            places = [Place(rank, model.split, f"{self._folder.name}/group") for rank in range(model.split.ranks)]
+            arguments += [[ours for ours, _ in pipes], places[0]]
+        self._process = context.Process(target=run or serve, args=arguments, name="engine", daemon=True)
+        self._all = [self._process]
+        for (_, end), place in zip(pipes, places[1:] if pipes else []):
+            self._all.append(context.Process(target=follow, args=(model, place, end), name="follower", daemon=True))
+        for process in self._all:
+            process.start()
+        for connection in (theirs, *(end for pipe in pipes for end in pipe)):
+            connection.close()
+        if pipes:
+            threading.Thread(target=self._watch, daemon=True).start()
         self._outgoing: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._on_event, self._on_end = on_event, on_end
         for work in (self._read, self._write):
@@ -61,6 +77,12 @@ class EngineProcess:
             self._process.kill()
             self._process.join()
 
+    def _watch(self) -> None:
+        """No process of a group goes on without another: the rest would wait for it in a collective operation."""
+        multiprocessing.connection.wait([process.sentinel for process in self._all])
+        for process in reversed(self._all):
+            process.kill()
+
     def _read(self) -> None:
         try:
             while True:
@@ -81,9 +103,9 @@ class EngineProcess:
                 return
 
 
-def serve(model: Model, connection: Connection) -> None:
+def serve(model: Model, connection: Connection, others: Sequence[Connection] = (), place: Place | None = None) -> None:
     """The engine's process: loads the model, makes a picture, says so, and works until it is told to stop or its parent
-    is gone."""
+    is gone. others, place: the processes that compute with it."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent's to heed
         signal.signal(number, signal.SIG_IGN)
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -98,7 +120,7 @@ def serve(model: Model, connection: Connection) -> None:
     threading.Thread(target=send, daemon=True).start()
     from qwen_image_fast.serving.loading import load
 
-    engine, about = load(model, events.put)
+    engine, about = load(model, events.put, others, place)
     events.put(Ready(about))
 
     def live() -> None:

@@ -12,6 +12,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from qwen_image_fast.parallel.split import Split
+
 MEGABYTE = 2**20
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 
@@ -27,17 +29,25 @@ class ApiKey(BaseModel):
 
 
 class Model(BaseModel):
-    """What an engine serves. loras: sources by the name that requests give."""
+    """What an engine serves. loras, controlnets: sources by the name that requests give."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
     name: str
     names: list[str] = []  # others under which requests may ask for it
     loras: dict[str, str] = {}
+    controlnets: dict[str, str] = {}
     transformer: str | None = None
     device: str = "cpu"
     dtype: str = "float32"
     threads: Annotated[int | None, Field(ge=1)] = None
     wave_tokens: Annotated[int, Field(ge=64)] = 2048
+    # Processes that make each picture together, with a GPU each (parallel/split.py).
+    guidance: Annotated[int, Field(ge=1, le=2)] = 1
+    ulysses: Annotated[int, Field(ge=1)] = 1
+
+    @property
+    def split(self) -> Split:
+        return Split(self.guidance, self.ulysses)
 
 
 class Limits(BaseModel):
@@ -144,13 +154,13 @@ def read_keys(path: Path) -> list[ApiKey]:
     return keys
 
 
-def lora_sources(given: list[str]) -> Mapping[str, str]:
-    """Of "name=source"; a source alone is named by its file."""
+def named_sources(given: list[str], what: str) -> Mapping[str, str]:
+    """Of "name=source"; a source alone is named by its file. what: LoRA or ControlNet."""
     found: dict[str, str] = {}
     for entry in given:
         name, _, source = entry.partition("=")
         name = name if source else Path(entry).stem
         if name in found:
-            raise ValueError(f"the LoRA name {name} must be given once; NAME=FILE gives another")
+            raise ValueError(f"the {what} name {name} must be given once; NAME=FILE gives another")
         found[name] = source or entry
     return found

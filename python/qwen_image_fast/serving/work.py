@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qwen_image_fast.pipelines.in_parts import Denoising, Parts
-from qwen_image_fast.sampling import Track
+from qwen_image_fast.sampling import Residuals, Track
 from qwen_image_fast.serving.adapters import Composition, composition
 from qwen_image_fast.serving.cost import StepCost
 from qwen_image_fast.serving.messages import Task, Usage
@@ -32,6 +33,7 @@ class Work:
     parts: Parts | None = None
     denoising: Denoising | None = None
     tracks: list[Track] = field(default_factory=list)
+    residuals: Residuals | None = None
     clock: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -68,7 +70,7 @@ class Work:
         """End the call where it stands, and let go of its tensors."""
         if self.parts is not None:
             self.parts.close()
-        self.parts = self.denoising = self.pipe = None
+        self.parts = self.denoising = self.pipe = self.residuals = None
         self.tracks = []
 
     # ---- its part in a forward ----------------------------------------------------------------------------------
@@ -92,6 +94,12 @@ class Work:
             texts = [len(t.cond), *([] if t.uncond is None else [len(t.uncond)])]
             total += sum(model.step(images + n) for n in texts)
         return total
+
+    def next_residuals(self) -> Sequence[Tensor] | None:
+        """Of ControlNets, for the next step."""
+        if self.residuals is None:
+            return None
+        return self.residuals(self.tracks[0].step, torch.cat([t.latents for t in self.tracks]))
 
     @property
     def done(self) -> bool:

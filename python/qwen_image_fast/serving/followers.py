@@ -1,0 +1,65 @@
+"""The processes that compute beside an engine's own, each with the transformer on a GPU of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+from qwen_image_fast.parallel.split import Split
+from qwen_image_fast.serving.settings import Model
+
+PATIENCE = 1800.0  # seconds for the others to read the model
+
+
+class Place(NamedTuple):
+    """A process among those of an engine. file: in which they find each other."""
+
+    rank: int
+    split: Split
+    file: str
+
+
+def device_of(model: Model, place: Place) -> str:
+    """GPUs one after another, from the one that is named."""
+    if not model.device.startswith("cuda"):
+        return model.device
+    _, _, first = model.device.partition(":")
+    return f"cuda:{int(first or 0) + place.rank}"
+
+
+def join_group(model: Model, place: Place) -> Any:
+    """The ranks of an engine; every one of its processes calls this once."""
+    import torch
+
+    from qwen_image_fast.parallel.ranks import make_ranks
+    from qwen_image_fast.parallel.world import join
+
+    where = {"init_method": f"file://{place.file}", "rank": place.rank, "world_size": place.split.ranks}
+    join(torch.device(device_of(model, place)), PATIENCE, **where)
+    return make_ranks(place.split)
+
+
+def follow(model: Model, place: Place, connection: Connection) -> None:
+    """A process that follows the engine's: reads the transformer and its LoRAs, and ends with the engine."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the server's to heed
+        signal.signal(number, signal.SIG_IGN)
+    import torch
+
+    import qwen_image_fast
+    from qwen_image_fast.parallel import leader
+    from qwen_image_fast.serving.adapters import Registered
+    from qwen_image_fast.serving.threads import use_threads
+
+    parts: dict[str, Any] = {"transformer": model.transformer} if model.transformer else {}
+    pipe = qwen_image_fast.QwenImagePipeline.from_pretrained(
+        model.name, torch_dtype=getattr(torch, model.dtype), device=device_of(model, place), text_encoder=None,
+        tokenizer=None, vae=None, **parts,
+    )  # fmt: skip
+    use_threads(model, pipe.transformer)
+    loras = Registered(pipe, model.loras)
+    ranks = join_group(model, place)
+    with torch.inference_mode():
+        leader.follow(pipe.transformer, ranks, connection, lambda wanted: loras.activate(wanted, "transformer"))
+    os._exit(0)  # the engine is gone
