@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,6 +59,9 @@ def serve(
         float, typer.Option(min=0.001, help="How long results are kept.", rich_help_panel=LIMITS)
     ] = 600.0,
     keep_mb: Annotated[int, typer.Option(min=1, help="Megabytes of results kept.", rich_help_panel=LIMITS)] = 512,
+    keep_in: Annotated[
+        Path | None, typer.Option(help="Folder of the results kept; default: memory.", rich_help_panel=LIMITS)
+    ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts into the log.")] = False,
 ) -> None:
     """Serve pictures over HTTP by OpenAI's images API."""
@@ -81,6 +85,10 @@ def serve(
         if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
             raise CommandError(f"--cors-origin must be like https://example.com, got {origin}")
     _check_loras(loras)
+    if keep_in is not None:
+        with failing(BAD_INPUT, OSError):
+            keep_in.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=keep_in).close()
     folder = _folder(model)
     _check_nets(nets, folder)
     with failing(BAD_INPUT, OSError):
@@ -102,7 +110,7 @@ def serve(
     run(
         settings.Settings(
             model=served, host=host, port=place, keys=keys, hosts=allow_host or [], origins=cors_origin or [],
-            url_hosts=image_url_host or [], log_prompts=log_prompts,
+            url_hosts=image_url_host or [], log_prompts=log_prompts, store_folder=keep_in,
             limits=settings.Limits(wait=max_wait, drain=drain_timeout, store_seconds=keep_seconds,
                                    store_bytes=keep_mb * settings.MEGABYTE),
         ),

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from qwen_image_fast.serving.fields import echoed_quality
-from qwen_image_fast.serving.jobs import COMPLETED, Job
+from qwen_image_fast.serving.jobs import COMPLETED, Job, Stored
 from qwen_image_fast.serving.streams import COMMENT, PING, event, failure
 from qwen_image_fast.serving.uploads import encode
 
@@ -35,7 +35,7 @@ async def finish(job: Job, about: dict[str, Any]) -> None:
                 entry["revised_prompt"] = found.prompts[min(k, len(found.prompts) - 1)]
             if fields.response_format == "url":
                 entry["url"] = f"/v1/images/{job.id}/content?variant={len(job.files)}"
-            job.files.append(content)
+            job.files.append(Stored(content))
             data.append(entry)
     first = found.images[0][0]
     job.answer = {
@@ -50,11 +50,11 @@ def with_pictures(job: Job, base: str) -> dict[str, Any]:
     """The answer as it is sent: pictures in base64, or addresses below `base`."""
     assert job.answer is not None
     data = []
-    for entry, content in zip(job.answer["data"], job.files):
+    for entry, picture in zip(job.answer["data"], job.files):
         if "url" in entry:
             data.append({**entry, "url": base.rstrip("/") + entry["url"]})
         else:
-            data.append({"b64_json": base64.b64encode(content).decode(), **entry})
+            data.append({"b64_json": base64.b64encode(picture.read()).decode(), **entry})
     return {**job.answer, "data": data}
 
 

@@ -122,7 +122,9 @@ class Server:
         if not variant.isdecimal() or int(variant) >= len(job.files):
             raise ApiError(404, f"{job.id} has {len(job.files)} pictures, from 0", "not_found", "variant")
         kind = job.fields.output_format
-        return Response(job.files[int(variant)], media_type=f"image/{kind}", headers={"cache-control": "private"})
+        return Response(
+            job.files[int(variant)].read(), media_type=f"image/{kind}", headers={"cache-control": "private"}
+        )
 
     # ---- jobs ---------------------------------------------------------------------------------------------------
 

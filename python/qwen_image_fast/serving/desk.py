@@ -45,7 +45,7 @@ class Desk:
     ):
         """`finish`: a coroutine that makes the answer of a job whose pictures are there."""
         self.settings, self.metrics, self._finish, self._start = settings, metrics, finish, start
-        self.store = Store(settings.limits.store_bytes, settings.limits.store_seconds)
+        self.store = Store(settings.limits.store_bytes, settings.limits.store_seconds, settings.store_folder)
         self.jobs: dict[str, Job] = {}
         self.about: dict[str, Any] | None = None
         self.engine: Any = None
@@ -76,6 +76,7 @@ class Desk:
             await asyncio.to_thread(self.engine.end)
         for task in list(self._tasks):
             task.cancel()
+        self.store.clear()
 
     @property
     def is_ready(self) -> bool:
@@ -202,6 +203,7 @@ class Desk:
             logger.info("ready", extra={"fields": {"model": self.settings.model.name, **event.about}})
         elif isinstance(event, Alive):
             self.rate = event.rate or self.rate
+            self.store.expire()
             for kind, size in event.memory.items():
                 metrics.memory.labels(kind).set(size)
         elif isinstance(event, WaveRan):
@@ -245,6 +247,7 @@ class Desk:
     async def _complete(self, job: Job) -> None:
         try:
             await self._finish(job)
+            await asyncio.to_thread(self.store.write, job)
         except Exception as error:
             logger.exception("an answer could not be made", extra={"fields": {"id": job.id}})
             self._over(job, FAILED, ApiError(500, f"the picture could not be written: {error}", "encoding_failed"))

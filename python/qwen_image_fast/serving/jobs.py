@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import secrets
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qwen_image_fast.files import atomic_write
 from qwen_image_fast.serving.errors import ApiError
 from qwen_image_fast.serving.fields import Fields
 from qwen_image_fast.serving.messages import Finished, Task
 
+logger = logging.getLogger("qwen_image_fast.serving")
 QUEUED, GENERATING, COMPLETED, FAILED, CANCELLED = "queued", "generating", "completed", "failed", "cancelled"
 TOMBSTONES = 10_000  # ids that are remembered as expired
 
@@ -43,7 +48,7 @@ class Job:
     left: float | None = None
     previews: dict[int, list[np.ndarray]] = field(default_factory=dict)
     finished: Finished | None = None
-    files: list[bytes] = field(default_factory=list)
+    files: list[Stored] = field(default_factory=list)
     answer: dict[str, Any] | None = None
     error: ApiError | None = None
     first_preview: float | None = None
@@ -61,7 +66,7 @@ class Job:
     @property
     def size(self) -> int:
         """Bytes that it keeps once it is over."""
-        return sum(map(len, self.files))
+        return sum(picture.size for picture in self.files)
 
     @property
     def remaining(self) -> float:
@@ -97,14 +102,58 @@ class Job:
         return found
 
 
-class Store:
-    """Jobs that are over, the oldest leaving first: those of more than `seconds`, and beyond `bytes` in all."""
+class Stored:
+    """A picture of a result, in memory or in a file."""
 
-    def __init__(self, bytes: int, seconds: float):
-        self.limit, self.seconds = bytes, seconds
+    def __init__(self, content: bytes):
+        self.size, self._content = len(content), content
+        self._path: Path | None = None
+
+    def read(self) -> bytes:
+        """ApiError 410 where somebody has removed the file."""
+        if self._path is None:
+            return self._content
+        try:
+            return self._path.read_bytes()
+        except OSError as error:
+            raise ApiError(410, f"the result has gone from the disk: {error.strerror}", "expired") from error
+
+    def move(self, path: Path) -> None:
+        """Into a file. OSError: it could not be written, and stays in memory."""
+        atomic_write(path, lambda file: file.write(self._content))
+        self._content, self._path = b"", path
+
+    def remove(self) -> None:
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+class Store:
+    """Jobs that are over, the oldest leaving first: those of more than `seconds`, and beyond `bytes` in all.
+
+    folder: where their pictures lie; None: in memory. What a server that was killed left there leaves at the start.
+    """
+
+    def __init__(self, bytes: int, seconds: float, folder: Path | None = None):
+        self.limit, self.seconds, self.folder = bytes, seconds, folder
         self.bytes = 0
         self._jobs: OrderedDict[str, tuple[float, Job]] = OrderedDict()
         self._gone: OrderedDict[str, None] = OrderedDict()
+        for path in [] if folder is None else folder.glob("img_*-*"):
+            with contextlib.suppress(OSError):  # another server of this folder may be faster
+                if time.time() - path.stat().st_mtime > seconds:
+                    path.unlink()
+
+    def write(self, job: Job) -> None:
+        """Put the pictures of a job into the folder, from any thread. On a full disk they stay in memory, and within
+        the same limit."""
+        try:
+            for k, picture in enumerate(job.files if self.folder is not None and job.kept else []):
+                assert self.folder is not None
+                picture.move(self.folder / f"{job.id}-{k}.{job.fields.output_format}")
+        except OSError as error:
+            told = {"id": job.id, "folder": str(self.folder), "why": error.strerror or str(error)}
+            logger.warning("a result could not be written and stays in memory", extra={"fields": told})
 
     def keep(self, job: Job) -> None:
         self._jobs[job.id] = (time.monotonic(), job)
@@ -126,8 +175,18 @@ class Store:
             id, (since, job) = next(iter(self._jobs.items()))
             if now - since <= self.seconds and self.bytes <= self.limit:
                 return
-            del self._jobs[id]
-            self.bytes -= job.size
+            self._drop(id, job)
             self._gone[id] = None
             while len(self._gone) > TOMBSTONES:
                 self._gone.popitem(last=False)
+
+    def clear(self) -> None:
+        """The server ends: its ids mean nothing to another one."""
+        for id, (_, job) in list(self._jobs.items()):
+            self._drop(id, job)
+
+    def _drop(self, id: str, job: Job) -> None:
+        del self._jobs[id]
+        self.bytes -= job.size
+        for picture in job.files:
+            picture.remove()

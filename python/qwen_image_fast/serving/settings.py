@@ -86,6 +86,7 @@ class Settings(BaseModel):
     origins: list[str] = []
     url_hosts: list[str] = []
     log_prompts: bool = False
+    store_folder: Path | None = None  # of results; None: in memory
 
     @property
     def is_loopback(self) -> bool:
