@@ -10,7 +10,7 @@ import uvicorn
 from qwen_image_fast.serving.app import Server
 from qwen_image_fast.serving.engine import Engine, Limits
 from qwen_image_fast.serving.messages import Alive, Ready
-from qwen_image_fast.serving.run import listen
+from qwen_image_fast.serving.run import configuration, listen
 from qwen_image_fast.serving.settings import Model, Settings
 
 
@@ -59,8 +59,7 @@ class Running:
             port=self.port, limits=limits, **options,
         )  # fmt: skip
         self.server = Server(self.settings, options.pop("start", kind))
-        config = uvicorn.Config(self.server.app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
-        self.uvicorn = uvicorn.Server(config)
+        self.uvicorn = uvicorn.Server(configuration(self.server.app))
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [self.socket]}, daemon=True)
         self.thread.start()
         self.url = f"http://127.0.0.1:{self.port}"

@@ -7,6 +7,7 @@ import errno
 import signal
 import socket
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -60,14 +61,18 @@ class _Uvicorn(uvicorn.Server):
         task.add_done_callback(ended)
 
 
+def configuration(app: Any) -> uvicorn.Config:
+    """How requests are read: by h11, which bounds the size of their headers, also where httptools is installed."""
+    return uvicorn.Config(
+        app, http="h11", log_config=None, access_log=False, server_header=False, date_header=False, lifespan="on",
+        timeout_graceful_shutdown=10, timeout_keep_alive=75,
+    )  # fmt: skip
+
+
 def run(settings: Settings, sockets: list[socket.socket]) -> None:
     """Serve until a signal comes; returns when all is answered."""
     server = Server(settings)
-    config = uvicorn.Config(
-        server.app, log_config=None, access_log=False, server_header=False, date_header=False, lifespan="on",
-        timeout_graceful_shutdown=10, timeout_keep_alive=75,
-    )  # fmt: skip
-    uvicorn_server = _Uvicorn(config, server.desk)
+    uvicorn_server = _Uvicorn(configuration(server.app), server.desk)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     uvicorn_server.run(sockets=sockets)
