@@ -1,10 +1,13 @@
 """Full, gone, ending, crashed: every request is answered, and the server lives."""
 
 import asyncio
+import base64
+import io
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +18,7 @@ import httpx
 import openai
 import pytest
 from http_harness import Running
+from PIL import Image
 from serving_harness import picture, png
 
 from qwen_image_fast.serving.run import listen
@@ -86,10 +90,16 @@ def test_a_client_that_leaves_frees_its_place(running, stream):
 
 
 def test_a_client_that_reads_slowly_holds_up_nobody(running):
-    body = json.dumps({**LONG, "num_inference_steps": 30, "stream": True, "partial_images": 3}).encode()
+    """With sockets' buffers so small that most of the answer waits in the server for its reader."""
+    values = {**LONG, "size": "256x256", "num_inference_steps": 6, "stream": True, "partial_images": 3, "n": 4}
+    body = json.dumps(values).encode()
 
     async def slow():
-        reader, writer = await asyncio.open_connection("127.0.0.1", running.port, limit=64)
+        running.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of connections that come
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", running.port))
+        reader, writer = await asyncio.open_connection(sock=connection, limit=64)
         head = "POST /v1/images/generations HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         await writer.drain()
@@ -100,10 +110,26 @@ def test_a_client_that_reads_slowly_holds_up_nobody(running):
         assert answer.status_code == 200
         while running.server.desk.jobs:
             await asyncio.sleep(0.01)
-        assert await reader.read(65536)
+        answer = await asyncio.to_thread(
+            running.http.post, "/v1/images/generations", json={**LONG, "num_inference_steps": 2}
+        )
+        assert answer.status_code == 200  # with one answer that nobody has read yet
+        rest = b""
+        while not rest.endswith(b"0\r\n\r\n"):  # a little at a time, to the last byte
+            part = await asyncio.wait_for(reader.read(2000), 60)
+            assert part, "the server gave up"
+            rest += part
         writer.close()
+        text = b"".join(chunk for chunk in rest.split(b"\r\n") if b":" in chunk)
+        done = [line for line in text.split(b"\n") if line.startswith(b"data: ") and b".completed" in line]
+        pictures = [Image.open(io.BytesIO(base64.b64decode(json.loads(line[6:])["b64_json"]))) for line in done]
+        assert len(rest) > 250_000 and [p.size for p in pictures] == [(256, 256)] * 4
 
-    asyncio.run(slow())
+    usual = running.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    try:
+        asyncio.run(slow())
+    finally:
+        running.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, usual // 2)  # the system doubles it
 
 
 def test_results_expire(models):
