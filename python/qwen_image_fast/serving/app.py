@@ -5,6 +5,7 @@ A thin layer: what is asked is read by intake.py, what is answered is written by
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -31,11 +32,21 @@ CREATED = 1754265600  # when Qwen-Image was released
 
 
 class Server:
-    """The routes around one desk; `app` is the ASGI application. `start`: what starts an engine."""
+    """The routes around one desk; `app` is the ASGI application.
+
+    Args:
+        start: what starts an engine. ready_first: the application has started once the model is loaded, for a server
+            around it that sends requests from then on.
+    """
 
     def __init__(
-        self, settings: Settings, start: Callable[..., Any] = EngineProcess, more: list[BaseRoute] | None = None
+        self,
+        settings: Settings,
+        start: Callable[..., Any] = EngineProcess,
+        more: list[BaseRoute] | None = None,
+        ready_first: bool = False,
     ):
+        self.ready_first = ready_first
         self.settings, self.metrics = settings, Metrics()
         self.desk = Desk(settings, self.metrics, self._finish, start)
         self.intake = Intake(self.desk)
@@ -65,6 +76,11 @@ class Server:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         self.desk.begin()
+        while self.ready_first and not self.desk.is_ready:
+            if self.desk.gave_up:
+                await self.desk.end()
+                raise RuntimeError(self.desk.why)
+            await asyncio.sleep(0.1)
         yield
         await self.desk.end()
 

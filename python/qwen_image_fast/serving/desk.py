@@ -83,6 +83,11 @@ class Desk:
         return self.about is not None and not self.draining and time.monotonic() - self._spoke < SILENCE
 
     @property
+    def gave_up(self) -> bool:
+        """Whether the engine ended again and again before it was ready; it is started all the same."""
+        return self.about is None and self._attempts > len(PAUSES)
+
+    @property
     def generation(self) -> Generation:
         return Generation.model_validate((self.about or {}).get("generation", {}))
 
