@@ -237,32 +237,32 @@ def test_the_command_serves_survives_a_crash_and_ends(tmp_path):
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         said = lambda: (tmp_path / "log").read_text()  # noqa: E731
-        until(lambda: re.search(r"http://127.0.0.1:\d+  tiny is being loaded", said()), 30)
+        until(lambda: re.search(r"http://127.0.0.1:\d+  tiny is being loaded", said()), 120)
         url = re.search(r"http://127.0.0.1:\d+", said())[0]
         until(lambda: _status(f"{url}/readyz") == 200, 120)
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
         body = {"num_inference_steps": 2, "seed": 1}
         first = client.images.generate(prompt=PROMPT, size="64x64", extra_body=body).data[0].b64_json
         found = {}
         long = threading.Thread(target=lambda: found.update(crashed=httpx.post(
-            f"{url}/v1/images/generations", json=LONG, timeout=60)))  # fmt: skip
+            f"{url}/v1/images/generations", json=LONG, timeout=120)))  # fmt: skip
         long.start()
-        until(lambda: "qwen_image_running 1.0" in httpx.get(f"{url}/metrics").text)
+        until(lambda: "qwen_image_running 1.0" in httpx.get(f"{url}/metrics", timeout=60).text)
         os.kill(_child(process.pid), signal.SIGKILL)
-        long.join(30)
+        long.join(120)
         assert found["crashed"].status_code == 500 and found["crashed"].headers["x-should-retry"] == "true"
         assert found["crashed"].json()["error"]["code"] == "engine_crashed"
         assert _status(f"{url}/health") == 200
         until(lambda: _status(f"{url}/readyz") == 200, 120)
         assert client.images.generate(prompt=PROMPT, size="64x64", extra_body=body).data[0].b64_json == first
         last = threading.Thread(target=lambda: found.update(last=httpx.post(
-            f"{url}/v1/images/generations", json={**LONG, "num_inference_steps": 100}, timeout=60)))  # fmt: skip
+            f"{url}/v1/images/generations", json={**LONG, "num_inference_steps": 100}, timeout=120)))  # fmt: skip
         last.start()
-        until(lambda: "qwen_image_running 1.0" in httpx.get(f"{url}/metrics").text)
+        until(lambda: "qwen_image_running 1.0" in httpx.get(f"{url}/metrics", timeout=60).text)
         process.send_signal(signal.SIGTERM)
-        last.join(60)
+        last.join(120)
         assert found["last"].status_code == 200
-        assert process.wait(30) == 0, said()
+        assert process.wait(120) == 0, said()
     finally:
         process.kill()
         process.wait()
