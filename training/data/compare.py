@@ -1,6 +1,6 @@
 """Verdicts that need all records: duplicates among those that every filter let pass, then the balance of what is left.
 
-About 150 bytes of memory for each such record; the table of the balance is on the disk.
+Names, hashes and sizes of such records are in memory; the table of the balance is on the disk.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The run on Ray Data: parts are rows that actors judge, duplicates are found by exchanges between the machines.
 
 The journal, the sources and the models must have the same paths on all machines, as on a shared file system. What is
-compared in the end, some 150 bytes for each record that passed every filter, is in this process, which also writes the
-result.
+compared in the end, a row for each record that passed every filter, is in this process, which also writes the result.
 """
 
 from __future__ import annotations
