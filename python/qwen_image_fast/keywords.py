@@ -111,8 +111,8 @@ def one_device(device: Any, device_map: Any, use_safetensors: bool | None) -> to
     return torch.device(device_map)
 
 
-def check_saving(safe_serialization: bool, push_to_hub: bool = False) -> None:
+def check_saving(safe_serialization: bool, push_to_hub: bool = False, where: str = "save_pretrained") -> None:
     if not safe_serialization:
-        raise ValueError("save_pretrained: safe_serialization must be True: weights are written as safetensors only")
+        raise ValueError(f"{where}: safe_serialization must be True: weights are written as safetensors only")
     if push_to_hub:
-        refuse("save_pretrained", ["push_to_hub"], [])
+        refuse(where, ["push_to_hub"], [])

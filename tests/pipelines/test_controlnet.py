@@ -1,5 +1,7 @@
 """ControlNets against diffusers' model and pipelines with the same weights and seed."""
 
+from inspect import signature
+
 import diffusers
 import numpy as np
 import pytest
@@ -181,6 +183,15 @@ def test_save_load_and_start_from_a_transformer(edit_folder, tmp_path, union):
     assert fresh.controlnet_x_embedder.weight.shape == (192, 68) and not fresh.controlnet_blocks[1].weight.any()
     own, given = fresh.transformer_blocks[1].attn.to_q.weight, pipe.transformer.transformer_blocks[1].attn.to_q.weight
     assert torch.equal(own, given)
+    with pytest.raises(ValueError, match="attention_head_dim must be the transformer's, .* got 8; others need"):
+        QwenImageControlNetModel.from_transformer(pipe.transformer, attention_head_dim=8)
+    heads = {"num_attention_heads": 2, "load_weights_from_transformer": False}
+    fresh = QwenImageControlNetModel.from_transformer(pipe.transformer, num_layers=1, **heads)
+    assert fresh.inner_dim == 2 * pipe.transformer.config.attention_head_dim
+    theirs, mine = (
+        signature(net.from_transformer).parameters for net in (diffusers.QwenImageControlNetModel, type(fresh))
+    )
+    assert list(mine) == list(theirs)
 
 
 def test_a_pipeline_is_saved_moved_and_loaded_with_its_net(edit_folder, tmp_path):

@@ -6,11 +6,12 @@ import pytest
 import torch
 from loras import CALL, LAYERS, STYLES, draw, pairs, state
 from reference import reference, seeded
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from qwen_image_fast import QwenImagePipeline
 from qwen_image_fast.models.lora import LoraLinear
 from qwen_image_fast.models.lora_files import parse_lora
+from qwen_image_fast.tensor_files import read_metadata
 
 
 @pytest.fixture
@@ -29,6 +30,43 @@ def test_files_equal_diffusers(pipe, tiny_folder, tmp_path, style):
     expected = theirs(**CALL, generator=seeded(0)).images
     assert (expected - before).abs().max() > 0.01
     torch.testing.assert_close(got, expected, rtol=0, atol=5e-5)
+
+
+def test_saved_files_are_diffusers(pipe, tiny_folder, tmp_path):
+    """Tensors and texts of the file; each package reads what the other wrote."""
+    peft = pytest.importorskip("peft")
+    theirs = reference("QwenImagePipeline", tiny_folder)
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["to_q", "net.2"], init_lora_weights=False)
+    theirs.transformer.add_adapter(config)
+    layers = peft.get_peft_model_state_dict(theirs.transformer)
+    given = {"transformer_lora_layers": layers, "transformer_lora_adapter_metadata": config.to_dict()}
+    for cls, folder in ((type(theirs), "theirs"), (QwenImagePipeline, "ours")):
+        cls.save_lora_weights(tmp_path / folder, **given)
+    files = [tmp_path / folder / "pytorch_lora_weights.safetensors" for folder in ("theirs", "ours")]
+    a, b = map(load_file, files)
+    assert a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())
+    a, b = (json.loads(read_metadata(file)["lora_adapter_metadata"]) for file in files)
+    for text in (a, b):  # a set, which has no order
+        text["transformer.target_modules"].sort()
+    assert a == b
+    pipe.load_lora_weights(tmp_path / "ours")
+    torch.testing.assert_close(draw(pipe), theirs(**CALL, generator=seeded(0)).images, rtol=1e-3, atol=1e-3)
+
+
+def test_saving_is_refused_in_one_sentence(tmp_path):
+    layers = {"a": torch.ones(1)}
+    with pytest.raises(ValueError, match="transformer_lora_layers must be given, got none"):
+        QwenImagePipeline.save_lora_weights(tmp_path)
+    with pytest.raises(ValueError, match="^save_lora_weights: safe_serialization must be True"):
+        QwenImagePipeline.save_lora_weights(tmp_path, layers, safe_serialization=False)
+    QwenImagePipeline.save_lora_weights(tmp_path / "no", layers, is_main_process=False)
+    assert not (tmp_path / "no").exists()
+    seen = []
+    QwenImagePipeline.save_lora_weights(
+        tmp_path, layers, weight_name="x.safetensors", save_function=lambda *a: seen.append(a)
+    )
+    assert seen == [({"transformer.a": layers["a"]}, str(tmp_path / "x.safetensors"))]
 
 
 @pytest.mark.parametrize("style", STYLES)

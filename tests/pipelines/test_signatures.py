@@ -64,7 +64,7 @@ def test_pipelines_are_short_and_share_one_loop():
 
 LORA = [
     "fuse_lora", "unfuse_lora", "unload_lora_weights", "set_adapters", "enable_lora", "disable_lora", "delete_adapters",
-    "get_active_adapters", "get_list_adapters",
+    "get_active_adapters", "get_list_adapters", "save_lora_weights",
 ]  # fmt: skip
 
 

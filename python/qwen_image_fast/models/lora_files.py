@@ -8,15 +8,17 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..checkpoint import PICKLE_SUFFIXES
+from ..files import atomic_write
 from ..folders import newest_lora, read_json, resolve_folder
 from ..tensor_files import CONVERT, read_header
 from .lora_keys import Parts, by_layer
@@ -26,6 +28,28 @@ logger = logging.getLogger(__name__)
 
 _FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _PEFT_DEFAULT = 8  # of r and alpha, where a configuration does not say
+
+
+def write_lora(
+    folder: str | os.PathLike,
+    weight_name: str | None,
+    layers: nn.Module | Mapping[str, Tensor],
+    config: Mapping[str, Any] | None,
+    save_function: Callable[[dict[str, Tensor], str], Any] | None = None,
+) -> None:
+    """A file of the transformer's adapter, with PEFT's configuration in its texts; by `save_function`, where given."""
+    state = layers.state_dict() if isinstance(layers, nn.Module) else layers
+    tensors = {f"transformer.{key}": t.detach().to("cpu").contiguous() for key, t in state.items()}
+    texts = {"format": "pt"}
+    if config:
+        named = {f"transformer.{key}": value for key, value in config.items()}
+        texts["lora_adapter_metadata"] = json.dumps(named, indent=2, sort_keys=True, default=sorted)
+    path = Path(folder, weight_name or _FILES[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if save_function is not None:
+        save_function(tensors, str(path))
+    else:
+        atomic_write(path, lambda file: file.write(safetensors.torch.save(tensors, texts)))
 
 
 def locate_lora(

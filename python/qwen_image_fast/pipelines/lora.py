@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen_image_fast.folders import nearest
+from qwen_image_fast.keywords import check_saving
 from qwen_image_fast.models.lora import TEXT_ENCODER, adapters_of
-from qwen_image_fast.models.lora_files import locate_lora, parse_lora, read_lora
+from qwen_image_fast.models.lora_files import locate_lora, parse_lora, read_lora, write_lora
 from qwen_image_fast.models.lora_keys import component_config, split_components, without_absent
 from qwen_image_fast.models.lora_kinds import Adapter
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler, named_schedule
@@ -90,6 +91,37 @@ class LoraMixin:
             )
         (adapters.replace if hotswap else adapters.add)(adapter_name, layers)
         return adapter_name
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | os.PathLike,
+        transformer_lora_layers: nn.Module | Mapping[str, Tensor] | None = None,
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function: Callable[[dict[str, Tensor], str], Any] | None = None,
+        safe_serialization: bool = True,
+        transformer_lora_adapter_metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the tensors of an adapter, as PEFT names them, to a file that diffusers and this package read.
+
+        Args:
+            transformer_lora_layers: `get_peft_model_state_dict(transformer)`, or a module whose state it is.
+            weight_name: of the file, by default pytorch_lora_weights.safetensors.
+            save_function: is called with the tensors and the path, instead of writing them here.
+            transformer_lora_adapter_metadata: PEFT's configuration, kept in the file.
+
+        Raises:
+            ValueError: no layers, or `safe_serialization=False`, which would be a pickle.
+        """
+        check_saving(safe_serialization, where="save_lora_weights")
+        if not transformer_lora_layers:
+            raise ValueError("save_lora_weights: transformer_lora_layers must be given, got none")
+        if not is_main_process:
+            return
+        write_lora(
+            save_directory, weight_name, transformer_lora_layers, transformer_lora_adapter_metadata, save_function
+        )
 
     def _parse_adapters(self, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Adapter]:
         """The layers of both models."""
