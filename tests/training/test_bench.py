@@ -10,7 +10,7 @@ from bench_helpers import SETS, coloured, lines, picture, started
 from PIL import Image
 from typer.testing import CliRunner
 
-from qwen_image_fast.chat import EndpointError
+from qwen_image_fast.chat import EndpointError, NoCompletion
 from qwen_image_fast.cli import app
 from qwen_image_fast.training.evaluation.bench import judges
 from qwen_image_fast.training.evaluation.bench.answers import AnswerFile, JudgeDown
@@ -184,7 +184,7 @@ def test_a_judge_that_makes_no_sense_at_all_is_no_judge(tmp_path):
     """Nothing of it counts or is kept; a proxy that answers with a page of its own is the same."""
     run = started("dpg", tmp_path)
     replies, expected = CASES["dpg"]
-    for reply in ("Let me think", ValueError("judge: http://x must answer with a chat completion")):
+    for reply in ("Let me think", NoCompletion("judge: http://x must answer with a chat completion")):
         with pytest.raises(JudgeDown, match="made no sense 10 times in a row, the last time by"):
             run.judge(Fake({"": reply}).judge, 2)
         assert (run.out / "answers.jsonl").read_text() == ""

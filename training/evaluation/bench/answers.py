@@ -156,14 +156,14 @@ def _answer(
             answer = Answer(question.key, text, question.read(text))
             file.put(question, answer)
             return answer
+        except ValueError as error:  # `chat.NoCompletion` too: no text may be a filter's doing, of this picture
+            text = text or str(error)
         except EndpointError as error:
             failure = error
             if error.status in _WRONG_SETTINGS:
                 break
             if attempt + 1 < attempts:
                 stop.wait(min(error.retry_after or pause * 2**attempt, _LONGEST_WAIT))
-        except ValueError as error:
-            text = text or str(error)
     if failure is not None:
         raise JudgeDown(
             f"evaluate bench: the judge does not answer: {failure}; what it has said is kept, run the same command "
