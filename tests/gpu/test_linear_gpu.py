@@ -141,3 +141,11 @@ def test_the_transformer_in_fused_launches(dtype):
     for a, b in zip(run("cutlass"), run("torch")):
         a, b = a.double(), b.double()
         assert (a - b).pow(2).mean().sqrt() <= 16 * torch.finfo(dtype).eps * b.pow(2).mean().sqrt()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gelu_in_the_epilogue_of_cublaslt(dtype):
+    args = layer(1027, 200, 512, dtype)
+    with torch.no_grad():
+        (out,) = linear_gelu(*([t] for t in args))
+    assert_close(out, torch.nn.functional.gelu(exact(*args), approximate="tanh"), dtype)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference_transformer import CONFIG, Case, exact_diffusers, make_pair
 
-from qwen_image_fast.models import stream_linear
+from qwen_image_fast.models import stream_linear, transformer_block
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -255,3 +255,21 @@ def test_layers_that_are_more_than_a_product_stay_modules(launched):
     assert not stream_linear._plain(attn.to_k, x.bfloat16())
     with torch.autocast("cpu"):
         assert not stream_linear._plain(attn.to_k, x)
+
+
+def test_streams_apart(monkeypatch):
+    """As on CUDA, the text's work apart and rows multiplied where they lie, in several sizes: the same result."""
+    case = Case(shapes=[[(1, 4, 4)], [(1, 6, 4)]], text=6, mask=[[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
+    ours, _ = make_pair(case, torch.float64)
+    inputs = case.inputs(torch.float64)
+    with torch.no_grad():
+        expected = ours(**inputs).sample
+        calls = []
+        monkeypatch.setattr(stream_linear, "_alone_on_cuda", lambda x: True)
+        monkeypatch.setattr(stream_linear, "LARGE_PART", 3)
+        of_parts = stream_linear.of_parts
+        monkeypatch.setattr(stream_linear, "of_parts", lambda *args: calls.append(args) or of_parts(*args))
+        monkeypatch.setattr(transformer_block.side_stream, "both", lambda main, beside, on: (main(), beside()))
+        got = ours(**inputs).sample
+    assert calls
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)

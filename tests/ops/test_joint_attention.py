@@ -176,16 +176,29 @@ def test_choice_of_kernels(monkeypatch):
     long = (12000, 11264)
     assert choice(lens=long) == "loop" and choice(lens=(12000, 11263)) == choice() == "packed"
     assert choice(lens=long, requires_grad=True) == "packed"
+    # Unless another FlashAttention is active, which is as fast and makes no plan for each length.
+    monkeypatch.setattr(MODULE, "varlen_attn", object())
+    assert choice(lens=long) == "loop"
+    assert MODULE.preferred_backends(OnGpu())[0].name == "CUDNN_ATTENTION"
+    monkeypatch.setattr(MODULE, "current_flash_attention_impl", lambda: "FA3")
+    assert choice(lens=long) == "varlen"
+    assert [b.name for b in MODULE.preferred_backends(OnGpu())[:2]] == ["FLASH_ATTENTION", "CUDNN_ATTENTION"]
+    monkeypatch.setattr(MODULE, "current_flash_attention_impl", None)
+    monkeypatch.setattr(MODULE, "varlen_attn", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert choice(lens=long) == "packed"
 
 
 def test_what_runs_in_words(monkeypatch):
     assert dense_backend(torch.randn(1, 9, 2, 16)).name in ("FLASH_ATTENTION", "MATH")
+    monkeypatch.setattr(MODULE, "current_flash_attention_impl", None)
     assert describe_attention("cpu")[1] == "one sample after another"
     monkeypatch.setattr(MODULE.lib, "on_cuda", lambda x: True)
     monkeypatch.setattr(MODULE, "varlen_attn", None)
     assert describe_attention("cpu")[1] == "kernel of this package"
+    monkeypatch.setattr(MODULE, "attention_kernel", lambda *_: "varlen")
+    monkeypatch.setattr(MODULE, "current_flash_attention_impl", lambda: "FA3")
+    assert describe_attention("cpu")[1] == "varlen_attn of torch (FA3)"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen_image_fast.models.rope import ImageShape, sample_rope
-from qwen_image_fast.ops.joint_attention import joint_attention
+from qwen_image_fast.ops.joint_attention import joint_attention, joint_attention_parts
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,16 @@ class PackedLayout:
             return joint_attention(q, k, v, self.img_lens, self.joint_lens, self.cu_img, self.cu_joint)
         return joint_attention(q, k, v, self.joint_lens, None, self.cu_joint, self.cu_joint)
 
-    def split_joint(self, joint: Tensor) -> tuple[Tensor, Tensor]:
-        """[text, image] rows of each sample -> image rows, text rows."""
-        if self.samples == 1:
-            return joint[self.txt_lens[0] :], joint[: self.txt_lens[0]]
-        pieces = joint.split([n for pair in zip(self.txt_lens, self.img_lens) for n in pair])
-        return torch.cat(pieces[1::2]), torch.cat(pieces[0::2])
+    def attend_apart(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Attention of the joint rows: the image rows and the text rows of each sample, [rows, heads, head_dim], as
+        the kernels left them."""
+        parts = joint_attention_parts(q, k, v, self.joint_lens, None, self.cu_joint, self.cu_joint)
+        lens = [n for pair in zip(self.txt_lens, self.img_lens) for n in pair]
+        if len(parts) == 1:
+            pieces = parts[0].split(lens)
+        else:
+            pieces = tuple(piece for i, part in enumerate(parts) for piece in part.split(lens[2 * i : 2 * i + 2]))
+        return list(pieces[1::2]), list(pieces[0::2])
 
 
 class KnownLayout(NamedTuple):

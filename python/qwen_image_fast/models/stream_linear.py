@@ -16,11 +16,15 @@ from torch import Tensor, nn
 from qwen_image_fast.models.hooks import is_bare
 from qwen_image_fast.models.int8_linear import Int8Linear
 from qwen_image_fast.ops import int8_rows, linear_int8
-from qwen_image_fast.ops._linear import fused
+from qwen_image_fast.ops._library import watched
+from qwen_image_fast.ops._linear import fused, groups_streams
 from qwen_image_fast.ops.linear_amx import linear_amx, worthwhile
 from qwen_image_fast.ops.linear_gate_residual import linear_gate_residual
 from qwen_image_fast.ops.linear_gelu import linear_gelu
 from qwen_image_fast.ops.linear_qkv import linear_qkv
+
+# Rows from which on products of the parts of a batch lose nothing against one of all.
+LARGE_PART = 1024
 
 
 def project(layers: Sequence[Any], x: Sequence[Tensor]) -> list[Tensor]:
@@ -47,6 +51,37 @@ def gelu(layers: Sequence[Any], x: Sequence[Tensor]) -> list[Tensor]:
 def gate_residual(layers: Sequence[Any], residual, x, gate, offsets) -> list[Tensor]:
     """residual_i + gate_i * layer_i(x_i), in one launch."""
     return linear_gate_residual(residual, x, *_parameters(layers), gate, offsets)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
+
+
+def text_apart(layers: Sequence[Any], x: Tensor) -> bool:
+    """Whether the text stream, whose layers these are, is computed beside that of the image and not in its calls."""
+    return _alone_on_cuda(x) and all(_plain(layer, x) for layer in layers)
+
+
+def multiplied_apart(layers: Sequence[Any], x: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether rows that lie in several tensors are multiplied where they are: few large parts, by plain layers."""
+    return (
+        _alone_on_cuda(x[0][0])
+        and any(1 < len(parts) <= 4 and min(map(len, parts)) >= LARGE_PART for parts in x)
+        and all(_plain(layer, parts[0]) for layer, parts in zip(layers, x))
+    )
+
+
+def _alone_on_cuda(x: Tensor) -> bool:
+    """On CUDA, without gradients, and no launch takes both streams."""
+    return x.is_cuda and not torch.is_grad_enabled() and not watched() and not groups_streams(x)
+
+
+def of_parts(layer: Any, parts: Sequence[Tensor]) -> Tensor:
+    """layer of rows that lie in several tensors, each result written where it belongs."""
+    out = parts[0].new_empty(sum(map(len, parts)), layer.out_features)
+    for part, rows in zip(parts, out.split([len(part) for part in parts])):
+        torch.addmm(layer.bias, part, layer.weight.t(), out=rows)
+    return out
 
 
 def in_one_launch(op: str, layers: Sequence[Any], x: Sequence[Tensor]) -> bool:

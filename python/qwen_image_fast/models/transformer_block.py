@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qwen_image_fast.models import stream_linear
+from qwen_image_fast.models import side_stream, stream_linear
 from qwen_image_fast.models.packing import PackedLayout
 from qwen_image_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from qwen_image_fast.ops.gelu_tanh import gelu_tanh
@@ -71,9 +71,17 @@ def run_block(
         unused = unused_rows(attn.add_q_proj, txt_x)
     inputs = [img_x if targets is None else img_x[targets], img_x, img_x]
     inputs += [txt_x] * len(txt_layers)
-    img_q, img_k, img_v, *txt_q, txt_k, txt_v = (
-        y.unflatten(-1, (-1, head_dim)) for y in stream_linear.project([*img_layers, *txt_layers], inputs)
-    )
+    text_apart = spread is None and stream_linear.text_apart([*txt_layers, *text_layers(block)], txt_x)
+    if text_apart:
+        img_qkv, txt_qkv = side_stream.both(
+            lambda: stream_linear.project(img_layers, inputs[:3]),
+            lambda: stream_linear.project(txt_layers, inputs[3:]),
+            img_x,
+        )
+        projected = [*img_qkv, *txt_qkv]
+    else:
+        projected = stream_linear.project([*img_layers, *txt_layers], inputs)
+    img_q, img_k, img_v, *txt_q, txt_k, txt_v = (y.unflatten(-1, (-1, head_dim)) for y in projected)
     if next_txt is None and unused is not None:
         txt_k = torch.cat([txt_k, unused.unflatten(-1, (-1, head_dim))])
     norms = [weight if weight.dtype == img_q.dtype else weight.to(img_q.dtype) for weight in norms]  # autocast
@@ -92,14 +100,21 @@ def run_block(
     elif next_txt is None:
         img_y = layout.attend(q, k, v, images_only=True).flatten(1)
     else:
-        img_y, txt_y = layout.split_joint(layout.attend(q, k, v).flatten(1))
-        img, txt = finish_block(
-            [img, txt], [img_y, txt_y], [attn.to_out[0], attn.to_add_out], [block.img_mlp, block.txt_mlp],
-            [img_mod, txt_mod], [next_img, next_txt], [img_offsets, txt_offsets],
-        )  # fmt: skip
+        img_parts, txt_parts = ([t.flatten(1) for t in parts] for parts in layout.attend_apart(q, k, v))
+        of_img = [img], [img_parts], [attn.to_out[0]], [block.img_mlp], [img_mod], [next_img], [img_offsets]
+        of_txt = [txt], [txt_parts], [attn.to_add_out], [block.txt_mlp], [txt_mod], [next_txt], [txt_offsets]
+        if text_apart:
+            (img,), (txt,) = side_stream.both(lambda: finish_block(*of_img), lambda: finish_block(*of_txt), img_x)
+        else:
+            img, txt = finish_block(*([*a, *b] for a, b in zip(of_img, of_txt)))
         return img, txt
-    (img,) = finish_block([img], [img_y], [attn.to_out[0]], [block.img_mlp], [img_mod], [next_img], [img_offsets])
+    (img,) = finish_block([img], [[img_y]], [attn.to_out[0]], [block.img_mlp], [img_mod], [next_img], [img_offsets])
     return img, txt
+
+
+def text_layers(block: Any) -> list[Any]:
+    """Of a block, behind its attention."""
+    return [block.attn.to_add_out, block.txt_mlp.net[0].proj, block.txt_mlp.net[2]]
 
 
 def unused_rows(layer: Any, x: Tensor) -> Tensor | None:
@@ -113,14 +128,17 @@ def unused_rows(layer: Any, x: Tensor) -> Tensor | None:
 
 def finish_block(
     streams: list[Stream],
-    attended: list[Tensor],
+    attended: list[list[Tensor]],
     projections: list[Any],
     mlps: list[Any],
     mods: list[BlockVectors],
     following: list[tuple[Tensor, Tensor]],
     offsets: list[Tensor | None],
 ) -> list[Stream]:
-    """The two gated residuals of each stream, each with the norm behind it, and the MLP between them."""
+    """The two gated residuals of each stream, each with the norm behind it, and the MLP between them.
+
+    attended: of each stream, rows of attention in as many tensors as they lie in.
+    """
     residual = [s.x for s in streams]
     x, normed = gated_norm(
         residual, projections, attended, [m.gate1 for m in mods], [(m.shift2, m.scale2) for m in mods], offsets
@@ -133,30 +151,35 @@ def finish_block(
         hidden = stream_linear.gelu(expand, normed)
     else:
         hidden = [gelu_tanh(t, inplace=True) for t in stream_linear.each(expand, normed)]
-    return list(map(Stream, *gated_norm(x, reduce, hidden, [m.gate2 for m in mods], following, offsets, in_8_bits)))
+    parts = [[t] for t in hidden]
+    return list(map(Stream, *gated_norm(x, reduce, parts, [m.gate2 for m in mods], following, offsets, in_8_bits)))
 
 
 def gated_norm(
     residual: list[Tensor],
     layers: list[Any],
-    y: list[Tensor],
+    parts: list[list[Tensor]],
     gate: list[Tensor],
     following: list[tuple[Tensor, Tensor]],
     offsets: list[Tensor | None],
     gelu: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """x = residual + gate * layer(y) and LN-modulate(x) of each stream; `following`: its shift and scale.
+    """x = residual + gate * layer(y) and LN-modulate(x) of each stream, y the rows of its parts; `following`: its shift
+    and scale.
 
     gelu: the layers are in 8 bits and take gelu_tanh(y).
     """
+    apart = stream_linear.multiplied_apart(layers, parts)
+    y = [] if apart else list(map(stream_linear.joined, parts))
     if stream_linear.in_8_bits(layers, [*residual, *y, *gate]):
         x = stream_linear.int8_gate_residual(layers, residual, y, gate, offsets, gelu)
         return x, [layer_norm_modulate(t, f[0], f[1], o) for t, f, o in zip(x, following, offsets)]
-    if stream_linear.in_one_launch("linear_gate_residual", layers, y):
+    if not apart and stream_linear.in_one_launch("linear_gate_residual", layers, y):
         x = stream_linear.gate_residual(layers, residual, y, gate, offsets)
         return x, [layer_norm_modulate(t, f[0], f[1], o) for t, f, o in zip(x, following, offsets)]
+    products = list(map(stream_linear.of_parts, layers, parts)) if apart else stream_linear.each(layers, y)
     pairs = [
         gate_residual_norm_modulate(r, t, g, f[0], f[1], o)
-        for r, t, g, f, o in zip(residual, stream_linear.each(layers, y), gate, following, offsets)
+        for r, t, g, f, o in zip(residual, products, gate, following, offsets)
     ]
     return [x for x, _ in pairs], [normed for _, normed in pairs]

@@ -33,8 +33,16 @@ def fused(op: str, x: Sequence[Tensor], weight: Sequence[Tensor]) -> bool:
     return kernel_for(op, x, weight) != "torch"
 
 
+def groups_streams(x: Tensor) -> bool:
+    """Whether products of both streams may be one launch on the device of `x` now."""
+    choice = chosen_linear_kernels()
+    return choice.startswith("cutlass") or (
+        choice == "table" and bool(_faster) and architecture(x.get_device()) in _faster
+    )
+
+
 def kernel_for(op: str, x: Sequence[Tensor], weight: Sequence[Tensor]) -> str:
-    """ "torch", "cutlass large" or "cutlass small"."""
+    """ "torch", "cutlass large", "cutlass small", or for linear_gelu "cublaslt"."""
     choice = chosen_linear_kernels()
     if choice == "torch" or not x[0].is_cuda:
         return "torch"
@@ -44,8 +52,17 @@ def kernel_for(op: str, x: Sequence[Tensor], weight: Sequence[Tensor]) -> str:
         return by_size(rows, columns) if choice == "cutlass" else choice
     kernel = measured(op, x[0].get_device(), depth, columns, max(rows))
     if kernel != "torch" and obstacle(x, weight) is not None:
-        return "torch"
+        kernel = "torch"
+    if kernel == "torch" and op == "linear_gelu" and _without_gradients(x, weight):
+        return "cublaslt"
     return kernel
+
+
+def _without_gradients(x: Sequence[Tensor], weight: Sequence[Tensor]) -> bool:
+    """In 16 bits, whose rounding between product and activation is saved, and nothing recorded."""
+    if x[0].dtype not in (torch.float16, torch.bfloat16) or torch.compiler.is_compiling():
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in (*x, *weight)))
 
 
 def by_size(rows: Sequence[int], columns: int) -> str:
@@ -65,7 +82,7 @@ def describe_linear(device: str) -> str:
     if device != "cuda":
         return "torch's products" + ("; large ones in float32 on AMX (linear_amx)" if AMX else "")
     if not lib._has_cuda:
-        return "cuBLASLt through torch; this build has no CUTLASS kernels"
+        return "cuBLASLt through torch, GELU in its epilogue; this build has no CUTLASS kernels"
     name = architecture(torch.cuda.current_device())
     if _faster.get(name):
         return f"cuBLASLt through torch, or CUTLASS where measured faster on {name}"

@@ -19,6 +19,11 @@ try:
 except ImportError:  # before torch 2.10
     varlen_attn = None  # type: ignore[assignment]
 
+try:
+    from torch.nn.attention import current_flash_attention_impl
+except ImportError:  # before torch 2.11
+    current_flash_attention_impl = None  # type: ignore[assignment]
+
 _OP = "joint_attention"
 # torch 2.5 can choose among backends, but not order them.
 _can_order_backends = "set_priority" in inspect.signature(sdpa_kernel).parameters
@@ -56,26 +61,40 @@ def joint_attention(
     Raises:
         ValueError, TypeError: lengths that do not add up, shapes, dtypes or devices that do not fit together.
     """
+    parts = joint_attention_parts(q, k, v, q_lens, k_lens, cu_q, cu_k)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def joint_attention_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_lens: Sequence[int],
+    k_lens: Sequence[int] | None = None,
+    cu_q: Tensor | None = None,
+    cu_k: Tensor | None = None,
+) -> list[Tensor]:
+    """`joint_attention` in as many tensors as kernels computed: the rows of all samples, or of each."""
     k_lens = q_lens if k_lens is None else k_lens
     _check(q, k, v, q_lens, k_lens)
     _check_offsets(q, cu_q=(cu_q, q_lens), cu_k=(cu_k, k_lens))
     if lib.use_reference():
-        return joint_attention_reference(q, k, v, q_lens, k_lens)
+        return [joint_attention_reference(q, k, v, q_lens, k_lens)]
     kernel = attention_kernel(q, q_lens, k_lens)
     if kernel == "dense":
         out = _attend(*(t.unflatten(0, (len(q_lens), -1)) for t in (q, k, v)))
-        return out.flatten(0, 1)
+        return [out.flatten(0, 1)]
     if kernel == "varlen":
         cu_q = _cumulative(q_lens, q) if cu_q is None else cu_q
         cu_k = _cumulative(k_lens, q) if cu_k is None else cu_k
         q, k, v = map(_as_kernels_read, (q, k, v))
-        return varlen_attn(q, k, v, cu_q, cu_k, max(q_lens), max(k_lens))  # type: ignore[return-value]
+        return [varlen_attn(q, k, v, cu_q, cu_k, max(q_lens), max(k_lens))]  # type: ignore[list-item]
     if kernel == "packed":
         if lib.call_directly(q, k, v):
-            return _forward(q, k, v, list(q_lens), list(k_lens))[0]
-        return _op(q, k, v, list(q_lens), list(k_lens))[0]
-    parts = zip(q.split(list(q_lens)), k.split(list(k_lens)), v.split(list(k_lens)))
-    return torch.cat([_attend(qi[None], ki[None], vi[None])[0] for qi, ki, vi in parts])
+            return [_forward(q, k, v, list(q_lens), list(k_lens))[0]]
+        return [_op(q, k, v, list(q_lens), list(k_lens))[0]]
+    samples = zip(q.split(list(q_lens)), k.split(list(k_lens)), v.split(list(k_lens)))
+    return [_attend(qi[None], ki[None], vi[None])[0] for qi, ki, vi in samples]
 
 
 def attention_kernel(q: Tensor, q_lens: Sequence[int], k_lens: Sequence[int]) -> str:
@@ -85,17 +104,27 @@ def attention_kernel(q: Tensor, q_lens: Sequence[int], k_lens: Sequence[int]) ->
     lengths, on CUDA in 16 bit. "packed": the kernel of this package, where torch has none. "loop": one sample after
     another, by scaled_dot_product_attention. On CUDA that is for samples which each fill a GPU where cuDNN is
     preferred: on Hopper it computes forward 1.6 times as fast as FlashAttention-2 does (609 and 370 TFLOP/s at 4096
-    tokens and head_dim 128, FlashAttention's assets/flash3_fp16_fwd.png), and "varlen" and "packed" are of that kind.
+    tokens and head_dim 128, FlashAttention's assets/flash3_fp16_fwd.png), and "varlen" and "packed" are of that kind,
+    unless the caller has activated another FlashAttention for torch: `activate_flash_attention_impl("FA3")` makes
+    "varlen" as fast. cuDNN makes a plan for each exact length, which takes it half a second; FlashAttention makes none.
     """
     if len(set(q_lens)) == 1 and len(set(k_lens)) == 1:
         return "dense"
     if not lib.on_cuda(q) or q.dtype not in (torch.float16, torch.bfloat16):
         return "loop"
-    if preferred_backends(q) and min(q_lens) * q.shape[-2] >= _FILLS_A_GPU:
+    if newer_flash_attention() is None and preferred_backends(q) and min(q_lens) * q.shape[-2] >= _FILLS_A_GPU:
         return "loop"
     if varlen_attn is not None and q.is_cuda and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
         return "varlen"
     return "packed" if q.shape[-1] in HEAD_DIMS else "loop"
+
+
+def newer_flash_attention() -> str | None:
+    """The name of the implementation that `torch.nn.attention.activate_flash_attention_impl` put in FlashAttention-2's
+    place in this process; None: that of torch."""
+    if current_flash_attention_impl is None or torch.compiler.is_compiling():
+        return None
+    return current_flash_attention_impl()
 
 
 def dense_backend(q: Tensor) -> SDPBackend:
@@ -110,7 +139,9 @@ def dense_backend(q: Tensor) -> SDPBackend:
 def describe_attention(device: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128) -> tuple[str, str]:
     """Which kernels run there without gradients, in words: for samples of equal lengths, and of mixed lengths."""
     q = torch.empty(1, 8, 24, head_dim, dtype=dtype, device=device)
-    names = {"varlen": "varlen_attn of torch", "packed": "kernel of this package", "loop": "one sample after another"}
+    newer = newer_flash_attention()
+    varlen = "varlen_attn of torch" + (f" ({newer})" if newer else "")
+    names = {"varlen": varlen, "packed": "kernel of this package", "loop": "one sample after another"}
     with torch.no_grad():
         dense = dense_backend(q).name.lower()
         short, long = (names[attention_kernel(q[0], lens, lens)] for lens in ((3, 5), (4096, 4160)))
@@ -153,16 +184,17 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def preferred_backends(q: Tensor) -> list[SDPBackend]:
     """The kernels that torch is asked to try first, in order; empty: torch's own order.
 
-    FlashAttention-2 does not use the instructions of Hopper (sm_90) and later GPUs, cuDNN does. Gradients stay with
-    torch's order.
+    FlashAttention-2 does not use the instructions of Hopper (sm_90) and later GPUs; cuDNN does, and so do newer ones
+    that the caller may have activated. Gradients stay with torch's order.
     """
     if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or not _can_order_backends:
         return []
     if (torch.is_grad_enabled() and q.requires_grad) or torch.cuda.get_device_capability(q.device)[0] < 9:
         return []
-    return [
-        SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-    ]  # fmt: skip
+    fast = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+    if newer_flash_attention() is not None:
+        fast.reverse()
+    return [*fast, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ def linear_gelu(x: Sequence[Tensor], weight: Sequence[Tensor], bias: Sequence[Te
     """out_i = gelu_tanh(x_i weight_i^T + bias_i), GELU in its tanh approximation, for one or both streams.
 
     The kernels that compute it are chosen by `linear_kernels`: torch's product and then the kernel of `gelu_tanh`, or
-    one launch with the activation on the accumulators, which are not rounded before it. Nothing is kept for backward:
-    it computes the product again.
+    one launch with the activation on the accumulators, which are not rounded before it: of all streams by CUTLASS, or
+    of each by cuBLASLt, which on CUDA is the default in 16 bits where no gradient is asked for (tier *reassociated*;
+    `linear_kernels("torch")` rounds as the modules do). Nothing is kept for backward: it computes the product again.
 
     Args:
         x: 1 or 2 tensors [rows_i, depth], contiguous; one dtype of float32, float16, bfloat16, float64.
@@ -46,6 +47,8 @@ def linear_gelu_reference(x, weight, bias) -> list[Tensor]:
 
 def _forward(x, weight, bias, kernel: str) -> list[Tensor]:
     _linear.check(_OP, x, weight, bias, MOST)
+    if kernel == "cublaslt":
+        return [torch._addmm_activation(b, a, w.t(), use_gelu=True) for a, w, b in zip(x, weight, bias)]
     if kernel != "torch":
         out = _linear.empty_outputs(x, weight)
         _linear.launch(_OP, kernel, x, weight, bias, out)

@@ -62,9 +62,9 @@ class SplitLayout(PackedLayout):
     order: Tensor | None = None
     back: Tensor | None = None
 
-    def split_joint(self, joint: Tensor) -> tuple[Tensor, Tensor]:
-        pieces = joint.split([n for pair in zip(self.txt_parts, self.img_parts) for n in pair])
-        return torch.cat(pieces[1::2]), torch.cat(pieces[0::2])
+    def attend_apart(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        pieces = self.attend(q, k, v).split([n for pair in zip(self.txt_parts, self.img_parts) for n in pair])
+        return list(pieces[1::2]), list(pieces[0::2])
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, images_only: bool = False) -> Tensor:
         """Attention over whole samples; q, k, v and the result are of this rank's rows and all heads."""
