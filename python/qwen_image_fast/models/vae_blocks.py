@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qwen_image_fast.models.hooks import is_bare
 from qwen_image_fast.models.vae_conv import Conv, Convolution, convolve, norm_silu
 from qwen_image_fast.models.vae_streams import FrameStream, RowStream, run_in_strips
+from qwen_image_fast.models.wide_attention import wide_attention
 from qwen_image_fast.ops import has_kernels
 
 Stream = FrameStream | RowStream | None
@@ -235,7 +236,7 @@ class AttentionBlock(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         tokens = self.to_qkv(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(1)  # [N, 1, H*W, 3C]
-        out = F.scaled_dot_product_attention(*tokens.chunk(3, dim=-1))
+        out = wide_attention(*tokens.chunk(3, dim=-1))
         del tokens  # three images of memory, before the projection takes its own
         out = out.squeeze(1).unflatten(1, (height, width)).permute(0, 3, 1, 2)
         return x + self.proj(out)
