@@ -192,6 +192,26 @@ QIF_INLINE void store(T* p, const float (&v)[N]) {
   store_pack(p, narrow<T>(v));
 }
 
+// ---- functions of values that are rounded to T ----------------------------------------------------------------------
+
+// exp(x) and a / b: what 16 bits do not show, the GPU's approximations leave out. They err by 2 + |x| / 80 units in the
+// last place of float32, and are half as many instructions. |b| must be below 2^126, above which they give 0.
+template <class T>
+QIF_INLINE float exponential(float x) {
+#if !defined(QIF_EMULATED)
+  if constexpr (sizeof(T) == 2) return __expf(x);
+#endif
+  return expf(x);
+}
+template <class T>
+QIF_INLINE float quotient(float a, float b) {
+#if !defined(QIF_EMULATED)
+  if constexpr (sizeof(T) == 2) return __fdividef(a, b);
+#endif
+  return a / b;
+}
+constexpr float kLargestExponent = 80.0f;  // exp of it is still such a `b`
+
 // ---- sums: the same order in every run
 // -------------------------------------------------------------------------------
 

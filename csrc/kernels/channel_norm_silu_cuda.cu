@@ -34,6 +34,12 @@ constexpr float kSmallestNorm = 1e-12f;
     __VA_ARGS__;                                                   \
   }
 
+// exp(-u), clamped where float would overflow, long after the sigmoid 1 / (1 + exp(-u)) is 0; NaN stays NaN.
+template <class T>
+QIF_INLINE float exp_minus(float u) {
+  return exponential<T>(-u > kLargestExponent ? kLargestExponent : -u);
+}
+
 // sqrt(channels) / max(|x|_2, 1e-12); NaN where a value of the row is.
 template <class T, int N, int Keep, int Lanes>
 QIF_INLINE float norm_factor(const Row<T, N, Keep, Lanes>& row, int width, int channels, float& norm) {
@@ -69,7 +75,7 @@ __global__ void __launch_bounds__(kChannelThreads) channel_norm_silu_rows(Channe
       for (int j = 0; j < N; ++j) {
         float u = v[j] * factor * g[j];
         if (p.bias) u += b[j];
-        v[j] = p.silu ? u / (1.0f + expf(-u)) : u;
+        v[j] = p.silu ? quotient<T>(u, 1.0f + exp_minus<T>(u)) : u;
       }
       store(static_cast<T*>(p.out) + r * p.channels + i, v);
     });
@@ -116,7 +122,7 @@ __global__ void __launch_bounds__(Keep > 0 ? kChannelThreads : 32)
         if (!p.silu) continue;
         float u = xhat[j] * weight[j];
         if (p.bias) u += b[j];
-        const float e = expf(-u), s = 1.0f / (1.0f + e);
+        const float e = exp_minus<T>(u), s = quotient<T>(1.0f, 1.0f + e);
         g[j] *= s + u * s * (u < 0.0f ? 1.0f - s : e * s);  // 1 - s, without the cancellation
       }
     };

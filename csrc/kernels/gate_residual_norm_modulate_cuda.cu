@@ -19,24 +19,27 @@ QIF_INLINE float saturate(float v) {
   return v;
 }
 
-template <class T, int N, int Keep, bool Fp8>
-__global__ void __launch_bounds__(32 * kRowWarps)
+template <class T, int N, int Keep, int Lanes, bool Fp8>
+__global__ void __launch_bounds__(kRowThreads)
     gate_residual_norm_modulate_rows(GateResidualNormModulate p, Fp8Rows fp8) {
-  const int64_t r = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / 32;
-  if (r >= p.rows) return;
-  const int64_t s = Segments{p.offsets, p.rows, p.segments}.find(r);
+  QIF_SHARED(float, partial, kRowShared);
+  const int64_t r = int64_t{blockIdx.x} * (kRowThreads / Lanes) + threadIdx.x / Lanes;
+  if (r >= p.rows) return;  // a warp, or no thread of the block
   const int width = static_cast<int>(p.width);
-  const T* gate = static_cast<const T*>(p.gate) + s * p.gate_stride;
-  const T* y = static_cast<const T*>(p.y) + r * p.width;
   T* residual = static_cast<T*>(p.residual) + r * p.width;
-  Row<T, N, Keep> row;
+  Row<T, N, Keep, Lanes> row, y, gate, shift, scale;  // read ahead of the first store, behind which no load moves
   row.read(static_cast<const T*>(p.x) + r * p.width, width);
+  y.read(static_cast<const T*>(p.y) + r * p.width, width);
+  const int64_t s = Segments{p.offsets, p.rows, p.segments}.find(r);
+  gate.read(static_cast<const T*>(p.gate) + s * p.gate_stride, width);
+  shift.read(static_cast<const T*>(p.shift) + s * p.shift_stride, width);
+  scale.read(static_cast<const T*>(p.scale) + s * p.scale_stride, width);
   // The rounded residual takes the place of x; streamed rows are read back by the lane that wrote them.
-  each_pack<N, Keep>(width, [&](int k, int i) {
+  each_pack<N, Keep, Lanes>(width, [&](int k, int i) {
     float v[N], g[N], yv[N];
     row.get(k, i, v);
-    load(gate + i, g);
-    load(y + i, yv);
+    gate.get(k, i, g);
+    y.get(k, i, yv);
 #pragma unroll
     for (int j = 0; j < N; ++j) v[j] = saturate<T>(v[j] + g[j] * yv[j]);
     const Pack<T, N> pack = narrow<T>(v);
@@ -44,10 +47,14 @@ __global__ void __launch_bounds__(32 * kRowWarps)
     store_pack(residual + i, pack);
   });
   row.source = residual;
-  norm_modulate_row<Fp8>(row, static_cast<const T*>(p.shift) + s * p.shift_stride,
-                         static_cast<const T*>(p.scale) + s * p.scale_stride, static_cast<T*>(p.out) + r * p.width,
-                         width, static_cast<float>(p.eps), fp8, r);
+  norm_modulate_row<Fp8>(row, shift, scale, static_cast<T*>(p.out) + r * p.width, width, static_cast<float>(p.eps),
+                         partial, fp8, r);
 }
+
+template <class T, int N, bool Held>
+struct GradientRows {
+  OwnRow<T, N, Held> h, y, grad_residual, grad_out;
+};
 
 template <class T, int N, bool Held>
 __global__ void __launch_bounds__(kBlockThreads, 1)
@@ -57,16 +64,30 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   const ChunkPlace chunk = find_chunk(segments, blockIdx.x, kChunkRows);
   if (chunk.segment < 0) return;
   const int width = static_cast<int>(p.width);
-  OwnRow<T, N, Held> h, y, grad_residual, grad_out, scale, gate;
+  const auto read = [&](int64_t r) {
+    GradientRows<T, N, Held> rows;
+    rows.h.read(static_cast<const T*>(p.residual) + r * p.width, width);
+    rows.grad_out.read(static_cast<const T*>(p.grad_out) + r * p.width, width);
+    rows.y.read(static_cast<const T*>(p.y) + r * p.width, width);
+    rows.grad_residual.read(static_cast<const T*>(p.grad_residual) + r * p.width, width);
+    return rows;
+  };
+  GradientRows<T, N, Held> next;
+  if constexpr (Held) next = read(chunk.begin);
+  OwnRow<T, N, Held> scale, gate;
   scale.read(static_cast<const T*>(p.scale) + chunk.segment * p.scale_stride, width);
   gate.read(static_cast<const T*>(p.gate) + chunk.segment * p.gate_stride, width);
   ColumnSums<N, Held, 3> sums;
   sums.start(partials + int64_t{blockIdx.x} * 3 * p.width, width);
   for (int64_t r = chunk.begin; r < chunk.end; ++r) {
-    h.read(static_cast<const T*>(p.residual) + r * p.width, width);
-    grad_out.read(static_cast<const T*>(p.grad_out) + r * p.width, width);
-    y.read(static_cast<const T*>(p.y) + r * p.width, width);
-    grad_residual.read(static_cast<const T*>(p.grad_residual) + r * p.width, width);
+    GradientRows<T, N, Held> now;
+    if constexpr (Held) {
+      now = next;
+      if (r + 1 < chunk.end) next = read(r + 1);  // while this one is computed: the block is alone on its processor
+    } else {
+      now = read(r);
+    }
+    const auto &h = now.h, &y = now.y, &grad_residual = now.grad_residual, &grad_out = now.grad_out;
     const RowGradient gradient = row_gradient(h, scale, grad_out, width, static_cast<float>(p.eps), shared);
     T *grad_x = static_cast<T*>(p.grad_x) + r * p.width, *grad_y = static_cast<T*>(p.grad_y) + r * p.width;
     each_own_pack<N, Held>(width, [&](int i) {
@@ -103,10 +124,9 @@ static int forward(const GateResidualNormModulate& p, const Fp8Rows& fp8, void* 
   const bool vector = p.width % 8 == 0 && p.gate_stride % 8 == 0 && p.shift_stride % 8 == 0 &&
                       p.scale_stride % 8 == 0 &&
                       aligned16({p.x, p.y, p.gate, p.shift, p.scale, p.residual, p.out, fp8.values});
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.rows, kRowWarps)));
-  QIF_ROW_VARIANT(
-      p.width, vector, N, Keep,
-      return launch(gate_residual_norm_modulate_rows<T, N, Keep, Fp8>, grid, dim3(32 * kRowWarps), 0, stream, p, fp8))
+  QIF_ROW_VARIANT(p.width, vector, N, Keep, Lanes,
+                  return launch(gate_residual_norm_modulate_rows<T, N, Keep, Lanes, Fp8>, row_grid<Lanes>(p.rows),
+                                dim3(kRowThreads), 0, stream, p, fp8))
 }
 
 template <class T>

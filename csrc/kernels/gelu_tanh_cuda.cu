@@ -9,9 +9,10 @@ constexpr int kGeluThreads = 256;
 constexpr float kRoot = 0.79788456080286535588f, kCube = 0.044715f;  // sqrt(2 / pi)
 
 // exp(-2u); sigmoid(2u) = 1 / (1 + exp(-2u)). Clamped where float would overflow, long after the sigmoid is 0 or 1.
+template <class T>
 QIF_INLINE float exp_minus_2u(float x) {
   const float e = -2.0f * kRoot * (x + kCube * x * x * x);
-  return expf(e > 88.0f ? 88.0f : e);  // NaN stays NaN
+  return exponential<T>(e > kLargestExponent ? kLargestExponent : e);  // NaN stays NaN
 }
 
 // f(i) for the packs of this thread; `elements` is a multiple of N.
@@ -27,7 +28,7 @@ __global__ void __launch_bounds__(kGeluThreads) gelu_tanh_elements(const T* x, T
     float v[N];
     load(x + i, v);
 #pragma unroll
-    for (int j = 0; j < N; ++j) v[j] = v[j] / (1.0f + exp_minus_2u(v[j]));
+    for (int j = 0; j < N; ++j) v[j] = quotient<T>(v[j], 1.0f + exp_minus_2u<T>(v[j]));
     store(out + i, v);
   });
 }
@@ -41,7 +42,8 @@ __global__ void __launch_bounds__(kGeluThreads)
     load(grad_out + i, g);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const float e = exp_minus_2u(v[j]), s = 1.0f / (1.0f + e), rest = e * s;  // rest = 1 - s, without cancellation
+      const float e = exp_minus_2u<T>(v[j]), s = quotient<T>(1.0f, 1.0f + e),
+                  rest = e * s;  // rest = 1 - s, without cancellation
       const float slope = kRoot * (1.0f + 3.0f * kCube * v[j] * v[j]);
       g[j] *= s + 2.0f * v[j] * s * rest * slope;
     }

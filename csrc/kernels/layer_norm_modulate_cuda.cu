@@ -7,17 +7,19 @@
 namespace qif {
 namespace gpu {
 
-template <class T, int N, int Keep, bool Fp8>
-__global__ void __launch_bounds__(32 * kRowWarps) layer_norm_modulate_rows(LayerNormModulate p, Fp8Rows fp8) {
-  const int64_t r = int64_t{blockIdx.x} * kRowWarps + threadIdx.x / 32;
-  if (r >= p.rows) return;
-  const int64_t s = Segments{p.offsets, p.rows, p.segments}.find(r);
+template <class T, int N, int Keep, int Lanes, bool Fp8>
+__global__ void __launch_bounds__(kRowThreads) layer_norm_modulate_rows(LayerNormModulate p, Fp8Rows fp8) {
+  QIF_SHARED(float, partial, kRowShared);
+  const int64_t r = int64_t{blockIdx.x} * (kRowThreads / Lanes) + threadIdx.x / Lanes;
+  if (r >= p.rows) return;  // a warp, or no thread of the block
   const int width = static_cast<int>(p.width);
-  Row<T, N, Keep> row;
+  Row<T, N, Keep, Lanes> row, shift, scale;
   row.read(static_cast<const T*>(p.x) + r * p.width, width);
-  norm_modulate_row<Fp8>(row, static_cast<const T*>(p.shift) + s * p.shift_stride,
-                         static_cast<const T*>(p.scale) + s * p.scale_stride, static_cast<T*>(p.out) + r * p.width,
-                         width, static_cast<float>(p.eps), fp8, r);
+  const int64_t s = Segments{p.offsets, p.rows, p.segments}.find(r);
+  shift.read(static_cast<const T*>(p.shift) + s * p.shift_stride, width);
+  scale.read(static_cast<const T*>(p.scale) + s * p.scale_stride, width);
+  norm_modulate_row<Fp8>(row, shift, scale, static_cast<T*>(p.out) + r * p.width, width, static_cast<float>(p.eps),
+                         partial, fp8, r);
 }
 
 template <class T, int N, bool Held>
@@ -60,10 +62,9 @@ template <class T, bool Fp8>
 static int forward(const LayerNormModulate& p, const Fp8Rows& fp8, void* stream) {
   const bool vector = p.width % 8 == 0 && p.shift_stride % 8 == 0 && p.scale_stride % 8 == 0 &&
                       aligned16({p.x, p.shift, p.scale, p.out, fp8.values});
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.rows, kRowWarps)));
-  QIF_ROW_VARIANT(
-      p.width, vector, N, Keep,
-      return launch(layer_norm_modulate_rows<T, N, Keep, Fp8>, grid, dim3(32 * kRowWarps), 0, stream, p, fp8))
+  QIF_ROW_VARIANT(p.width, vector, N, Keep, Lanes,
+                  return launch(layer_norm_modulate_rows<T, N, Keep, Lanes, Fp8>, row_grid<Lanes>(p.rows),
+                                dim3(kRowThreads), 0, stream, p, fp8))
 }
 
 template <class T>

@@ -7,13 +7,13 @@
 namespace qif {
 namespace gpu {
 
-// ---- forward: a warp per row, which it keeps in registers
+// ---- forward: a warp or a block per row, which it keeps in registers
 // -------------------------------------------------------------
 
-constexpr int kRowWarps = 4;
+constexpr int kRowThreads = 128;
 
 // f(k, i) for every pack of a row: `i` is its first column. Kept packs (Keep > 0) have a fixed number k. Lanes: how
-// many neighbouring lanes share a row.
+// many neighbouring threads share a row.
 template <int N, int Keep, int Lanes = 32, class F>
 QIF_INLINE void each_pack(int width, F&& f) {
   const int lane = threadIdx.x % Lanes;
@@ -47,48 +47,74 @@ struct Row {
   }
 };
 
+// Over the threads of a row, in shared memory where these are the block. One after the other a row needs several, each
+// with a `partial` of its own.
+template <int Lanes>
+QIF_INLINE float row_sum(float v, Shared<float> partial) {
+  if constexpr (Lanes <= 32) {
+    return warp_sum<Lanes>(v);
+  } else {
+    float sum[1] = {v};
+    block_sum(sum, partial);
+    return sum[0];
+  }
+}
+template <int Lanes>
+QIF_INLINE float row_max(float v, Shared<float> partial) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, d));
+  if constexpr (Lanes > 32) {
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
+    __syncthreads();
+    for (int w = 0; w < Lanes / 32; ++w) v = fmaxf(v, partial[w]);
+  }
+  return v;
+}
+constexpr int kRowShared = 3 * kMaxWarps;  // values for a row's reductions
+
 struct RowStats {
   float mean, rstd;
 };
 
 // Two passes: E[(x - mean)^2], never E[x^2] - mean^2.
-template <class T, int N, int Keep>
-QIF_INLINE RowStats row_stats(const Row<T, N, Keep>& row, int width, float eps) {
+template <class T, int N, int Keep, int Lanes>
+QIF_INLINE RowStats row_stats(const Row<T, N, Keep, Lanes>& row, int width, float eps, Shared<float> partial) {
   float sum = 0.0f;
-  each_pack<N, Keep>(width, [&](int k, int i) {
+  each_pack<N, Keep, Lanes>(width, [&](int k, int i) {
     float v[N];
     row.get(k, i, v);
 #pragma unroll
     for (int j = 0; j < N; ++j) sum += v[j];
   });
-  const float mean = warp_sum(sum) / static_cast<float>(width);
+  const float mean = row_sum<Lanes>(sum, partial) / static_cast<float>(width);
   float squares = 0.0f;
-  each_pack<N, Keep>(width, [&](int k, int i) {
+  each_pack<N, Keep, Lanes>(width, [&](int k, int i) {
     float v[N];
     row.get(k, i, v);
 #pragma unroll
     for (int j = 0; j < N; ++j) squares += (v[j] - mean) * (v[j] - mean);
   });
-  return {mean, 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(width) + eps)};
+  return {mean, 1.0f / sqrtf(row_sum<Lanes>(squares, partial + kMaxWarps) / static_cast<float>(width) + eps)};
 }
 
 // out = (x - mean) * rstd * (1 + scale) + shift; with Fp8 also the rounded `out` of row `r` in `fp8`, from a second
-// pass that computes it again.
-template <bool Fp8, class T, int N, int Keep>
-QIF_INLINE void norm_modulate_row(const Row<T, N, Keep>& row, const T* shift, const T* scale, T* out, int width,
-                                  float eps, const Fp8Rows& fp8, int64_t r) {
-  const RowStats s = row_stats(row, width, eps);
+// pass that computes it again. `partial` holds kRowShared values.
+template <bool Fp8, class T, int N, int Keep, int Lanes>
+QIF_INLINE void norm_modulate_row(const Row<T, N, Keep, Lanes>& row, const Row<T, N, Keep, Lanes>& shift,
+                                  const Row<T, N, Keep, Lanes>& scale, T* out, int width, float eps,
+                                  Shared<float> partial, const Fp8Rows& fp8, int64_t r) {
+  const RowStats s = row_stats(row, width, eps, partial);
   auto modulated = [&](int k, int i, float (&v)[N]) {
     float sh[N], sc[N];
     row.get(k, i, v);
-    load(shift + i, sh);
-    load(scale + i, sc);
+    shift.get(k, i, sh);
+    scale.get(k, i, sc);
 #pragma unroll
     for (int j = 0; j < N; ++j) v[j] = (v[j] - s.mean) * s.rstd * (1.0f + sc[j]) + sh[j];
     return narrow<T>(v);
   };
   float largest = 0x1p-100f;  // rows of zeros are not divided by zero
-  each_pack<N, Keep>(width, [&](int k, int i) {
+  each_pack<N, Keep, Lanes>(width, [&](int k, int i) {
     float v[N];
     const Pack<T, N> pack = modulated(k, i, v);
     store_pack(out + i, pack);
@@ -99,11 +125,10 @@ QIF_INLINE void norm_modulate_row(const Row<T, N, Keep>& row, const T* shift, co
     }
   });
   if constexpr (Fp8) {
-#pragma unroll
-    for (int d = 16; d > 0; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, d));
-    if (threadIdx.x % 32 == 0) store_global(fp8.scales + r, largest / kLargestE4m3);
+    largest = row_max<Lanes>(largest, partial + 2 * kMaxWarps);
+    if (threadIdx.x % Lanes == 0) store_global(fp8.scales + r, largest / kLargestE4m3);
     const float inverse = kLargestE4m3 / largest;
-    each_pack<N, Keep>(width, [&](int k, int i) {
+    each_pack<N, Keep, Lanes>(width, [&](int k, int i) {
       float v[N];
       widen(modulated(k, i, v), v);
 #pragma unroll
@@ -113,22 +138,27 @@ QIF_INLINE void norm_modulate_row(const Row<T, N, Keep>& row, const T* shift, co
   }
 }
 
-// Runs BODY with N (values in a pack) and KEEP for a width: 16-byte packs in registers up to 3072, streamed beyond;
-// single values where rows are not aligned.
-#define QIF_ROW_VARIANT(width, vector, N, KEEP, ...) \
-  if ((vector) && (width) <= 1024) {                 \
-    constexpr int N = 8, KEEP = 4;                   \
-    __VA_ARGS__;                                     \
-  } else if ((vector) && (width) <= 3072) {          \
-    constexpr int N = 8, KEEP = 12;                  \
-    __VA_ARGS__;                                     \
-  } else if (vector) {                               \
-    constexpr int N = 8, KEEP = 0;                   \
-    __VA_ARGS__;                                     \
-  } else {                                           \
-    constexpr int N = 1, KEEP = 0;                   \
-    __VA_ARGS__;                                     \
+// Runs BODY with N (values in a pack), KEEP and LANES for a width: 16-byte packs in registers up to 3072, streamed
+// beyond; single values where rows are not aligned. Wide rows have a block each, so that few of them do not wait long.
+#define QIF_ROW_VARIANT(width, vector, N, KEEP, LANES, ...)         \
+  if ((vector) && (width) <= 1024) {                                \
+    constexpr int N = 8, KEEP = 4, LANES = 32;                      \
+    __VA_ARGS__;                                                    \
+  } else if ((vector) && (width) <= 3072) {                         \
+    constexpr int N = 8, KEEP = 3, LANES = ::qif::gpu::kRowThreads; \
+    __VA_ARGS__;                                                    \
+  } else if (vector) {                                              \
+    constexpr int N = 8, KEEP = 0, LANES = 32;                      \
+    __VA_ARGS__;                                                    \
+  } else {                                                          \
+    constexpr int N = 1, KEEP = 0, LANES = 32;                      \
+    __VA_ARGS__;                                                    \
   }
+
+template <int Lanes>
+dim3 row_grid(int64_t rows) {
+  return dim3(static_cast<unsigned>(ceil_div(rows, kRowThreads / Lanes)));
+}
 
 // ---- backward: a block per chunk of rows, row after row
 // ---------------------------------------------------------------

@@ -1,13 +1,15 @@
-// qk_norm_rope on the GPU: a block per token, a group of lanes per head with eight values each. Bound by memory:
-// forward reads and writes q, k and v once, 6 * heads * head_dim * sizeof(T) bytes per token; backward reads 5 and
-// writes 3 rows. Rotation tables (4 * head_dim bytes per token) and weights come from cache for all but the first head.
+// qk_norm_rope on the GPU: a group of lanes per head with eight values each, a block for as many heads of a token as
+// its groups. Bound by memory: forward reads and writes q, k and v once, 6 * heads * head_dim * sizeof(T) bytes per
+// token; backward reads 5 and writes 3 rows. Rotation tables (4 * head_dim bytes per token) and weights come from cache
+// for all but the first head. All that a head needs is read before any of it is used, as each wait costs as much as a
+// head.
 #include "kernels/chunks.cuh"
 #include "kernels/qk_norm_rope.h"
 
 namespace qif {
 namespace gpu {
 
-constexpr int kTokenThreads = 256;
+constexpr int kTokenThreads = 192;  // at most: 12 heads of 128 values
 constexpr int kTokensPerChunk = 8;
 
 // What a launch works on: the tokens of one stream.
@@ -15,32 +17,44 @@ struct Tokens {
   QkNormRopeStream stream;
   const int32_t *before, *before_q;  // rows of the other stream that stand before sample s: before[s]; null: none
   int lanes;                         // per head: a power of two up to 32, head_dim / 8 of them with values
-  bool vector;                       // rows of q, k, v are aligned to 16 bytes
+  bool vector;                       // rows of q, k, v and the weights are aligned to 16 bytes
 };
 
 // Eight values that may be unaligned.
 template <class T>
-QIF_INLINE void load8(const T* p, bool vector, float (&v)[8]) {
-  if (vector) {
-    load(p, v);
-  } else {
+QIF_INLINE Pack<T, 8> load8(const T* p, bool vector) {
+  if (vector) return load_pack<8>(p);
+  Pack<T, 8> pack = {};
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      float one[1];
-      load(p + j, one);
-      v[j] = one[0];
-    }
+  for (int j = 0; j < 8; ++j) {
+    const uint32_t one = load_pack<1>(p + j).w[0];
+    if constexpr (sizeof(T) == 2)
+      pack.w[j / 2] |= one << 16 * (j % 2);
+    else
+      pack.w[j] = one;
   }
+  return pack;
 }
 
 struct TokenPlace {
   int64_t joint, joint_q;  // rows in the joint buffers
 };
 
-QIF_INLINE TokenPlace find_token(const Tokens& t, int64_t row, int64_t samples) {
-  const int64_t s = Segments{t.stream.cu, t.stream.rows, samples}.find(row);
-  return {row + (t.before ? t.before[s] : 0), row + (t.before_q ? t.before_q[s] : 0)};
-}
+// Where rows go, with the last sample remembered: rows that follow each other are mostly of one.
+struct Places {
+  int64_t end = 0, shift = 0, shift_q = 0;
+
+  QIF_INLINE TokenPlace find(const Tokens& t, int64_t row, int64_t samples) {
+    if (row >= end) {
+      const Segments segments{t.stream.cu, t.stream.rows, samples};
+      const int64_t s = segments.find(row);
+      end = segments.end(s);
+      shift = t.before ? t.before[s] : 0;
+      shift_q = t.before_q ? t.before_q[s] : 0;
+    }
+    return {row + shift, row + shift_q};
+  }
+};
 
 QIF_INLINE float group_sum(float v, int lanes) {
   for (int d = lanes / 2; d > 0; d /= 2) v += __shfl_xor_sync(kAllLanes, v, d);
@@ -59,24 +73,22 @@ template <class T>
 struct HeadLane {
   int lanes, lane, group, groups;
   int64_t column;  // of its first value in the head
-  bool holds;      // whether the lane has values: head_dim / 8 need not be a power of two
+  bool inside;     // whether the lane has values: head_dim / 8 need not be a power of two
   float rope[8];
 
   QIF_INLINE HeadLane(int lanes_per_head, int64_t head_dim) {
     lanes = lanes_per_head;
     lane = threadIdx.x % lanes;
     group = threadIdx.x / lanes;
-    groups = kTokenThreads / lanes;
+    groups = blockDim.x / lanes;
     column = lane * 8;
-    holds = column < head_dim;
+    inside = column < head_dim;
   }
   QIF_INLINE void read_rope(const float* token_rope) {
-    if (holds) load(token_rope + column, rope);
+    if (inside) load(token_rope + column, rope);
   }
-  QIF_INLINE void read_weight(const void* weight, float (&w)[8]) const {
-#pragma unroll
-    for (int j = 0; j < 8; ++j) w[j] = 0.0f;
-    if (weight && holds) load8(static_cast<const T*>(weight) + column, false, w);
+  QIF_INLINE Pack<T, 8> read_weight(const void* weight, bool vector) const {
+    return weight && inside ? load8(static_cast<const T*>(weight) + column, vector) : Pack<T, 8>{};
   }
   QIF_INLINE void rotate(float (&v)[8]) const {
 #pragma unroll
@@ -96,54 +108,44 @@ struct HeadLane {
   }
 };
 
+// A head of q or k; lanes that hold none of it take part in the sum.
 template <class T>
-QIF_INLINE void norm_rope_heads(const HeadLane<T>& own, const T* src, const float (&w)[8], T* dst, const QkNormRope& p,
-                                bool vector) {
-  // The bound is the same for all lanes of a warp, as its shuffles ask.
-  for (int64_t first = 0; first < p.heads; first += own.groups) {
-    const int64_t h = first + own.group;
-    const bool holds = own.holds && h < p.heads;
-    float v[8] = {};
-    if (holds) load8(src + h * p.head_dim + own.column, vector, v);
-    const float r = inverse_rms(v, own.lanes, p.head_dim, static_cast<float>(p.eps));
-    if (!holds) continue;
+QIF_INLINE void norm_rope_head(const HeadLane<T>& own, const Pack<T, 8>& x, const Pack<T, 8>& weight, T* dst,
+                               bool holds, const QkNormRope& p) {
+  float v[8], w[8];
+  widen(x, v);
+  widen(weight, w);
+  const float r = inverse_rms(v, own.lanes, p.head_dim, static_cast<float>(p.eps));
+  if (!holds) return;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = v[j] * r * w[j];
-    own.rotate(v);
-    store(dst + h * p.head_dim + own.column, v);
-  }
-}
-
-template <class T>
-QIF_INLINE void copy_row(const T* src, T* dst, int64_t values, bool vector) {
-  if (vector) {
-    for (int64_t i = threadIdx.x * 8; i < values; i += kTokenThreads * 8) store_pack(dst + i, load_pack<8>(src + i));
-  } else {
-    for (int64_t i = threadIdx.x; i < values; i += kTokenThreads) store_pack(dst + i, load_pack<1>(src + i));
-  }
+  for (int j = 0; j < 8; ++j) v[j] = v[j] * r * w[j];
+  own.rotate(v);
+  store(dst, v);
 }
 
 template <class T>
 QIF_INLINE void norm_rope_token(const QkNormRope& p, const Tokens& t, int64_t row) {
   const int64_t values = p.heads * p.head_dim;
-  const TokenPlace place = find_token(t, row, p.samples);
   HeadLane<T> own(t.lanes, p.head_dim);
-  own.read_rope(t.stream.rope + row * p.head_dim);
-  float w[8];
-  if (t.stream.q) {
-    own.read_weight(t.stream.q_weight, w);
-    norm_rope_heads(own, static_cast<const T*>(t.stream.q) + row * t.stream.q_stride, w,
-                    static_cast<T*>(p.q) + place.joint_q * values, p, t.vector);
-  }
-  own.read_weight(t.stream.k_weight, w);
-  norm_rope_heads(own, static_cast<const T*>(t.stream.k) + row * t.stream.k_stride, w,
-                  static_cast<T*>(p.k) + place.joint * values, p, t.vector);
-  copy_row(static_cast<const T*>(t.stream.v) + row * t.stream.v_stride, static_cast<T*>(p.v) + place.joint * values,
-           values, t.vector);
+  const int64_t h = int64_t{blockIdx.y} * own.groups + own.group, at = h * p.head_dim + own.column;
+  const bool holds = own.inside && h < p.heads;
+  const QkNormRopeStream& s = t.stream;
+  const auto read = [&](const void* source, int64_t stride) {
+    return source && holds ? load8(static_cast<const T*>(source) + row * stride + at, t.vector) : Pack<T, 8>{};
+  };
+  const Pack<T, 8> q = read(s.q, s.q_stride), k = read(s.k, s.k_stride), v = read(s.v, s.v_stride);
+  own.read_rope(s.rope + row * p.head_dim);
+  const Pack<T, 8> wq = own.read_weight(s.q ? s.q_weight : nullptr, t.vector);
+  const Pack<T, 8> wk = own.read_weight(s.k_weight, t.vector);
+  const TokenPlace place = Places{}.find(t, row, p.samples);
+  if (holds) store_pack(static_cast<T*>(p.v) + place.joint * values + at, v);
+  if (s.q) norm_rope_head(own, q, wq, static_cast<T*>(p.q) + place.joint_q * values + at, holds, p);
+  norm_rope_head(own, k, wk, static_cast<T*>(p.k) + place.joint * values + at, holds, p);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kTokenThreads, 4) qk_norm_rope_tokens(QkNormRope p, Tokens txt, Tokens img) {
+__global__ void __launch_bounds__(kTokenThreads, sizeof(T) == 2 ? 5 : 3)
+    qk_norm_rope_tokens(QkNormRope p, Tokens txt, Tokens img) {
   // Two calls, not a choice of arguments: that would copy the parameters to local memory.
   if (int64_t{blockIdx.x} < txt.stream.rows)
     norm_rope_token<T>(p, txt, blockIdx.x);
@@ -154,33 +156,29 @@ __global__ void __launch_bounds__(kTokenThreads, 4) qk_norm_rope_tokens(QkNormRo
 // With g the gradient before the rotation, xhat = x * r and d = g * weight:
 // grad_x = r * (d - xhat * mean(d * xhat)); the lane's sum of g * xhat goes to `grad_w`.
 template <class T>
-QIF_INLINE void norm_rope_heads_backward(const HeadLane<T>& own, const T* src, const float (&w)[8], const T* grad_out,
-                                         T* grad_src, float (&grad_w)[8], const QkNormRope& p, bool vector) {
-  for (int64_t first = 0; first < p.heads; first += own.groups) {
-    const int64_t h = first + own.group, at = h * p.head_dim + own.column;
-    const bool holds = own.holds && h < p.heads;
-    float x[8] = {}, g[8] = {};
-    if (holds) {
-      load8(src + at, vector, x);
-      load(grad_out + at, g);
-      own.rotate_back(g);
-    }
-    const float r = inverse_rms(x, own.lanes, p.head_dim, static_cast<float>(p.eps));
-    float sum = 0.0f;
+QIF_INLINE void norm_rope_head_backward(const HeadLane<T>& own, const Pack<T, 8>& source, const Pack<T, 8>& weight,
+                                        const Pack<T, 8>& grad_out, T* grad_src, float (&grad_w)[8], bool holds,
+                                        const QkNormRope& p) {
+  float x[8], g[8], w[8];
+  widen(source, x);
+  widen(grad_out, g);
+  widen(weight, w);
+  if (holds) own.rotate_back(g);
+  const float r = inverse_rms(x, own.lanes, p.head_dim, static_cast<float>(p.eps));
+  float sum = 0.0f;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      x[j] *= r;
-      sum += g[j] * w[j] * x[j];
-    }
-    const float mean = group_sum(sum, own.lanes) / static_cast<float>(p.head_dim);
-    if (!holds) continue;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      grad_w[j] += g[j] * x[j];
-      g[j] = r * (g[j] * w[j] - x[j] * mean);
-    }
-    store(grad_src + at, g);
+  for (int j = 0; j < 8; ++j) {
+    x[j] *= r;
+    sum += g[j] * w[j] * x[j];
   }
+  const float mean = group_sum(sum, own.lanes) / static_cast<float>(p.head_dim);
+  if (!holds) return;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    grad_w[j] += g[j] * x[j];
+    g[j] = r * (g[j] * w[j] - x[j] * mean);
+  }
+  store(grad_src, g);
 }
 
 // The groups' sums in order: partial[column] for the block.
@@ -190,7 +188,7 @@ QIF_INLINE void sum_groups(const HeadLane<T>& own, const float (&v)[8], Shared<f
 #pragma unroll
   for (int j = 0; j < 8; ++j) shared[threadIdx.x * 8 + j] = v[j];
   __syncthreads();
-  for (int64_t c = threadIdx.x; c < head_dim; c += kTokenThreads) {
+  for (int64_t c = threadIdx.x; c < head_dim; c += blockDim.x) {
     float sum = 0.0f;
     for (int g = 0; g < own.groups; ++g) sum += shared[g * own.lanes * 8 + c];
     store_global(partial + c, sum);
@@ -205,20 +203,30 @@ __global__ void __launch_bounds__(kTokenThreads)
   const int64_t begin = int64_t{blockIdx.x} * kTokensPerChunk, values = p.heads * p.head_dim;
   const int64_t end = begin + kTokensPerChunk < t.stream.rows ? begin + kTokensPerChunk : t.stream.rows;
   HeadLane<T> own(t.lanes, p.head_dim);
-  float wq[8], wk[8], grad_wq[8] = {}, grad_wk[8] = {};
-  own.read_weight(t.stream.q ? t.stream.q_weight : nullptr, wq);
-  own.read_weight(t.stream.k_weight, wk);
+  const QkNormRopeStream& s = t.stream;
+  const Pack<T, 8> wq = own.read_weight(s.q ? s.q_weight : nullptr, t.vector);
+  const Pack<T, 8> wk = own.read_weight(s.k_weight, t.vector);
+  float grad_wq[8] = {}, grad_wk[8] = {};
+  Places places;
   for (int64_t row = begin; row < end; ++row) {
-    const TokenPlace place = find_token(t, row, p.samples);
-    own.read_rope(t.stream.rope + row * p.head_dim);
-    if (t.stream.q)
-      norm_rope_heads_backward(own, static_cast<const T*>(t.stream.q) + row * t.stream.q_stride, wq,
-                               static_cast<const T*>(p.q) + place.joint_q * values,
-                               static_cast<T*>(grad.q) + row * values, grad_wq, p, t.vector);
-    norm_rope_heads_backward(own, static_cast<const T*>(t.stream.k) + row * t.stream.k_stride, wk,
-                             static_cast<const T*>(p.k) + place.joint * values, static_cast<T*>(grad.k) + row * values,
-                             grad_wk, p, t.vector);
-    copy_row(static_cast<const T*>(p.v) + place.joint * values, static_cast<T*>(grad.v) + row * values, values, true);
+    const TokenPlace place = places.find(t, row, p.samples);
+    own.read_rope(s.rope + row * p.head_dim);
+    // The bound is the same for all lanes of a warp, as its shuffles ask.
+    for (int64_t first = 0; first < p.heads; first += own.groups) {
+      const int64_t at = (first + own.group) * p.head_dim + own.column;
+      const bool holds = own.inside && first + own.group < p.heads;
+      const auto read = [&](const void* source, int64_t offset, bool vector) {
+        return source && holds ? load8(static_cast<const T*>(source) + offset + at, vector) : Pack<T, 8>{};
+      };
+      const Pack<T, 8> q = read(s.q, row * s.q_stride, t.vector), k = read(s.k, row * s.k_stride, t.vector);
+      const Pack<T, 8> grad_q = read(s.q ? p.q : nullptr, place.joint_q * values, true);
+      const Pack<T, 8> grad_k = read(p.k, place.joint * values, true);
+      const Pack<T, 8> grad_v = read(p.v, place.joint * values, true);
+      if (holds) store_pack(static_cast<T*>(grad.v) + row * values + at, grad_v);
+      if (s.q)
+        norm_rope_head_backward(own, q, wq, grad_q, static_cast<T*>(grad.q) + row * values + at, grad_wq, holds, p);
+      norm_rope_head_backward(own, k, wk, grad_k, static_cast<T*>(grad.k) + row * values + at, grad_wk, holds, p);
+    }
   }
   float* own_partials = partials + int64_t{blockIdx.x} * 2 * p.head_dim;
   sum_groups(own, grad_wq, shared, own_partials, p.head_dim);
@@ -231,7 +239,8 @@ __global__ void __launch_bounds__(kTokenThreads)
 static Tokens tokens(const QkNormRope& p, const QkNormRopeStream& s, const int32_t* before, const int32_t* before_q) {
   int lanes = 1;
   while (lanes * 8 < p.head_dim) lanes *= 2;
-  const bool vector = s.q_stride % 8 == 0 && s.k_stride % 8 == 0 && s.v_stride % 8 == 0 && aligned16({s.q, s.k, s.v});
+  const bool vector = s.q_stride % 8 == 0 && s.k_stride % 8 == 0 && s.v_stride % 8 == 0 &&
+                      aligned16({s.q, s.k, s.v, s.q_weight, s.k_weight});
   return {s, before, before_q, lanes, vector};
 }
 // Text rows stand behind the image rows of earlier samples, image rows behind the text rows of their own as well; q of
@@ -241,10 +250,19 @@ static Tokens image_tokens(const QkNormRope& p) {
   return tokens(p, p.img, p.txt.cu + 1, p.txt.q ? p.txt.cu + 1 : nullptr);
 }
 
+// Warps for all heads, as many as a block may have.
+static unsigned token_threads(const QkNormRope& p, int lanes) {
+  const int64_t threads = ceil_div(p.heads * lanes, 32) * 32;
+  return static_cast<unsigned>(threads < kTokenThreads ? threads : kTokenThreads);
+}
+
 template <class T>
 static int forward(const QkNormRope& p, void* stream) {
-  return launch(qk_norm_rope_tokens<T>, dim3(static_cast<unsigned>(p.txt.rows + p.img.rows)), dim3(kTokenThreads), 0,
-                stream, p, text_tokens(p), image_tokens(p));
+  const Tokens txt = text_tokens(p);
+  const unsigned threads = token_threads(p, txt.lanes);
+  const dim3 grid(static_cast<unsigned>(p.txt.rows + p.img.rows),
+                  static_cast<unsigned>(ceil_div(p.heads * txt.lanes, threads)));
+  return launch(qk_norm_rope_tokens<T>, grid, dim3(threads), 0, stream, p, txt, image_tokens(p));
 }
 
 template <class T>
@@ -253,7 +271,8 @@ static int backward_stream(const QkNormRope& p, const Tokens& t, const QkNormRop
   const int64_t rows = t.stream.rows;
   if (rows) {
     const dim3 grid(static_cast<unsigned>(ceil_div(rows, kTokensPerChunk)));
-    const int error = launch(qk_norm_rope_chunk<T>, grid, dim3(kTokenThreads), 0, stream, p, t, grad, partials);
+    const int error =
+        launch(qk_norm_rope_chunk<T>, grid, dim3(token_threads(p, t.lanes)), 0, stream, p, t, grad, partials);
     if (error) return error;
   }
   // Also without rows, and for q that was not computed: the gradients are zeros then.

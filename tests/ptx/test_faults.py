@@ -131,7 +131,7 @@ OWN = {
         "by a cp.async|before its cp.async",
     ),
     "an operation nobody knows": Fault(
-        "gelu_tanh_cuda", r"ex2\.approx", "ex3.approx", GELU, r"line \d+ of \S+: `ex3.approx.ftz.f32` is not known", 0
+        "gelu_tanh_cuda", r"ex2\.approx", "ex3.approx", GELU, r"line \d+ of \S+: `ex3.approx.f32` is not known", 0
     ),
 }
 LINEAR = {
