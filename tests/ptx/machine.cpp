@@ -193,6 +193,7 @@ void Cluster::reset(uint64_t n, uint32_t x, uint32_t y, uint32_t z) {
     b.cells.assign(bytes, {});
     b.mbarriers.clear();
     for (NamedBarrier& n : b.barriers) n = {};
+    b.waits = 0;
     const int warps = (threads() + kLanes - 1) / kLanes;
     b.groups.assign((warps + 3) / 4, {});
     b.warps.resize(warps);
@@ -208,6 +209,7 @@ void Cluster::reset(uint64_t n, uint32_t x, uint32_t y, uint32_t z) {
       w.exists = w.running = there == kLanes ? ~0u : (1u << there) - 1;
       w.watches_registers = kernel.has_wgmma;
       w.undefined.assign(kernel.registers, 0);
+      w.arrives.assign(kernel.registers, 0);
       if (kernel.has_wgmma) {
         w.in_use.assign(kernel.registers, 0);
         w.used.assign(kernel.registers, 0);
@@ -247,6 +249,21 @@ static void watch_registers(Warp& w, const Instruction& i) {
     }
 }
 
+// Warps run ahead of their loads until they need what these bring, and of each other until a barrier. ptxas moves loads
+// up as far as their address, the last store, branch or barrier allows.
+static void count_waits(Warp& w, const Instruction& i) {
+  if (w.behind_barrier) w.held = w.waits = std::max(w.waits, w.block->waits);
+  uint32_t operands = 0;
+  for (int s : i.reads) operands = std::max(operands, w.arrives[s]);
+  w.waits = std::max(w.waits, operands);
+  const std::string& word = i.words[0];
+  w.behind_barrier = word == "bar";
+  if (w.behind_barrier || word == "ret") w.block->waits = std::max(w.block->waits, w.waits);
+  if (word == "st" || word == "bra") w.held = w.waits;
+  const bool load = word == "ld" && i.words[1] == "global";
+  for (int s : i.writes) w.arrives[s] = load ? std::max(w.held, operands) + 1 : operands > w.held ? operands : 0;
+}
+
 // What an instruction makes of undefined operands; loads and products of matrices know better.
 static void spread_undefined(Warp& w, const Instruction& i, uint32_t lanes) {
   w.operands_undefined = 0;
@@ -269,8 +286,9 @@ void Cluster::run(Warp& w, int steps) {
       throw std::runtime_error("the kernel has not ended within its limit of steps; " + place(w, __builtin_ctz(here)) +
                                " is at line " + std::to_string(i.line) + ", " + i.name + "; in " +
                                readable(kernel.name));
-    ++counts.instructions;
+    ++executed[pc];
     ++w.steps;
+    count_waits(w, i);
     uint32_t lanes = here;
     if (i.guard >= 0) {
       const uint64_t* guard = w.lanes(i.guard);
@@ -312,6 +330,8 @@ void Cluster::run() {
     for (int l = 0; l < kLanes; ++l)
       if (w->exists >> l & 1 && w->thread[l].state != State::kDone) deadlock();
   end_of_cluster(*this);
+  counts.blocks += blocks.size();
+  for (const Block& b : blocks) counts.waits += b.waits;
 }
 
 void Cluster::deadlock() {
@@ -344,6 +364,10 @@ void run(const Kernel& kernel, const Launch& launch, Global& global, unsigned se
   for (size_t n = 0; n < order.size(); ++n) {
     cluster.reset(n + 1, order[n] % grid[0], order[n] / grid[0] % grid[1], order[n] / grid[0] / grid[1]);
     cluster.run();
+  }
+  for (size_t n = 0; n < kernel.code.size(); ++n) {
+    counts.instructions += cluster.executed[n];
+    if (cluster.executed[n]) counts.by_name[kernel.code[n].name] += cluster.executed[n];
   }
 }
 

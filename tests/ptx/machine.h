@@ -52,6 +52,11 @@ struct Warp {
   uint32_t groups_waited = 0;
   std::vector<uint32_t> in_use, used;
   uint32_t steps = 0, fence = 0;
+  // Of global memory: how often it has waited for loads, behind which wait a register has its value, and behind how
+  // many a load stays where the compiler moves it up.
+  uint32_t waits = 0, held = 0;
+  bool behind_barrier = false;
+  std::vector<uint32_t> arrives;
   bool watches_registers = false;
   // Whole tiles are loaded for the tensor cores, also rows and columns that a tile does not have and that nobody wrote.
   // Lanes by register whose value came of such bytes: none may reach global memory, an address or a branch.
@@ -107,6 +112,7 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<WarpGroup> groups;
   NamedBarrier barriers[16];
+  uint32_t waits = 0;  // of the warps that came to a barrier, the most
   std::map<uint32_t, Mbarrier> mbarriers;
 };
 
@@ -127,8 +133,11 @@ struct Launch {
 };
 
 struct Counts {
-  uint64_t instructions = 0;        // of warps
-  uint64_t loaded = 0, stored = 0;  // bytes of global memory, by instructions and bulk copies
+  uint64_t instructions = 0;         // of warps
+  uint64_t loaded = 0, stored = 0;   // bytes of global memory, by instructions and bulk copies
+  uint64_t blocks = 0, threads = 0;  // threads: of a block of the last launch
+  uint64_t waits = 0;  // of a block for global memory: loads that are issued before one of them is used are one wait
+  std::map<std::string, uint64_t> by_name;  // instructions
 };
 
 // Runs the clusters of a launch one after the other; throws std::runtime_error for the first thing that is wrong.
@@ -142,7 +151,8 @@ struct Cluster {
   std::mt19937& random;
   uint64_t& steps_left;
   Counts& counts;
-  uint64_t number = 0;  // from 1
+  std::vector<uint64_t> executed;  // by place in the code
+  uint64_t number = 0;             // from 1
   std::vector<Block> blocks;
   std::vector<BulkLoad> loads;
   std::map<std::tuple<char, int, uint64_t>, int> agents;  // kind, block and which
@@ -151,7 +161,7 @@ struct Cluster {
   Known barrier_known, barrier_fenced;
 
   Cluster(const Kernel& k, const Launch& l, Global& g, std::mt19937& r, uint64_t& steps, Counts& c)
-      : kernel(k), launch(l), global(g), random(r), steps_left(steps), counts(c) {}
+      : kernel(k), launch(l), global(g), random(r), steps_left(steps), counts(c), executed(k.code.size()) {}
   void reset(uint64_t number, uint32_t x, uint32_t y, uint32_t z);
   void run();
   void run(Warp& w, int steps);

@@ -41,10 +41,13 @@ PYBIND11_MODULE(PTX_MODULE, m) {
       },
       py::arg("seed") = 1, py::arg("major") = 9, py::arg("processors") = 4, py::arg("step_limit") = 1 << 28);
   m.def("launched", [] { return std::exchange(runtime.launched, {}); });
+  // Of each kernel since the last call, by its name in PTX.
   m.def("counts", [] {
-    const ptx::Counts c = runtime.counts;
-    runtime.counts = {};
-    return py::dict(py::arg("instructions") = c.instructions, py::arg("loaded") = c.loaded,
-                    py::arg("stored") = c.stored);
+    std::map<std::string, py::dict> found;
+    for (const auto& [name, c] : std::exchange(runtime.counts, {}))
+      found[name] = py::dict(py::arg("instructions") = c.instructions, py::arg("loaded") = c.loaded,
+                             py::arg("stored") = c.stored, py::arg("blocks") = c.blocks, py::arg("threads") = c.threads,
+                             py::arg("waits") = c.waits, py::arg("by_name") = c.by_name);
+    return found;
   });
 }

@@ -100,7 +100,9 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, dim3 cluster, si
       l.params.resize(std::max(l.params.size(), p.offset + p.bytes));
       std::memcpy(&l.params[p.offset], arguments[i++], p.bytes);
     }
-    run(*kernel, l, runtime.global, runtime.seed, runtime.step_limit, runtime.counts);
+    Counts& counts = runtime.counts[name];
+    counts.threads = threads;
+    run(*kernel, l, runtime.global, runtime.seed, runtime.step_limit, counts);
   } catch (const std::exception& e) {
     return refuse(e.what(), cudaErrorLaunchFailure);
   }

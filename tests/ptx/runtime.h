@@ -7,8 +7,8 @@ namespace ptx {
 struct Runtime {
   std::vector<std::unique_ptr<Program>> programs;
   Global global;
-  Counts counts;
-  std::set<std::string> launched;  // kernels
+  std::map<std::string, Counts> counts;  // by kernel
+  std::set<std::string> launched;        // kernels
   unsigned seed = 1;
   uint64_t step_limit = 1 << 28;
   int major = 9, processors = 4;

@@ -1,0 +1,199 @@
+"""An estimate of what a forward pass takes on an H200, from what can be known without one; docs/gpu-status.md shows it.
+
+A kernel of ours takes the longest of three times, or a little more where two are alike: its bytes at the speed of a
+copy, its instructions at the rate at which the processors issue them, and the waits of its blocks for memory, of which
+registers and shared memory let so many be under way at once (gpu_counts.json has these facts, before and after the
+kernels were last changed). Products and attention take their operations at the rates of the libraries that compute
+them. These rates are stated below with their sources, and measured ones take their place where the newest results of
+`gpu_check` on an H200 have any.
+
+    python -m benchmarks.gpu_model
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+COUNTS = Path(__file__).with_name("gpu_counts.json")
+WIDTH, BLOCKS = 3072, 60
+TEXT = (64, 16)  # tokens of the prompt and of the negative prompt, as gpu_bench has them
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What an H200 does. Rates per second."""
+
+    copy: float = 4.3e12  # bytes read and written: 90 % of the memory's 4.8e12
+    weights: float = 3.2e12  # bytes of weights that products of few rows read
+    processors: int = 132
+    issued: float = 132 * 4 * 1.83e9  # instructions of warps: four schedulers a processor, at the clock of 989 TFLOP/s
+    wait: float = 0.5e-6  # seconds from a load to its use
+    gap: float = 1.2e-6  # seconds between two kernels of a CUDA graph
+    call: float = 11e-6  # seconds of Python for a kernel outside of a graph
+    products: float = 680e12  # operations, 8192 rows; 672e12 measured for 4096 x 3072 x 12288 (sglang 33536)
+    products_few: float = 600e12  # 2048 rows
+    cudnn: float = 600e12  # operations of attention (FlashAttention's assets/flash3_fp16_fwd.png: 609e12)
+    flash2: float = 330e12
+    convolutions: float = 360e12
+    efficient: float = 65e12  # torch's memory-efficient attention, 384 channels
+
+
+def kernel_time(k: dict[str, Any], rows: float, machine: Machine) -> float:
+    """Seconds of a kernel for `rows` rows of its op."""
+    blocks = max(1.0, k["blocks"] * rows)
+    under_way = min(blocks, machine.processors * resident(k))
+    times = (
+        k["bytes"] * rows / machine.copy,
+        k["instructions"] * rows / machine.issued,
+        blocks / under_way * k["waits"] * machine.wait,
+    )
+    return sum(t**4 for t in times) ** 0.25  # 19 % above two that are alike
+
+
+def resident(k: dict[str, Any]) -> int:
+    """Blocks of a kernel that a processor holds at once."""
+    registers = -(-k["registers"] // 8) * 8 * -(-k["threads"] // 32) * 32
+    limits = [32, 2048 // k["threads"], 65536 // registers]
+    if k["shared"]:
+        limits.append(227 * 1024 // (k["shared"] + 1024))
+    return max(1, min(limits))
+
+
+def of_copy(k: dict[str, Any], rows: float, machine: Machine) -> float:
+    """The speed of a kernel as a share of a copy of as many bytes."""
+    return k["bytes"] * rows / machine.copy / kernel_time(k, rows, machine)
+
+
+@dataclass(frozen=True)
+class State:
+    """Of the package: its kernels, and how a pass uses the GPU."""
+
+    counts: str  # "before" or "now"
+    fused_gelu: bool = True  # in cuBLASLt's epilogue
+    text_beside: bool = True  # text products on a stream of their own
+    cats: bool = False  # of attention's parts
+    chunks: bool = True  # the VAE's attention in products of a library
+
+
+BEFORE, NOW = State("before", False, False, True, False), State("now")
+
+
+def forward(side: int, state: State, counts: dict[str, Any], machine: Machine) -> dict[str, float]:
+    """Milliseconds of one branch of a packed guidance pair, an image of `side` x `side` tokens, by item."""
+    ops = {op: sides["forward"] for op, sides in counts[state.counts].items()}
+    rows, text = 2 * side * side, sum(TEXT)
+    large = rows >= 8192
+    seconds: dict[str, float] = {}
+    seconds["image products"] = 24 * rows * WIDTH**2 / (machine.products if large else machine.products_few)
+    lengths = [side * side + n for n in TEXT]
+    rate = machine.cudnn if large else machine.flash2  # one sample after another, or one launch
+    seconds["attention"] = sum(4 * n * n * WIDTH for n in lengths) / rate
+    products = 24 * WIDTH**2 / machine.weights  # two bytes of each of 12 weights
+    # Beside the image's products they run where these leave processors idle, in their last wave.
+    seconds["text products"] = products * (0.15 if state.text_beside else 1.0)
+    if not state.fused_gelu:
+        seconds["gelu"] = kernel_time(ops["gelu_tanh"], rows, machine)
+    seconds["gate, residual and norm"] = 2 * kernel_time(ops["gate_residual_norm_modulate"], rows, machine)
+    passes = 2 * kernel_time(ops["gate_residual_norm_modulate"], text, machine)
+    passes += 0.0 if state.fused_gelu else kernel_time(ops["gelu_tanh"], text, machine)
+    seconds["the same of the text"] = 0.0 if state.text_beside else passes
+    seconds["norm and rotation of q and k"] = kernel_time(ops["qk_norm_rope"], rows + text, machine)
+    row = 2 * 2 * WIDTH / machine.copy  # read and written
+    copied = (rows + text) * (2 if large else 1) if state.cats else text
+    seconds["copies around attention"] = copied * row
+    # Products, norms and GELU of each stream, one rotation, attention of each sample where it is large, and copies.
+    kernels = 6 + 2 + (not state.fused_gelu) + 1 + (2 if large else 1) + (2 * (1 + large) if state.cats else 1)
+    kernels += 2 if not state.cats else 0  # projections of each sample
+    kernels += 0 if state.text_beside else 8 + (not state.fused_gelu)
+    seconds["gaps between kernels"] = kernels * machine.gap
+    return {name: 1e3 * BLOCKS * s / 2 for name, s in seconds.items() if s}
+
+
+# Of a decoder at 1024 pixels: values that norms see, by channels, and that a bias or a residual is added to.
+NORMS = {384: 11 * 128**2 + 5 * 256**2, 192: 256**2 + 6 * 512**2, 96: 7 * 1024**2}
+CONVOLUTIONS = 3.83e12  # operations
+
+
+def decode(state: State, counts: dict[str, Any], machine: Machine) -> dict[str, float]:
+    """Milliseconds of the VAE's decoder at 1024 pixels, by item."""
+    seconds = {"convolutions": CONVOLUTIONS / machine.convolutions}
+    tokens, channels = 128 * 128, 384
+    seconds["middle attention"] = 4 * tokens**2 * channels / machine.efficient
+    if state.chunks:  # scores in float32: written, scaled, through softmax, rounded, read
+        seconds["middle attention"] = 4 * tokens**2 * channels / machine.products_few + tokens**2 * 28 / machine.copy
+    seconds["norms and SiLU"] = sum(
+        kernel_time(counts[state.counts][f"channel_norm_silu, {c} channels"]["forward"], n, machine)
+        for c, n in NORMS.items()
+    )
+    values = sum(c * n for c, n in NORMS.items())
+    seconds["biases, residuals"] = (values + values / 2 * 1.5) * 4 / machine.copy
+    return {name: 1e3 * s for name, s in seconds.items()}
+
+
+def measured(results: list[dict[str, Any]]) -> Machine:
+    """The stated rates, or those of the newest results of an H200."""
+    machine = Machine()
+    for r in results:
+        if "H200" not in r["gpu"]:
+            continue
+        for c in r.get("ops", []):
+            if c["op"] == "gelu_tanh" and c["dtype"] == "bfloat16" and "copy" in c.get("forward ms", {}):
+                machine = replace(machine, copy=c["bytes"] / c["forward ms"]["copy"] * 1e3)
+        for rows, name in ((8192, "products"), (2048, "products_few")):
+            cases = [c for c in r.get("gemms", []) if c["rows"][0] == rows and "torch" in c["ms"]]
+            if cases:
+                rate = sum(c["flops"] for c in cases) / sum(c["ms"]["torch"] for c in cases) * 1e3
+                machine = replace(machine, **{name: rate})
+        return machine
+    return machine
+
+
+def section(results: list[dict[str, Any]]) -> str:
+    """Of docs/gpu-status.md."""
+    counts, machine = json.loads(COUNTS.read_text(encoding="utf-8")), measured(results)
+    text = HEAD
+    for title, before, now in (
+        ("1024 pixels, one branch of a pair, ms", *(forward(64, s, counts, machine) for s in (BEFORE, NOW))),
+        ("512 pixels, one branch of a pair, ms", *(forward(32, s, counts, machine) for s in (BEFORE, NOW))),
+        ("VAE, decoding 1024 pixels, ms", *(decode(s, counts, machine) for s in (BEFORE, NOW))),
+    ):
+        rows = [[n, *(f"{t[n]:.1f}" if n in t else "0" for t in (before, now))] for n in before]
+        text += table([title, "before", "now"], [*rows, ["sum", *(f"{sum(t.values()):.1f}" for t in (before, now))]])
+    rows = []
+    for op in counts["now"]:
+        for direction in ("forward", "backward"):
+            cells = [op, direction]
+            for state in ("before", "now"):
+                k, size = counts[state][op][direction], 4096 if "channels" not in op else 512 * 512
+                cells += [f"{k['registers']}", f"{resident(k) * k['threads']}", f"{k['waits']:.0f}",
+                          f"{k['instructions'] * 32 / k['bytes']:.2f}", f"{of_copy(k, size, machine):.0%}"]  # fmt: skip
+            rows.append(cells)
+    names = ["registers", "threads", "waits", "instructions a byte", "of a copy"]
+    return text + KERNELS + table(["op", "", *[f"{n} {s}" for s in ("before:", "now:") for n in names]], rows)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+HEAD = """
+## An estimate for an H200, not a measurement
+
+What `python -m benchmarks.gpu_model` makes of the compiled kernels and of rates that others measured, or of those of
+the newest results of an H200 once there are any. "Before" is the package before its kernels were last changed for what
+this model says. Both branches of guidance are packed, CUDA graphs on.
+"""
+KERNELS = """
+The kernels, in bfloat16 at 4096 tokens (channel_norm_silu: 512 x 512 pixels): registers of a thread, threads on a
+processor, waits of a block for memory one after another, instructions of a thread for each byte, and the speed as a
+share of a copy's.
+"""
+
+if __name__ == "__main__":
+    from benchmarks.gpu_status import results as all_results
+
+    print(section(all_results()))
