@@ -73,9 +73,10 @@ lint: $(VENV)/dev
 cuda-compile:
 	$(PYTHON) -m tests.compile_cuda --jobs $(JOBS)
 
-# On a machine with a GPU, nvcc and a CUDA torch in $(PYTHON): build, tests, sanitizer, benchmarks, in 9 minutes at most.
+# On a machine with a GPU, nvcc and a CUDA torch in $(PYTHON): build, tests, sanitizer, benchmarks, in less than 8 minutes.
+# GPU_OUTPUT names a folder for results and log, GPU_RESUME=--resume leaves out what has passed by the results there.
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check
+	$(PYTHON) -m benchmarks.gpu_check $(if $(GPU_OUTPUT),--output $(GPU_OUTPUT)) $(GPU_RESUME)
 
 # What such a machine may lack besides torch, for use without a network; gpu-check takes it from here. Everything that
 # these depend on comes along, but for what only the Python side of CUTLASS needs. GPU_HAS='cmake numpy pillow

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gpu_model
 from benchmarks.gpu_check import RESULTS, ROOT, STAGES
+from benchmarks.gpu_model import table
 
 TARGET = ROOT / "docs" / "gpu-status.md"
 HEAD = """# What has run on a GPU
@@ -22,8 +24,8 @@ NOTHING = """
 Nothing yet: no results file of a GPU exists. Until one does, what is known of the CUDA kernels (those that
 [budget.json](../tests/compile_cuda/budget.json) names) is that nvcc compiles them for sm_80, sm_90a and sm_100a without
 spills (`make cuda-compile`), that a build for the three links and can be imported without a driver, and that they pass
-the op tests on an emulator on the CPU (`tests/emulator`), with accesses to memory and barriers checked. No timing,
-occupancy or bandwidth on a GPU is known.
+the op tests on an emulator on the CPU (`tests/emulator`), with accesses to memory and barriers checked. No time and no
+bandwidth has been measured on a GPU; [an estimate](#an-estimate-for-an-h200-not-a-measurement) stands below.
 
 The kernels made from CUTLASS's templates (`csrc/cutlass_kernels`), which the emulator does not run, and our own once
 more, run as nvcc compiled them on an interpreter of PTX (`tests/ptx`): they compute the right thing there, and
@@ -36,11 +38,13 @@ Several GPUs, for training and for pictures ([distributed.md](distributed.md)), 
 every speed of several GPUs, is beyond `make gpu-check`, which uses one: nothing on this page will speak of them.
 
 To fill this page in: on a machine with a GPU, nvcc and a CUDA build of torch run `make gpu-check`, then
-`make gpu-status`. It takes at most nine minutes; every stage has a share of them, and the results file is written after
-each. Without a network there, run `make gpu-wheels` elsewhere first (`GPU_PYTHON=3.12` names the Python of that
-machine) and take the folder `gpu-wheels` along: it holds all that is needed besides torch, CMake and CUTLASS's headers
-among it, in 95 MB; with `GPU_HAS='cmake numpy pillow transformers'` 30 MB are left. What is installed there is kept
-where it is new enough. `python -m benchmarks.gpu_check ops training` runs some stages alone, after a build.
+`make gpu-status`. It takes less than eight minutes; every stage has a share of them, and the results file is written
+after each, with `gpu-check.log` beside it. `GPU_OUTPUT=FOLDER` puts both into a folder, and with `GPU_RESUME=--resume`
+the stages that have passed there on the same day are left out. Without a network there, run `make gpu-wheels` elsewhere
+first (`GPU_PYTHON=3.12` names the Python of that machine) and take the folder `gpu-wheels` along: it holds all that is
+needed besides torch, CMake and CUTLASS's headers among it, in 95 MB; with `GPU_HAS='cmake numpy pillow transformers'`
+30 MB are left. What is installed there is kept where it is new enough. `python -m benchmarks.gpu_check build ops
+training` runs some stages alone.
 """
 
 
@@ -48,11 +52,6 @@ def results(folder: Path = RESULTS) -> list[dict[str, Any]]:
     """The results of GPUs, newest first; other files there are of CPUs."""
     found = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))]
     return sorted((r for r in found if "stages" in r), key=lambda r: r["date"], reverse=True)
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def describe(r: dict[str, Any]) -> str:
@@ -81,12 +80,14 @@ def describe(r: dict[str, Any]) -> str:
         ]  # fmt: skip
         text += "\nLinear layers of both streams with what follows them, TFLOP/s of the products:\n"
         text += table(["op", "rows", "size", *names], rows)
+    for record in r["stages"].values():
+        text += "".join(f"\n- {failure}" for failure in record.get("failures", ()))
     if r.get("block"):
-        text += "\nOne block, ms:\n" + milliseconds(r["block"], "block ms")
+        text += "\nOne block, ms:\n" + milliseconds(with_compiled(r, "block", "block ms"), "block ms")
     if r.get("transformer"):
         count = r["transformer"][0]["layers"]
         text += f"\nThe transformer, {count} layers, both branches of guidance, ms:\n"
-        text += milliseconds(r["transformer"], "pair ms")
+        text += milliseconds(with_compiled(r, "transformer", "pair ms"), "pair ms")
     images = [c for c in r.get("vae", []) if c["task"] != "layer"]
     if images:
         rows = [
@@ -119,6 +120,12 @@ def milliseconds(cases: list[dict[str, Any]], key: str) -> str:
     return table(["pixels", *names], [[str(c["pixels"]), *cells(c, key, names, 1)] for c in cases])
 
 
+def with_compiled(r: dict[str, Any], suite: str, key: str) -> list[dict[str, Any]]:
+    """The cases of a suite, with what the last stage measured of compiled code."""
+    compiled = {c["pixels"]: c[key] for c in r.get("compiled", []) if key in c}
+    return [{**c, key: {**compiled.get(c["pixels"], {}), **c[key]}} for c in r.get(suite, [])]
+
+
 def tflops(cases: list[dict[str, Any]]) -> str:
     """Of attention, forward and backward, and which of torch's kernels ran."""
     if not cases:
@@ -144,7 +151,8 @@ def not_shown(found: list[dict[str, Any]]) -> str:
 
 def pair(r: dict[str, Any], pixels: int) -> dict[str, float]:
     """Milliseconds of both branches of guidance, by implementation."""
-    return next((c["pair ms"] for c in r.get("transformer", []) if c["pixels"] == pixels), {})
+    cases = with_compiled(r, "transformer", "pair ms")
+    return next((c["pair ms"] for c in cases if c["pixels"] == pixels), {})
 
 
 def branch(r: dict[str, Any], pixels: int) -> float | None:
@@ -181,6 +189,7 @@ BARS: list[tuple[str, str, float, Callable[[dict[str, Any]], float | None]]] = [
      lambda r: times_faster(r, "diffusers compiled")),
     ("slowest fused op at 4096 x 3072, % of the speed of a copy", "at least", 88, least_of_copy),
     ("tools of compute-sanitizer that found something", "at most", 0, sanitizers_failed),
+    ("build on 16 cores, s", "at most", 70, lambda r: r["stages"].get("build", {}).get("seconds")),
 ]  # fmt: skip
 
 
@@ -197,7 +206,8 @@ def bars(found: list[dict[str, Any]]) -> str:
 
 
 def page(found: list[dict[str, Any]]) -> str:
-    return HEAD + ("".join(map(describe, found)) if found else NOTHING) + bars(found) + not_shown(found) + FOOT
+    known = "".join(map(describe, found)) if found else NOTHING
+    return HEAD + known + bars(found) + gpu_model.section(found) + not_shown(found) + FOOT
 
 
 def main() -> int:
