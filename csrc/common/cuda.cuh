@@ -194,8 +194,9 @@ QIF_INLINE void store(T* p, const float (&v)[N]) {
 
 // ---- functions of values that are rounded to T ----------------------------------------------------------------------
 
-// exp(x) and a / b: what 16 bits do not show, the GPU's approximations leave out. They err by 2 + |x| / 80 units in the
-// last place of float32, and are half as many instructions. |b| must be below 2^126, above which they give 0.
+// exp(x) and a / b: what 16 bits do not show, the GPU's approximations leave out, with half as many instructions. In
+// units in the last place of float32 exp errs by 2 + 1.17 |x| and the quotient by 2 (CUDA's programming guide). |b|
+// must be below 2^126, above which the quotient is 0.
 template <class T>
 QIF_INLINE float exponential(float x) {
 #if !defined(QIF_EMULATED)
