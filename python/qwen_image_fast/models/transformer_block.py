@@ -104,9 +104,11 @@ def run_block(
         of_img = [img], [img_parts], [attn.to_out[0]], [block.img_mlp], [img_mod], [next_img], [img_offsets]
         of_txt = [txt], [txt_parts], [attn.to_add_out], [block.txt_mlp], [txt_mod], [next_txt], [txt_offsets]
         if text_apart:
-            (img,), (txt,) = side_stream.both(lambda: finish_block(*of_img), lambda: finish_block(*of_txt), img_x)
+            ended = side_stream.both(lambda: finish_block(*of_img), lambda: finish_block(*of_txt), img_x)
+            img, txt = ended[0][0], ended[1][0]
         else:
-            img, txt = finish_block(*([*a, *b] for a, b in zip(of_img, of_txt)))
+            of_both: list[Any] = [[*a, *b] for a, b in zip(of_img, of_txt)]
+            img, txt = finish_block(*of_both)
         return img, txt
     (img,) = finish_block([img], [[img_y]], [attn.to_out[0]], [block.img_mlp], [img_mod], [next_img], [img_offsets])
     return img, txt
