@@ -104,7 +104,7 @@ def normalize_shapes(img_shapes: Sequence, samples: int) -> tuple[tuple[ImageSha
     """diffusers' `img_shapes` (per sample a list of (frames, height, width), or one tuple) for `samples` samples."""
     per_sample: list[Any] = []
     for entry in img_shapes:
-        first = entry[0]  # a number of Python's, numpy's or a tensor's, or an image's shape
+        first: Any = entry[0]  # a number of Python's, numpy's or a tensor's, or an image's shape
         images = entry if isinstance(first, Sequence) or getattr(first, "ndim", 0) else [entry]
         per_sample.append(tuple(tuple(int(n) for n in image) for image in images))
     if len(per_sample) != samples:
