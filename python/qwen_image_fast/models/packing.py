@@ -105,7 +105,7 @@ def normalize_shapes(img_shapes: Sequence, samples: int) -> tuple[tuple[ImageSha
     per_sample: list[Any] = []
     for entry in img_shapes:
         first: Any = entry[0]  # a number of Python's, numpy's or a tensor's, or an image's shape
-        images = entry if isinstance(first, Sequence) or getattr(first, "ndim", 0) else [entry]
+        images = entry if isinstance(first, Sequence) or getattr(first, "ndim", False) else [entry]
         per_sample.append(tuple(tuple(int(n) for n in image) for image in images))
     if len(per_sample) != samples:
         if len(set(per_sample)) != 1:
