@@ -107,7 +107,7 @@ def run_block(
             ended = side_stream.both(lambda: finish_block(*of_img), lambda: finish_block(*of_txt), img_x)
             img, txt = ended[0][0], ended[1][0]
         else:
-            of_both: list[Any] = [[*a, *b] for a, b in zip(of_img, of_txt)]
+            of_both = [[*a, *b] for a, b in zip(of_img, of_txt)]  # type: ignore[misc]
             img, txt = finish_block(*of_both)
         return img, txt
     (img,) = finish_block([img], [[img_y]], [attn.to_out[0]], [block.img_mlp], [img_mod], [next_img], [img_offsets])
