@@ -23,6 +23,7 @@ from vae_harness import (
 )
 
 from qwen_image_fast.models import vae_conv
+from qwen_image_fast.models.hooks import is_bare
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.models.vae_blocks import AttentionBlock
 
@@ -183,13 +184,13 @@ def test_hooks_and_other_forwards_run_and_change_the_result():
 def test_hooks_on_all_modules_are_seen_by_every_torch(register, monkeypatch):
     monkeypatch.delattr(nn_module, "_has_any_global_hook", raising=False)  # as before torch 2.8
     conv = torch.nn.Conv2d(1, 1, 1)
-    assert vae_conv.is_bare(conv)
+    assert is_bare(conv)
     handle = register(lambda *_: None)
     try:
-        assert not vae_conv.is_bare(conv)
+        assert not is_bare(conv)
     finally:
         handle.remove()
-    assert vae_conv.is_bare(conv)
+    assert is_bare(conv)
 
 
 def test_compiles_as_a_whole():
