@@ -142,7 +142,8 @@ def encode_prompt_alone(case, tmp_path):
     for own in (bare, case.pipe):
         got = case.run(own, prompt=None, prompt_embeds=embeds, prompt_embeds_mask=mask)
         torch.testing.assert_close(got, case.latents, rtol=0, atol=1e-4)
-    pair = {"image": [[case.call["image"]]] * 2 if pipe.plus else [case.call["image"]] * 2} if pictures else {}
+    several = case.cls is qwen_image_fast.QwenImageEditPlusPipeline  # pictures of a prompt
+    pair = {"image": [[case.call["image"]] if several else case.call["image"]] * 2} if pictures else {}
     many, mask = pipe.encode_prompt(["a red cat", "a much longer prompt"], num_images_per_prompt=2, **pair)
     assert len(many) == len(mask) == 4 and torch.equal(many[0], many[1]) and mask[0].sum() == embeds.shape[1]
     again, _ = pipe.encode_prompt(prompt_embeds=embeds, num_images_per_prompt=3)
