@@ -52,7 +52,8 @@ def hinted(function: F) -> F:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if unknown := [name for name in kwargs if name not in known]:
-            name = function.__qualname__.removesuffix(".__call__")
+            called = function.__qualname__.endswith(".__call__")
+            name = type(args[0]).__name__ if called else function.__qualname__  # of the class, not of one above it
             refuse(name, unknown, [k for k in known if k != "self"])
         return function(*args, **kwargs)
 
