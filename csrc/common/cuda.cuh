@@ -211,7 +211,7 @@ QIF_INLINE float quotient(float a, float b) {
 #endif
   return a / b;
 }
-constexpr float kLargestExponent = 80.0f;  // exp of it is still such a `b`
+constexpr float kLargestExponent = 87.0f;  // exp of it is still such a `b`: 6e37 < 2^126
 
 // ---- sums: the same order in every run
 // -------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ struct EpilogueParams {
 // x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)): GELU's tanh form without the cancellation of 1 + tanh.
 CUTLASS_DEVICE float gelu_tanh(float x) {
   const float e = -1.5957691216057308f * (x + 0.044715f * x * x * x);
-  return __fdividef(x, 1.0f + __expf(e > 80.0f ? 80.0f : e));  // NaN stays NaN
+  return __fdividef(x, 1.0f + __expf(e > 87.0f ? 87.0f : e));  // NaN stays NaN
 }
 
 // float16 saturates instead of overflowing to infinity; NaN stays NaN.

@@ -76,7 +76,7 @@ def test_strips_pass_gradients_and_hooks(monkeypatch):
 
 
 def test_memory_limit_chooses_the_strips(monkeypatch):
-    monkeypatch.setattr("qwen_image_fast.models.vae_tiling._OVERHEAD", 0)
+    monkeypatch.setattr("qwen_image_fast.picture_memory.OVERHEAD", 0)
     ours, _ = pair(torch.float32)
     seen = []
     ours.decoder.up_blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2]))
