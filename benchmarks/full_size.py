@@ -1,11 +1,12 @@
 """The model of the released size on this machine, with random weights: loading, streaming from the disk, exactness.
 
-    python -m benchmarks.full_size [--folder FOLDER] [--limit 10GB] [--size 256] [--int8] [--keep] [--out RESULTS.json]
+    python -m benchmarks.full_size [--only PART ...] [--folder FOLDER] [--limit 10GB] [--size 256] [--out RESULTS.json]
 
-Writes the transformer (41 GB), measures, removes it, then the same with the text encoder (15 GB), and with --int8 the
-transformer in 8 bits (27 GB, half of it modulation in bfloat16), which then takes 15 GB of memory. Every phase is a
-process of its own; the parent holds nothing. Memory is what the system says of the process (/proc/self/status): the
-peak of all its pages, and which of them are its own (RssAnon) or pages of files, which can be given back (RssFile).
+Writes the transformer (41 GB), measures, removes it, then the same with the text encoder (15 GB), and, where --only
+names them, with the transformer in 8 bits (27 GB, half of it modulation in bfloat16), which then takes 15 GB of
+memory, and in 4 bits (24 GB), which takes 9. Every phase is a process of its own; the parent holds nothing. Memory is
+what the system says of the process (/proc/self/status): the peak of all its pages, and which of them are its own
+(RssAnon) or pages of files, which can be given back (RssFile).
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.full_size_files import BLOCKS, WIDTH, WRITERS, slice_of
 
-INT8_LIMIT = "17GB"
+LIMITS = {"int8": "17GB", "int4": "12GB"}
 SLICE = 3  # blocks of the exact comparison; the last of them is not like those in the middle
 
 
@@ -69,7 +71,7 @@ def step(folder: Path, arguments: argparse.Namespace, precision: str | None = No
     begin = time.perf_counter()
     pipe = QwenImagePipeline.from_pretrained(
         folder, vae=vae.eval(), text_encoder=None, tokenizer=None, torch_dtype=torch.bfloat16, precision=precision,
-        memory_limit=INT8_LIMIT if precision else arguments.limit,
+        memory_limit=LIMITS[precision] if precision else arguments.limit,
     )  # fmt: skip
     found: dict[str, Any] = {"load_seconds": time.perf_counter() - begin, "loaded": status()}
     plan, ring = plans[0], pipe.transformer.streamed.ring
@@ -101,7 +103,12 @@ def step(folder: Path, arguments: argparse.Namespace, precision: str | None = No
         assert result.images[0].size == (size, size)
         names = ("seconds", "processor_seconds", "read_bytes", "reading_seconds", "waited_seconds")
         parts = [dict(zip(names, (y - x for x, y in zip(a, b)))) for a, b in zip(marks, marks[1:])]
-        found[f"{size}px"] = {"modulation": parts[0], "steps": parts[1:], "decode_seconds": pipe.times["decode"]}
+        # Vectors of the schedule before serve again; then the first step has no mark to begin at.
+        computed = len(parts) > arguments.steps
+        found[f"{size}px"] = {
+            "modulation": parts[0] if computed else None, "steps": parts[1:] if computed else parts,
+            "decode_seconds": pipe.times["decode"],
+        }  # fmt: skip
     measured = status()
     counted = plan.peak - plan.working + working_bytes(WIDTH, BLOCKS, 2, max(arguments.size), 1)
     return {
@@ -109,11 +116,6 @@ def step(folder: Path, arguments: argparse.Namespace, precision: str | None = No
         "plan_peak_bytes": plan.peak, "plan_peak_of_this_size_bytes": counted,
         "peak_over_plan_of_this_size": measured["VmHWM"] / counted, "swap_bytes": measured["VmSwap"],
     }  # fmt: skip
-
-
-def int8(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The same of files in 8 bits, which stay; modulation is streamed."""
-    return step(folder, arguments, "int8")
 
 
 def exact(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -187,10 +189,13 @@ def text(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 PHASES: dict[str, Callable[[Path, argparse.Namespace], dict[str, Any]]] = {
-    "load_mapped": load_mapped, "step": step, "exact": exact, "text": text, "int8": int8,
+    "load_mapped": load_mapped, "step": step, "exact": exact, "text": text,
+    "int8": partial(step, precision="int8"), "int4": partial(step, precision="int4"),
 }  # fmt: skip
 
-PARTS = {"transformer": ("load_mapped", "exact", "step"), "text_encoder": ("text",), "int8": ("int8",)}
+PARTS = {
+    "transformer": ("load_mapped", "exact", "step"), "text_encoder": ("text",), "int8": ("int8",), "int4": ("int4",),
+}  # fmt: skip
 
 
 def run_phase(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -212,7 +217,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="*", default=["transformer", "text_encoder"], choices=WRITERS)
-    parser.add_argument("--int8", action="store_true", help="Also in 8 bits: 15 GB of memory.")
     parser.add_argument("--keep", action="store_true", help="Leave the files on the disk.")
     parser.add_argument("--phase", choices=PHASES)
     arguments = parser.parse_args()
@@ -231,10 +235,10 @@ def main() -> None:
         "number of each; no sparse files, no links; the page cache was not emptied between phases",
     }  # fmt: skip
     for part, phases in PARTS.items():
-        if part not in arguments.only and not (part == "int8" and arguments.int8):
+        if part not in arguments.only:
             continue
         folder = arguments.folder / f"of-{part}"
-        place = folder / ("transformer" if part == "int8" else part)
+        place = folder / ("transformer" if part in LIMITS else part)
         begin = time.perf_counter()
         size = sum(p.stat().st_size for p in place.glob("*.safetensors")) if place.is_dir() else WRITERS[part](place)
         results[part] = {"bytes": size, "write_seconds": time.perf_counter() - begin}

@@ -1,4 +1,4 @@
-"""Folders of the released sizes with random weights, in bfloat16 or 8 bits, written without holding a model in memory.
+"""Folders of the released sizes with random weights, in bfloat16, 8 or 4 bits, written a block at a time.
 
 The values of one block are drawn once; each block has them rolled by its number, so that no two are alike. Every byte
 is written: nothing is sparse, linked or shared.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ TEXT_CONFIG = {
 }  # fmt: skip
 Shapes = dict[str, tuple[int, ...]]
 KINDS = {"uint16": "BF16", "int8": "I8", "uint8": "U8", "float32": "F32"}
-LEVELS = 30  # of a standard deviation, of a weight in 8 bits: its largest values are those of a row of 3072
+NOT_ROLLED = ("weight_codebook", "comfy_quant")  # what all numbers of a weight share
 
 
 def block_shapes() -> Shapes:
@@ -78,23 +79,21 @@ def drawn(shapes: Shapes, seed: int) -> dict[str, np.ndarray]:
     return found
 
 
-def in_8_bits(tensors: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """The matrices that compute in 8 bits as ComfyUI's files have them, drawn rotated, which is drawn alike."""
-    from qwen_image_fast.models.int8_linear import LAYERS, comfy_config
-    from qwen_image_fast.ops._int8 import group_of
+def in_few_bits(tensors: Mapping[str, np.ndarray], precision: str) -> dict[str, np.ndarray]:
+    """The matrices that compute in 8 or 4 bits as ComfyUI's files have them."""
+    import torch
 
-    generator = np.random.default_rng(seed)
+    from qwen_image_fast.models.int8_linear import LAYERS, comfy_tensors, quantised
+
     found: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         layer, _, kind = name.rpartition(".")
         if kind != "weight" or not LAYERS.fullmatch(f"transformer_blocks.0.{layer}"):
             found[name] = tensor
             continue
-        rows, depth = tensor.shape
-        values = generator.standard_normal(tensor.shape, np.float32) * LEVELS
-        found[name] = np.clip(np.rint(values), -127, 127).astype(np.int8)
-        found[f"{layer}.weight_scale"] = np.full((rows, 1), depth**-0.5 / LEVELS, np.float32)
-        found[f"{layer}.comfy_quant"] = comfy_config(group_of(depth)).numpy()
+        weight = torch.from_numpy(tensor.view(np.int16)).view(torch.bfloat16)
+        made = comfy_tensors(quantised(weight, precision=precision))
+        found |= {f"{layer}.{suffix}": value.contiguous().numpy() for suffix, value in made.items()}
     return found
 
 
@@ -110,8 +109,8 @@ def write_shard(path: Path, prefix: str, tensors: Mapping[str, np.ndarray], roll
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            flat, by = tensor.reshape(-1), 0 if tensor.dtype == np.uint8 else roll  # bytes of a text stay in order
+        for name, tensor in tensors.items():
+            flat, by = tensor.reshape(-1), 0 if name.endswith(NOT_ROLLED) else roll
             file.write(flat[by:].data)
             file.write(flat[:by].data)
     return {name: path.name for name in header}
@@ -138,8 +137,8 @@ def write_transformer(folder: Path) -> int:
     return write_folder(folder, base, CONFIG, rest_shapes(), values, "transformer_blocks", BLOCKS)
 
 
-def write_int8(folder: Path) -> int:
-    base, values = "diffusion_pytorch_model", in_8_bits(drawn(block_shapes(), 2), 3)
+def write_quantised(folder: Path, precision: str) -> int:
+    base, values = "diffusion_pytorch_model", in_few_bits(drawn(block_shapes(), 2), precision)
     return write_folder(folder, base, CONFIG, rest_shapes(), values, "transformer_blocks", BLOCKS)
 
 
@@ -149,7 +148,8 @@ def write_text_encoder(folder: Path) -> int:
 
 
 WRITERS: Mapping[str, Callable[[Path], int]] = {
-    "transformer": write_transformer, "text_encoder": write_text_encoder, "int8": write_int8,
+    "transformer": write_transformer, "text_encoder": write_text_encoder,
+    "int8": partial(write_quantised, precision="int8"), "int4": partial(write_quantised, precision="int4"),
 }  # fmt: skip
 
 
