@@ -57,6 +57,21 @@ def test_edit(run):
     assert ink("before.png").argmax() == 0 and ink("after.png").argmax() == 2
 
 
+def test_masked_edit(run):
+    """The masked half turns blue, the other keeps its pixels."""
+    run("masked_edit.py")
+    before, after = pixels("before.png"), pixels("masked.png")
+    assert np.abs(before - after)[:, :56].mean() < 2
+    right = after[:, 72:].reshape(-1, 3)
+    assert right[right.min(1) < 128].mean(0).argmax() == 2
+
+
+@pytest.mark.parametrize("options", [("--precision", "int8"), ("--precision", "int4"), ("--limit", "1GB"), ()])
+def test_less_memory(run, options):
+    said = run("less_memory.py", *options)
+    assert "GB of memory" in said and ink("less-memory.png").argmax() == 0
+
+
 def test_lora(run, tmp_path):
     generator = torch.Generator().manual_seed(0)
     weights = {}

@@ -4,7 +4,7 @@
 
 base      what the process holds before: Python, torch and its libraries; on a GPU the context
 working   activations of one picture of 1328 x 1328 with guidance, and the modulation vectors of 50 steps:
-          12 tensors of [rows, width], 50 of [12 blocks, width]; decoding is bounded to as much
+          12 tensors of [rows, width], 50 of [12 blocks, width], 67 MB of libraries; decoding is bounded to as much
 kept      the VAE, embeddings, projections in and out, norms and biases
 buffers   3, or 2 where there is no room, of the largest unit
 units     blocks of the transformer, used at every step, stay first; layers of the text encoder, used once for a
@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from qwen_image_fast.picture_memory import denoising_bytes
+from qwen_image_fast.picture_memory import OVERHEAD, denoising_bytes
 from qwen_image_fast.sizes import gb
 
 PIXELS, TEXT_ROWS, STEPS = 1328, 256, 50
@@ -29,9 +29,9 @@ EVERY = {"blocks": "step", "layers": "prompt", "modulation": "schedule"}
 
 
 def working_bytes(width: int, blocks: int, itemsize: int, pixels: int = PIXELS, branches: int = 2) -> int:
-    """Of one square picture, with guidance or without."""
+    """Of one square picture, with guidance or without, and what libraries keep."""
     rows = branches * ((pixels // 16) ** 2 + TEXT_ROWS)
-    return denoising_bytes(width, blocks, itemsize, rows, STEPS)
+    return OVERHEAD + denoising_bytes(width, blocks, itemsize, rows, STEPS)
 
 
 @dataclass(frozen=True)
