@@ -183,7 +183,8 @@ def test_the_rule_is_twice_the_references_own_error():
     [
         ("sm_80", (8, 0), True), ("sm_80", (8, 9), True), ("sm_80", (9, 0), False), ("sm_86", (8, 0), False),
         ("sm_90a", (9, 0), True), ("sm_100a", (10, 0), True), ("sm_100a", (10, 3), False), ("sm_100f", (10, 3), True),
-        ("sm_120", (12, 0), True), ("native", (9, 0), False),
+        ("sm_120", (12, 0), True), ("native", (9, 0), False), ("sm_120", (13, 0), False), ("sm_120+PTX", (13, 0), True),
+        ("sm_120+PTX", (12, 1), True), ("sm_120+PTX", (10, 3), False), ("sm_90a+PTX", (12, 0), False),
     ],
 )  # fmt: skip
 def test_machine_code_runs_on_its_own_generation(architecture, capability, runs):

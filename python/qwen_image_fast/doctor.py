@@ -97,9 +97,16 @@ def _kernels_for(major: int, minor: int) -> str:
 
 
 def runs_on(architecture: str, major: int, minor: int) -> bool:
-    """Whether machine code for sm_XY runs on that compute capability: the same X and no newer Y; with `a`, the same."""
-    name = re.fullmatch(r"sm_(\d+)(\d)([af]?)", architecture)
-    if name is None or int(name[1]) != major:
+    """Whether machine code for sm_XY runs on that compute capability: the same X and no newer Y; with `a`, the same.
+
+    `sm_XY+PTX` is no machine code: the driver compiles it for that generation and every later one.
+    """
+    name = re.fullmatch(r"sm_(\d+)(\d)([af]?)(\+PTX)?", architecture)
+    if name is None:
+        return False
+    if name[4] and not name[3]:
+        return (int(name[1]), int(name[2])) <= (major, minor)
+    if int(name[1]) != major:
         return False
     return int(name[2]) == minor if name[3] == "a" else int(name[2]) <= minor
 
