@@ -18,7 +18,7 @@ LAYERS = [
     {"graphs", "sampling", "quantize", "quantize_report"},
     {"pipelines"},
     {"tiny", "drop_in", "inspect_file", "inspect_model", "png_metadata", "output_files"}
-    | {"doctor", "doctor_cases", "doctor_picture"},
+    | {"doctor", "doctor_cases", "doctor_libraries", "doctor_picture"},
     {"serving"},
     {"training"},
     {"cli", "__main__"},

@@ -23,7 +23,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from qwen_image_fast import _C, ops
+from qwen_image_fast import _C, doctor_libraries, ops
 from qwen_image_fast.doctor_cases import ALLOWED, CASES, CPU_ONLY, as_tuple, functions, inputs
 from qwen_image_fast.ops._linear import describe_linear
 from qwen_image_fast.ops.joint_attention import describe_attention
@@ -44,6 +44,8 @@ def environment() -> dict[str, str]:
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{_version('torch', torch.__version__)}, {torch.get_num_threads()} threads",
         "threads": _threads(),
+        "OpenMP": doctor_libraries.openmp(),
+        "libraries": doctor_libraries.search_path(),
         "CPU capability of torch": torch.backends.cpu.get_cpu_capability(),
         "qwen-image-fast": f"{info['version']}, built with {info['compiler']}, {info['openmp_threads']} OpenMP threads",
         "CPU kernels": f"{', '.join(info['cpu_kernels'])} compiled; {info['cpu_in_use']} in use",
