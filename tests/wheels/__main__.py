@@ -161,6 +161,7 @@ def main() -> None:
         print(f"{wheel.name}: {row.get('failed') or ', '.join(row['checks'])}", flush=True)
         rows = {**results["rows"], f"{place.name}, {wheel.name}": row}
         results = {
+            **results,
             "date": f"{datetime.date.today()}",
             "machine": f"{platform.machine()}",
             "rows": dict(sorted(rows.items())),

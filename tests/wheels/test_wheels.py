@@ -124,3 +124,11 @@ def test_the_results_are_good_and_on_the_page():
     assert failures(results) == [] and table(results) in PAGE.read_text(encoding="utf-8")
     places = {row["place"] for row in results["rows"].values()}
     assert "Debian 11" in places and {row["glibc"] for row in results["rows"].values()} >= {"2.31"}
+
+
+def test_what_was_built_is_small_enough_and_on_the_page():
+    builds = json.loads(RESULTS.read_text(encoding="utf-8"))["builds"]
+    page = PAGE.read_text(encoding="utf-8")
+    assert builds["+cu130"]["architectures"] == wheels.ARCHITECTURES
+    for build in builds.values():
+        assert max(build["bytes"].values()) < wheels.LARGEST and f"{max(build['bytes'].values()) / 1e6:.1f} MB" in page
