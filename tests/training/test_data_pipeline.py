@@ -1,20 +1,22 @@
 """From sources to shards and an audit: what passes, what goes and why, twice the same, in constant memory."""
 
 import collections
+import dataclasses
 import tracemalloc
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from data_pictures import encoded, photo_record, photos
+from data_pictures import encoded, noise, photo_record, photos
 from PIL import Image, ImageFilter
 from typer.testing import CliRunner
 
 from qwen_image_fast.cli import app
 from qwen_image_fast.training.data import pipeline
+from qwen_image_fast.training.data.caption_sets import in_set
 from qwen_image_fast.training.data.collect import collect
 from qwen_image_fast.training.data.filters.balance import Balance
-from qwen_image_fast.training.data.filters.order import FILTER_NAMES
+from qwen_image_fast.training.data.filters.order import FILTER_NAMES, FILTERS
 from qwen_image_fast.training.data.recipe import FilterRecipe, SourceRecipe, read_filter_recipe
 from qwen_image_fast.training.data.record import Record
 from qwen_image_fast.training.data.shards import write_shards
@@ -79,6 +81,36 @@ def test_twice_the_same_bytes(tmp_path):
     files = [sorted(p for p in (tmp_path / name).rglob("*") if p.is_file()) for name in "ab"]
     assert [p.name for p in files[0]] == ["audit.parquet", "index.parquet", "shard-00000.tar"]
     assert [p.read_bytes() for p in files[0]] == [p.read_bytes() for p in files[1]]
+
+
+def test_captions_are_split_into_sets_before_they_are_judged(tmp_path):
+    both = {"raw": "<p>a picture of a lake</p>", "recaption": "a picture of a quiet lake"}
+    records = [Record(noise(n), both if n % 4 else {"raw": f"number {n} of all pictures"}) for n in range(80)]
+    write_shards(records, tmp_path / "in")
+    recipe = recipe_of(tmp_path / "in")
+    recipe.without += ["near_duplicate", "resolution", "file_size", *(f.name for f in FILTERS if f.stage == 2)]
+    recipe.captions.sets = {"raw": 1.0, "recaption": 2.0, "fused": 1.0}
+    result = pipeline.run_filters(recipe, tmp_path / "out")
+    kept = {record.id: record for record in collect(tmp_path / "out" / "shards")}
+    for number, record in enumerate(records):
+        if number % 4 == 0:
+            assert kept[record.id].metadata["caption_set"] == "raw"
+    drawn = collections.Counter(r.metadata["caption_set"] for r in kept.values() if "recaption" in r.captions)
+    # The markup of the raw and fused sets go, and nothing of the recaptions, of which there are half.
+    assert set(drawn) == {"recaption"} and 20 <= drawn["recaption"] <= 40
+    assert result.rejected == {"invalid_caption": 60 - drawn["recaption"]}
+    assert {r.caption for r in kept.values() if "recaption" in r.captions} == {both["recaption"]}
+    assert result.unmeasured == ("alignment", "face_mosaic")
+
+
+def test_a_fused_caption_is_both():
+    record = Record(b"x", {"raw": "Lake Como ", "recaption": "a lake at dusk"})
+    fused = in_set(record, {"fused": 1.0})
+    assert fused.caption == "Lake Como a lake at dusk" and fused.metadata == {"caption_set": "fused"}
+    assert in_set(dataclasses.replace(record, captions={"raw": "x", "fused": "own"}), {"fused": 1.0}).caption == "own"
+    assert in_set(record, {"raw": 1.0}).caption == "Lake Como "
+    for unsplit in (Record(b"x", {"raw": " "}), dataclasses.replace(record, category="Synthetic")):
+        assert in_set(unsplit, {"raw": 1.0}) is unsplit
 
 
 def test_a_run_that_keeps_nothing(tmp_path):

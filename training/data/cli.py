@@ -110,6 +110,8 @@ def _print(result: Result, examples: Mapping[str, Sequence[str]] = {}) -> None:
         print(f"{count:8} rejected by {name}")
         for one in examples.get(name, ()):
             print(f"           {one}")
+    if result.unmeasured:
+        print(f"not measured, for want of a model or of records that they are for: {', '.join(result.unmeasured)}")
     print(f"{result.kept:8} of {result.seen} kept")
 
 

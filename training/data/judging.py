@@ -15,11 +15,12 @@ from typing import Any
 from qwen_image_fast.files import atomic_write
 
 from .audit import ROWS, AuditWriter
+from .caption_sets import read_in_sets
 from .filters.base import Filter
 from .filters.duplicates import PLAIN
 from .journal import Attempt, Journal
 from .judge import FilterFailure, judge, rejection
-from .parts import Part, read_part
+from .parts import Part
 from .recipe import FilterRecipe
 from .record import Record
 
@@ -72,7 +73,7 @@ class PartJudge:
         return part.count
 
     def _rows(self, number: int, part: Part, before: Attempt | None) -> Iterator[dict[str, Any]]:
-        for place, record in enumerate(read_part(part, self._recipe.sources[part.source])):
+        for place, record in enumerate(read_in_sets(part, self._recipe)):
             if before is not None:
                 deaths = before.deaths + 1 if place == before.place else 0
                 if deaths > _DEATHS:

@@ -20,14 +20,14 @@ from typing import Any
 from qwen_image_fast.files import atomic_write
 
 from .audit import AuditWriter, rows_of
+from .caption_sets import read_in_sets
 from .compare import Fate, columns, compare, read_survivors
 from .disk import full_disk_is_a_sentence
 from .engine import Engine
-from .filters.order import FILTER_NAMES
+from .filters.order import FILTER_NAMES, FILTERS
 from .journal import Journal
 from .judge import build_filters, rejection
 from .judging import MakeFilters
-from .parts import read_part
 from .recipe import FilterRecipe
 from .record import Record
 from .shards import write_shards
@@ -38,11 +38,30 @@ Heard = Callable[[Record, dict[str, Any]], Any]
 
 @dataclass(frozen=True)
 class Result:
-    """seen, kept: records. rejected: how many went by each filter, in the order of the stages."""
+    """seen, kept: records. rejected: how many went by each filter, in the order of the stages. unmeasured: filters of
+    the recipe that gave no record a score and rejected none: they lack a model, or nothing was for them."""
 
     seen: int
     kept: int
     rejected: dict[str, int]
+    unmeasured: tuple[str, ...] = ()
+
+
+class _Counts:
+    """What a `Result` is made of, row by row."""
+
+    def __init__(self, recipe: FilterRecipe):
+        self._by: collections.Counter[str] = collections.Counter()
+        self._silent = [f.name for f in FILTERS if f.stage in recipe.stages and f.name not in recipe.without]
+
+    def add(self, row: dict[str, Any]) -> None:
+        by = row["filter"] or ""
+        self._by[by] += 1
+        self._silent = [name for name in self._silent if row[name] is None and name != by]
+
+    def result(self) -> Result:
+        ordered = {name: self._by[name] for name in FILTER_NAMES if self._by[name]}
+        return Result(self._by.total(), self._by[""], ordered, tuple(self._silent))
 
 
 def run_filters(
@@ -85,11 +104,11 @@ def run_filters(
         result = journal.folder / "result"
         shutil.rmtree(result, ignore_errors=True)
         result.mkdir()
-        counts = _write(recipe, journal, engine, result, judged)
+        found = _write(recipe, journal, engine, result, judged)
         beside(result)
         _appear(result, out)
         journal.end()
-    return _result(counts)
+    return found
 
 
 def try_filters(
@@ -106,16 +125,16 @@ def try_filters(
     Args:
         heard: called with each row of the audit that there would be.
     """
-    counts: collections.Counter[str] = collections.Counter()
+    counts = _Counts(recipe)
     with tempfile.TemporaryDirectory(prefix="filtering-") as name, full_disk_is_a_sentence(Path(name)):
         journal = Journal(Path(name))
         total = journal.begin(recipe)
         engine.judge(recipe, journal, filters, workers, lambda count: progress(count, total))
         for rows in judged_rows(recipe, journal, engine):
             for row in rows:
-                counts[row["filter"] or ""] += 1
+                counts.add(row)
                 heard(row)
-    return _result(counts)
+    return counts.result()
 
 
 def fates(recipe: FilterRecipe, journal: Journal, engine: Engine) -> Iterator[Fate]:
@@ -142,20 +161,18 @@ def judged_rows(recipe: FilterRecipe, journal: Journal, engine: Engine) -> Itera
     return (finished(number) for number, _ in journal.parts())
 
 
-def _write(
-    recipe: FilterRecipe, journal: Journal, engine: Engine, result: Path, judged: Heard
-) -> collections.Counter[str]:
-    counts: collections.Counter[str] = collections.Counter()
+def _write(recipe: FilterRecipe, journal: Journal, engine: Engine, result: Path, judged: Heard) -> Result:
+    counts = _Counts(recipe)
 
     def write_all(file: Any) -> None:
         with AuditWriter(file) as audit:
 
             def kept() -> Iterator[Record]:
                 for (_, part), rows in zip(journal.parts(), judged_rows(recipe, journal, engine), strict=True):
-                    records = read_part(part, recipe.sources[part.source])
+                    records = read_in_sets(part, recipe)
                     for row in rows:
                         record = _same(next(records, None), row)
-                        counts[row["filter"] or ""] += 1
+                        counts.add(row)
                         audit.write(row)
                         judged(record, row)
                         if row["kept"]:
@@ -164,7 +181,7 @@ def _write(
             write_shards(kept(), result / "shards", shard_records=recipe.shard_records)
 
     atomic_write(result / "audit.parquet", write_all)
-    return counts
+    return counts.result()
 
 
 def _same(record: Record | None, row: dict[str, Any]) -> Record:
@@ -183,8 +200,3 @@ def _appear(result: Path, out: Path) -> None:
     shutil.rmtree(out / "shards", ignore_errors=True)
     for path in sorted(result.iterdir(), key=lambda path: (path.name == "audit.parquet", path.name)):
         os.replace(path, out / path.name)
-
-
-def _result(counts: collections.Counter[str]) -> Result:
-    ordered = {name: counts[name] for name in FILTER_NAMES if counts[name]}
-    return Result(sum(counts.values()), counts[""], ordered)

@@ -16,7 +16,7 @@ from qwen_image_fast.training.recipe.fields import RecipeError, convert, merged,
 from .filters.duplicates import LARGEST_DISTANCE
 from .filters.order import FILTER_NAMES
 from .presets import PRESETS
-from .record import CATEGORIES
+from .record import CAPTION_SETS, CATEGORIES
 
 
 @dataclass
@@ -60,7 +60,8 @@ class QualityRecipe:
 class CaptionRecipe:
     """Stage 3. Tokens (words, where there is no tokenizer), share of new words, cosine; folders of the models.
 
-    Without chinese_clip and siglip, alignment is not measured.
+    Without chinese_clip and siglip, alignment is not measured. sets: shares of the sets raw, recaption and fused, of
+    which each record joins one that it has the captions for; empty: each keeps its best caption.
     """
 
     min_tokens: int = 3
@@ -70,6 +71,7 @@ class CaptionRecipe:
     min_alignment: float = 0.1
     chinese_clip: str = ""
     siglip: str = ""
+    sets: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -224,6 +226,12 @@ def validate(recipe: FilterRecipe) -> None:
     _must(1 in recipe.stages, "stages", "have 1, which finds what cannot be decoded", recipe.stages)
     _must(0 <= recipe.curation.duplicate_bits <= LARGEST_DISTANCE, "curation.duplicate_bits",
           f"be 0 to {LARGEST_DISTANCE}", recipe.curation.duplicate_bits)  # fmt: skip
+    sets = recipe.captions.sets
+    for kind in sets:
+        _must(kind in CAPTION_SETS, "captions.sets", f"be of {', '.join(CAPTION_SETS)}", kind)
+    fine = not sets or (all(0 <= share < float("inf") for share in sets.values()) and sum(sets.values()) > 0)
+    _must(fine, "captions.sets", "have shares of 0 or more, one above 0", sets)
+    _must(not sets or 3 in recipe.stages, "captions.sets", "be empty without stage 3, whose they are", sets)
     for category, share in balance.categories.items():
         _must(category in CATEGORIES, "balance.categories", f"be of {', '.join(CATEGORIES)}", category)
         _must(share > 0, "balance.categories", "have shares above 0", share)

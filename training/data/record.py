@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 CATEGORIES = ("Nature", "Design", "People", "Synthetic")
+CAPTION_SETS = ("raw", "recaption", "fused")
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ class Record:
 
     @property
     def caption(self) -> str:
-        """The best caption there is: fused, else recaption, else raw, else the first; "" where there is none."""
-        for kind in ("fused", "recaption", "raw"):
-            if kind in self.captions:
+        """That of `metadata["caption_set"]`, which `data filter` draws, else the best there is: fused, else recaption,
+        else raw, else the first; "" where there is none."""
+        for kind in (self.metadata.get("caption_set"), *reversed(CAPTION_SETS)):
+            if isinstance(kind, str) and kind in self.captions:
                 return self.captions[kind]
         return next(iter(self.captions.values()), "")
 

@@ -156,7 +156,8 @@ class ClipScorer:
 class Alignment(Measure):
     """How well the raw caption fits the picture: by one scorer for captions with Han characters, one for the others.
 
-    As in the report, only raw captions are measured. None where there is no raw caption or no scorer for it.
+    As in the report, only raw captions are measured, and of sets only the raw one. None where there is no raw caption
+    or no scorer for it.
 
     Args:
         low: smallest score.
@@ -171,7 +172,8 @@ class Alignment(Measure):
         self._chinese, self._other = chinese, other
 
     def score(self, picture: Picture) -> float | None:
-        caption = picture.record.captions.get("raw", "")
+        record = picture.record
+        caption = record.captions.get("raw", "") if record.metadata.get("caption_set", "raw") == "raw" else ""
         scorer = self._chinese if has_han(caption) else self._other
         return None if scorer is None or not caption else scorer(picture.work, caption)
 
