@@ -12,7 +12,7 @@ from typing import Any
 from .canvas import TEXTURES
 from .colours import COLOURS, TINY_GROUND_COLOURS, TINY_TEXT_COLOURS, readable_on
 from .fonts import Face, faces_of_language, find_fonts
-from .words import HAN_UNIQUE, SPLITS, TINY_HAN_CHARACTERS, WordSource, probe
+from .words import HAN_UNIQUE, SPLITS, TINY_HAN_CHARACTERS, WordSource, is_han, probe
 
 STRATEGIES = ("shapes", "pure", "compositional", "complex")
 EDITS = ("text", "colour", "ground", "add", "remove", "move", "reconstruct")
@@ -35,7 +35,8 @@ class SynthesisRecipe:
         text_colours, ground_colours: colour names. Pairs that cannot be read are never drawn.
         textures: of the grounds of pure samples, names in `canvas.TEXTURES`.
         max_letters, max_han: longest single text.
-        han: Chinese characters that texts are made of; empty: `words.HAN_CHARACTERS`.
+        han: Chinese characters that texts are made of; empty: `words.HAN_CHARACTERS`. Fonts must have them all.
+        han_weights: of characters in random strings, by character; 1 for others. `data characters` makes them.
         max_lines: texts of a pure sample, one above the other, each with its own colour at times.
         paragraph: share of pure samples that are paragraphs.
         paragraphs: paragraphs to draw, instead of random sentences.
@@ -69,6 +70,7 @@ class SynthesisRecipe:
     max_letters: int = 10
     max_han: int = 6
     han: str = ""
+    han_weights: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
     max_lines: int = 3
     paragraph: float = 0.5
     paragraphs: tuple[str, ...] = ()
@@ -100,6 +102,7 @@ class SynthesisRecipe:
         )
         for name in lists:
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "han_weights", tuple(dict(self.han_weights).items()))  # a frozen value can be hashed
         _check(self)
 
     @classmethod
@@ -125,11 +128,13 @@ class SynthesisRecipe:
 
     def words(self) -> WordSource:
         """Where texts come from."""
-        return WordSource(self.split, self.held_out, self.random_strings, self.han or HAN_UNIQUE)
+        han, known = self.han or HAN_UNIQUE, dict(self.han_weights)
+        weights = tuple(known.get(character, 1.0) for character in han) if known else ()
+        return WordSource(self.split, self.held_out, self.random_strings, han, weights)
 
     def faces(self, language: str) -> tuple[Face, ...]:
         """Fonts for a language. Raises `fonts.FontError` where there is none."""
-        return _faces(self.fonts, self.system_fonts, self.fonts_per_language, language)
+        return _faces(self.fonts, self.system_fonts, self.fonts_per_language, language, self.han)
 
 
 def tiny(size: int = 64, languages: tuple[str, ...] = ("en",), **changes: Any) -> SynthesisRecipe:
@@ -172,8 +177,9 @@ def tiny(size: int = 64, languages: tuple[str, ...] = ("en",), **changes: Any) -
 
 
 @functools.lru_cache(maxsize=64)
-def _faces(fonts: tuple[str, ...], system: bool, most: int, language: str) -> tuple[Face, ...]:
-    found = faces_of_language(find_fonts(fonts, system=system), language, probe(language))
+def _faces(fonts: tuple[str, ...], system: bool, most: int, language: str, han: str) -> tuple[Face, ...]:
+    needed = probe(language) + ("".join(sorted(set(han) - set(HAN_UNIQUE))) if language == "zh" else "")
+    found = faces_of_language(find_fonts(fonts, system=system), language, needed)
     return found[:most] if most else found
 
 
@@ -206,7 +212,17 @@ def _check(recipe: SynthesisRecipe) -> None:
     shortest = 2 if recipe.split == "held_out" else 1
     for name in ("max_letters", "max_han"):
         must(getattr(recipe, name) >= shortest, name, f"be {shortest} or more for the {recipe.split} split")
-    must(not set(recipe.han) - set(HAN_UNIQUE), "han", "be of the characters in words.HAN_CHARACTERS")
+    must(
+        all(map(is_han, recipe.han)) and len(set(recipe.han)) == len(recipe.han),
+        "han",
+        "be Chinese characters, each once",
+    )
+    weighed = dict(recipe.han_weights)
+    fine = all(isinstance(one, (int, float)) and 0 <= one < math.inf for one in weighed.values())
+    must(fine and (not weighed or any(recipe.words().weights)), "han_weights", "be 0 or more, one above 0")
+    used = not weighed or ("zh" in (*recipe.languages, *recipe.edit_languages) and recipe.random_strings > 0)
+    must(used, "han_weights", "be empty without zh and random_strings, whose they are")
+    must(set(weighed) <= set(recipe.han or HAN_UNIQUE), "han_weights", "be of the characters of han")
     must(recipe.max_lines >= 1, "max_lines", "be 1 or more")
     must(0 < recipe.fill <= 1, "fill", "be in (0, 1]")
     must(recipe.largest_font >= 0, "largest_font", "be 0 or more")

@@ -88,6 +88,11 @@ def is_held_out(text: str, fraction: float = 0.1) -> bool:
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
+def is_han(character: str) -> bool:
+    """Whether it is a Chinese character of Unicode's main block or of extension A."""
+    return "\u4e00" <= character <= "\u9fff" or "\u3400" <= character <= "\u4dbf"
+
+
 def probe(language: str) -> str:
     """Characters that a font must have before any text of the language is drawn with it."""
     return HAN_UNIQUE + "，。" if language == "zh" else string.ascii_letters + string.digits + ".,$-:@"
@@ -105,12 +110,14 @@ class WordSource:
         fraction: share of texts that is held out.
         random_strings: share of random strings among single texts; the rest are listed words.
         han: the Chinese characters that texts are made of.
+        weights: of each of them in random strings; empty: equal.
     """
 
     split: str = "train"
     fraction: float = 0.1
     random_strings: float = 0.5
     han: str = HAN_UNIQUE
+    weights: tuple[float, ...] = ()
 
     def allows(self, text: str) -> bool:
         """Whether the text may be written on this side."""
@@ -134,7 +141,8 @@ class WordSource:
             raise ValueError(f"words: the longest text must be at least {shortest} characters, got {longest}")
         while True:
             alphabet = self.han if language == "zh" else rng.choice(_ALPHABETS)
-            text = "".join(rng.choices(alphabet, k=rng.randint(shortest, longest)))
+            weights = self.weights if self.weights and language == "zh" else None
+            text = "".join(rng.choices(alphabet, weights, k=rng.randint(shortest, longest)))
             if self.allows(text):
                 return text
 

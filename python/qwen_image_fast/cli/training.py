@@ -177,7 +177,30 @@ def prefer(
     print(out)
 
 
+def characters(
+    table: Annotated[Path, typer.Argument(help="A folder of shards, or a JSON table of counts by character.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The JSON recipe to write.")] = Path("rare.json"),
+    power: Annotated[float, typer.Option(help="Of (most / count), in (0, 1].")] = 0.5,
+    limit: Annotated[float, typer.Option(help="Largest weight, of characters with a count of 0, too.")] = 50.0,
+    rarest: Annotated[int, typer.Option(min=1, help="How many characters.")] = 1000,
+) -> None:
+    """Write a synthesis recipe that draws rare Chinese characters more often the rarer they are."""
+    with explained():
+        err.print(f"{table}: counting characters", markup=False, soft_wrap=True)
+        import json
+
+        from qwen_image_fast.files import numbered, write_new
+        from qwen_image_fast.training.synthesis.rare import rare_recipe, read_counts
+
+        counts = read_counts(table)
+        recipe = rare_recipe(counts, power=power, limit=limit, rarest=rarest)
+        content = json.dumps(recipe, ensure_ascii=False, indent=1).encode()
+        written = write_new(numbered(out), lambda file: file.write(content))
+    print(f"{len(recipe['han'])} of {len(counts)} characters in {written}")
+
+
 data.command("preview")(preview_samples)
+data.command("characters")(characters)
 data.command("filter")(filter_records)
 data.command("report")(report)
 data.command("annotate")(annotate_records)
