@@ -42,7 +42,7 @@ def application(arguments: argparse.Namespace) -> serve.Application:
         backpressure_config={"status_code": 429, "retry_after_s": 5},
         autoscaling_config={
             "min_replicas": 1, "max_replicas": arguments.replicas, "target_ongoing_requests": arguments.ongoing / 2,
-            "downscale_delay_s": 600,
+            "upscale_delay_s": arguments.upscale, "downscale_delay_s": 600,
         },
         graceful_shutdown_timeout_s=limits.drain,
         ray_actor_options={"num_cpus": 1, "num_gpus": arguments.gpus},
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=int, default=1)
     parser.add_argument("--ulysses", type=int, default=1)
     parser.add_argument("--replicas", type=int, default=1, help="at most")
+    parser.add_argument("--upscale", type=float, default=30, help="seconds of load before one more replica is started")
     parser.add_argument("--ongoing", type=int, default=16, help="requests that a replica works on")
     parser.add_argument("--queued", type=int, default=64, help="requests that wait for a replica; more are 429")
     arguments = parser.parse_args()

@@ -1,5 +1,7 @@
-"""Ray Serve around the server, on one node: a picture, a stream, one request too many."""
+"""Ray Serve around the server, on one node: a picture, a stream, one request too many, one more replica under load."""
 
+import base64
+import io
 import os
 import re
 import signal
@@ -14,26 +16,29 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from PIL import Image
 from serving_harness import PROMPTS, alone, task
 
 pytest.importorskip("ray.serve", reason="ray[serve] is not installed", exc_type=ImportError)
 EXAMPLE = Path(__file__).parents[2] / "examples" / "serving" / "ray_serve.py"
+HANGS = 600  # seconds after which the test is taken to hang, on however busy a machine
 LONG = {"prompt": PROMPTS[0], "size": "64x64", "num_inference_steps": 400, "seed": 0}
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
-    """One replica that works on two requests at a time, while two more may wait."""
+    """Replicas, one at first, that work on two requests at a time, while two more may wait."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("ray") / "log"
     command = [sys.executable, str(EXAMPLE), "--port", str(port), "--ongoing", "2", "--queued", "2"]
+    command += ["--replicas", "2", "--upscale", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     with open(log, "wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
     try:
-        end = time.monotonic() + 240
+        end = time.monotonic() + HANGS
         while _status(f"http://127.0.0.1:{port}/readyz") != 200:
             assert process.poll() is None and time.monotonic() < end, log.read_text()[-3000:]
             time.sleep(0.5)
@@ -54,12 +59,7 @@ def _status(url):
 
 
 def test_pictures_and_streams(url, models):
-    import base64
-    import io
-
-    from PIL import Image
-
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=HANGS, max_retries=0)
     body = {"num_inference_steps": 3, "seed": 7}
     expected = alone(models, task(PROMPTS[0], 64, steps=3, seed=7))[0]
     found = client.images.generate(prompt=PROMPTS[0], size="64x64", extra_body=body).data[0].b64_json
@@ -79,7 +79,7 @@ def test_one_request_too_many_is_refused_by_ray(url):
     answers = []
 
     def ask():
-        answers.append(httpx.post(f"{url}/v1/images/generations", json=LONG, timeout=240))
+        answers.append(httpx.post(f"{url}/v1/images/generations", json=LONG, timeout=HANGS))
 
     threads = [threading.Thread(target=ask) for _ in range(8)]
     for thread in threads:
@@ -89,3 +89,43 @@ def test_one_request_too_many_is_refused_by_ray(url):
     full = [answer for answer in answers if answer.status_code == 429]
     assert full and sum(answer.status_code == 200 for answer in answers) == 8 - len(full) >= 2
     assert all(int(float(answer.headers["retry-after"])) == 5 for answer in full)
+
+
+def test_load_starts_a_replica(url):
+    """Six requests at once are two more than one replica takes; as they go on, a second one comes that takes them, and
+    makes the same pictures."""
+    until, made = time.monotonic() + HANGS, set()
+
+    def ask(found):
+        found.append(httpx.post(f"{url}/v1/images/generations", json=LONG, timeout=HANGS))
+
+    refused = True
+    while refused or len(_replicas()) < 2:
+        assert time.monotonic() < until, "no second replica came"
+        answers = []
+        threads = [threading.Thread(target=ask, args=(answers,)) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert {answer.status_code for answer in answers} <= {200, 429} and len(answers) == 6
+        refused = any(answer.status_code == 429 for answer in answers)
+        made |= {answer.json()["data"][0]["b64_json"] for answer in answers if answer.status_code == 200}
+    assert len({_pixels(picture) for picture in made}) == 1
+
+
+def _replicas():
+    """Ray's processes of this test's application, by the names that it gives them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            title = path.read_bytes()
+        except OSError:
+            continue  # it has ended
+        if title.startswith(b"ray::ServeReplica") and b"qwen-image-fast" in title:
+            found.append(path)
+    return found
+
+
+def _pixels(encoded):
+    return Image.open(io.BytesIO(base64.b64decode(encoded))).tobytes()
