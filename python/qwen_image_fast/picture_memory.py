@@ -18,6 +18,9 @@ TENSORS = 12  # of [rows, width] at the same time in a block
 STRIP_IMAGES = 20
 # Bytes of workspaces and of what libraries keep, whatever the image.
 OVERHEAD = 64 << 20
+# A tile of the VAE, in latent rows and columns (`enable_tiling` in models/vae.py), and images alive at once beside it:
+# the tiles, which overlap by a quarter, their rows, and what they are joined to.
+TILE, TILED_IMAGES = 32, 4
 # Images of the middle block alive at once in its attention: input, norm, q, k, v, result, its projection; and one more.
 MIDDLE_IMAGES = 8
 
@@ -47,28 +50,45 @@ def decoding_bytes(vae: Mapping[str, Any], height: int, width: int, itemsize: in
 
 class PictureMemory(NamedTuple):
     """What decides how much a model takes. vae: of its configuration; strips: it decodes by strips of its own choice,
-    which take little."""
+    which take little; tiles: by `enable_tiling`."""
 
     width: int
     blocks: int
     itemsize: int
     vae: dict[str, Any]
     strips: bool = False
+    tiles: bool = False
 
     @classmethod
-    def of(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any], itemsize: int, strips: bool = False):
+    def of(
+        cls,
+        transformer: Mapping[str, Any],
+        vae: Mapping[str, Any],
+        itemsize: int,
+        strips: bool = False,
+        tiles: bool = False,
+    ):
         """Of two configurations, and of the bytes of a value."""
         names = {"base_dim": 96, "dim_mult": (1, 2, 4, 4), "num_res_blocks": 2, "input_channels": 3}
         width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
         return cls(
-            width, transformer["num_layers"], itemsize, {n: vae.get(n, usual) for n, usual in names.items()}, strips
+            width,
+            transformer["num_layers"],
+            itemsize,
+            {n: vae.get(n, usual) for n, usual in names.items()},
+            strips,
+            tiles,
         )
 
     def needed(self, size: tuple[int, int], rows: int, steps: int) -> int:
         """Bytes. size: width and height of the largest picture. rows: of all samples and branches that go together."""
         width, height = (-(-side // 16) * 2 for side in size)
         strip = 1 if self.strips else None
-        decoding = decoding_bytes(self.vae, height, width, self.itemsize, strip)
+        if self.tiles:
+            decoding = decoding_bytes(self.vae, min(height, TILE), min(width, TILE), self.itemsize)
+            decoding += TILED_IMAGES * self.itemsize * self.vae["input_channels"] * size[0] * size[1]
+        else:
+            decoding = decoding_bytes(self.vae, height, width, self.itemsize, strip)
         return max(denoising_bytes(self.width, self.blocks, self.itemsize, rows, steps), decoding)
 
     def largest(self, free: int, size: tuple[int, int], rows: int, steps: int) -> int:

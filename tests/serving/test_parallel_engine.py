@@ -37,10 +37,18 @@ class Group:
         self.code.set()
 
 
+@pytest.fixture
+def tiling(models):
+    models.pipe.vae.enable_tiling()
+    yield
+    models.pipe.vae.disable_tiling()
+
+
 @pytest.mark.parametrize("split", [{"guidance": 2}, {"ulysses": 2}], ids=str)
-def test_a_group_makes_the_pictures_of_one_process(models, tmp_path, split):
-    """Bit-equal by guidance's branches, equal up to rounding by tokens; then one of the processes dies."""
-    group = Group(lora_file(tmp_path / "style.safetensors"), **split)
+def test_a_group_makes_the_pictures_of_one_process(models, tmp_path, split, tiling):
+    """Bit-equal by guidance's branches and the VAE's tiles, equal up to rounding by tokens; then one of the processes
+    dies."""
+    group = Group(lora_file(tmp_path / "style.safetensors"), vae_tiling=True, **split)
     try:
         guided = {"negative_prompt": NEGATIVE, "cfg": 3.0, "steps": 3}
         tasks = [
@@ -48,6 +56,8 @@ def test_a_group_makes_the_pictures_of_one_process(models, tmp_path, split):
             task(LONG, 64, seed=2, steps=3),
             task(LONG, 96, seed=3, loras={"style": 0.5}, **guided),
             task(LONG, kind="edit", opened={"image": [picture(64, 80)]}, seed=4, **guided),
+            task(LONG, 272, seed=5, steps=1),  # of four tiles
+            task(LONG, kind="image_to_image", opened={"image": picture(272, 64)}, seed=6, strength=0.7),
         ]
         for one in tasks:
             group.process.submit(one)

@@ -82,6 +82,14 @@ def test_what_a_picture_takes():
     assert RELEASED.sentence(10**6, (1328, 1328), rows, 50, "this machine").endswith("1.0 MB free: no size fits")
 
 
+def test_tiles_take_what_one_of_them_and_the_picture_take():
+    """A picture of one tile as much as without; of many, far less, but more with every pixel."""
+    tiled = RELEASED._replace(tiles=True)
+    assert tiled.needed((256, 256), 1, 1) - RELEASED.needed((256, 256), 1, 1) == 4 * 2 * 3 * 256 * 256
+    assert tiled.needed((2048, 2048), 1, 1) < RELEASED.needed((2048, 2048), 1, 1) / 8
+    assert tiled.needed((2048, 2048), 1, 1) - tiled.needed((1024, 1024), 1, 1) == 4 * 2 * 3 * 3 * 1024 * 1024
+
+
 def test_a_request_that_does_not_fit_is_refused_with_what_would(models, monkeypatch):
     config, vae = models.pipe.transformer.config, models.pipe.vae.config
     memory = PictureMemory.of(config, vae, 4)

@@ -36,6 +36,9 @@ def serve(
     parallel: Annotated[
         str | None, typer.Option(help="guidance=2,ulysses=4: GPUs that make each picture together; auto: all of them.")
     ] = None,
+    vae_tiling: Annotated[
+        bool, typer.Option("--vae-tiling", help="Tiles of 256 pixels: less memory, other pixels; see --parallel.")
+    ] = False,
     api_key_file: Annotated[Path | None, typer.Option(help="JSON list of keys.", rich_help_panel=WHO)] = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Listen for other machines without keys.", rich_help_panel=WHO)
@@ -99,9 +102,10 @@ def serve(
     chosen = device if device == "cpu" else common.device_name(device)
     dtype = dtype if dtype != "auto" else "float32" if chosen == "cpu" else "bfloat16"
     split = Split() if parallel is None else _split(parallel, chosen, folder)
-    _check_memory(folder, chosen, dtype, split.ranks)
+    copied = ("transformer", "vae") if vae_tiling else ("transformer",)
+    _check_memory(folder, chosen, dtype, split.ranks, copied)
     told: dict[str, Any] = {"wave_tokens": wave_tokens or (2048 if chosen == "cpu" else 8192)}
-    told |= {"guidance": split.guidance, "ulysses": split.ulysses}
+    told |= {"guidance": split.guidance, "ulysses": split.ulysses, "vae_tiling": vae_tiling}
     served = settings.Model(
         name=model, names=name or [], loras=loras, controlnets=nets, transformer=transformer, device=chosen,
         dtype=dtype, threads=threads, **told,
@@ -165,12 +169,12 @@ def _split(parallel: str, device: str, folder: Path) -> Split:
     return found
 
 
-def _check_memory(folder: Path, device: str, dtype: str, ranks: int) -> None:
+def _check_memory(folder: Path, device: str, dtype: str, ranks: int, copied: tuple[str, ...]) -> None:
     """CommandError where the weights alone are more than there is, before they are read. ranks: processes that read the
-    transformer, each for itself."""
+    parts `copied`, each for itself."""
     sizes: list[tuple[int, int]] = []
     for path in folder.rglob("*.safetensors"):
-        copies = ranks if device == "cpu" and path.parent.name == "transformer" else 1
+        copies = ranks if device == "cpu" and path.parent.name in copied else 1
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length)) if length < 2**27 else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -19,6 +20,13 @@ class Place(NamedTuple):
     rank: int
     split: Split
     file: str
+
+
+class Lines(NamedTuple):
+    """Pipes between an engine's process and one that follows it. waves: of the transformer; tiles: of the VAE."""
+
+    waves: Connection
+    tiles: Connection
 
 
 def device_of(model: Model, place: Place) -> str:
@@ -41,8 +49,9 @@ def join_group(model: Model, place: Place) -> Any:
     return make_ranks(place.split)
 
 
-def follow(model: Model, place: Place, connection: Connection) -> None:
-    """A process that follows the engine's: reads the transformer and its LoRAs, and ends with the engine."""
+def follow(model: Model, place: Place, lines: Lines) -> None:
+    """A process that follows the engine's: reads the transformer and its LoRAs, and the VAE where that works in tiles;
+    ends with the engine."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the server's to heed
         signal.signal(number, signal.SIG_IGN)
     import torch
@@ -52,14 +61,30 @@ def follow(model: Model, place: Place, connection: Connection) -> None:
     from qwen_image_fast.serving.adapters import Registered
     from qwen_image_fast.serving.threads import use_threads
 
-    parts: dict[str, Any] = {"transformer": model.transformer} if model.transformer else {}
+    parts: dict[str, Any] = {} if model.vae_tiling else {"vae": None}
+    parts |= {"transformer": model.transformer} if model.transformer else {}
     pipe = qwen_image_fast.QwenImagePipeline.from_pretrained(
         model.name, torch_dtype=getattr(torch, model.dtype), device=device_of(model, place), text_encoder=None,
-        tokenizer=None, vae=None, **parts,
+        tokenizer=None, **parts,
     )  # fmt: skip
     use_threads(model, pipe.transformer)
     loras = Registered(pipe, model.loras)
+    if model.vae_tiling:
+        threading.Thread(target=_share_tiles, args=(pipe.vae, lines.tiles), name="tiles", daemon=True).start()
     ranks = join_group(model, place)
     with torch.inference_mode():
-        leader.follow(pipe.transformer, ranks, connection, lambda wanted: loras.activate(wanted, "transformer"))
+        leader.follow(pipe.transformer, ranks, lines.waves, lambda wanted: loras.activate(wanted, "transformer"))
     os._exit(0)  # the engine is gone
+
+
+def _share_tiles(vae: Any, connection: Connection) -> None:
+    """A thread of such a process, which ends with it."""
+    import torch
+
+    from qwen_image_fast.parallel.tiles import follow_tiles
+
+    try:
+        with torch.inference_mode():
+            follow_tiles(vae, connection)
+    finally:
+        os._exit(0)  # the engine is gone, or this process must not be waited for

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -13,11 +12,12 @@ import qwen_image_fast
 from qwen_image_fast.folders import resolve_folder
 from qwen_image_fast.model_defaults import generation_of, model_class
 from qwen_image_fast.parallel.leader import Leader
+from qwen_image_fast.parallel.tiles import TileLeader
 from qwen_image_fast.picture_memory import PictureMemory
 from qwen_image_fast.request import Request, make
 from qwen_image_fast.serving.adapters import Registered
 from qwen_image_fast.serving.engine import Engine, Limits
-from qwen_image_fast.serving.followers import Place, join_group
+from qwen_image_fast.serving.followers import Lines, Place, join_group
 from qwen_image_fast.serving.messages import Event, Failed, Finished, Task
 from qwen_image_fast.serving.settings import Model
 from qwen_image_fast.serving.threads import use_threads
@@ -27,7 +27,7 @@ from qwen_image_fast.weights.memory import free_bytes
 def load(
     model: Model,
     on_event: Callable[[Event], None],
-    others: Sequence[Connection] = (),
+    others: Sequence[Lines] = (),
     place: Place | None = None,
 ) -> tuple[Engine, dict[str, Any]]:
     """A running engine that has made one picture, and what requests need to know of its model.
@@ -43,9 +43,12 @@ def load(
     )
     use_threads(model, pipe.transformer)
     loras = Registered(pipe, model.loras)
+    if model.vae_tiling:
+        pipe.vae.enable_tiling()
+        pipe.vae.ranks = TileLeader([lines.tiles for lines in others]) if others else None
     if place is not None:
         ranks = join_group(model, place)
-        pipe.transformer.ranks = Leader(ranks, others, lambda: loras.active("transformer"))
+        pipe.transformer.ranks = Leader(ranks, [lines.waves for lines in others], lambda: loras.active("transformer"))
     net_class: Any = qwen_image_fast.QwenImageControlNetModel
     kind: dict[str, Any] = {"torch_dtype": pipe.dtype, "device": model.device}
     nets = {name: net_class.from_pretrained(source, **kind) for name, source in model.controlnets.items()}
@@ -79,7 +82,9 @@ def load(
         "dtype": model.dtype,
         "threads": torch.get_num_threads(),
         "parallel": str(model.split),
-        "memory": tuple(PictureMemory.of(pipe.transformer.config, pipe.vae.config, pipe.dtype.itemsize)),
+        "memory": tuple(
+            PictureMemory.of(pipe.transformer.config, pipe.vae.config, pipe.dtype.itemsize, tiles=model.vae_tiling)
+        ),
         "free": free_bytes(pipe.device),
     }
     return engine, about

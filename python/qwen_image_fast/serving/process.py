@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from qwen_image_fast.serving.followers import Place, follow
+from qwen_image_fast.serving.followers import Lines, Place, follow
 from qwen_image_fast.serving.messages import Alive, Event, Ready, Task
 from qwen_image_fast.serving.settings import Model
 
@@ -38,19 +38,20 @@ class EngineProcess:
     ):
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        pipes = [context.Pipe() for _ in range(1, model.split.ranks)]
+        pipes = [(context.Pipe(), context.Pipe()) for _ in range(1, model.split.ranks)]
+        ends = [(Lines(*ours), Lines(*given)) for ours, given in (zip(*pair) for pair in pipes)]
         arguments: list[Any] = [model, theirs]
         if pipes:
             self._folder = tempfile.TemporaryDirectory(prefix="qwen-image-fast-")
             places = [Place(rank, model.split, f"{self._folder.name}/group") for rank in range(model.split.ranks)]
-            arguments += [[ours for ours, _ in pipes], places[0]]
+            arguments += [[ours for ours, _ in ends], places[0]]
         self._process = context.Process(target=run or serve, args=arguments, name="engine", daemon=True)
         self._all = [self._process]
-        for (_, end), place in zip(pipes, places[1:] if pipes else []):
-            self._all.append(context.Process(target=follow, args=(model, place, end), name="follower", daemon=True))
+        for (_, given), place in zip(ends, places[1:] if pipes else []):
+            self._all.append(context.Process(target=follow, args=(model, place, given), name="follower", daemon=True))
         for process in self._all:
             process.start()
-        for connection in (theirs, *(end for pipe in pipes for end in pipe)):
+        for connection in (theirs, *(end for pair in ends for lines in pair for end in lines)):
             connection.close()
         if pipes:
             threading.Thread(target=self._watch, daemon=True).start()
@@ -103,7 +104,7 @@ class EngineProcess:
                 return
 
 
-def serve(model: Model, connection: Connection, others: Sequence[Connection] = (), place: Place | None = None) -> None:
+def serve(model: Model, connection: Connection, others: Sequence[Lines] = (), place: Place | None = None) -> None:
     """The engine's process: loads the model, makes a picture, says so, and works until it is told to stop or its parent
     is gone. others, place: the processes that compute with it."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent's to heed

@@ -41,6 +41,7 @@ class Model(BaseModel):
     dtype: str = "float32"
     threads: Annotated[int | None, Field(ge=1)] = None
     wave_tokens: Annotated[int, Field(ge=64)] = 2048
+    vae_tiling: bool = False
     # Processes that make each picture together, with a GPU each (parallel/split.py).
     guidance: Annotated[int, Field(ge=1, le=2)] = 1
     ulysses: Annotated[int, Field(ge=1)] = 1
