@@ -221,14 +221,31 @@ def test_a_port_in_use():
 @pytest.mark.parametrize("args, sentence", [
     ("--model nowhere/at/all", "nowhere"), ("--model tiny --port 99999", "'--port'"),
     ("--model tiny --dtype int3", "--dtype"),
+    ("--model tiny --insecure", "--insecure has no effect on 127.0.0.1"),
+    ("--model tiny --insecure --api-key-file {keys}", "--insecure has no effect with --api-key-file"),
+    ("--model tiny --allow-host a.example --api-key-file {keys}", "--allow-host has no effect with --api-key-file"),
+    ("--model tiny --allow-host http://a.example", "--allow-host must be a name without scheme and port"),
+    ("--model tiny --image-url-host a.example:443", "--image-url-host must be a name without scheme and port"),
+    ("--model tiny --parallel auto --device cpu", "--parallel auto counts GPUs, and the model is on the CPU"),
+    ("--model tiny --parallel guidance=3 --device cpu", "--parallel: guidance must be 1 or 2"),
+    ("--model tiny --transformer {keys}.safetensors", "keys.safetensors"),
+    ("--model tiny --transformer {wrong}", "--transformer {wrong}"),
+    ("--model tiny --lora {wrong}", "--lora {wrong}"),
 ])  # fmt: skip
-def test_what_cannot_be_served(args, sentence):
+def test_what_cannot_be_served(args, sentence, tmp_path):
+    """Each is said before the model is read."""
+    import torch
+    from safetensors.torch import save_file
     from typer.testing import CliRunner
 
     from qwen_image_fast.cli import app
 
-    result = CliRunner().invoke(app, ["serve", *args.split()])
-    assert result.exit_code in (1, 2) and sentence in result.stderr and "Traceback" not in result.stderr
+    files = {"keys": tmp_path / "keys", "wrong": tmp_path / "wrong.safetensors"}
+    files["keys"].write_text(json.dumps([{"name": "studio", "key": "0123456789abcdef"}]))
+    save_file({"nothing.weight": torch.zeros(2, 2)}, files["wrong"])
+    result = CliRunner().invoke(app, ["serve", "--port", "0", *args.format(**files).split()])
+    assert result.exit_code in (1, 2) and sentence.format(**files) in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_not_enough_memory_is_said_before_loading(monkeypatch):

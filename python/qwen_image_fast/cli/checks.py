@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,15 @@ def check_before_loading(request: Request, opened: Mapping[str, Any], pipeline: 
     """CommandError for what the pipeline, of that class, would refuse only once it is loaded."""
     if "mask" in opened:
         _check_mask(request, opened)
-    _check_files(request)
+    for name in ("transformer", "text_encoder", "vae"):
+        given = getattr(request, name) or []
+        check_files(name, [given] if isinstance(given, str) else given)
     if request.kind != "controlnet" and not request.lora:
         return
-    transformer = QwenImageTransformer2DModel.empty(read_config(part_folder(request, "transformer")))
+    transformer = QwenImageTransformer2DModel.empty(read_config(part_folder(request.model, "transformer")))
     if request.kind == "controlnet":
         check_net(request.net, "mask" in opened, transformer)  # type: ignore[attr-defined]
-    _check_loras(request, transformer, pipeline)
+    check_loras([lora.name for lora in request.lora], request.model, transformer, pipeline)
 
 
 def _check_mask(request: Request, opened: Mapping[str, Any]) -> None:
@@ -47,14 +49,12 @@ def _check_mask(request: Request, opened: Mapping[str, Any]) -> None:
         check_effect("--mask", to_mask("--mask", opened["mask"]), *size)
 
 
-def _check_files(request: Request) -> None:
-    """Those on this disk: what they hold, and that they are whole."""
-    for name in ("transformer", "text_encoder", "vae"):
-        given = getattr(request, name) or []
-        files = [Path(file) for file in ([given] if isinstance(given, str) else given)]
-        if files and all(file.is_file() for file in files):
-            with _about(name, " and ".join(map(str, files))):
-                check_part(open_weights(files, name), files, name)
+def check_files(name: str, given: Iterable[str]) -> None:
+    """Those of a part on this disk: what they hold, and that they are whole."""
+    files = [Path(file) for file in given]
+    if files and all(file.is_file() for file in files):
+        with _about(name, " and ".join(map(str, files))):
+            check_part(open_weights(files, name), files, name)
 
 
 def check_net(net: str, masked: bool | None, transformer: Any, option: str = "net") -> None:
@@ -73,20 +73,20 @@ def check_net(net: str, masked: bool | None, transformer: Any, option: str = "ne
             check_masked(model, masked)
 
 
-def _check_loras(request: Request, transformer: Any, pipeline: Any) -> None:
+def check_loras(names: Iterable[str], model: str, transformer: Any, pipeline: Any) -> None:
     """Whole files, as they are small: keys, shapes and numbers."""
     encoder = None
-    for lora in request.lora:
-        with _about("lora", lora.name):
-            state, config = read_lora(*locate_lora(lora.name, None, None, {"revision": None}))
+    for name in names:
+        with _about("lora", name):
+            state, config = read_lora(*locate_lora(name, None, None, {"revision": None}))
             if encoder is None and split_components(state)[1] and not pipeline.writes_captions:
-                encoder = empty_text_encoder(part_folder(request, "text_encoder"), pipeline.uses_vision)
+                encoder = empty_text_encoder(part_folder(model, "text_encoder"), pipeline.uses_vision)
             parse_components(state, config, transformer, encoder)
 
 
-def part_folder(request: Request, name: str) -> Path:
+def part_folder(model: str, name: str) -> Path:
     """The folder of a part of the model, of which the configuration is there."""
-    return pretrained_folder(request.model, name, ["config.json"])
+    return pretrained_folder(model, name, ["config.json"])
 
 
 @contextmanager

@@ -69,9 +69,9 @@ def settled(
             found[name] = _absolute(getattr(request, name))
     for name in ("transformer", "vae"):
         if (file := getattr(request, name)) is not None:
-            found[name] = _weight_file(file)
+            found[name] = weight_file(file)
     if request.text_encoder is not None:
-        found["text_encoder"] = [_weight_file(file) for file in request.text_encoder]
+        found["text_encoder"] = [weight_file(file) for file in request.text_encoder]
     found["lora"] = [_found_lora(lora, from_image, note) for lora in request.lora]
     _say_loras(found["lora"], note)
     _check_mask(opened, note)
@@ -84,7 +84,7 @@ def _absolute(name: str) -> str:
     return name if folder is None or (name == "tiny" and not Path(name).is_dir()) else str(folder.resolve())
 
 
-def _weight_file(name: str) -> str:
+def weight_file(name: str) -> str:
     """A file's path from anywhere, or its name on the hub."""
     with failing(BAD_INPUT, FileNotFoundError, IsADirectoryError):
         place = find_file(name)

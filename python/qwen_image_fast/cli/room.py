@@ -28,7 +28,7 @@ def check_room(
     free = free_bytes(torch.device(device))
     if free is None:
         return
-    configs = [read_config(part_folder(request, name)) for name in ("transformer", "vae")]
+    configs = [read_config(part_folder(request.model, name)) for name in ("transformer", "vae")]
     memory = PictureMemory.of(configs[0], configs[1], itemsize, strips)
     tokens, samples = samples_of(request, opened)
     size, rows, steps = request.size(opened), tokens * samples * pictures, request.steps_taken

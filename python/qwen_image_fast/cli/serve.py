@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from qwen_image_fast.extras import needed_for
 from qwen_image_fast.folders import local_folder, read_json, resolve_folder
 from qwen_image_fast.model_defaults import GENERATION_FILE, model_class
 from qwen_image_fast.parallel.split import Split, parse_split
+from qwen_image_fast.serving.settings import is_loopback
 
 LISTEN, WHO, LIMITS = "Where it listens", "Who may ask", "Limits"
 
@@ -81,24 +83,28 @@ def serve(
         keys = [] if api_key_file is None else settings.read_keys(api_key_file)
         loras = dict(settings.named_sources(lora or [], "LoRA"))
         nets = dict(settings.named_sources(controlnet or [], "ControlNet"))
+    _check_effect(host, api_key_file, insecure, allow_host or [])
+    _check_names("--allow-host", allow_host or [])
+    _check_names("--image-url-host", image_url_host or [])
     common.check_device(device)
     if dtype != "auto":
         common.check_dtype(dtype)
-    for origin in cors_origin or []:
+    origins = [origin.lower() for origin in cors_origin or []]
+    for origin in origins:
         if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
             raise CommandError(f"--cors-origin must be like https://example.com, got {origin}")
-    _check_loras(loras)
+    transformer = _find(loras, transformer)
     if keep_in is not None:
         with failing(BAD_INPUT, OSError):
             keep_in.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=keep_in).close()
-    folder = _folder(model)
-    _check_nets(nets, folder)
+    folder, cls = _folder(model)
     with failing(BAD_INPUT, OSError):
         socket = listen(host, port)
     place = socket.getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
     err.print(f"http://{shown}:{place}  {model} is being loaded", highlight=False, soft_wrap=True)
+    _check_files(model, cls, transformer, loras, nets)
     chosen = device if device == "cpu" else common.device_name(device)
     dtype = dtype if dtype != "auto" else "float32" if chosen == "cpu" else "bfloat16"
     split = Split() if parallel is None else _split(parallel, chosen, folder)
@@ -113,7 +119,7 @@ def serve(
     logs.to_stderr()
     run(
         settings.Settings(
-            model=served, host=host, port=place, keys=keys, hosts=allow_host or [], origins=cors_origin or [],
+            model=served, host=host, port=place, keys=keys, hosts=allow_host or [], origins=origins,
             url_hosts=image_url_host or [], log_prompts=log_prompts, store_folder=keep_in,
             limits=settings.Limits(wait=max_wait, drain=drain_timeout, store_seconds=keep_seconds,
                                    store_bytes=keep_mb * settings.MEGABYTE),
@@ -122,27 +128,49 @@ def serve(
     )  # fmt: skip
 
 
-def _check_loras(loras: dict[str, str]) -> None:
-    from qwen_image_fast.cli.inputs import lora_file
+def _check_effect(host: str, keys: Path | None, insecure: bool, names: list[str]) -> None:
+    """CommandError for what would do nothing beside the others."""
+    if insecure and keys is not None:
+        raise CommandError("--insecure has no effect with --api-key-file: nobody may ask without a key")
+    if insecure and is_loopback(host):
+        raise CommandError(f"--insecure has no effect on {host}, which this machine alone reaches; see --host")
+    if names and keys is not None:
+        raise CommandError("--allow-host has no effect with --api-key-file: who has a key may ask under any name")
+
+
+def _check_names(option: str, names: list[str]) -> None:
+    """CommandError for what no host is called, such as an address with its scheme or port."""
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.]+\]", name):
+            raise CommandError(f"{option} must be a name without scheme and port, such as example.com, got {name}")
+
+
+def _find(loras: dict[str, str], transformer: str | None) -> str | None:
+    """The files, in the mapping and returned; CommandError where one is not there."""
+    from qwen_image_fast.cli.inputs import lora_file, weight_file
 
     for name, source in loras.items():
         loras[name] = lora_file(source)
+    return None if transformer is None else weight_file(transformer)
 
 
-def _check_nets(nets: dict[str, str], folder: Path) -> None:
-    """CommandError for folders that hold no ControlNet, or one of another transformer."""
-    if nets:
+def _check_files(model: str, cls: str, transformer: str | None, loras: dict[str, str], nets: dict[str, str]) -> None:
+    """CommandError for files and folders that hold something else, or of another transformer."""
+    if transformer or loras or nets:
+        import qwen_image_fast
         from qwen_image_fast.checkpoint import read_config
-        from qwen_image_fast.cli.checks import check_net
+        from qwen_image_fast.cli import checks
         from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 
-        transformer = QwenImageTransformer2DModel.empty(read_config(folder / "transformer"))
+        own = QwenImageTransformer2DModel.empty(read_config(checks.part_folder(model, "transformer")))
+        checks.check_files("transformer", [transformer] if transformer else [])
+        checks.check_loras(loras.values(), model, own, getattr(qwen_image_fast, cls))
         for source in nets.values():
-            check_net(source, None, transformer, "controlnet")
+            checks.check_net(source, None, own, "controlnet")
 
 
-def _folder(model: str) -> Path:
-    """The model's folder, which is downloaded where it is not here."""
+def _folder(model: str) -> tuple[Path, str]:
+    """The model's folder, which is downloaded where it is not here, and the pipeline that it names."""
     with failing(FAILED, ConnectionError, PermissionError), failing(BAD_INPUT, FileNotFoundError, NotADirectoryError):
         if local_folder(model) is None:
             err.print(f"find {model}", highlight=False)
@@ -151,7 +179,7 @@ def _folder(model: str) -> Path:
     served = ("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline", "QwenImageLayeredPipeline")
     if found not in served:
         raise CommandError(f"--model must hold a {' or '.join(served)}, {model} holds a {found}")
-    return folder
+    return folder, found
 
 
 def _split(parallel: str, device: str, folder: Path) -> Split:
@@ -161,11 +189,16 @@ def _split(parallel: str, device: str, folder: Path) -> Split:
         import torch
 
         gpus = torch.cuda.device_count() - int(device.partition(":")[2] or 0)
+    elif parallel == "auto":
+        raise CommandError("--parallel auto counts GPUs, and the model is on the CPU: say guidance=2, or ulysses=2")
     with failing(BAD_INPUT, ValueError, OSError):
         config = read_json(folder / "transformer" / "config.json")
         found = parse_split("--parallel", parallel, gpus if parallel == "auto" else None, config["num_attention_heads"])
     if gpus is not None and found.ranks > gpus:
         raise CommandError(f"--parallel {parallel} needs {found.ranks} GPUs, and there are {gpus}")
+    if found.ranks == 1:
+        why = "there is one GPU" if parallel == "auto" else "one process is what there is without it"
+        err.print(f"--parallel {parallel} has no effect: {why}", highlight=False, soft_wrap=True)
     return found
 
 
