@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from qwen_image_fast._C import build_info
     from qwen_image_fast.drop_in.accelerate import accelerate, restore
-    from qwen_image_fast.models.controlnet import QwenImageControlNetModel
+    from qwen_image_fast.models.controlnet import QwenImageControlNetModel, QwenImageMultiControlNetModel
     from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
     from qwen_image_fast.models.vae import AutoencoderKLQwenImage
     from qwen_image_fast.ops import reference
@@ -48,6 +48,7 @@ _HOMES = {
     "QwenImageImg2ImgPipeline": "pipelines.image_to_image",
     "QwenImageInpaintPipeline": "pipelines.inpaint",
     "QwenImageLayeredPipeline": "pipelines.layered",
+    "QwenImageMultiControlNetModel": "models.controlnet",
     "QwenImagePipeline": "pipelines.text_to_image",
     "QwenImageTransformer2DModel": "models.transformer",
     "accelerate": "drop_in.accelerate",
@@ -71,6 +72,7 @@ __all__ = [
     "QwenImageImg2ImgPipeline",
     "QwenImageInpaintPipeline",
     "QwenImageLayeredPipeline",
+    "QwenImageMultiControlNetModel",
     "QwenImagePipeline",
     "QwenImageTransformer2DModel",
     "accelerate",

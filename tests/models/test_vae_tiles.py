@@ -201,6 +201,9 @@ def test_tiling(tiles, frames, height, width):
         assert not torch.allclose(moments, whole[0])
     ours.disable_tiling()
     assert not ours.use_tiling
+    close(ours.tiled_encode(x), theirs.tiled_encode(x))
+    close(ours.tiled_decode(z).sample, theirs.tiled_decode(z).sample)
+    assert torch.equal(ours.tiled_decode(z, return_dict=False)[0], ours.tiled_decode(z).sample)
     assert torch.equal(ours.encode(x).latent_dist.parameters, whole[0])
     assert torch.equal(ours.decode(z).sample, whole[1])
 
@@ -217,6 +220,14 @@ def test_tiles_of_every_alignment(tile, stride, frames):
         close(ours.decode(z).sample, theirs.decode(z).sample)
         x = pixels(1, 3, frames, 8 * rows, 8 * (8 - rows))
         close(ours.encode(x).latent_dist.parameters, theirs.encode(x).latent_dist.parameters)
+
+
+def test_tiles_of_what_cannot_be_meant():
+    ours, _ = pair()
+    with pytest.raises(ValueError, match=r"AutoencoderKLQwenImage\.tiled_encode: x must lie in \[-1, 1\]"):
+        ours.tiled_encode(255 * pixels(1, 3, 1, 16, 16))
+    with pytest.raises(ValueError, match=r"AutoencoderKLQwenImage\.tiled_decode: z must have 4 channels, got 3"):
+        ours.tiled_decode(latents(1, 3, 1, 2, 2))
 
 
 def test_tiles_are_not_clamped():

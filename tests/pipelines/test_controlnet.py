@@ -10,7 +10,12 @@ from reference import assert_errs_at_most_twice_as_much, picture, reference, see
 from test_start import speck, white_box
 
 import qwen_image_fast
-from qwen_image_fast import QwenImageControlNetInpaintPipeline, QwenImageControlNetModel, QwenImageControlNetPipeline
+from qwen_image_fast import (
+    QwenImageControlNetInpaintPipeline,
+    QwenImageControlNetModel,
+    QwenImageControlNetPipeline,
+    QwenImageMultiControlNetModel,
+)
 from qwen_image_fast.tiny import tiny_configs
 
 PROMPTS = ["a red house", "two cats by the sea, in the evening"]
@@ -98,6 +103,43 @@ def test_several_pictures_for_a_union_net(edit_folder, union):
             "controlnet_conditioning_scale": [0.5, 0.8], "negative_prompt": " "}  # fmt: skip
     expected = theirs(**call, generator=seeded(7)).images
     torch.testing.assert_close(ours(mine, **call, seed=7), expected, rtol=0, atol=5e-5)
+
+
+def test_several_nets_as_one_model(edit_folder, union):
+    """diffusers' class: of a single net any number of pictures, in the pipeline and alone; of several one for each."""
+    pictures = [picture(64, 48), picture(64, 48, 1)]
+    mine, theirs = (
+        cls([net]) for cls, net in zip((QwenImageMultiControlNetModel, diffusers.QwenImageMultiControlNetModel), union)
+    )
+    pipes = (
+        QwenImageControlNetPipeline.from_pretrained(edit_folder, controlnet=mine),
+        reference("QwenImageControlNetPipeline", edit_folder, controlnet=theirs),
+    )
+    assert pipes[0].controlnet is mine and (mine.dtype, mine.device.type) == (torch.float32, "cpu")
+    call = {**SIZE, "prompt": PROMPTS[0], "controlnet_conditioning_scale": [0.5, 0.8]}
+    for own in (pictures, pictures[:1]):
+        call |= {"control_image": own, "controlnet_conditioning_scale": [0.5, 0.8][: len(own)]}
+        torch.testing.assert_close(
+            ours(pipes[0], **call, seed=7), pipes[1](**call, generator=seeded(7)).images, rtol=0, atol=5e-5
+        )
+    torch.manual_seed(1)
+    given = {
+        "hidden_states": torch.randn(1, 12, 64), "controlnet_cond": [torch.randn(1, 12, 64), torch.randn(1, 12, 64)],
+        "encoder_hidden_states": torch.randn(1, 7, 128), "timestep": torch.tensor([0.3]),
+        "img_shapes": [[(1, 3, 4)]], "conditioning_scale": [0.7, 0.2],
+    }  # fmt: skip
+    with torch.no_grad():
+        expected = theirs(**given, return_dict=False)
+        several = QwenImageMultiControlNetModel([union[0], nets()[0]])
+        for got in (mine(**given).controlnet_block_samples, several(**given, return_dict=False)):
+            for a, b in zip(got, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match="one entry for each of 2 nets, or any number for a single one, got 1 and 1"):
+        several(**{**given, "controlnet_cond": given["controlnet_cond"][:1], "conditioning_scale": [1.0]})
+    with pytest.raises(ValueError, match="controlnets must be one or several, got none"):
+        QwenImageMultiControlNetModel([])
+    with pytest.raises(TypeError, match="must be of this package's QwenImageControlNetModel, got diffusers"):
+        QwenImageMultiControlNetModel([union[1]])
 
 
 def test_several_nets_add_up(edit_folder, union):

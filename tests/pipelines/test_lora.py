@@ -32,6 +32,39 @@ def test_several_with_weights_equal_diffusers(pipe, tiny_folder):
         torch.testing.assert_close(draw(pipe), expected, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.3, 2])
+def test_scale_of_a_call_is_diffusers(pipe, tiny_folder, scale):
+    """On top of the adapters' own weights, and gone after the call."""
+    theirs = reference("QwenImagePipeline", tiny_folder)
+    for p in (pipe, theirs):
+        p.load_lora_weights(state(pairs(pipe)), adapter_name="a")
+        p.set_adapters("a", 0.7)
+    plain = draw(pipe)
+    expected = theirs(**CALL, generator=seeded(0), attention_kwargs={"scale": scale}).images
+    assert (expected - plain).abs().max() > 0.01
+    torch.testing.assert_close(draw(pipe, attention_kwargs={"scale": scale}), expected, rtol=0, atol=5e-5)
+    assert torch.equal(draw(pipe), plain) and pipe.attention_kwargs is None
+    pipe.disable_lora()
+    draw(pipe, attention_kwargs={"scale": scale})
+    pipe.enable_lora()
+    assert torch.equal(draw(pipe), plain)
+
+
+def test_scale_after_an_error_or_without_a_lora(pipe, caplog):
+    plain = draw(pipe)
+    assert torch.equal(draw(pipe, attention_kwargs={"scale": 0.5}), plain)
+    assert "scale has no effect, as no LoRA is active" in caplog.text
+    pipe.load_lora_weights(state(pairs(pipe)))
+    changed = draw(pipe)
+
+    def stop(pipe, step, time, given):
+        raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        draw(pipe, attention_kwargs={"scale": 0.5}, callback_on_step_end=stop)
+    assert torch.equal(draw(pipe), changed) and not torch.equal(changed, plain)
+
+
 def test_fuse_and_unfuse(pipe):
     before = draw(pipe)
     for seed, name in enumerate("ab"):

@@ -32,6 +32,25 @@ def test_files_equal_diffusers(pipe, tiny_folder, tmp_path, style):
     torch.testing.assert_close(got, expected, rtol=0, atol=5e-5)
 
 
+def test_unknown_keys_are_left_out_and_named(pipe, caplog):
+    pipe.load_lora_weights(state(pairs(pipe)))
+    expected = draw(pipe)
+    pipe.unload_lora_weights()
+    more = {
+        "transformer.transformer_blocks.77.attn.to_q.lora_A.weight": torch.ones(4, 128),
+        "audio.oft_x": torch.ones(1),
+    }
+    with pytest.raises(ValueError, match="keys must be LoRA pairs of layers"):
+        pipe.load_lora_weights({**state(pairs(pipe)), **more})
+    pipe.load_lora_weights({**state(pairs(pipe)), **more}, strict=False)
+    assert torch.equal(draw(pipe), expected)
+    assert caplog.messages[-1:] == [
+        f"load_lora_weights: left out, as they name no layer of the models: {', '.join(more)} (OFT: not supported)"
+    ]
+    with pytest.raises(ValueError, match="keys must be LoRA pairs of layers"):
+        pipe.load_lora_weights(more, strict=False)
+
+
 def test_saved_files_are_diffusers(pipe, tiny_folder, tmp_path):
     """Tensors and texts of the file; each package reads what the other wrote."""
     peft = pytest.importorskip("peft")

@@ -275,7 +275,8 @@ ERRORS = {
     "latents must hold one entry per image, 1, got 2": {"latents": torch.randn(2, 15, 64)},
     "latents must be finite": {"latents": torch.full((1, 15, 64), float("inf"))},
     "max_sequence_length must be in 1..1024": {"max_sequence_length": 2000},
-    "attention_kwargs must be empty": {"attention_kwargs": {"scale": 0.5}},
+    "attention_kwargs must hold nothing but scale, .*, got gain": {"attention_kwargs": {"gain": 1}},
+    "attention_kwargs: scale must be a finite number, got 'half'": {"attention_kwargs": {"scale": "half"}},
     "callback_on_step_end_tensor_inputs must be of": {"callback_on_step_end_tensor_inputs": ["noise"]},
 }  # fmt: skip
 

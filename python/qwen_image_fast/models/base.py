@@ -32,6 +32,30 @@ from qwen_image_fast.weights.places import single_file
 
 Model = TypeVar("Model", bound="PretrainedModel")
 
+_ADAPTERS = "pipe.load_lora_weights loads adapters, and a training run (docs/training.md) makes them"
+_ATTENTION = "attention is this package's own; accelerate(pipe) keeps diffusers' processors and backends"
+_OFFLOAD = "from_pretrained(memory_limit=) of a pipeline streams what does not fit; see docs/memory.md"
+_FUSING = "the pipeline has fuse_lora, unfuse_lora and unload_lora_weights"
+_CACHE = "no step is left out; accelerate(pipe) keeps diffusers' caches"
+_CASTING = 'precision="int8" of from_pretrained takes less memory; accelerate(pipe) keeps that of diffusers'
+# Methods of diffusers' models without a counterpart here, and what to do instead.
+ELSEWHERE = {
+    **dict.fromkeys(("add_adapter", "set_adapter", "load_lora_adapter", "save_lora_adapter"), _ADAPTERS),
+    **dict.fromkeys(("set_adapters", "delete_adapters", "disable_lora", "enable_lora"), "the pipeline has it"),
+    **dict.fromkeys(("fuse_lora", "unfuse_lora", "unload_lora"), _FUSING),
+    **dict.fromkeys(("attn_processors", "set_attn_processor", "set_attention_backend"), _ATTENTION),
+    **dict.fromkeys(("reset_attention_backend", "set_default_attn_processor"), _ATTENTION),
+    **dict.fromkeys(("enable_cache", "disable_cache", "is_cache_enabled", "cache_context"), _CACHE),
+    "enable_group_offload": _OFFLOAD,
+    "enable_layerwise_casting": _CASTING,
+    "enable_parallelism": "pipe.enable_parallel; see docs/distributed.md",
+    "fuse_qkv_projections": "projections run together where that is faster",
+    "unfuse_qkv_projections": "projections run together where that is faster",
+    "compile_repeated_blocks": "torch.compile(model) compiles the whole of it",
+    "register_to_config": "build a new model to change its configuration",
+    "push_to_hub": "save_pretrained, then huggingface_hub.upload_folder",
+}
+
 
 class Config(dict):
     """Constructor arguments of a model, readable as items and as attributes (`model.config.patch_size`)."""
@@ -75,6 +99,15 @@ class PretrainedModel(nn.Module):
     streamed: Any = None  # weights that are read when they are used (models/streaming.py)
     # What it is to a pipeline, and whose names of tensors are read for ours (weights/names.py).
     part: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in ELSEWHERE:
+                raise
+            text = f"{type(self).__name__} has no {name}: {ELSEWHERE[name]}"
+            raise AttributeError(text, name=name, obj=self) from None
 
     @property
     def dtype(self):

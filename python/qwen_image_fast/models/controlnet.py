@@ -181,6 +181,68 @@ class QwenImageControlNetModel(PretrainedModel):
         return QwenImageControlNetOutput(residuals) if return_dict else residuals
 
 
+class QwenImageMultiControlNetModel(nn.Module):
+    """Several ControlNets as one, whose residuals add up; a single one takes any number of pictures.
+
+    Args:
+        controlnets: in `nets`. ValueError: none. TypeError: another kind of model.
+    """
+
+    def __init__(self, controlnets: Sequence[QwenImageControlNetModel]) -> None:
+        super().__init__()
+        if not controlnets:
+            raise ValueError("QwenImageMultiControlNetModel: controlnets must be one or several, got none")
+        for net in controlnets:
+            if not isinstance(net, QwenImageControlNetModel):
+                kind = f"{type(net).__module__}.{type(net).__name__}"
+                raise TypeError(
+                    f"QwenImageMultiControlNetModel: controlnets must be of this package's QwenImageControlNetModel, "
+                    f"got {kind}"
+                )
+        self.nets = nn.ModuleList(controlnets)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        controlnet_cond: Sequence[Tensor],
+        conditioning_scale: Sequence[float],
+        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        img_shapes: Sequence | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> QwenImageControlNetOutput | list[Tensor]:
+        """As a ControlNet's, with one condition and one scale for each of the nets, or any number for a single one."""
+        counts = len(controlnet_cond), len(conditioning_scale)
+        if counts[0] != counts[1] or counts[0] == 0 or len(self.nets) not in (1, counts[0]):
+            raise ValueError(
+                "QwenImageMultiControlNetModel: controlnet_cond and conditioning_scale must have one entry for each of "
+                f"{len(self.nets)} nets, or any number for a single one, got {counts[0]} and {counts[1]}"
+            )
+        total: list[Tensor] = []
+        for i, (cond, scale) in enumerate(zip(controlnet_cond, conditioning_scale)):
+            own = self.nets[i % len(self.nets)](
+                hidden_states, cond, scale, encoder_hidden_states, encoder_hidden_states_mask, timestep, img_shapes,
+                joint_attention_kwargs, return_dict=False,
+            )  # fmt: skip
+            if total and len(own) != len(total):
+                raise ValueError(
+                    "QwenImageMultiControlNetModel: nets must have one number of blocks, got "
+                    f"{len(total)} and {len(own)}"
+                )
+            total = [a + b for a, b in zip(total, own)] if total else own
+        return QwenImageControlNetOutput(total) if return_dict else total
+
+
 _CONFIG = (
     "patch_size", "in_channels", "out_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim",
     "axes_dims_rope",

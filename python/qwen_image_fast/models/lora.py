@@ -7,9 +7,12 @@ fused, but for the weights of norms, to which differences are added as long as t
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +22,8 @@ from torch import Tensor, nn
 from .int8_linear import Int8Linear
 from .lora_kinds import Adapter, Mix, adapted, mixed
 from .modulation import restore_modulation_weights, table_layers
+
+logger = logging.getLogger(__name__)
 
 TEXT_ENCODER = "text_encoder."  # before the names of its layers
 
@@ -127,6 +132,19 @@ class LoraAdapters:
             streamed = getattr(model, "streamed", None)
             for group in [list(own)] if streamed is None else streamed.in_units(own):
                 yield from (prefix + path for path in group)
+
+    @contextmanager
+    def scaled(self, scale: float) -> Iterator[None]:
+        """The active adapters with `scale` times their weights."""
+        weights, resting = self.weights, self.resting
+        if not weights:
+            logger.warning("attention_kwargs: scale has no effect, as no LoRA is active beside the weights")
+        self.activate({name: weight * scale for name, weight in weights.items()})
+        try:
+            yield
+        finally:
+            self.activate(weights)
+            self.resting = resting
 
     def disable(self) -> None:
         """Make none active until `enable`."""
@@ -302,6 +320,28 @@ def _weight_of(layer: Any, active: Sequence[tuple[Adapter, float]], device: torc
     dtype = layer.bias.dtype
     read = any(adapter.magnitude is not None for adapter, _ in active)
     return layer.dequantised().to(dtype) if read else torch.empty(0, dtype=dtype)
+
+
+def lora_scale(attention_kwargs: Mapping[str, Any] | None) -> float:
+    """The weight of all LoRAs during a call, as diffusers' calls take it: 1 without `scale`.
+
+    ValueError: not finite, or another name, which no layer of this model has a use for.
+    """
+    given = dict(attention_kwargs or {})
+    scale = given.pop("scale", 1.0)
+    if given:
+        raise ValueError(
+            f"attention_kwargs must hold nothing but scale, the weight of the LoRAs, got {', '.join(given)}"
+        )
+    if not isinstance(scale, Real) or isinstance(scale, bool) or not math.isfinite(scale):
+        raise ValueError(f"attention_kwargs: scale must be a finite number, got {scale!r}")
+    return float(scale)
+
+
+def scaled_adapters(model: Any, attention_kwargs: Mapping[str, Any] | None) -> AbstractContextManager:
+    """Around a call of a model or of its pipeline."""
+    scale = lora_scale(attention_kwargs) if attention_kwargs else 1.0
+    return nullcontext() if scale == 1.0 or model is None else adapters_of(model).scaled(scale)
 
 
 def adapters_of(model: Any) -> LoraAdapters:

@@ -159,9 +159,12 @@ def missing(file: Path) -> str:
 
 
 def parse_lora(
-    state: Mapping[str, Tensor], model: nn.Module, config: Mapping[str, Any] | None = None
-) -> dict[str, Adapter]:
+    state: Mapping[str, Tensor], model: nn.Module, config: Mapping[str, Any] | None = None,
+    left: list[str] | None = None,
+) -> dict[str, Adapter]:  # fmt: skip
     """Adapters by layer from the tensors of a file in any of the known styles, all of them of `model`.
+
+    `left`: gets the keys that are not of `model`; None: they are an error.
 
     An alpha tensor beside a change gives scale = alpha / rank; else `config` does by PEFT's rules (r, lora_alpha or
     alpha, rank_pattern, alpha_pattern, use_rslora); else the scale is 1, and so it is where alpha is null.
@@ -169,7 +172,7 @@ def parse_lora(
     Raises:
         ValueError: keys that name nothing in `model`, parts that are not whole, other shapes, numbers that are none.
     """
-    parts = by_layer(state, model)
+    parts = by_layer(state, model, left)
     adapters = {name: _adapter(name, own, model.get_submodule(name), config or {}) for name, own in parts.items()}
     if all(a.scale == 0 and a.bias is None for a in adapters.values()):
         raise ValueError(

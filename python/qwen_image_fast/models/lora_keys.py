@@ -61,11 +61,13 @@ def without_absent(text: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, 
     return {key: t for key, t in text.items() if not any(re.search(rf"(?:^|[._]){part}[._]", key) for part in absent)}
 
 
-def by_layer(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Parts]:
+def by_layer(state: Mapping[str, Tensor], model: nn.Module, left: list[str] | None = None) -> dict[str, Parts]:
     """The tensors of a file by layer of `model` and part.
 
+    `left`: gets the keys that name nothing in the model, where others do; None: they are an error.
+
     Raises:
-        ValueError: no tensors, keys that name nothing in the model, or two tensors of one part.
+        ValueError: no tensors of this model, keys that name nothing in it, or two tensors of one part.
     """
     names = {}
     for name, module in model.named_modules():
@@ -94,9 +96,11 @@ def by_layer(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Parts]:
             f"load_lora_weights: this is no LoRA: it holds the weights of {CALLED[parts[0]]}, which are loaded as "
             f"{parts[0]}="
         )
-    if unknown or not found:
+    if found and left is not None:
+        left += unknown
+    elif unknown or not found:
         raise ValueError(
-            f"load_lora_weights: keys must be LoRA pairs of layers of {type(model).__name__}, got {_shown(unknown)}"
+            f"load_lora_weights: keys must be LoRA pairs of layers of {type(model).__name__}, got {shown(unknown)}"
         )
     return found
 
@@ -124,10 +128,11 @@ def _layer_name(key: str, names: Mapping[str, str]) -> str | None:
     return next((name for rest in rests if (name := _layer_name(rest, names)) is not None), None)
 
 
-def _shown(unknown: list[str]) -> str:
+def shown(unknown: list[str]) -> str:
+    """Keys that name nothing here, the first five of them, and what kind of adapter they are of."""
     kinds = [kind for kind, marks in _OTHER_KINDS.items() if any(m in key for m in marks for key in unknown)]
-    shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-    return (shown or "none at all") + (f" ({', '.join(kinds)}: not supported)" if kinds else "")
+    first = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+    return (first or "none at all") + (f" ({', '.join(kinds)}: not supported)" if kinds else "")
 
 
 def component_config(config: Mapping[str, Any], component: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from qwen_image_fast.models.base import PretrainedModel, record_config
 from qwen_image_fast.models.hooks import check_uncalled
+from qwen_image_fast.models.lora import scaled_adapters
 from qwen_image_fast.models.modulation import ModulationTables, restore_modulation_weights
 from qwen_image_fast.models.transformer_block import Stream, run_block
 from qwen_image_fast.models.transformer_forward import TransformerForward
@@ -209,6 +211,9 @@ class QwenImageTransformer2DModel(TransformerForward, PretrainedModel):
 
     def check_hooks(self) -> None:
         check_uncalled(self)
+
+    def scaled(self, attention_kwargs: dict[str, Any] | None) -> AbstractContextManager:
+        return scaled_adapters(self, attention_kwargs)
 
     def run_block(self, block: Any, *args: Any) -> tuple[Stream, Stream]:
         return block(*args)

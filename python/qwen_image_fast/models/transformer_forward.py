@@ -157,6 +157,10 @@ class TransformerForward:
     def check_hooks(self) -> None:
         """Say which hooks would never run; the drop-in has decided that before."""
 
+    def scaled(self, attention_kwargs: dict[str, Any] | None) -> AbstractContextManager:
+        """Around a call with a scale for the LoRAs; the drop-in has put it on the adapters before."""
+        return nullcontext()
+
     def run_block(self, block: Any, *args: Any) -> tuple[Stream, Stream]:
         """`run_block`; a model whose blocks have it as their forward calls those, so that hooks on a block run."""
         return run_block(block, *args)
@@ -185,17 +189,18 @@ class TransformerForward:
             timestep: [B] noise levels in [0, 1].
             img_shapes: per sample a list of (frames, height, width) in tokens, the generated image first; a sample
                 with fewer than L tokens is padded at the end.
-            guidance: must be None. attention_kwargs: `scale` is handled by the drop-in; the rest has no use here.
+            guidance: must be None. attention_kwargs: `scale` weighs the active LoRAs; nothing else has a use.
             controlnet_block_samples: residuals [B, L, width]. additional_t_cond: [B] int, Layered model.
 
         Returns:
             `.sample` or a tuple: [B, L, patch_size^2 * out_channels], zero at padding.
         """
-        inputs, finish = self.packed(
-            hidden_states, encoder_hidden_states, encoder_hidden_states_mask, timestep, img_shapes, guidance,
-            controlnet_block_samples, additional_t_cond,
-        )  # fmt: skip
-        out = finish(self.forward_packed(*inputs))
+        with self.scaled(attention_kwargs):
+            inputs, finish = self.packed(
+                hidden_states, encoder_hidden_states, encoder_hidden_states_mask, timestep, img_shapes, guidance,
+                controlnet_block_samples, additional_t_cond,
+            )  # fmt: skip
+            out = finish(self.forward_packed(*inputs))
         return Transformer2DModelOutput(sample=out) if return_dict else (out,)
 
     def packed(

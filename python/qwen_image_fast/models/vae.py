@@ -12,14 +12,11 @@ from torch import Tensor, nn
 from qwen_image_fast.models.base import PretrainedModel, record_config
 from qwen_image_fast.models.outputs import Output
 from qwen_image_fast.models.vae_blocks import CausalConv3d, Decoder, Encoder
-from qwen_image_fast.models.vae_checks import check_latents, check_pixels, check_result, error
+from qwen_image_fast.models.vae_checks import FRAMES_PER_LATENT, check_latents, check_pixels, check_result, error
 from qwen_image_fast.models.vae_conv import Convolution, forget_packed_weights
 from qwen_image_fast.models.vae_streams import run_in_chunks
-from qwen_image_fast.models.vae_tiling import blended_tiles, strip_rows
+from qwen_image_fast.models.vae_tiling import blended_tiles, check_tiles, strip_rows
 from qwen_image_fast.sizes import parse_bytes
-
-# After the first frame, four image frames go with one latent frame.
-FRAMES_PER_LATENT = 4
 
 
 class DiagonalGaussianDistribution:
@@ -200,17 +197,7 @@ class AutoencoderKLQwenImage(PretrainedModel):
             "tile_sample_stride_width": tile_sample_stride_width,
         }
         sizes: dict[str, int] = {name: getattr(self, name) if size is None else size for name, size in given.items()}
-        ratio = self.spatial_compression_ratio
-        for name, size in sizes.items():
-            if size <= 0 or size % ratio != 0:
-                raise error("enable_tiling", f"{name} must be a positive multiple of {ratio}, got {size}")
-        for axis in ("height", "width"):
-            stride, tile = sizes[f"tile_sample_stride_{axis}"], sizes[f"tile_sample_min_{axis}"]
-            if stride > tile:
-                raise error(
-                    "enable_tiling",
-                    f"tile_sample_stride_{axis} must be at most tile_sample_min_{axis} ({tile}), got {stride}",
-                )
+        check_tiles(sizes, self.spatial_compression_ratio)
         for name, size in sizes.items():
             setattr(self, name, size)
         self.use_tiling = True
@@ -265,16 +252,7 @@ class AutoencoderKLQwenImage(PretrainedModel):
         Raises:
             ValueError: an argument that breaks these rules, or latents that are not finite (not with gradients).
         """
-        self._check("encode", "x", x, self.input_channels)
-        frames, height, width = x.shape[2:]
-        ratio = self.spatial_compression_ratio
-        if height % ratio != 0 or width % ratio != 0:
-            raise error(
-                "encode", f"x must have a height and width that are multiples of {ratio}, got {height} and {width}"
-            )
-        if frames % FRAMES_PER_LATENT != 1:
-            raise error("encode", f"x must have 1 + {FRAMES_PER_LATENT}k frames, got {frames}")
-        check_pixels(x)
+        check_pixels("encode", x, self.input_channels, self.spatial_compression_ratio)
         moments = self._per_sample(self._encode, x)
         check_result("encode", "the latents are", moments, self)
         latent_dist = DiagonalGaussianDistribution(moments)
@@ -293,10 +271,7 @@ class AutoencoderKLQwenImage(PretrainedModel):
         Raises:
             ValueError: an argument that breaks these rules, or pixels that are not finite (not with gradients).
         """
-        self._check("decode", "z", z, self.z_dim)
-        if z.shape[2] == 0:
-            raise error("decode", "z must have at least one frame, got 0")
-        check_latents(z)
+        check_latents("decode", z, self.z_dim)
         sample = self._per_sample(self._decode, z)
         return DecoderOutput(sample) if return_dict else (sample,)
 
@@ -312,27 +287,36 @@ class AutoencoderKLQwenImage(PretrainedModel):
         z = latent_dist.sample(generator) if sample_posterior else latent_dist.mode()
         return self.decode(z, return_dict=return_dict)
 
-    def _check(self, method: str, name: str, x: Tensor, channels: int) -> None:
-        if x.ndim != 5:
-            hint = f": give one image its frame axis with {name}.unsqueeze(2)" if x.ndim == 4 else ""
-            raise error(method, f"{name} must have 5 dimensions [B, C, T, H, W], got {x.ndim}{hint}")
-        if not x.is_floating_point():
-            hint = ": convert pixels to floats in [-1, 1]" if method == "encode" else ""
-            raise error(method, f"{name} must have a floating-point dtype, got {x.dtype}{hint}")
-        if x.shape[1] != channels:
-            raise error(method, f"{name} must have {channels} channels, got {x.shape[1]}")
-
     def _per_sample(self, fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if (self.use_slicing or self.memory_limit is not None) and x.shape[0] > 1:
             return torch.cat([fn(part) for part in x.split(1)])
         return fn(x)
 
     def _encode(self, x: Tensor) -> Tensor:
-        ratio = self.spatial_compression_ratio
-        tile, stride = self._tile_and_stride()
+        tile, _ = self._tile_and_stride()
         if self.use_tiling and (x.shape[-2] > tile[0] or x.shape[-1] > tile[1]):
-            return blended_tiles(self._encode_whole, x, tile, stride, (1, ratio), self._each)
+            return self._encode_tiles(x)
         return self._encode_whole(x)
+
+    def tiled_encode(self, x: Tensor) -> Tensor:
+        """The moments `[B, 2 z_dim, 1 + k, H / 8, W / 8]` that `encode` makes in tiles, also where tiling is off."""
+        check_pixels("tiled_encode", x, self.input_channels, self.spatial_compression_ratio)
+        return self._encode_tiles(x)
+
+    def _encode_tiles(self, x: Tensor) -> Tensor:
+        tiles = (*self._tile_and_stride(), (1, self.spatial_compression_ratio), self._each)
+        return blended_tiles(self._encode_whole, x, *tiles)
+
+    def tiled_decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """What `decode` makes in tiles, also where tiling is off."""
+        check_latents("tiled_decode", z, self.z_dim)
+        sample = self._decode_tiles(z)
+        return DecoderOutput(sample) if return_dict else (sample,)
+
+    def _decode_tiles(self, z: Tensor) -> Tensor:
+        ratio = self.spatial_compression_ratio
+        tile, stride = ([size // ratio for size in sizes] for sizes in self._tile_and_stride())
+        return blended_tiles(self._decode_whole, z, tile, stride, (ratio, 1), self._each)
 
     def _encode_whole(self, x: Tensor) -> Tensor:
         if x.shape[2] == 1:
@@ -345,10 +329,9 @@ class AutoencoderKLQwenImage(PretrainedModel):
         return self.quant_conv(run_in_chunks(self.encoder, chunks))
 
     def _decode(self, z: Tensor) -> Tensor:
-        ratio = self.spatial_compression_ratio
-        tile, stride = ([size // ratio for size in sizes] for sizes in self._tile_and_stride())
+        tile = [size // self.spatial_compression_ratio for size in self._tile_and_stride()[0]]
         if self.use_tiling and (z.shape[-2] > tile[0] or z.shape[-1] > tile[1]):
-            return blended_tiles(self._decode_whole, z, tile, stride, (ratio, 1), self._each)
+            return self._decode_tiles(z)
         return self._decode_whole(z).clamp(-1.0, 1.0)
 
     def _decode_whole(self, z: Tensor) -> Tensor:

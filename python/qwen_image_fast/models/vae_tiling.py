@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_image_fast.models.vae_checks import error
 from qwen_image_fast.picture_memory import decoding_bytes
 
 
@@ -38,6 +39,20 @@ def strip_rows(config: Mapping[str, Any], height: int, width: int, element: int,
     while needed(2 * rows) <= limit:
         rows *= 2
     return rows
+
+
+def check_tiles(sizes: Mapping[str, int], ratio: int) -> None:
+    """ValueError where the sizes that `enable_tiling` takes are no positive multiples of `ratio`, or leave gaps."""
+    for name, size in sizes.items():
+        if size <= 0 or size % ratio != 0:
+            raise error("enable_tiling", f"{name} must be a positive multiple of {ratio}, got {size}")
+    for axis in ("height", "width"):
+        stride, tile = sizes[f"tile_sample_stride_{axis}"], sizes[f"tile_sample_min_{axis}"]
+        if stride > tile:
+            raise error(
+                "enable_tiling",
+                f"tile_sample_stride_{axis} must be at most tile_sample_min_{axis} ({tile}), got {stride}",
+            )
 
 
 def blended_tiles(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from qwen_image_fast.models.controlnet import QwenImageControlNetModel
+from qwen_image_fast.models.controlnet import QwenImageControlNetModel, QwenImageMultiControlNetModel
 from qwen_image_fast.models.finite import all_finite, cause
 from qwen_image_fast.models.packing import pack
 from qwen_image_fast.pictures import to_mask, to_rgb
@@ -61,7 +61,10 @@ class ControlPipeline(GenerationPipeline):
     def controlnets(self) -> list[QwenImageControlNetModel]:
         if self.controlnet is None:
             return []
-        return list(self.controlnet) if isinstance(self.controlnet, (list, tuple)) else [self.controlnet]
+        several = (
+            self.controlnet.nets if isinstance(self.controlnet, QwenImageMultiControlNetModel) else self.controlnet
+        )
+        return list(several) if isinstance(several, (list, tuple, nn.ModuleList)) else [several]
 
     @property
     def _modules(self):
@@ -109,7 +112,8 @@ class ControlPipeline(GenerationPipeline):
                 )
         if len(nets) == 1:
             given = control_image if isinstance(control_image, (list, tuple)) else []
-            several = (len(given) > 1 and prompts == 1) or any(isinstance(one, (list, tuple)) for one in given)
+            multi = isinstance(self.controlnet, QwenImageMultiControlNetModel) and bool(given)
+            several = multi or (len(given) > 1 and prompts == 1) or any(isinstance(one, (list, tuple)) for one in given)
             images = list(given) if several else [control_image]
             return nets * len(images), images
         if not isinstance(control_image, (list, tuple)) or len(control_image) != len(nets):

@@ -38,6 +38,7 @@ class PipelineFolder:
     # The folder, and the parts as they were read from it.
     _source: Path | None
     _read: dict[str, Any]
+    controlnets: Any  # of the pipelines that have some
 
     @classmethod
     def from_pretrained(
@@ -196,7 +197,8 @@ class PipelineFolder:
         """
         check_saving(safe_serialization, push_to_hub)
         parts = {name: getattr(self, name) for name in self.parts}
-        if (nets := parts.get("controlnet")) and isinstance(nets, (list, tuple)):
+        if parts.get("controlnet") is not None:
+            nets = self.controlnets
             if len(nets) != 1:
                 raise ValueError(f"save_pretrained: controlnet must be a single one, got {len(nets)}")
             parts["controlnet"] = nets[0]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwen_image_fast.models.finite import all_finite, cause
+from qwen_image_fast.models.lora import lora_scale
 from qwen_image_fast.models.text_encoder import pad_prompt_embeds
 from qwen_image_fast.once import warn_once
 from qwen_image_fast.pipelines.arguments import OUTPUT_TYPES, TENSOR_INPUTS, Arguments, check_number, per_prompt, whole
@@ -37,8 +38,7 @@ class GenerationPipeline(PromptPipeline):
             self._need("vae", f"output_type must be 'latent', got {call.output_type!r}")
         if self.encodes_pictures:
             self._need("vae", "no picture can be encoded")
-        if call.attention_kwargs:
-            raise ValueError("attention_kwargs must be empty: set the scale of a LoRA on its adapter")
+        lora_scale(call.attention_kwargs)  # which the call has applied
         if call.guidance_scale is not None:
             warn_once(
                 logger, self, "guidance_scale is ignored: this model is not guidance-distilled; use true_cfg_scale"

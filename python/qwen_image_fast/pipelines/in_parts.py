@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, ParamSpec, cast
 import torch
 from torch import Tensor
 
+from qwen_image_fast.models.lora import scaled_adapters
 from qwen_image_fast.pipelines.arguments import Arguments
 from qwen_image_fast.sampling import Sample
 
@@ -39,13 +40,16 @@ def in_parts(parts: Callable[P, Parts]) -> Callable[P, Any]:
     @torch.inference_mode()
     def call(*args: P.args, **kwargs: P.kwargs) -> Any:
         run, pipe = parts(*args, **kwargs), cast(Any, args[0])
-        work = next(run)
-        try:
-            run.send(pipe._denoise(work.call, work.samples, **work.options))
-        except StopIteration as end:
-            return end.value
+        scale = signature.bind(*args, **kwargs).arguments.get("attention_kwargs")
+        with scaled_adapters(pipe.transformer, scale):
+            work = next(run)
+            try:
+                run.send(pipe._denoise(work.call, work.samples, **work.options))
+            except StopIteration as end:
+                return end.value
         raise RuntimeError(f"{type(pipe).__name__} must denoise once in a call")
 
-    shown = inspect.signature(parts).replace(return_annotation="QwenImagePipelineOutput | tuple")
+    signature = inspect.signature(parts)
+    shown = signature.replace(return_annotation="QwenImagePipelineOutput | tuple")
     call.__signature__, call.parts = shown, parts  # type: ignore[attr-defined]
     return call

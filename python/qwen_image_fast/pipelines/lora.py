@@ -14,7 +14,7 @@ from qwen_image_fast.folders import nearest
 from qwen_image_fast.keywords import check_saving
 from qwen_image_fast.models.lora import TEXT_ENCODER, adapters_of
 from qwen_image_fast.models.lora_files import locate_lora, parse_lora, read_lora, write_lora
-from qwen_image_fast.models.lora_keys import component_config, split_components, without_absent
+from qwen_image_fast.models.lora_keys import component_config, shown, split_components, without_absent
 from qwen_image_fast.models.lora_kinds import Adapter
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler, named_schedule
 
@@ -43,6 +43,7 @@ class LoraMixin:
         cache_dir: str | os.PathLike | None = None,
         token: str | None = None,
         local_files_only: bool | None = None,
+        strict: bool = True,
         **unknown,
     ) -> str:
         """Load an adapter and activate it beside the active ones; returns its name, by default default_0 and so on.
@@ -60,6 +61,7 @@ class LoraMixin:
             low_cpu_mem_usage: for diffusers' signature; tensors are read once in any case.
             use_safetensors: may be True or None, as pickles are never read.
             revision, cache_dir, token, local_files_only: of the hub.
+            strict: False leaves out the keys that name no layer of the models, and warns which they are.
 
         Raises:
             FileNotFoundError, ValueError: no file, or one that does not fit the models; what is wrong is named.
@@ -81,14 +83,13 @@ class LoraMixin:
         if prefix is not None:
             state = {k.removeprefix(f"{prefix}."): t for k, t in state.items() if k.startswith(f"{prefix}.")}
             config = component_config(config, prefix)
-        layers = self._parse_adapters(state, config)
+        layers = self._parse_adapters(state, config, strict)
         adapters = adapters_of(self.transformer)
         if hotswap and adapter_name not in adapters.loaded:
             raise ValueError(f"load_lora_weights: adapter_name must be loaded to be swapped, got {adapter_name!r}")
         if adapter_name is None:
-            adapter_name = next(
-                n for k in range(len(adapters.loaded) + 1) if (n := f"default_{k}") not in adapters.loaded
-            )
+            names = map("default_{}".format, range(len(adapters.loaded) + 1))
+            adapter_name = next(name for name in names if name not in adapters.loaded)
         (adapters.replace if hotswap else adapters.add)(adapter_name, layers)
         return adapter_name
 
@@ -123,9 +124,12 @@ class LoraMixin:
             save_directory, weight_name, transformer_lora_layers, transformer_lora_adapter_metadata, save_function
         )
 
-    def _parse_adapters(self, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Adapter]:
+    def _parse_adapters(self, state: Mapping, config: Mapping[str, Any], strict: bool) -> dict[str, Adapter]:
         """The layers of both models."""
-        layers, text, left = parse_components(state, config, self.transformer, self.text_encoder)
+        unknown: list[str] | None = None if strict else []
+        layers, text, left = parse_components(state, config, self.transformer, self.text_encoder, unknown)
+        if unknown:
+            logger.warning("load_lora_weights: left out, as they name no layer of the models: %s", shown(unknown))
         if left:
             what = "the text encoder" if self.text_encoder is None else "parts of the text encoder"
             logger.warning(
@@ -215,16 +219,18 @@ class LoraMixin:
 
 
 def parse_components(
-    state: Mapping[str, Tensor], config: Mapping[str, Any], transformer: Any, text_encoder: Any
-) -> tuple[dict[str, Adapter], dict[str, Adapter], int]:
+    state: Mapping[str, Tensor], config: Mapping[str, Any], transformer: Any, text_encoder: Any,
+    unknown: list[str] | None = None,
+) -> tuple[dict[str, Adapter], dict[str, Adapter], int]:  # fmt: skip
     """The adapters of the transformer and of the text encoder, and how many tensors of the latter are left out.
 
-    The models may be on the meta device; `text_encoder`: None: its part is left out. ValueError: as `parse_lora`.
+    The models may be on the meta device; `text_encoder`: None: its part is left out. `unknown`: gets
+    the keys that name nothing in them; None: they are an error. ValueError: as `parse_lora`.
     """
     own, whole = split_components(state)
     text = {} if text_encoder is None else without_absent(whole, text_encoder)
-    layers = parse_lora(own, transformer, component_config(config, "transformer")) if own or not text else {}
-    found = parse_lora(text, text_encoder, component_config(config, "text_encoder")) if text else {}
+    layers = parse_lora(own, transformer, component_config(config, "transformer"), unknown) if own or not text else {}
+    found = parse_lora(text, text_encoder, component_config(config, "text_encoder"), unknown) if text else {}
     return layers, found, len(whole) - len(text)
 
 

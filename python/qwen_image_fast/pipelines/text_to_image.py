@@ -63,7 +63,8 @@ class QwenImagePipeline(GenerationPipeline):
                 "latent" (packed [images, tokens, channels]); a list where sizes differ.
             callback_on_step_end: f(pipe, step, timestep, {"latents": ...}) -> dict, as in diffusers.
             max_sequence_length: prompt tokens kept, at most 1024.
-            guidance_scale, attention_kwargs: accepted for diffusers' signature; no released model uses them.
+            guidance_scale: for diffusers' signature; no released model uses it.
+            attention_kwargs: `{"scale": s}` weighs the active LoRAs by s in this call.
 
         Raises:
             ValueError, TypeError: bad arguments, in one sentence; also when the result is not finite.
