@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image
@@ -61,9 +62,9 @@ class ControlPipeline(GenerationPipeline):
     def controlnets(self) -> list[QwenImageControlNetModel]:
         if self.controlnet is None:
             return []
-        several = (
-            self.controlnet.nets if isinstance(self.controlnet, QwenImageMultiControlNetModel) else self.controlnet
-        )
+        several: Any = self.controlnet
+        if isinstance(several, QwenImageMultiControlNetModel):
+            several = several.nets
         return list(several) if isinstance(several, (list, tuple, nn.ModuleList)) else [several]
 
     @property
