@@ -84,7 +84,8 @@ class RayEngine:
         if len(keys):
             words = keys.view(np.uint64).reshape(len(keys), -1)
             first = (words[:, 0] % np.uint64(_BUCKETS)).astype(np.int64)
-            table = {"place": np.arange(len(keys)), "key": keys, "bucket": first}
+            # As objects: Arrow ends the bytes of a fixed-size array at the first zero.
+            table = {"place": np.arange(len(keys)), "key": keys.astype(object), "bucket": first}
             for found in self._exchanged(table, None, equal):
                 groups[found["place"].astype(np.int64)] = found["head"].astype(np.int64)
         return groups
