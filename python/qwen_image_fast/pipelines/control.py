@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from qwen_image_fast.models.controlnet import QwenImageControlNetModel, QwenImageMultiControlNetModel
 from qwen_image_fast.models.finite import all_finite, cause
@@ -64,8 +64,8 @@ class ControlPipeline(GenerationPipeline):
             return []
         several: Any = self.controlnet
         if isinstance(several, QwenImageMultiControlNetModel):
-            several = several.nets
-        return list(several) if isinstance(several, (list, tuple, nn.ModuleList)) else [several]
+            return [cast(QwenImageControlNetModel, net) for net in several.nets]
+        return list(several) if isinstance(several, (list, tuple)) else [several]
 
     @property
     def _modules(self):
