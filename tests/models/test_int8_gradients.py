@@ -64,4 +64,4 @@ def test_a_model_has_the_gradients_of_its_floats(tmp_path, checkpointing):
         text = given["encoder_hidden_states"].requires_grad_()
         model(**given).sample.square().mean().backward()
         found.append(text.grad)
-    assert 0 < distance(*found) < 0.05
+    assert 0 < distance(*found) < 0.1

@@ -8,7 +8,7 @@ import torch._dynamo.testing
 from loras import CALL, LAYERS, MODULATION, TIME_STEP, draw, pairs, state
 from reference import reference, seeded
 
-from qwen_image_fast import QwenImagePipeline
+from qwen_image_fast import QwenImageControlNetModel, QwenImagePipeline
 from qwen_image_fast.models.lora import LoraLinear
 from qwen_image_fast.schedulers import named_schedule
 
@@ -48,6 +48,16 @@ def test_scale_of_a_call_is_diffusers(pipe, tiny_folder, scale):
     draw(pipe, attention_kwargs={"scale": scale})
     pipe.enable_lora()
     assert torch.equal(draw(pipe), plain)
+
+
+def test_scale_where_it_could_not_be_kept(pipe):
+    """A block that is computed again for its gradient would have another scale; a ControlNet has no LoRA."""
+    pipe.transformer.enable_gradient_checkpointing()
+    with pytest.raises(ValueError, match="attention_kwargs must be None with gradient checkpointing"):
+        pipe.transformer(None, attention_kwargs={"scale": 0.5})
+    net = QwenImageControlNetModel.from_transformer(pipe.transformer, num_layers=1)
+    with pytest.raises(ValueError, match="joint_attention_kwargs must be None"):
+        net(None, None, joint_attention_kwargs={"scale": 0.5})
 
 
 def test_scale_after_an_error_or_without_a_lora(pipe, caplog):

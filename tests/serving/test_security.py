@@ -128,6 +128,23 @@ def test_forms_are_limited(guarded):
     assert asked(guarded, "/v1/images/edits", content=b"--y\r\nnonsense", headers=broken).status_code == 400
 
 
+def test_a_body_that_breaks_off_is_no_fault_of_the_server(running, caplog):
+    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1:{running.port}\r\n"
+    gone = 'endpoint="/v1/images/generations",status="499"'
+    before = gone in running.http.get("/metrics").text
+    with socket.create_connection(("127.0.0.1", running.port)) as client:
+        client.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{{".encode())
+    until = time.monotonic() + 60
+    while not before and gone not in running.http.get("/metrics").text:
+        assert time.monotonic() < until
+    assert "a request failed" not in caplog.text
+
+
+def test_an_address_with_a_slash_too_many_is_not_there(running):
+    answer = running.http.post("/v1/images/generations/", json={"prompt": "x"})
+    assert answer.status_code == 404 and answer.json()["error"]["type"] == "invalid_request_error"
+
+
 def test_long_headers_are_refused(guarded):
     with socket.create_connection(("127.0.0.1", guarded.port)) as s:
         s.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"y" * 200_000 + b"\r\n\r\n")

@@ -155,8 +155,14 @@ class QwenImageControlNetModel(PretrainedModel):
     ) -> QwenImageControlNetOutput | list[Tensor]:
         """diffusers' call, on padded batches [samples, tokens, channels]; residuals are [samples, tokens, width].
 
-        Inputs become the type of the weights.
+        Inputs become the type of the weights. ValueError: `joint_attention_kwargs` holds anything, as no LoRA goes into
+        a ControlNet of this package.
         """
+        if joint_attention_kwargs:
+            raise ValueError(
+                f"joint_attention_kwargs must be None, as no LoRA goes into a ControlNet here, got "
+                f"{', '.join(joint_attention_kwargs)}"
+            )
         if encoder_hidden_states is None or timestep is None or img_shapes is None:
             raise ValueError("encoder_hidden_states, timestep and img_shapes must be given, got None")
         samples, rows = hidden_states.shape[:2]

@@ -213,6 +213,11 @@ class QwenImageTransformer2DModel(TransformerForward, PretrainedModel):
         check_uncalled(self)
 
     def scaled(self, attention_kwargs: dict[str, Any] | None) -> AbstractContextManager:
+        if attention_kwargs and self.gradient_checkpointing and torch.is_grad_enabled():
+            raise ValueError(
+                "attention_kwargs must be None with gradient checkpointing, whose second computation would not know "
+                "the scale: weight the LoRAs by set_adapters"
+            )
         return scaled_adapters(self, attention_kwargs)
 
     def run_block(self, block: Any, *args: Any) -> tuple[Stream, Stream]:

@@ -71,6 +71,7 @@ class Server:
         ]
         handlers: Any = {HTTPException: _refused, ApiError: _said}
         inner = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=handlers)
+        inner.router.redirect_slashes = False  # an address that is not there has OpenAI's error, not a 307
         self.app = Guard(inner, settings, self.metrics)
 
     @contextlib.asynccontextmanager

@@ -9,6 +9,7 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen_image_fast.serving.errors import ApiError
@@ -85,6 +86,8 @@ class Guard:
         except ApiError as error:
             if not started:
                 await error.response()(scope, receive, answer)
+        except ClientDisconnect:  # before its body was whole: nobody is there to be answered
+            status = 499
         except Exception as error:
             logger.exception("a request failed", extra={"fields": {"request_id": id}})
             if not started:
