@@ -85,7 +85,7 @@ def test_the_velocity(trained, dtype):
         exact = {n: t.float() if torch.is_tensor(t) else t for n, t in given.items()}
         with torch.no_grad():
             errors.append(distance(model(**given).sample, trained(**exact).sample))
-    assert all(e < most for e, most in zip(errors, (0.012, 0.012, 0.016, 0.035))), errors
+    assert all(e < most for e, most in zip(errors, (0.02, 0.012, 0.016, 0.035))), errors
 
 
 def test_fused_as_by_modules(trained):
