@@ -66,7 +66,7 @@ def test_masked_edit(run):
     assert right[right.min(1) < 128].mean(0).argmax() == 2
 
 
-@pytest.mark.parametrize("options", [("--precision", "int8"), ("--precision", "int4"), ("--limit", "1GB"), ()])
+@pytest.mark.parametrize("options", [("--precision", "int8"), ("--precision", "int4"), ("--limit", "16GB"), ()])
 def test_less_memory(run, options):
     said = run("less_memory.py", *options)
     assert "GB of memory" in said and ink("less-memory.png").argmax() == 0
