@@ -168,9 +168,8 @@ class Event:
 class Stream:
     """Work that runs as late as it may: when somebody waits for it."""
 
-    def __init__(self, late):
-        self.late, self.queue = late, []
-        self.lock = threading.RLock()
+    def __init__(self, late, lock):
+        self.late, self.queue, self.lock = late, [], lock
 
     def add(self, work):
         with self.lock:
@@ -191,7 +190,9 @@ class Played:
     """The streams of CUDA. late: the copies' work waits; else that of the computation does."""
 
     def __init__(self, late):
-        self.copies, self.compute, self.here = Stream(late), Stream(not late), []
+        # One lock for both, which wait for one another on two threads.
+        lock = threading.RLock()
+        self.copies, self.compute, self.here = Stream(late, lock), Stream(not late, lock), []
 
     def new_stream(self):
         return self.copies
