@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from serving_harness import alone, picture, png, task
 
-from qwen_image_fast.png_metadata import read_request
+from qwen_image_fast.png_metadata import read_parameters, read_request
 
 PROMPT = "a red circle on the left of a blue square"
 QUICK = {"num_inference_steps": 3, "seed": 7}
@@ -245,3 +245,13 @@ def test_the_dashboard_shows_what_there_is(running):
     families = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")}
     known = {family + end for family in families for end in ("", "_total", "_bucket", "_sum", "_count")}
     assert len(named) > 15 and named <= known, named - known
+
+
+def test_steps_beside_lightning_are_those_that_are_made(running, tmp_path):
+    more = {"lightning": 4, "num_inference_steps": 3}
+    answer = running.http.post("/v1/images/generations", json={"prompt": "x", "size": "32x32", **more})
+    (tmp_path / "x.png").write_bytes(base64.b64decode(answer.json()["data"][0]["b64_json"]))
+    found = read_parameters(tmp_path / "x.png")
+    assert (found["steps"], found["lightning"], found["cfg"]) == (3, 4, 1.0)
+    refused = running.http.post("/v1/images/generations", json={"prompt": "x", "quality": "low", "lightning": 4})
+    assert "give either quality or lightning, got both" in refused.json()["error"]["message"]

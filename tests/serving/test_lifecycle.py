@@ -309,6 +309,38 @@ def test_the_command_serves_survives_a_crash_and_ends(tmp_path, parallel):
         process.wait()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_what_runs(tmp_path, number):
+    """Whoever waits gets OpenAI's error, and no process is left."""
+    command = [sys.executable, "-m", "qwen_image_fast", "serve", "--model", "tiny", "--port", "0"]
+    command += ["--drain-timeout", str(HANGS)]
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    said = lambda: (tmp_path / "log").read_text()  # noqa: E731
+    try:
+        until(lambda: re.search(r"http://127.0.0.1:\d+  tiny is being loaded", said()), HANGS)
+        http = httpx.Client(base_url=re.search(r"http://127.0.0.1:\d+", said())[0], timeout=HANGS)
+        until(lambda: http.get("/readyz").status_code == 200, HANGS)
+        found = {}
+        endless = {**LONG, "n": 10, "num_inference_steps": 200}
+        waiting = threading.Thread(
+            target=lambda: found.update(answer=http.post("/v1/images/generations", json=endless))
+        )
+        waiting.start()
+        until(lambda: _here(http) == 1, HANGS)
+        [engine] = _children(process.pid)
+        process.send_signal(number)
+        until(lambda: http.get("/readyz").status_code == 503, HANGS)
+        process.send_signal(number)
+        assert process.wait(HANGS) == 0, said()
+        waiting.join()
+        assert found["answer"].status_code == 500 and found["answer"].json()["error"]["code"] == "engine_crashed"
+        assert not Path(f"/proc/{engine}").exists() and "Traceback" not in said()
+    finally:
+        process.kill()
+        process.wait()
+
+
 def _here(http):
     """Requests that wait or run."""
     metrics = http.get("/metrics").text

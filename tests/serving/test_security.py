@@ -49,6 +49,8 @@ def asked(server, path="/v1/images/generations", key=KEY, **options):
     ("--host ::", "--host :: lets other machines in"),
     ("--cors-origin page", "--cors-origin must be like https://example.com, got page"),
     ("--api-key-file nowhere.json", "there is no file nowhere.json"),
+    ("--threads 99999", "--threads must be at most "),
+    (f"--keep-in {__file__}", "--keep-in must be a folder, got the file"),
     ("--lora style=/nowhere.safetensors", "there is no LoRA file /nowhere.safetensors"),
 ])  # fmt: skip
 def test_what_the_command_refuses(args, sentence):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -87,6 +88,9 @@ def serve(
     _check_names("--allow-host", allow_host or [])
     _check_names("--image-url-host", image_url_host or [])
     common.check_device(device)
+    cores = os.cpu_count() or 1
+    if threads is not None and threads > cores:
+        raise CommandError(f"--threads must be at most {cores}, the processors of this machine, got {threads}")
     if dtype != "auto":
         common.check_dtype(dtype)
     origins = [origin.lower() for origin in cors_origin or []]
@@ -95,6 +99,8 @@ def serve(
             raise CommandError(f"--cors-origin must be like https://example.com, got {origin}")
     transformer = _find(loras, transformer)
     if keep_in is not None:
+        if keep_in.exists() and not keep_in.is_dir():
+            raise CommandError(f"--keep-in must be a folder, got the file {keep_in}")
         with failing(BAD_INPUT, OSError):
             keep_in.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=keep_in).close()

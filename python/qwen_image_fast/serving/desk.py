@@ -61,7 +61,8 @@ class Desk:
         number = self._attempts = self._attempts + 1
 
         def on_event(event: Event) -> None:
-            loop.call_soon_threadsafe(self._on_event, event)
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._on_event, event)
 
         def on_end(code: int | None) -> None:
             if not loop.is_closed():
@@ -197,6 +198,12 @@ class Desk:
         while self.jobs and time.monotonic() < until + 10:
             await asyncio.sleep(0.05)
 
+    def abandon(self) -> None:
+        """Wait for nothing more: the engine is ended as it is, which answers its requests as of a crash."""
+        self.draining = True
+        if self.engine is not None:
+            self.engine.kill()
+
     # ---- what the engine says -----------------------------------------------------------------------------------
 
     def _on_event(self, event: Event) -> None:
@@ -293,7 +300,7 @@ class Desk:
         asyncio.get_running_loop().call_later(pause, self._again)
 
     def _again(self) -> None:
-        if not self.ended:
+        if not (self.ended or self.draining):
             self.begin()
 
     def _count(self) -> None:

@@ -142,9 +142,10 @@ def loras(given: list[dict[str, Any]], registered: list[str]) -> dict[str, float
 
 def steps_of(fields: Fields, usual: int) -> int | None:
     """What `quality` makes of the model's usual steps; None: nothing, the fields say it."""
-    if fields.num_inference_steps is not None or fields.lightning is not None:
+    given = [name for name in ("num_inference_steps", "lightning") if getattr(fields, name) is not None]
+    if given:
         if fields.quality not in ("auto",):
-            raise invalid("give either quality or num_inference_steps, got both", "quality")
+            raise invalid(f"give either quality or {given[0]}, got both", "quality")
         return fields.num_inference_steps
     return max(1, round(usual * QUALITIES[fields.quality]))
 

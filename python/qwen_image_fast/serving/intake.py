@@ -188,7 +188,7 @@ class Intake:
         weights = api.loras(fields.lora, desk.loras)
         given: dict[str, Any] = {
             **limits, "prompt": fields.prompt, "model": model.name, "negative_prompt": fields.negative_prompt,
-            "steps": steps if fields.lightning is None else None, "cfg": fields.true_cfg_scale,
+            "steps": steps, "cfg": fields.true_cfg_scale,
             "seed": random.SystemRandom().randrange(2**31) if fields.seed is None else fields.seed,
             "lora": [{"name": name, "scale": scale} for name, scale in weights.items()] or None,
             "dtype": model.dtype,

@@ -78,11 +78,15 @@ class EngineProcess:
             self._process.kill()
             self._process.join()
 
+    def kill(self) -> None:
+        """End it at once, whatever it is doing."""
+        for process in reversed(self._all):
+            process.kill()
+
     def _watch(self) -> None:
         """No process of a group goes on without another: the rest would wait for it in a collective operation."""
         multiprocessing.connection.wait([process.sentinel for process in self._all])
-        for process in reversed(self._all):
-            process.kill()
+        self.kill()
 
     def _read(self) -> None:
         try:

@@ -37,19 +37,21 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Whose first signal lets work finish; the second ends it."""
+    """Whose first signal lets work finish; the second ends the engine, and with it what it has begun; a third is
+    uvicorn's, which waits for no client."""
 
     def __init__(self, config: uvicorn.Config, desk: Desk):
         super().__init__(config)
-        self._desk, self._draining = desk, False
+        self._desk, self._signals = desk, 0
         self._tasks: set[asyncio.Task] = set()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._draining:
+        self._signals += 1
+        if self._signals > 2:
             self.should_exit = self.force_exit = True
-            return
-        self._draining = True
-        asyncio.get_running_loop().call_soon_threadsafe(self._drain)
+        else:
+            heed = self._drain if self._signals == 1 else self._desk.abandon
+            asyncio.get_running_loop().call_soon_threadsafe(heed)
 
     def _drain(self) -> None:
         task = asyncio.get_running_loop().create_task(self._desk.drain())
