@@ -154,8 +154,8 @@ def test_every_parameter_that_has_a_gradient_there_has_one(theirs, ours, packed)
     assert {"transformer_blocks.1.attn.add_q_proj.weight", "transformer_blocks.1.attn.norm_added_q.weight"} <= zero
 
 
-# The group's last reference waits for its threads and holds the interpreter's lock, for which one of them may still wait,
-# just after the last reduction: it goes with the process.
+# The group's last reference waits for its threads and holds the interpreter's lock, for which one of
+# them may still wait, just after the last reduction: it goes with the process.
 kept: list[torch.nn.Module] = []
 
 
