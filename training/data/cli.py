@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +35,11 @@ def filter_command(
     written.
     """
     from .engine import engine_of
-    from .recipe import read_filter_recipe
+    from .recipe import preset_recipe, read_filter_recipe
+    from .without_effect import of_filters, of_sources
 
     chosen = read_filter_recipe(recipe, overrides or (), preset)
+    _say(of_filters(chosen, preset_recipe(preset), engine=engine), of_sources(chosen.sources))
     carrier = engine_of(engine, chosen)
     try:
         _filter(chosen, out, workers, carrier) if not dry_run else _try(chosen, workers, carrier)
@@ -97,6 +101,11 @@ def _try(recipe: FilterRecipe, workers: int, engine: Engine) -> None:
     print("a dry run: nothing is written")
 
 
+def _say(*sentences: Iterable[str]) -> None:
+    for sentence in itertools.chain(*sentences):
+        print(f"recipe: {sentence}", file=sys.stderr)
+
+
 def _shown_by(bar: Any) -> Callable[[int, int], None]:
     def progress(count: int, total: int) -> None:
         bar.total = total
@@ -131,8 +140,10 @@ def annotate_command(recipe: Path, overrides: Sequence[str] | None, out: Path, p
     from .annotate import annotate
     from .parts import plan
     from .recipe import read_annotate_recipe
+    from .without_effect import of_annotation, of_sources
 
     chosen = read_annotate_recipe(recipe, overrides or ())
+    _say(of_annotation(chosen), of_sources(chosen.sources))
     with claimed(out):
         total = sum(part.count for part in plan(chosen.sources))
         total = total if pilot is None else min(total, pilot)

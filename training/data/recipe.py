@@ -215,6 +215,11 @@ def read_filter_recipe(path: str | Path, overrides: Sequence[str] = (), preset: 
     return recipe
 
 
+def preset_recipe(preset: str) -> FilterRecipe:
+    """What a recipe starts from: the defaults, under those of a preset where there is one."""
+    return convert(PRESETS.get(preset, {}), FilterRecipe, "")
+
+
 def validate(recipe: FilterRecipe) -> None:
     """RecipeError for what can be known before anything is read."""
     balance = recipe.balance

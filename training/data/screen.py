@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from qwen_image_fast.training.recipe.fields import RecipeError, convert
 from .filters.picture import BrokenImage, Picture
 from .recipe import FilterRecipe, SourceRecipe, validate
 from .record import Record
+from .without_effect import of_filters
 
 
 class Rejected(ValueError):
@@ -39,6 +40,11 @@ class Screen:
         if not filters:
             self.recipe.stages = []
         self._filters: list[Any] | None = None
+
+    def said(self) -> Iterator[str]:
+        """Sentences about the fields that have no effect while training goes on."""
+        for sentence in of_filters(self.recipe, FilterRecipe(), training=True):
+            yield f"data.filters: {sentence}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_filters": None}  # their models are loaded where they are used

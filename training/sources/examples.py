@@ -116,7 +116,7 @@ class Examples:
             for kind in self.captions.weights
             if kind not in there
         ]
-        about = [*self.catalogue.skipped, *faults(self.seen), *absent]
+        about = [*self.catalogue.skipped, *faults(self.seen), *absent, *self.screen.said()]
         return [f"{self.name}: {count:,} {kind}{looked}{held}", *about]
 
 
