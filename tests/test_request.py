@@ -137,7 +137,7 @@ BAD = [
     ("text", {**ONE, "steps": True}, "steps must not be a truth value, got True"),
     ("text", {**ONE, "steps": 1.5}, "steps must be an integer, 1 to 1000, got 1.5"),
     ("text", {**ONE, "steps": 3, "num_inference_steps": 3}, "steps and num_inference_steps are the same"),
-    ("text", {**ONE, "cfg": float("nan")}, "cfg must be a number, 0 to 100, got nan"),
+    ("text", {**ONE, "cfg": float("nan")}, "cfg must be a number, 1 to 100, got nan"),
     ("text", {**ONE, "dtype": "int8"}, "dtype must be auto, float32, bfloat16 or float16, got 'int8'"),
     ("text", {**ONE, "lightning": 6}, "lightning must be 4 or 8, got 6"),
     ("text", {**ONE, "size": "100x64"}, "width must be a multiple of 16 pixels, got 100; try 96"),

@@ -53,7 +53,7 @@ class Request(BaseModel):
     prompt: str = about(..., "What the picture shows.", argument="prompt")
     model: str = about("Qwen/Qwen-Image", TINY)
     negative_prompt: str = about(" ", "What to lead away from; needs guidance.", argument="negative_prompt")
-    cfg: float = about(4.0, "Guidance scale; 1: none.", argument="true_cfg_scale", ge=0, le=100, allow_inf_nan=False)
+    cfg: float = about(4.0, "Guidance scale; 1: none.", argument="true_cfg_scale", ge=1, le=100, allow_inf_nan=False)
     steps: int = about(50, "Denoising steps.", argument="num_inference_steps", ge=1, le=1000)
     seed: int | None = about(
         None, "Of picture one; each further one has the next. Without: a new one.", argument="seed", ge=0, le=2**62
@@ -79,7 +79,8 @@ class Request(BaseModel):
         """Which pydantic would take for the number 1; nor bytes that the command line's encoding could not read."""
         for name in ("prompt", "negative_prompt"):
             if isinstance(values.get(name), str) and not_text(values[name]):
-                raise RequestError(f"the {{{name}}} is not text in the encoding of this locale; set LC_ALL=C.UTF-8")
+                why = "it has half of a surrogate pair; in a shell set LC_ALL=C.UTF-8"
+                raise RequestError(f"the {{{name}}} is not text: {why}")
         for name, field in cls.model_fields.items():
             if isinstance(values.get(name), bool) and field.annotation is not bool:
                 raise RequestError(f"{{{name}}} must not be a truth value, got {values[name]}")

@@ -39,7 +39,7 @@ from qwen_image_fast.pipelines import text_to_image as pipelines
         (["x", "--images", "0"], "--images"),
         (["x", "--seed", "-1"], "--seed"),
         (["x", "--cfg", "nan"], "--cfg"),
-        (["x", "--cfg", "inf"], "--cfg must be a number, 0 to 100, got inf"),
+        (["x", "--cfg", "inf"], "--cfg must be a number, 1 to 100, got inf"),
         (["x", "--lightning", "6"], "--lightning must be 4 or 8, got 6"),
         (["x", "--dtype", "int8"], "--dtype must be auto, float32, bfloat16 or float16, got 'int8'"),
         (["x", "--device", "tpu"], "device"),

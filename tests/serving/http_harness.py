@@ -51,14 +51,14 @@ class Running:
 
     def __init__(self, models, **options):
         limits = options.pop("limits", {})
-        kind = type("Inside", (Inside,), {"models": models})
+        kind = options.pop("start", None) or type("Inside", (Inside,), {"models": models})
         self.socket = listen("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.settings = Settings(
             model=Model(name="tiny", names=["gpt-image-2"], wave_tokens=options.pop("wave_tokens", 2048)),
             port=self.port, limits=limits, **options,
         )  # fmt: skip
-        self.server = Server(self.settings, options.pop("start", kind))
+        self.server = Server(self.settings, kind)
         self.uvicorn = uvicorn.Server(configuration(self.server.app))
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [self.socket]}, daemon=True)
         self.thread.start()

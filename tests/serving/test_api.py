@@ -10,6 +10,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+from http_harness import Inside, Running
 from PIL import Image
 from serving_harness import alone, picture, png, task
 
@@ -135,6 +136,9 @@ WRONG = [
     ({"size": "huge"}, "size", "invalid_size", "size must be WIDTHxHEIGHT or one of 1:1"),
     ({"size": "64x1024"}, "size", "invalid_size", "size must have a ratio of 1:3 to 3:1, got 64x1024"),
     ({"size": "4096x4096"}, "size", "invalid_size", "size must have at most 8294400 pixels"),
+    ({"size": "0x0"}, "size", "invalid_size", "size must have sides of at least 16, got 0x0"),
+    ({"true_cfg_scale": 0.5}, "true_cfg_scale", "invalid_value", "true_cfg_scale must be a number, 1 to 100, got 0.5"),
+    ({"prompt": "\ud83d"}, "prompt", "invalid_value", "the prompt is not text: it has half of a surrogate pair"),
     ({"quality": "best"}, "quality", "invalid_value", "quality must be auto, low, medium, high, standard or hd"),
     ({"partial_images": 2}, "partial_images", "invalid_value", "partial_images has no effect without stream"),
     ({"stream": True, "partial_images": 4}, "partial_images", "invalid_value", "partial_images must be an integer, 0"),
@@ -151,7 +155,8 @@ WRONG = [
 @pytest.mark.parametrize("body, param, code, sentence", WRONG)
 def test_what_is_wrong_is_named(running, body, param, code, sentence):
     body = body if "prompt" in body or not body else {"prompt": PROMPT, **body}
-    answer = running.http.post("/v1/images/generations", json=body)
+    content, kind = json.dumps(body), {"content-type": "application/json"}
+    answer = running.http.post("/v1/images/generations", content=content, headers=kind)
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["type"] == "invalid_request_error"
     assert (error["param"], error["code"]) == (param, code) and error["message"].startswith(sentence), error
@@ -178,7 +183,8 @@ def test_the_client_raises_its_own_errors(running):
 @pytest.mark.parametrize("method, path, status", [
     ("GET", "/nowhere", 404), ("GET", "/v1/images/generations", 405), ("GET", "/v1/jobs/img_0", 404),
     ("DELETE", "/v1/jobs/img_0", 404), ("GET", "/v1/models/nothing", 404), ("POST", "/v1/images/generations", 415),
-    ("GET", "/v1/images/img_0/content", 404),
+    ("GET", "/v1/images/img_0/content", 404), ("POST", "/v1/images/generations?steps=3", 400),
+    ("GET", "/v1/models?limit=3", 400),
 ])  # fmt: skip
 def test_every_path_fails_in_one_form(running, method, path, status):
     answer = running.http.request(method, path)
@@ -221,6 +227,27 @@ def test_a_deadline(running):
     answer = running.http.post("/v1/images/generations", json=body, headers={"x-request-timeout-s": "0.1"})
     assert answer.status_code == 504 and answer.headers["x-should-retry"] == "false"
     assert answer.json()["error"]["code"] == "deadline_exceeded"
+    both = running.http.post(
+        "/v1/images/generations", json={**body, "timeout": 5}, headers={"x-request-timeout-s": "0.1"}
+    )
+    assert both.status_code == 400 and "give either timeout or the header" in both.json()["error"]["message"]
+
+
+def test_a_deadline_is_kept_whatever_the_engine_does(models):
+    """An engine that is in a long step, here one that never answers."""
+
+    class Busy(Inside):
+        def __init__(self, *arguments):
+            self.models, self.cancelled = models, []
+            super().__init__(*arguments)
+            self.submit, self.cancel = lambda task: None, lambda *what: self.cancelled.append(what)
+
+    running = Running(models, start=Busy)
+    answer = running.http.post("/v1/images/generations", json={"prompt": PROMPT, "size": "64x64", "timeout": 0.1})
+    assert answer.status_code == 504 and answer.json()["error"]["code"] == "deadline_exceeded"
+    assert [reason for _, reason in running.server.desk.engine.cancelled] == ["deadline"]
+    assert not running.server.desk.jobs
+    running.end()
 
 
 NUMBERS = [

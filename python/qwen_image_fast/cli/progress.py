@@ -37,10 +37,15 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing more is said; the line goes."""
         logging.getLogger("qwen_image_fast").removeHandler(self.handler)
         with self.lock:
-            self.closed.set()
-            self._erase()
+            if not self.closed.is_set():
+                self.closed.set()
+                self._erase()
 
     def stage(self, name: str) -> None:
         """What begins now, such as "load tiny" or "decode"."""

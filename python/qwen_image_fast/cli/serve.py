@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ import typer
 
 from qwen_image_fast.cli import common
 from qwen_image_fast.cli.errors import BAD_INPUT, FAILED, CommandError, err, failing
+from qwen_image_fast.cli.progress import Progress
 from qwen_image_fast.extras import needed_for
 from qwen_image_fast.folders import local_folder, read_json, resolve_folder
 from qwen_image_fast.model_defaults import GENERATION_FILE, model_class
@@ -85,6 +87,12 @@ def serve(
         loras = dict(settings.named_sources(lora or [], "LoRA"))
         nets = dict(settings.named_sources(controlnet or [], "ControlNet"))
     _check_effect(host, api_key_file, insecure, allow_host or [])
+    names = [model, *(name or [])]
+    for other in name or []:
+        if not other.strip() or names.count(other) > 1:
+            raise CommandError(
+                f"--name must be another name of the model, given once, got {other.strip() or 'nothing'}"
+            )
     _check_names("--allow-host", allow_host or [])
     _check_names("--image-url-host", image_url_host or [])
     common.check_device(device)
@@ -101,15 +109,20 @@ def serve(
     if keep_in is not None:
         if keep_in.exists() and not keep_in.is_dir():
             raise CommandError(f"--keep-in must be a folder, got the file {keep_in}")
-        with failing(BAD_INPUT, OSError):
+        try:
             keep_in.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=keep_in).close()
+        except OSError as error:
+            raise CommandError(f"--keep-in {keep_in} cannot be written: {error.strerror}") from error
     folder, cls = _folder(model)
+    if parallel not in (None, "auto"):
+        _parse(parallel, None, folder)
     with failing(BAD_INPUT, OSError):
         socket = listen(host, port)
     place = socket.getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
-    err.print(f"http://{shown}:{place}  {model} is being loaded", highlight=False, soft_wrap=True)
+    address = f"http://{shown}:{place}"
+    err.print(f"{address}  {model} is being loaded", highlight=False, soft_wrap=True)
     _check_files(model, cls, transformer, loras, nets)
     chosen = device if device == "cpu" else common.device_name(device)
     dtype = dtype if dtype != "auto" else "float32" if chosen == "cpu" else "bfloat16"
@@ -123,15 +136,26 @@ def serve(
         dtype=dtype, threads=threads, **told,
     )  # fmt: skip
     logs.to_stderr()
-    run(
-        settings.Settings(
-            model=served, host=host, port=place, keys=keys, hosts=allow_host or [], origins=origins,
-            url_hosts=image_url_host or [], log_prompts=log_prompts, store_folder=keep_in,
-            limits=settings.Limits(wait=max_wait, drain=drain_timeout, store_seconds=keep_seconds,
-                                   store_bytes=keep_mb * settings.MEGABYTE),
-        ),
-        [socket],
-    )  # fmt: skip
+    progress = Progress(sys.stderr.isatty())
+
+    def ready() -> None:
+        progress.close()
+        if progress.show:
+            said = f"{address}  ready: a page at this address, the images API below /v1"
+            err.print(said, highlight=False, soft_wrap=True)
+
+    with progress:
+        progress.stage(f"load {model}")
+        run(
+            settings.Settings(
+                model=served, host=host, port=place, keys=keys, hosts=allow_host or [], origins=origins,
+                url_hosts=image_url_host or [], log_prompts=log_prompts, store_folder=keep_in,
+                limits=settings.Limits(wait=max_wait, drain=drain_timeout, store_seconds=keep_seconds,
+                                       store_bytes=keep_mb * settings.MEGABYTE),
+            ),
+            [socket],
+            ready,
+        )  # fmt: skip
 
 
 def _check_effect(host: str, keys: Path | None, insecure: bool, names: list[str]) -> None:
@@ -148,7 +172,9 @@ def _check_names(option: str, names: list[str]) -> None:
     """CommandError for what no host is called, such as an address with its scheme or port."""
     for name in names:
         if not re.fullmatch(r"[\w.-]+|\[[0-9a-fA-F:.]+\]", name):
-            raise CommandError(f"{option} must be a name without scheme and port, such as example.com, got {name}")
+            raise CommandError(
+                f"{option} must be a name without scheme and port, such as example.com, got {name or 'nothing'}"
+            )
 
 
 def _find(loras: dict[str, str], transformer: str | None) -> str | None:
@@ -197,15 +223,19 @@ def _split(parallel: str, device: str, folder: Path) -> Split:
         gpus = torch.cuda.device_count() - int(device.partition(":")[2] or 0)
     elif parallel == "auto":
         raise CommandError("--parallel auto counts GPUs, and the model is on the CPU: say guidance=2, or ulysses=2")
-    with failing(BAD_INPUT, ValueError, OSError):
-        config = read_json(folder / "transformer" / "config.json")
-        found = parse_split("--parallel", parallel, gpus if parallel == "auto" else None, config["num_attention_heads"])
+    found = _parse(parallel, gpus if parallel == "auto" else None, folder)
     if gpus is not None and found.ranks > gpus:
         raise CommandError(f"--parallel {parallel} needs {found.ranks} GPUs, and there are {gpus}")
     if found.ranks == 1:
         why = "there is one GPU" if parallel == "auto" else "one process is what there is without it"
         err.print(f"--parallel {parallel} has no effect: {why}", highlight=False, soft_wrap=True)
     return found
+
+
+def _parse(parallel: str, gpus: int | None, folder: Path) -> Split:
+    with failing(BAD_INPUT, ValueError, OSError):
+        config = read_json(folder / "transformer" / "config.json")
+        return parse_split("--parallel", parallel, gpus, config["num_attention_heads"])
 
 
 def _check_memory(folder: Path, device: str, dtype: str, ranks: int, copied: tuple[str, ...]) -> None:

@@ -19,7 +19,7 @@ from starlette.routing import BaseRoute, Route
 from qwen_image_fast import __version__
 from qwen_image_fast.serving import answers, fields, static
 from qwen_image_fast.serving.desk import Desk
-from qwen_image_fast.serving.errors import ApiError
+from qwen_image_fast.serving.errors import ApiError, invalid
 from qwen_image_fast.serving.guard import Guard
 from qwen_image_fast.serving.intake import Intake
 from qwen_image_fast.serving.jobs import COMPLETED, Job
@@ -56,12 +56,15 @@ class Server:
             "variations": fields.Variation,
         }
         routes: list[BaseRoute] = [
-            *(Route(f"/v1/images/{name}", self._making(kind), methods=["POST"]) for name, kind in kinds.items()),
-            Route("/v1/images/{id}/content", self.content),
-            Route("/v1/jobs/{id}", self.job, methods=["GET", "DELETE"]),
-            Route("/v1/jobs/{id}/events", self.events),
-            Route("/v1/models", self.models),
-            Route("/v1/models/{id:path}", self.models),
+            *(
+                Route(f"/v1/images/{name}", _queried(self._making(kind)), methods=["POST"])
+                for name, kind in kinds.items()
+            ),
+            Route("/v1/images/{id}/content", _queried(self.content, "variant")),
+            Route("/v1/jobs/{id}", _queried(self.job), methods=["GET", "DELETE"]),
+            Route("/v1/jobs/{id}/events", _queried(self.events)),
+            Route("/v1/models", _queried(self.models)),
+            Route("/v1/models/{id:path}", _queried(self.models)),
             Route("/health", self.health),
             Route("/healthz", self.health),
             Route("/readyz", self.ready),
@@ -135,9 +138,11 @@ class Server:
         job = self._own(request)
         variant = request.query_params.get("variant", "0")
         if job.status != COMPLETED:
-            raise ApiError(404, f"{job.id} is {job.status}", "not_found")
+            later = "has none yet" if not job.over else "has none"
+            raise ApiError(404, f"there is no picture: {job.id} is {job.status} and {later}", "not_found")
         if not variant.isdecimal() or int(variant) >= len(job.files):
-            raise ApiError(404, f"{job.id} has {len(job.files)} pictures, from 0", "not_found", "variant")
+            text = f"variant must be 0 to {len(job.files) - 1}, the pictures of {job.id}, got {variant[:100]}"
+            raise ApiError(404, text, "not_found", "variant")
         kind = job.fields.output_format
         return Response(
             job.files[int(variant)].read(), media_type=f"image/{kind}", headers={"cache-control": "private"}
@@ -196,6 +201,20 @@ class Server:
 
     async def numbers(self, request: Request) -> Response:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _queried(answer: Callable[[Request], Any], *names: str) -> Callable[[Request], Any]:
+    """A route whose address may have these parameters; any other is refused by name."""
+
+    async def asked(request: Request) -> Response:
+        for name in request.query_params:
+            if name not in names:
+                where = "" if names else "; fields are in the body"
+                raise invalid(f"{request.url.path[:200]} has no parameter {name[:100]}{where}", name[:100],
+                              "unknown_parameter")  # fmt: skip
+        return await answer(request)
+
+    return asked
 
 
 async def _over(job: Job) -> None:

@@ -53,6 +53,7 @@ class Desk:
         self.rate, self._spoke, self._attempts = 0.0, 0.0, 0
         self._tasks: set[asyncio.Task] = set()
         self.why = "the model is being loaded"
+        self.on_ready: Callable[[], None] = lambda: None  # called whenever an engine is ready
 
     # ---- the engine ---------------------------------------------------------------------------------------------
 
@@ -163,7 +164,7 @@ class Desk:
         self.jobs[job.id] = job
         self.engine.submit(job.task)
         if (seconds := job.fields.timeout) is not None:
-            asyncio.get_running_loop().call_later(seconds, self.cancel, job.id, "deadline")
+            asyncio.get_running_loop().call_later(seconds, self._late, job)
         self._count()
 
     def cancel(self, id: str, reason: str) -> bool:
@@ -172,6 +173,12 @@ class Desk:
             return False
         self.engine.cancel(id, reason)
         return True
+
+    def _late(self, job: Job) -> None:
+        """Its time is over: it is answered now, and leaves the engine after what the engine does at this moment."""
+        if job.id in self.jobs and job.finished is None:
+            self.engine.cancel(job.id, "deadline")
+            self._on_job(job, Cancelled(job.id, "deadline"))
 
     def position(self, job: Job) -> int | None:
         """Waiting requests that came before; None where it does not wait."""
@@ -212,6 +219,7 @@ class Desk:
             self.about, self._attempts = event.about, 0
             metrics.loras.set(len(self.loras))
             metrics.ready.set(0 if self.draining else 1)
+            self.on_ready()
             logger.info("ready", extra={"fields": {"model": self.settings.model.name, **event.about}})
         elif isinstance(event, Alive):
             self.rate = event.rate or self.rate

@@ -44,7 +44,7 @@ class Fields(BaseModel):
     # Extensions.
     negative_prompt: str | None = about(None, "What to lead away from; needs guidance.")
     num_inference_steps: int | None = about(None, "Denoising steps.", ge=1, le=1000)
-    true_cfg_scale: float | None = about(None, "Guidance scale; 1: none.", ge=0, le=100, allow_inf_nan=False)
+    true_cfg_scale: float | None = about(None, "Guidance scale; 1: none.", ge=1, le=100, allow_inf_nan=False)
     seed: int | None = about(None, "Of picture one.", ge=0, le=2**62)
     lora: list[dict[str, Any]] = about([], "Registered LoRAs: [{name, scale}].")
     lightning: Literal[4, 8] | None = about(None, "Schedule of 4 or 8 steps.")
@@ -163,7 +163,9 @@ def check_size(fields: Fields, limits: Limits, usual: tuple[int, int], any_side:
         width, height = parse_size(fields.size, usual)
     except RequestError as error:
         raise invalid(str(error), "size", "invalid_size") from error
-    if min(width, height) < 1 or max(width, height) > limits.ratio_out * min(width, height):
+    if min(width, height) < 1:
+        raise invalid(f"size must have sides of at least 16, got {width}x{height}", "size", "invalid_size")
+    if max(width, height) > limits.ratio_out * min(width, height):
         ratio = f"1:{limits.ratio_out:g} to {limits.ratio_out:g}:1"
         raise invalid(f"size must have a ratio of {ratio}, got {width}x{height}", "size", "invalid_size")
     if width * height > limits.pixels_out:

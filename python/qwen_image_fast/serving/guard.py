@@ -29,6 +29,10 @@ HEADERS = {
 }  # fmt: skip
 
 
+def request_id() -> str:
+    return f"req_{secrets.token_hex(12)}"
+
+
 class Bucket:
     """So many requests a minute, as many at once at most."""
 
@@ -57,7 +61,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, id = time.perf_counter(), f"req_{secrets.token_hex(12)}"
+        began, id = time.perf_counter(), request_id()
         headers, state = Headers(scope=scope), scope.setdefault("state", {})
         state["request_id"], state["log"] = id, {}
         status, started = 0, False

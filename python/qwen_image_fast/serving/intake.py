@@ -45,7 +45,10 @@ class Intake:
         self.desk.check_open()
         values, pictures, mask, form = await self._body(request, kind)
         fields = api.parse(kind, values, form=form)
-        if (header := request.headers.get("x-request-timeout-s")) is not None and fields.timeout is None:
+        if (header := request.headers.get("x-request-timeout-s")) is not None:
+            if fields.timeout is not None and fields.timeout != _number(header):
+                got = f"got {fields.timeout:g} and {header}"
+                raise invalid(f"give either timeout or the header x-request-timeout-s, {got}", "timeout")
             fields = api.parse(kind, {**values, "timeout": _number(header)}, form=form)
         background = "respond-async" in request.headers.get("prefer", "")
         api.check_together(fields, background)
@@ -145,7 +148,9 @@ class Intake:
                         values[name] = value
         except HTTPException as error:  # starlette's, of a damaged form and of its limits
             too_many = "Too many" in str(error.detail) or "exceeded" in str(error.detail)
-            raise ApiError(413 if too_many else 400, f"the form could not be read: {error.detail}",
+            files = "Too many files" in str(error.detail)
+            why = f"it may have {PICTURES} pictures and a mask" if files else error.detail
+            raise ApiError(413 if too_many else 400, f"the form could not be read: {why}",
                            "too_large" if too_many else "invalid_form") from error  # fmt: skip
         if not pictures:
             raise invalid("image must be given: a PNG, JPEG or WebP file", "image", "missing_parameter")

@@ -6,13 +6,18 @@ import asyncio
 import errno
 import signal
 import socket
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from qwen_image_fast.serving.app import Server
 from qwen_image_fast.serving.desk import Desk
+from qwen_image_fast.serving.errors import ApiError
+from qwen_image_fast.serving.guard import request_id
 from qwen_image_fast.serving.settings import Settings
 
 
@@ -32,6 +37,8 @@ def listen(host: str, port: int) -> socket.socket:
             errno.EACCES: f"port {port} may not be used: ports below 1024 are the system's; give another --port",
             errno.EADDRNOTAVAIL: f"{host} is no address of this machine",
         }.get(number or 0, f"{host}:{port} cannot be listened on: {error}")
+        if isinstance(error, socket.gaierror):
+            why = f"--host {host} is neither an address nor a name that is known here"
         raise OSError(why) from error
     return found
 
@@ -63,17 +70,30 @@ class _Uvicorn(uvicorn.Server):
         task.add_done_callback(ended)
 
 
+class _Protocol(H11Protocol):
+    """Whose own refusals are OpenAI's error too."""
+
+    def send_400_response(self, msg: str) -> None:
+        refused = ApiError(400, "the request is not HTTP/1.1, or its headers are larger than 64 KiB", "invalid_http")
+        answer = refused.response()
+        names = [*answer.raw_headers, (b"x-request-id", request_id().encode()), (b"connection", b"close")]
+        parts = [h11.Response(status_code=400, headers=names), h11.Data(data=bytes(answer.body)), h11.EndOfMessage()]
+        self.transport.write(b"".join(self.conn.send(part) or b"" for part in parts))
+        self.transport.close()
+
+
 def configuration(app: Any) -> uvicorn.Config:
     """How requests are read: by h11, which bounds the size of their headers, also where httptools is installed."""
     return uvicorn.Config(
-        app, http="h11", log_config=None, access_log=False, server_header=False, date_header=False, lifespan="on",
+        app, http=_Protocol, log_config=None, access_log=False, server_header=False, date_header=False, lifespan="on",
         timeout_graceful_shutdown=10, timeout_keep_alive=75,
     )  # fmt: skip
 
 
-def run(settings: Settings, sockets: list[socket.socket]) -> None:
-    """Serve until a signal comes; returns when all is answered."""
+def run(settings: Settings, sockets: list[socket.socket], on_ready: Callable[[], None] = lambda: None) -> None:
+    """Serve until a signal comes; returns when all is answered. on_ready: called whenever a model is loaded."""
     server = Server(settings)
+    server.desk.on_ready = on_ready
     uvicorn_server = _Uvicorn(configuration(server.app), server.desk)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)

@@ -160,7 +160,9 @@ def named_sources(given: list[str], what: str) -> Mapping[str, str]:
     """Of "name=source"; a source alone is named by its file. what: LoRA or ControlNet."""
     found: dict[str, str] = {}
     for entry in given:
-        name, _, source = entry.partition("=")
+        name, equals, source = entry.partition("=")
+        if equals and not (name and source):
+            raise ValueError(f"a {what} must be NAME={'FILE' if what == 'LoRA' else 'FOLDER'}, got {entry}")
         name = name if source else Path(entry).stem
         if name in found:
             raise ValueError(f"the {what} name {name} must be given once; NAME=FILE gives another")

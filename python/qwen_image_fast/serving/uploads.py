@@ -59,7 +59,7 @@ def open_picture(name: str, content: bytes, limits: Limits, *, transparent: bool
 def open_mask(content: bytes, picture: Image.Image, limits: Limits) -> Image.Image:
     """OpenAI's mask, transparent where the picture may change -> white there, black elsewhere."""
     if format_of(content) == "JPEG":
-        raise invalid("mask must be a PNG with an alpha channel, transparent where the picture may change", "mask")
+        raise invalid("mask must be a PNG or WebP that is transparent where the picture may change, got a JPEG", "mask")
     with_alpha = open_picture("mask", content, limits, transparent=True)
     if with_alpha.size != picture.size:
         got, wanted = ("x".join(map(str, size)) for size in (with_alpha.size, picture.size))
