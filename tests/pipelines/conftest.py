@@ -1,9 +1,6 @@
-import importlib
-
 import pytest
-from reference import AREA
+from reference import smaller_sizes
 
-from qwen_image_fast.pipelines import conditions, edit_inpaint, editing, images, layered
 from qwen_image_fast.tiny import write_untrained
 
 
@@ -19,12 +16,6 @@ def edit_folder(tmp_path_factory):
 def small():
     """diffusers' sizes, 64 times smaller, in both."""
     patch = pytest.MonkeyPatch()
-    for name in ("edit", "edit_plus", "edit_inpaint", "layered"):
-        module = importlib.import_module(f"diffusers.pipelines.qwenimage.pipeline_qwenimage_{name}")
-        full = module.calculate_dimensions
-        patch.setattr(module, "calculate_dimensions", lambda area, ratio, full=full: full(area / 64, ratio))
-    for module in (conditions, editing, edit_inpaint):
-        patch.setattr(module, "VAE_AREA", AREA)
-    patch.setattr(layered, "area_size", lambda area, w, h: images.area_size(area / 64, w, h))
+    smaller_sizes(patch)
     yield
     patch.undo()

@@ -1,9 +1,10 @@
-"""What of a user's works as with diffusers: python -m tests.reference_api calls NAME, hooks NAME, or versions.
+"""What of a user's works as with diffusers: python -m tests.reference_api calls, hooks or versions.
 
 `calls` makes the public calls of calls.py on diffusers' objects, on accelerated and on stand-alone ones. `hooks` tries
-every kind of hook at every module of diffusers' transformer (hooks.py). Both keep their counts under NAME: "before" was
-counted with PYTHONPATH at an older tree. `versions` tries old and new diffusers (versions.py). The results are in
-benchmarks/results/reference-api.json, and the tables in docs/drop_in.md are made from them.
+every kind of hook at every module of diffusers' transformer (hooks.py). Their counts are kept as `--column`, "now" if
+it is not given; `--package DIR --column before` counts with the package of an older tree, which stands in its folder
+python. `versions` tries old and new diffusers (versions.py). The results are in benchmarks/results/reference-api.json,
+and the tables in docs/drop_in.md are made from them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -19,54 +21,59 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "reference-api.json"
 PAGE = ROOT / "docs" / "drop_in.md"
+COLUMNS = ("before", "now")
 
 
-def calls_table(results: dict[str, Any]) -> str:
-    """In Markdown."""
-    counts = results["calls"]
-    lines = [f"| as diffusers, of {results['names']} calls | {' | '.join(counts)} |", "|---|" + "---|" * len(counts)]
-    for kind in next(iter(counts.values())):
-        lines.append(f"| {kind} | {' | '.join(str(found[kind]) for found in counts.values())} |")
+def counts_table(what: str, found: dict[str, Any]) -> str:
+    """In Markdown, a column for every tree that was counted."""
+    columns = {name: found["counts"][name] for name in COLUMNS if name in found["counts"]}
+    lines = [f"| {what.format(found['of'])} | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    for kind in columns["now"]:
+        lines.append(f"| {kind} | {' | '.join(str(counts.get(kind, '')) for counts in columns.values())} |")
     return "\n".join(lines)
 
 
-def hooks_table(results: dict[str, Any]) -> str:
-    counts = results["hooks"]
-    lines = [
-        f"| seen, of {results['places']} modules | {' | '.join(counts)} |", "|---|" + "---|" * len(counts)
-    ]  # fmt: skip
-    for kind in next(iter(counts.values())):
-        lines.append(f"| {kind} | {' | '.join(str(found[kind]) for found in counts.values())} |")
-    return "\n".join(lines)
-
-
-def versions_table(results: dict[str, Any]) -> str:
+def versions_table(found: dict[str, Any]) -> str:
     lines = ["| diffusers | |", "|---|---|"]
-    lines += [f"| {version} | {found['said']} |" for version, found in results["versions"].items()]
+    lines += [f"| {version} | {row['said']} |" for version, row in found.items()]
     return "\n".join(lines)
 
 
-TABLES = {"calls": calls_table, "hooks": hooks_table, "versions": versions_table}
+TABLES = {
+    "calls": lambda found: counts_table("as diffusers, of {} calls", found),
+    "hooks": lambda found: counts_table("seen, of {} modules", found),
+    "versions": versions_table,
+}
 
 
 def write_page(results: dict[str, Any]) -> None:
     text = PAGE.read_text(encoding="utf-8")
     for name, table in TABLES.items():
         before, rest = text.split(begin := f"<!-- {name}: {RESULTS.name} -->")
-        text = f"{before}{begin}\n{table(results)}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+        text = f"{before}{begin}\n{table(results[name])}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
     PAGE.write_text(text, encoding="utf-8")
+
+
+def merged(old: dict[str, Any], column: str, found: dict[str, Any]) -> dict[str, Any]:
+    """With the counts of the other columns, unless they are of other calls; the rest is that of "now"."""
+    if old.get("of") != found["of"]:
+        old = {}
+    rest = {**old, **found} if column == "now" else {**found, **old}
+    return {**rest, "counts": {**old.get("counts", {}), column: found["counts"]}}
 
 
 def count_calls() -> dict[str, Any]:
     from tests.reference_api import calls
 
-    counts = {}
-    for kind, name in calls.KINDS.items():
-        faults = calls.faults(kind)
-        for call, fault in faults.items():
-            print(f"{kind}: {call}: {fault}", flush=True)
-        counts[name] = len(calls.CALLS) - len(faults)
-    return {"names": len(calls.CALLS), "counts": counts}
+    counts = dict.fromkeys(calls.KINDS.values(), len(calls.CALLS))
+    for of in calls.ROWS:
+        for kind, name in calls.KINDS.items():
+            faults = calls.faults(kind, [of])
+            counts[name] -= len(faults)
+            for call, fault in faults.items():
+                print(f"{kind}: {call}: {fault}", flush=True)
+        print(f"{of}: done", flush=True)
+    return {"of": len(calls.CALLS), "counts": counts}
 
 
 def count_hooks() -> dict[str, Any]:
@@ -76,37 +83,41 @@ def count_hooks() -> dict[str, Any]:
     for what, fault in faults.items():
         print(f"{what}: {fault}")
     wrong = [what.split(" ")[0] for what in faults]
-    return {"places": places, "counts": {name: places - wrong.count(kind) for kind, name in hooks.KINDS.items()}}
+    return {"of": places, "counts": {name: places - wrong.count(kind) for kind, name in hooks.KINDS.items()}}
+
+
+def try_versions() -> dict[str, Any]:
+    from tests.reference_api.versions import VERSIONS, try_version
+
+    found = {}
+    for version in VERSIONS:
+        found[version] = try_version(version)
+        print(version, found[version], flush=True)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=TABLES)
-    parser.add_argument("name", nargs="?", default="now", help="what counts are kept under")
+    parser.add_argument("--column", choices=COLUMNS, default="now", help="what counts are kept as")
+    parser.add_argument("--package", type=Path, help="the folder that holds qwen_image_fast, of an older tree")
     chosen = parser.parse_args()
+    if chosen.package is not None:
+        sys.path.insert(0, str(chosen.package))
+        os.environ["PYTHONPATH"] = str(chosen.package)
     sys.path.insert(0, str(ROOT / "tests"))
     logging.getLogger("qwen_image_fast").setLevel(logging.ERROR)
-    found: dict[str, Any]
     if chosen.what == "versions":
-        from tests.reference_api.versions import VERSIONS, try_version
-
-        found = {}
-        for version in VERSIONS:
-            found[version] = try_version(version)
-            print(version, found[version], flush=True)
+        found = try_versions()
     else:
         found = count_calls() if chosen.what == "calls" else count_hooks()
-    results = {"calls": {}, "hooks": {}, "versions": {}}
-    if RESULTS.is_file():
-        results |= json.loads(RESULTS.read_text(encoding="utf-8"))
-    if chosen.what == "versions":
-        results["versions"] = found
-    else:
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
+    if chosen.what != "versions":
         results["diffusers"] = metadata.version("diffusers")
-        results[chosen.what][chosen.name] = found.pop("counts")
-        results |= found
+        found = merged(results.get(chosen.what, {}), chosen.column, found)
+    results[chosen.what] = found
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    if all(results[name] for name in TABLES):
+    if TABLES.keys() <= results.keys():
         write_page(results)
 
 

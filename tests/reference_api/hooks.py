@@ -143,10 +143,14 @@ class Both:
         expected, calls = self._hooked(self.theirs, place, kind, run)
         self.fast.transformer.__dict__.pop("_modulation_table", None)
         for _ in range(2 if run is draw else 1):  # before all else, and on a model that has drawn
-            got, made = self._hooked(self.fast, place, kind, run)
+            try:
+                got, made = self._hooked(self.fast, place, kind, run)
+                after = run(self.fast)
+            except Exception as error:  # of a tree that cannot
+                return f"ends in {type(error).__name__}: {error}"
             if bool(made) != bool(calls) or not alike(got, expected):
                 return "not seen" if not made else "seen, with another result"
-            if not alike(run(self.fast), self.plain[run]):
+            if not alike(after, self.plain[run]):
                 return "outlives its removal"
         return None
 

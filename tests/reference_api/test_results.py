@@ -10,18 +10,32 @@ FOUND = json.loads(RESULTS.read_text())
 
 
 def test_every_hook_is_seen():
-    assert set(FOUND["hooks"]["now"].values()) == {FOUND["places"]}
-    assert min(FOUND["hooks"]["before"].values()) < FOUND["places"]
+    hooks = FOUND["hooks"]
+    assert set(hooks["counts"]["now"].values()) == {hooks["of"]}
+    assert min(hooks["counts"]["before"].values()) < hooks["of"]
 
 
 def test_every_version_from_the_floor_on_passes():
     floor = ".".join(map(str, OLDEST_DIFFUSERS))
-    for version, found in FOUND["versions"].items():
+    for version, row in FOUND["versions"].items():
         if tuple(map(int, version.split(".")[:2])) >= OLDEST_DIFFUSERS:
-            assert found["passed"], (version, found)
+            assert row["passed"], row
         else:
-            assert not found["passed"] and f"diffusers must be {floor} or newer, got {version}" in found["said"]
+            assert not row["passed"] and f"diffusers must be {floor} or newer, got {version}" in row["said"]
 
 
 def test_the_page_is_made_from_them():
-    assert all(table(FOUND) in PAGE.read_text() for table in TABLES.values())
+    assert all(table(FOUND[name]) in PAGE.read_text() for name, table in TABLES.items())
+
+
+def test_the_calls_are_those_of_the_list():
+    import pytest
+
+    pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    from tests.reference_api import calls
+
+    counts = FOUND["calls"]["counts"]["now"]
+    different = sum(call.different is not None for call in calls.CALLS)
+    assert FOUND["calls"]["of"] == len(calls.CALLS) == counts["after `accelerate`"]
+    assert counts["stand-alone"] == len(calls.CALLS) - different

@@ -99,6 +99,9 @@ class PretrainedModel(nn.Module):
     streamed: Any = None  # weights that are read when they are used (models/streaming.py)
     # What it is to a pipeline, and whose names of tensors are read for ours (weights/names.py).
     part: str | None = None
+    # What scripts for diffusers ask of a class.
+    _supports_gradient_checkpointing = False
+    _keep_in_fp32_modules: Sequence[str] | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:

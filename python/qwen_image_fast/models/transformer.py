@@ -141,6 +141,7 @@ class QwenImageTransformer2DModel(TransformerForward, PretrainedModel):
     """
 
     part = "transformer"
+    _supports_gradient_checkpointing = True
 
     @record_config
     def __init__(

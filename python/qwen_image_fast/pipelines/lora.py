@@ -204,6 +204,15 @@ class LoraMixin:
         _check_components(components)
         adapters_of(self.transformer).unfuse()
 
+    @property
+    def fused_loras(self) -> set[str]:
+        """The adapters that `fuse_lora` put into the weights."""
+        return set(adapters_of(self.transformer).fused)
+
+    @property
+    def num_fused_loras(self) -> int:
+        return len(self.fused_loras)
+
     def use_schedule(self, name: str) -> dict[str, Any]:
         """Sample as distilled weights were trained to: `pipe(prompt, **pipe.use_schedule("lightning-4"))`.
 
