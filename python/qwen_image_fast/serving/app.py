@@ -209,7 +209,7 @@ def _queried(answer: Callable[[Request], Any], *names: str) -> Callable[[Request
     async def asked(request: Request) -> Response:
         for name in request.query_params:
             if name not in names:
-                where = "" if names else "; fields are in the body"
+                where = "; fields are in the body" if request.method == "POST" else ""
                 raise invalid(f"{request.url.path[:200]} has no parameter {name[:100]}{where}", name[:100],
                               "unknown_parameter")  # fmt: skip
         return await answer(request)
