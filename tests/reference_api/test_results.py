@@ -39,3 +39,4 @@ def test_the_calls_are_those_of_the_list():
     different = sum(call.different is not None for call in calls.CALLS)
     assert FOUND["calls"]["of"] == len(calls.CALLS) == counts["after `accelerate`"]
     assert counts["stand-alone"] == len(calls.CALLS) - different
+    assert FOUND["calls"]["counts"]["before"]["stand-alone"] < counts["stand-alone"]
