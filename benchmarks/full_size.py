@@ -20,15 +20,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.full_size_files import BLOCKS, WIDTH, WRITERS, slice_of
 
-LIMITS = {"int8": "17GB", "int4": "12GB"}
+if TYPE_CHECKING:
+    from qwen_image_fast.weights.plan import Plan
+
+LIMITS = {"int8": "17GB", "int4": "12GB", "whole": "12GB"}
 SLICE = 3  # blocks of the exact comparison; the last of them is not like those in the middle
 
 
@@ -36,6 +40,25 @@ def status() -> dict[str, int]:
     with open("/proc/self/status") as file:
         found = dict(line.split(":", 1) for line in file if line.startswith(("VmHWM", "Rss", "VmSwap")))
     return {name: int(value.split()[0]) * 1024 for name, value in found.items()}
+
+
+def reset_peak() -> None:
+    """Have VmHWM count from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+@contextmanager
+def plans_kept() -> Iterator[list[Plan]]:
+    """The plans that pipelines make in the meantime."""
+    from qwen_image_fast.pipelines import residence
+
+    plans: list[Plan] = []
+    original = residence.make_plan
+    residence.make_plan = lambda *a: plans.append(original(*a)) or plans[-1]  # type: ignore[func-returns-value]
+    try:
+        yield plans
+    finally:
+        residence.make_plan = original
 
 
 def load_mapped(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -171,11 +194,14 @@ def text(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     states = []
     for name, limit in (("streamed", "6GB"), ("mapped", None)):
         begin = time.perf_counter()
-        pipe = QwenImagePipeline.from_pretrained(
-            folder, transformer=None, vae=None, tokenizer=None, scheduler=None, torch_dtype=torch.bfloat16,
-            **({} if limit is None else {"memory_limit": limit}),
-        )  # fmt: skip
+        reset_peak()
+        with plans_kept() as plans:
+            pipe = QwenImagePipeline.from_pretrained(
+                folder, transformer=None, vae=None, tokenizer=None, scheduler=None, torch_dtype=torch.bfloat16,
+                **({} if limit is None else {"memory_limit": limit}),
+            )  # fmt: skip
         found[f"{name}_load_seconds"] = time.perf_counter() - begin
+        found[f"{name}_loaded"] = status()
         for turn in ("first", "second"):
             begin = time.perf_counter()
             with torch.no_grad():
@@ -183,18 +209,66 @@ def text(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             found[f"{name}_{turn}_prompt_seconds"] = time.perf_counter() - begin
         states.append(state)
         found[f"{name}_peak"] = status()
+        for plan in plans:
+            found |= {"plan": dict(plan.rows()), "plan_peak_bytes": plan.peak}
+            found["peak_over_plan"] = found[f"{name}_peak"]["VmHWM"] / plan.peak
         del pipe
         gc.collect()
     return {**found, "equal": torch.equal(*states) and bool(states[0].isfinite().all())}
 
 
+def whole(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """From a prompt to a picture of each size under one limit: every part read from its files, nothing given."""
+    import torch
+
+    from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
+
+    reset_peak()
+    begin = time.perf_counter()
+    with plans_kept() as plans:
+        pipe = QwenImagePipeline.from_pretrained(
+            folder, torch_dtype=torch.bfloat16, precision="int4", memory_limit=LIMITS["whole"]
+        )
+    found: dict[str, Any] = {"load_seconds": time.perf_counter() - begin, "loaded": status()}
+    rings = {part: getattr(pipe, part).streamed.ring for part in ("text_encoder", "transformer")}
+    peaks: dict[str, dict[str, int]] = {}
+
+    def on_stage(name: str) -> None:
+        """At the beginning of a stage: what the one before took."""
+        peaks.setdefault(stages[-1], {})
+        peaks[stages[-1]] = {**status(), "read_bytes": rings["transformer"].rate.read}
+        stages.append(name)
+        reset_peak()
+
+    pipe.on_stage = on_stage
+    for size in arguments.size:
+        stages = ["load"]
+        peaks = {}
+        begin = time.perf_counter()
+        [picture] = pipe(
+            f"a red fox in the snow, picture {size}", width=size, height=size, num_inference_steps=arguments.steps,
+            seed=0, progress=False,
+        ).images  # fmt: skip
+        seconds = time.perf_counter() - begin
+        on_stage("end")
+        assert picture.size == (size, size)
+        found[f"{size}px"] = {"seconds": seconds, "stages": dict(pipe.times), "peaks": peaks}
+    [plan] = plans
+    largest = max(peak["VmHWM"] for key in found if key.endswith("px") for peak in found[key]["peaks"].values())
+    return {
+        **found, "precision": "int4", "limit": LIMITS["whole"], "plan": dict(plan.rows()), "plan_peak_bytes": plan.peak,
+        "peak_over_plan": largest / plan.peak,
+    }  # fmt: skip
+
+
 PHASES: dict[str, Callable[[Path, argparse.Namespace], dict[str, Any]]] = {
     "load_mapped": load_mapped, "step": step, "exact": exact, "text": text,
-    "int8": partial(step, precision="int8"), "int4": partial(step, precision="int4"),
+    "int8": partial(step, precision="int8"), "int4": partial(step, precision="int4"), "whole": whole,
 }  # fmt: skip
 
 PARTS = {
     "transformer": ("load_mapped", "exact", "step"), "text_encoder": ("text",), "int8": ("int8",), "int4": ("int4",),
+    "whole": ("whole",),
 }  # fmt: skip
 
 
@@ -238,11 +312,12 @@ def main() -> None:
         if part not in arguments.only:
             continue
         folder = arguments.folder / f"of-{part}"
-        place = folder / ("transformer" if part in LIMITS else part)
+        place = folder if part == "whole" else folder / ("transformer" if part in LIMITS else part)
         begin = time.perf_counter()
-        size = sum(p.stat().st_size for p in place.glob("*.safetensors")) if place.is_dir() else WRITERS[part](place)
+        size = sum(p.stat().st_size for p in place.rglob("*.safetensors")) if place.is_dir() else WRITERS[part](place)
         results[part] = {"bytes": size, "write_seconds": time.perf_counter() - begin}
         shutil.copytree(SHIPPED / "scheduler", folder / "scheduler", dirs_exist_ok=True)
+        shutil.copytree(SHIPPED / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
         shutil.copyfile(SHIPPED / "model_index.json", folder / "model_index.json")
         for phase in phases:
             results[part][phase] = run_phase(phase, folder, arguments)

@@ -1,4 +1,4 @@
-"""Folders of the released sizes with random weights, in bfloat16, 8 or 4 bits, written a block at a time.
+"""Folders of the released sizes with random weights, in bfloat16, 8 or 4 bits or NF4, written a block at a time.
 
 The values of one block are drawn once; each block has them rolled by its number, so that no two are alike. Every byte
 is written: nothing is sparse, linked or shared.
@@ -28,8 +28,14 @@ TEXT_CONFIG = {
     "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
 }  # fmt: skip
 Shapes = dict[str, tuple[int, ...]]
+TEXT_REST: Shapes = {"model.embed_tokens.weight": (WORDS, TEXT), "model.norm.weight": (TEXT,)}
 KINDS = {"uint16": "BF16", "int8": "I8", "uint8": "U8", "float32": "F32"}
-NOT_ROLLED = ("weight_codebook", "comfy_quant")  # what all numbers of a weight share
+NOT_ROLLED = ("weight_codebook", "comfy_quant", "quant_map", "nf4")  # what all numbers of a weight share
+NF4 = np.array([
+    -1, -0.6961928, -0.5250731, -0.39491748, -0.28444138, -0.18477343, -0.09105003, 0,
+    0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1,
+], np.float32)  # fmt: skip
+NF4_BLOCK = 64  # numbers with one scale
 
 
 def block_shapes() -> Shapes:
@@ -97,6 +103,24 @@ def in_few_bits(tensors: Mapping[str, np.ndarray], precision: str) -> dict[str, 
     return found
 
 
+def in_nf4(tensors: Mapping[str, np.ndarray], of: str) -> dict[str, np.ndarray]:
+    """The matrices whose names have `of` in them as bitsandbytes' files have them, without nested scales."""
+    found: dict[str, np.ndarray] = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or of not in name:
+            found[name] = tensor
+            continue
+        blocks = (tensor.astype(np.uint32) << 16).view(np.float32).reshape(-1, NF4_BLOCK)
+        scales = np.abs(blocks).max(1)
+        codes = np.searchsorted((NF4[1:] + NF4[:-1]) / 2, blocks / scales[:, None]).astype(np.uint8)
+        state = json.dumps({"quant_type": "nf4", "blocksize": NF4_BLOCK, "dtype": "bfloat16", "shape": tensor.shape})
+        found |= {
+            name: (codes[:, ::2] << 4 | codes[:, 1::2]).reshape(-1, 1), f"{name}.absmax": scales,
+            f"{name}.quant_map": NF4, f"{name}.quant_state.bitsandbytes__nf4": np.frombuffer(state.encode(), np.uint8),
+        }  # fmt: skip
+    return found
+
+
 def write_shard(path: Path, prefix: str, tensors: Mapping[str, np.ndarray], roll: int) -> dict[str, str]:
     """One safetensors file; the names in it and the file's name."""
     header: dict[str, object] = {}
@@ -143,13 +167,30 @@ def write_quantised(folder: Path, precision: str) -> int:
 
 
 def write_text_encoder(folder: Path) -> int:
-    rest: Shapes = {"model.embed_tokens.weight": (WORDS, TEXT), "model.norm.weight": (TEXT,)}
-    return write_folder(folder, "model", TEXT_CONFIG, rest, drawn(layer_shapes(), 2), "model.layers", LAYERS)
+    return write_folder(folder, "model", TEXT_CONFIG, TEXT_REST, drawn(layer_shapes(), 2), "model.layers", LAYERS)
+
+
+def write_whole(folder: Path) -> int:
+    """A pipeline but for scheduler and tokenizer: the blocks' large layers in 4 bits, modulation and text encoder in
+    NF4, the VAE in bfloat16."""
+    import torch
+
+    from qwen_image_fast.models.vae import AutoencoderKLQwenImage
+
+    values = in_nf4(in_few_bits(drawn(block_shapes(), 2), "int4"), "_mod.")
+    base = "diffusion_pytorch_model"
+    size = write_folder(folder / "transformer", base, CONFIG, rest_shapes(), values, "transformer_blocks", BLOCKS)
+    values = in_nf4(drawn(layer_shapes(), 3), "proj.")
+    size += write_folder(folder / "text_encoder", "model", TEXT_CONFIG, TEXT_REST, values, "model.layers", LAYERS)
+    vae = AutoencoderKLQwenImage().to(torch.bfloat16)
+    vae.save_pretrained(folder / "vae")
+    return size + sum(path.stat().st_size for path in (folder / "vae").glob("*.safetensors"))
 
 
 WRITERS: Mapping[str, Callable[[Path], int]] = {
     "transformer": write_transformer, "text_encoder": write_text_encoder,
     "int8": partial(write_quantised, precision="int8"), "int4": partial(write_quantised, precision="int4"),
+    "whole": write_whole,
 }  # fmt: skip
 
 

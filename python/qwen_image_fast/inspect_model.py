@@ -115,19 +115,21 @@ class Model:
         totals["one_freed"] = max(freed, default=0)
         return {way: size / GB + margin_gb for way, size in totals.items()}
 
-    def plan(self, limit: int, dtype: torch.dtype) -> Plan:
+    def plan(self, limit: int, dtype: torch.dtype, precision: str | None = None) -> Plan:
         """What stays under a limit of bytes on a CPU, and what is streamed, as a pipeline of this model loads it.
 
         Raises:
-            ValueError: the limit is too small.
+            ValueError: the limit is too small, or the transformer's file has another quantisation than `precision`.
         """
         known = {PART_OF_CLASS.get(part.class_name, part.name): part for part in self.parts if part.weights}
         used = {name: used_weights(part.weights, name, self.uses_vision, False) for name, part in known.items()}
-        return plan_for(used, dict.fromkeys(used, dtype), torch.device("cpu"), limit)
+        dtypes: dict[str, torch.dtype | None] = dict.fromkeys(used, dtype)
+        return plan_for(used, dtypes, torch.device("cpu"), limit, precision=precision, pictures=self.uses_vision)
 
 
-def plan_table(plan: Plan, dtype: str) -> Table:
-    table = Table("what", title=f"Under {size_text(plan.limit)}, in {dtype}", title_justify="left")
+def plan_table(plan: Plan, dtype: str, precision: str | None = None) -> Table:
+    small = "" if precision is None else f", the transformer's large layers in {precision}"
+    table = Table("what", title=f"Under {size_text(plan.limit)}, in {dtype}{small}", title_justify="left")
     table.add_column("bytes")
     for row in plan.rows():
         table.add_row(*row)

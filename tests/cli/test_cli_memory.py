@@ -20,11 +20,15 @@ def test_inspect_prints_the_plan(monkeypatch):
     assert found.exit_code == 0 and plan["peak"].endswith("of 3.0 GB") and "buffers" not in plan
     found = run("inspect", "tiny", "--memory", "3GB", "--dtype", "float32")
     assert found.exit_code == 0 and "Under 3.0 GB, in float32" in found.stdout and "transformer, blocks" in found.stdout
+    found = run("inspect", "tiny", "--memory", "3GB", "--precision", "int4")
+    assert found.exit_code == 0 and "layers in int4" in found.stdout and "transformer, blocks" not in found.stdout
 
 
 @pytest.mark.parametrize(
     "words, sentence",
     [
+        (("inspect", "tiny", "--precision", "int8"), "--precision has no effect without --memory"),
+        (("inspect", "tiny", "--memory", "3GB", "--precision", "int2"), "--precision must be int8 or int4, got int2"),
         (("inspect", "tiny", "--memory", "1MB"), "memory_limit must be at least"),
         (("inspect", "tiny", "--memory", "much"), "--memory must be a positive number of bytes or a string like '4GB'"),
         (("generate", "a fox", "--memory", "-3"), "--memory must be a positive number of bytes or a string like '4GB'"),

@@ -63,6 +63,9 @@ def test_kept_weights_of_the_path_of_cuda(as_on_cuda):
     ours, _ = pair()
     z = latents(1, 4, 1, 2, 3)
     before, kept_bytes = ours.decode(z).sample, vae_conv.packed_bytes(ours)
+    shapes = {name: p.shape for name, p in ours.named_parameters()}
+    counted = vae_conv.packed_bytes_of(shapes, before.element_size(), cuda=True, encodes=False)
+    assert kept_bytes <= counted < 1.05 * kept_bytes
     with torch.no_grad():
         ours.decoder.up_blocks[0].upsamplers[0].resample[1].weight.mul_(0.5)
     assert kept_bytes > 0 and not torch.equal(ours.decode(z).sample, before)

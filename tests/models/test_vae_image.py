@@ -137,6 +137,19 @@ def test_an_optimizer_step_is_seen():
     assert not torch.equal(before, after)
 
 
+def test_kept_weights_are_as_many_as_plans_count():
+    ours, _ = pair(torch.float32, **WIDE)
+    shapes = {name: p.shape for name, p in ours.named_parameters()}
+    ours.decode(latents(1, 4, 1, 2, 3, dtype=torch.float32))
+    assert vae_conv.packed_bytes(ours) == vae_conv.packed_bytes_of(shapes, 4, cuda=False, encodes=False)
+    ours.encode(pixels(1, 3, 1, 16, 24, dtype=torch.float32))
+    assert vae_conv.packed_bytes(ours) == vae_conv.packed_bytes_of(shapes, 4, cuda=False, encodes=True)
+    with torch.device("meta"):
+        released = {name: p.shape for name, p in AutoencoderKLQwenImage().named_parameters()}
+    found = [vae_conv.packed_bytes_of(released, 2, cuda=False, encodes=encodes) for encodes in (False, True)]
+    assert [round(n / 1e6) for n in found] == [466, 736]  # docs/vae.md
+
+
 def test_kept_weights_leave_with_the_model_and_are_not_copied():
     ours, _ = pair(torch.float32, **WIDE)
     ours.decode(latents(1, 4, 1, 2, 3, dtype=torch.float32))

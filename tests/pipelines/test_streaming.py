@@ -8,13 +8,17 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qwen_image_fast import QwenImageEditPlusPipeline, QwenImagePipeline
 from qwen_image_fast.folders import SHIPPED
 from qwen_image_fast.models import streaming
 from qwen_image_fast.models.lora import adapters_of
 from qwen_image_fast.models.lora_kinds import Adapter, Pair
+from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
+from qwen_image_fast.models.vae_conv import packed_bytes
 from qwen_image_fast.pipelines import residence
+from qwen_image_fast.weights import plan
 
 CALL = {"width": 64, "height": 64, "num_inference_steps": 2, "seed": 1, "output_type": "latent", "progress": False}
 GUIDED = {"prompt": "a red square", "negative_prompt": " ", "true_cfg_scale": 4.0}
@@ -26,13 +30,16 @@ def small_plans(monkeypatch):
     """Plans for the tiny model, which is smaller than what a process takes."""
     monkeypatch.setattr(residence, "resident_bytes", lambda: 0)
     monkeypatch.setattr(residence, "working_of", lambda *_: WORKING)
+    monkeypatch.setattr(plan, "_up", lambda size: f"{size} bytes")  # so that the least is no more than that
 
 
 def least(**options):
     """The smallest limit, which the error of a smaller one names."""
-    with pytest.raises(ValueError, match=r"memory_limit must be at least (\d+)MB, got 0.1 GB: the process") as error:
+    with pytest.raises(
+        ValueError, match=r"memory_limit must be at least (\d+) bytes, got 0.1 GB: the process"
+    ) as error:
         QwenImagePipeline.from_pretrained("tiny", memory_limit=WORKING + 10**5, **options)
-    return int(re.search(r"at least (\d+)MB", str(error.value))[1]) * 10**6
+    return int(re.search(r"at least (\d+) bytes", str(error.value))[1])
 
 
 def latents(pipe, **more):
@@ -88,7 +95,7 @@ def test_pictures_and_a_vision_tower():
     picture = Image.new("RGB", (64, 64), "red")
     call = {**GUIDED, **CALL, "image": [picture]}
     whole = QwenImageEditPlusPipeline.from_pretrained("tiny")(**call).images[0]
-    pipe = QwenImageEditPlusPipeline.from_pretrained("tiny", memory_limit=least() + 3 * 10**6)
+    pipe = QwenImageEditPlusPipeline.from_pretrained("tiny", memory_limit=least() + 5 * 10**6)
     assert pipe.transformer.streamed is not None
     assert torch.equal(pipe(**call).images[0], whole)
 
@@ -113,6 +120,43 @@ def test_layers_in_8_bits_stay():
     assert pipe.transformer.streamed.tracks.keys() == {"modulation"}
     assert all(".img_mod." in name or ".txt_mod." in name for name in pipe.transformer.streamed.unit_of)
     assert torch.equal(latents(pipe), whole)
+
+
+@pytest.mark.parametrize("precision", [None, "int8", "int4"])
+def test_plans_count_what_is_held(precision, monkeypatch):
+    """Weights, buffers, and the VAE's transformed weights after a picture; not the embedding, which is mapped."""
+    plans, make = [], residence.make_plan
+    monkeypatch.setattr(residence, "make_plan", lambda *a: plans.append(make(*a)) or plans[-1])
+    options = {"torch_dtype": torch.bfloat16, "precision": precision}
+    pipe = QwenImagePipeline.from_pretrained("tiny", memory_limit=least(**options) + 555_555, **options)
+    pipe(**GUIDED, **{**CALL, "output_type": "pil"})
+    parts = [pipe.transformer, pipe.vae, pipe.text_encoder]
+    tensors = {name: t for part in parts for name, t in (*part.named_parameters(), *part.named_buffers())}
+    del tensors["language_model.embed_tokens.weight"]
+    held = sum(t.nbytes for t in tensors.values() if not t.is_meta) + packed_bytes(pipe.vae)
+    held += sum(slot.buffer.nbytes for slot in pipe.transformer.streamed.ring.slots)
+    assert held == pytest.approx(plans[-1].peak - plans[-1].base - WORKING, rel=0.002)
+
+
+def test_what_a_file_in_8_bits_has_in_floats_is_counted_so(tmp_path, monkeypatch):
+    """Its layers in 8 bits are taken as they are, and no others are made; what is left of the blocks stays."""
+    QwenImageTransformer2DModel.from_pretrained("tiny", subfolder="transformer", precision="int8").save_pretrained(
+        tmp_path
+    )
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    whole, path = load_file(file), "transformer_blocks.2.img_mlp.net.2"
+    for suffix in ("weight_scale", "comfy_quant"):
+        del whole[f"{path}.{suffix}"]
+    whole[f"{path}.weight"] = torch.zeros(192, 768, dtype=torch.bfloat16)
+    save_file(whole, file)
+    plans, make = [], residence.make_plan
+    monkeypatch.setattr(residence, "make_plan", lambda *a: plans.append(make(*a)) or plans[-1])
+    options = {"transformer": str(file), "precision": "int8", "torch_dtype": torch.bfloat16}
+    pipe = QwenImagePipeline.from_pretrained("tiny", memory_limit=least(**options), **options)
+    assert not pipe.transformer.get_submodule(path).weight.is_meta
+    kept = {p.name: p for p in plans[-1].parts}["transformer"].kept
+    tensors = (*pipe.transformer.parameters(), *pipe.transformer.buffers())
+    assert kept == pytest.approx(sum(t.nbytes for t in tensors if not t.is_meta), rel=0.002)
 
 
 @pytest.mark.parametrize("change", ["replaced", "written", "removed"])

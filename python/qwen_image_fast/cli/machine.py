@@ -29,9 +29,16 @@ def inspect(
         str | None, typer.Option(help="Also the plan under such a limit, as 20GB: what stays and what is streamed.")
     ] = None,
     dtype: Annotated[str, typer.Option(help=f"With --memory: of the weights, {DTYPE_HELP}")] = "bfloat16",
+    precision: Annotated[
+        str | None, typer.Option(help="With --memory: int8 or int4, of the transformer's large layers.")
+    ] = None,
     as_json: JSON = False,
 ) -> None:
     """Say what a model holds and which cards it fits, or what a picture was made with and how to repeat it."""
+    if precision is not None and memory is None:
+        raise CommandError("--precision has no effect without --memory, under which it changes the plan")
+    if precision not in (None, "int8", "int4"):
+        raise CommandError(f"--precision must be int8 or int4, got {precision}")
     if (path := Path(what).expanduser()).suffix.lower() in PICTURES and not path.is_dir():
         if memory is not None:
             raise CommandError("--memory has no effect on a picture; name a model")
@@ -52,7 +59,7 @@ def inspect(
         else:
             limit = None if memory is None else memory_bytes(memory)
             found = inspect_model.inspect_model(what)
-            plan = None if limit is None else found.plan(limit, torch_dtype(dtype))
+            plan = None if limit is None else found.plan(limit, torch_dtype(dtype), precision)
     if other:
         if memory is not None:
             raise CommandError("--memory has no effect on such a file; name a model")
@@ -64,7 +71,7 @@ def inspect(
     else:
         out.print(inspect_model.render(found, margin))
         if plan is not None:
-            out.print(inspect_model.plan_table(plan, dtype))
+            out.print(inspect_model.plan_table(plan, dtype, precision))
     for problem in found.problems:
         print_error(problem)
     if found.problems:

@@ -14,6 +14,7 @@ from torch import nn
 from qwen_image_fast.drop_in.obstacle import obstacle
 from qwen_image_fast.drop_in.swapped import Swapped
 from qwen_image_fast.models.streaming import refuse_moves, stream_layers, stream_tensors, units_of
+from qwen_image_fast.models.vae_conv import packed_bytes_of
 from qwen_image_fast.sizes import gb
 from qwen_image_fast.weights.cuda_lane import CudaLane, CudaStreams
 from qwen_image_fast.weights.memory import CONTEXT
@@ -90,6 +91,9 @@ def part_size(name: str, part: nn.Module) -> PartSize:
     found = {track: [sum(tensors[n].nbytes for n in own) for own in us] for track, us in units(name, part).items()}
     streamed = sum(map(sum, found.values()))
     kept = sum(t.nbytes for t in (*tensors.values(), *part.buffers())) - streamed
+    if name == "vae":
+        value = next(iter(tensors.values())).element_size()
+        kept += packed_bytes_of({n: p.shape for n, p in tensors.items()}, value, cuda=True, encodes=True)
     return PartSize(name, kept, found)
 
 

@@ -272,11 +272,7 @@ def read_int8_layers(
     Raises:
         ValueError: the file has a quantisation of its own that is another, or numbers that are not finite.
     """
-    stored = {path: weights[f"{path}.weight"] for path in int8_layers(model) if f"{path}.weight" in weights}
-    own = {path: weight for path, weight in stored.items() if _is_in(precision, weight)}
-    if not own:
-        refuse_quantised(stored)
-        own = stored
+    own = layers_in(precision, weights)
     # All places first: made between what is read and given back, they would leave holes, a third of them all.
     places = {path: _place_of(weight, precision) for path, weight in own.items()}
     for path, weight in tqdm(own.items(), desc=f"read in {precision[3:]} bits", leave=False, disable=None):
@@ -285,6 +281,16 @@ def read_int8_layers(
         read = _read(path, weight, places.pop(path), precision).to(device or torch.device("cpu"))
         setattr(model.get_submodule(parent), name, Int8Linear(read, layer.bias))
     return {name: weight for name, weight in weights.items() if name.removesuffix(".weight") not in own}
+
+
+def layers_in(precision: str, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """The weights that `read_int8_layers` takes, by layer; ValueError where it would raise one for their formats."""
+    of_layers = {name.removesuffix(".weight"): w for name, w in weights.items() if name.endswith(".weight")}
+    stored = {path: weight for path, weight in of_layers.items() if LAYERS.fullmatch(path)}
+    own = {path: weight for path, weight in stored.items() if _is_in(precision, weight)}
+    if not own:
+        refuse_quantised(stored)
+    return own or stored
 
 
 def refuse_quantised(stored: Mapping[str, Weight]) -> None:

@@ -5,7 +5,7 @@ An image here is `[B, C, H, W]` in channels-last memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -75,6 +75,29 @@ def forget_packed_weights(model: nn.Module) -> None:
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of transformed weights that are kept for a model."""
     return sum(_packed[weight][1].nbytes for weight in model.parameters() if weight in _packed)
+
+
+def packed_bytes_of(shapes: Mapping[str, Sequence[int]], itemsize: int, cuda: bool, encodes: bool) -> int:
+    """`packed_bytes` of a VAE after its first image, from the shapes of its weights by name; on CUDA at most so many.
+
+    Args:
+        itemsize: bytes of a value of the model. cuda: its copies for the GPU's kernels; else Winograd's.
+        encodes: whether it encodes images, too; it decodes them in any case.
+    """
+    total = 0
+    for name, shape in shapes.items():
+        if not (name.startswith("decoder.") or (encodes and name.startswith("encoder."))) or len(shape) < 4:
+            continue
+        out_channels, in_channels, kernel = shape[0], shape[1], tuple(shape[-2:])
+        # The encoder's are of stride 2, which torch convolves.
+        upsamples, halves = "upsamplers." in name, "down_blocks." in name and ".resample." in name
+        if "time_conv" in name or halves:
+            continue
+        if cuda:
+            total += itemsize * out_channels * in_channels * (16 if upsamples else kernel[0] * kernel[1])
+        elif kernel == (3, 3) and in_channels >= FEWEST_CHANNELS:
+            total += 4 * 36 * (4 if upsamples else 1) * -(-out_channels // 32) * 32 * in_channels
+    return total
 
 
 def flat_weight(weight: Tensor) -> Tensor:

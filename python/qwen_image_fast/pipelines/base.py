@@ -52,6 +52,7 @@ class Pipeline(Counterparts, PipelineFolder, LoraMixin):
     parts: ClassVar[dict[str, list[str]]] = _PARTS
     # Whether the vision tower of the condition encoder is loaded.
     uses_vision = False
+    encodes_pictures = True  # by the VAE
     # Whether it is loaded with its language-model head, to write captions.
     writes_captions = False
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qwen_image_fast.checkpoint import find_weights, read_config
-from qwen_image_fast.models.int8_linear import LAYERS, bytes_of
+from qwen_image_fast.models.int8_linear import bytes_of, layers_in
 from qwen_image_fast.models.streaming import StreamingLoader, units_of
 from qwen_image_fast.models.text_encoder import load_text_encoder
+from qwen_image_fast.models.vae_conv import packed_bytes_of
 from qwen_image_fast.pipelines.parts import MODELS, WEIGHTS, settings_of
 from qwen_image_fast.sizes import parse_bytes
 from qwen_image_fast.tensor_files import Entry, is_mapped
@@ -69,6 +70,8 @@ def part_size(
     eight = in_8_bits(weights, precision) if name == "transformer" and precision is not None else {}
     weights = {n: weight for n, weight in weights.items() if n not in eight}
     own = units_of({n: weight.shape for n, weight in weights.items()}) if streams else {}
+    if eight:
+        own.pop("blocks", None)  # what a file has in floating point of them stays with the others
     sizes = {t: [sum(weight_bytes(weights[n], dtype) for n in names) for names in us] for t, us in own.items()}
     streamed = {n for us in own.values() for names in us for n in names}
     kept = [weight for n, weight in weights.items() if n not in streamed]
@@ -79,9 +82,9 @@ def part_size(
 
 def in_8_bits(weights: Mapping[str, Weight], precision: str) -> dict[str, int]:
     """The matrices that layers in 8 bits or 4 are made of, and what they take then."""
-    found = {n: w for n, w in weights.items() if n.endswith(".weight") and LAYERS.fullmatch(n.removesuffix(".weight"))}
     return {
-        name: int(bytes_of(precision) * math.prod(weight.shape)) + 8 * weight.shape[0] for name, weight in found.items()
+        f"{path}.weight": int(bytes_of(precision) * math.prod(weight.shape)) + 8 * weight.shape[0]
+        for path, weight in layers_in(precision, weights).items()
     }
 
 
@@ -112,7 +115,8 @@ class Residence:
             return
         used = {name: part.used for name, part in stored.items()}
         limit = parse_bytes(memory_limit)
-        self.plan = plan_for(used, kinds, device, limit, cls.writes_captions, precision)
+        pictures = cls.encodes_pictures
+        self.plan = plan_for(used, kinds, device, limit, cls.writes_captions, precision, pictures)
         if self.plan.streams:
             lane = CudaLane(CudaStreams(device)) if device.type == "cuda" else None
             self.ring = Ring(self.plan.buffer, self.plan.buffers, lane)
@@ -145,11 +149,20 @@ class Residence:
 
 def plan_for(
     used: Mapping[str, Mapping[str, Weight]], dtypes: Mapping[str, torch.dtype | None], device: torch.device,
-    limit: int, captions: bool = False, precision: str | None = None,
+    limit: int, captions: bool = False, precision: str | None = None, pictures: bool = True,
 ) -> Plan:  # fmt: skip
-    """The plan for the weights of each part; `captions`: the text encoder writes some, and is transformers' own."""
+    """The plan for the weights of each part; `captions`: the text encoder writes some, and is transformers' own;
+    `pictures`: the VAE encodes some.
+
+    Raises:
+        ValueError: the limit is too small, or `precision` cannot be had of the transformer's file.
+    """
     streams = {"transformer"} if captions else {"transformer", "text_encoder"}
     sizes = [part_size(name, own, dtypes[name], device, name in streams, precision) for name, own in used.items()]
+    if "vae" in used:
+        shapes, value = {n: w.shape for n, w in used["vae"].items()}, dtypes["vae"] or torch.bfloat16
+        packed = packed_bytes_of(shapes, value.itemsize, device.type == "cuda", pictures)
+        sizes = [s if s.name != "vae" else replace(s, kept=s.kept + packed) for s in sizes]
     base = resident_bytes() if device.type == "cpu" else CONTEXT
     return make_plan(sizes, limit, base, working_of(used.get("transformer", {}), dtypes.get("transformer")))
 

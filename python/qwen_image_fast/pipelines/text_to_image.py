@@ -17,6 +17,8 @@ from qwen_image_fast.sampling import Sample
 class QwenImagePipeline(GenerationPipeline):
     """Text to image with true classifier-free guidance, on packed batches."""
 
+    encodes_pictures = False
+
     @in_parts
     def __call__(
         self,
