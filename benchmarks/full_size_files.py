@@ -142,15 +142,15 @@ def write_shard(path: Path, prefix: str, tensors: Mapping[str, np.ndarray], roll
 
 def write_folder(
     folder: Path, base: str, config: Mapping[str, object], rest: Shapes, values: Mapping[str, np.ndarray], prefix: str,
-    count: int,
+    count: int, last: Mapping[str, np.ndarray] | None = None,
 ) -> int:  # fmt: skip
-    """A component's folder; returns the bytes of its weights."""
+    """A component's folder; returns the bytes of its weights. last: the values of the last block, where they differ."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     names = write_shard(folder / f"{base}-rest.safetensors", "", drawn(rest, 1), 0)
     for i in range(count):
         shard = folder / f"{base}-{i:02d}.safetensors"
-        names |= write_shard(shard, f"{prefix}.{i}.", values, i)
+        names |= write_shard(shard, f"{prefix}.{i}.", last if last and i == count - 1 else values, i)
     (folder / f"{base}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
@@ -162,8 +162,9 @@ def write_transformer(folder: Path) -> int:
 
 
 def write_quantised(folder: Path, precision: str) -> int:
-    base, values = "diffusion_pytorch_model", in_few_bits(drawn(block_shapes(), 2), precision)
-    return write_folder(folder, base, CONFIG, rest_shapes(), values, "transformer_blocks", BLOCKS)
+    drawn_values, base = drawn(block_shapes(), 2), "diffusion_pytorch_model"
+    values, last = (in_few_bits(drawn_values, kind) for kind in (precision, "int8"))
+    return write_folder(folder, base, CONFIG, rest_shapes(), values, "transformer_blocks", BLOCKS, last)
 
 
 def write_text_encoder(folder: Path) -> int:
@@ -177,9 +178,9 @@ def write_whole(folder: Path) -> int:
 
     from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 
-    values = in_nf4(in_few_bits(drawn(block_shapes(), 2), "int4"), "_mod.")
-    base = "diffusion_pytorch_model"
-    size = write_folder(folder / "transformer", base, CONFIG, rest_shapes(), values, "transformer_blocks", BLOCKS)
+    of_block, base = in_nf4(drawn(block_shapes(), 2), "_mod."), "diffusion_pytorch_model"
+    values, last = (in_few_bits(of_block, precision) for precision in ("int4", "int8"))
+    size = write_folder(folder / "transformer", base, CONFIG, rest_shapes(), values, "transformer_blocks", BLOCKS, last)
     values = in_nf4(drawn(layer_shapes(), 3), "proj.")
     size += write_folder(folder / "text_encoder", "model", TEXT_CONFIG, TEXT_REST, values, "model.layers", LAYERS)
     vae = AutoencoderKLQwenImage().to(torch.bfloat16)

@@ -219,3 +219,17 @@ def test_int8(monkeypatch, tmp_path):
     errors = step["relative_error"]
     assert 0 < errors["ours int8"] < 0.05 and errors["ours int8"] < errors["ours int4"] < 0.3, errors
     assert found["products"][0]["operations_per_second"] > 0 and set(found["reached"]) >= {"64 px"}
+
+
+def test_parts_of_the_error_of_fewer_bits(tmp_path, monkeypatch, capsys):
+    from benchmarks import precision_parts
+
+    monkeypatch.setattr(
+        sys, "argv", ["precision_parts", "--prompts", "1", "--whole", "--out", str(tmp_path / "x.json")]
+    )
+    precision_parts.main()
+    errors = json.loads((tmp_path / "x.json").read_text())["velocity_errors"]
+    eight, four, all_blocks = (
+        errors[f"{name}, in float32"]["0.4"] for name in ("8 bits", "4 bits", "4 bits, all blocks")
+    )
+    assert 0 < eight < four < all_blocks < 0.2 and "4 bits, all blocks, in bfloat16" in capsys.readouterr().out

@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_image_fast.models.int8_linear import LAYERS, SHARED, comfy_tensors, quantised, refuse_quantised
+from qwen_image_fast.models.int8_linear import (
+    LAYERS,
+    SHARED,
+    comfy_tensors,
+    precisions,
+    quantised,
+    refuse_quantised,
+)
 from qwen_image_fast.models.lora_kinds import Adapter
 from qwen_image_fast.ops import _int8
 from qwen_image_fast.tensor_files import DTYPE_NAMES
@@ -77,14 +84,15 @@ def quantize(
     weights = opened.weights
     refuse_quantised({name.removesuffix(".weight"): w for name, w in weights.items() if _in_8_bits(name)})
     notes_of_file = {"precision": precision, "rotation": "ConvRot", **(about or {})}
-    output = Output(dict(_like(weights, precision)), {"format": "pt", METADATA: json.dumps(notes_of_file)})
+    bits = precisions((name.removesuffix(".weight") for name in weights if _in_8_bits(name)), precision)
+    output = Output(dict(_like(weights, bits)), {"format": "pt", METADATA: json.dumps(notes_of_file)})
     part, journal = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.journal")
     errors = _continue(part, journal, output, _fingerprint(output, weights))
     done = set(errors)
     with open(part, "r+b") as file, open(journal, "a", encoding="utf-8") as notes:
         for name, weight in weights.items():
             if name not in done:
-                error = _convert(name, weight, file, output, loras, precision)
+                error = _convert(name, weight, file, output, loras, bits)
                 file.flush()
                 os.fsync(file.fileno())
                 notes.write(json.dumps([name, error]) + "\n")
@@ -101,20 +109,25 @@ def _in_8_bits(name: str) -> bool:
     return name.endswith(".weight") and LAYERS.fullmatch(name.removesuffix(".weight")) is not None
 
 
-def _like(weights: Mapping[str, Weight], precision: str) -> Iterable[tuple[str, tuple[torch.dtype, tuple[int, ...]]]]:
+def _like(
+    weights: Mapping[str, Weight], bits: Mapping[str, str]
+) -> Iterable[tuple[str, tuple[torch.dtype, tuple[int, ...]]]]:
     """Type and shape of everything that is written."""
     for name, weight in weights.items():
         if _in_8_bits(name):
             rows, width = weight.shape
-            one = quantised(torch.zeros(1, width), precision=precision)  # of one row, whose tensors say the others
+            path = name.removesuffix(".weight")
+            one = quantised(torch.zeros(1, width), precision=bits[path])  # of one row, whose tensors say the others
             for suffix, tensor in comfy_tensors(one).items():
                 shape = tuple(tensor.shape) if suffix in SHARED else (rows, *tensor.shape[1:])
-                yield f"{name.removesuffix('.weight')}.{suffix}", (tensor.dtype, shape)
+                yield f"{path}.{suffix}", (tensor.dtype, shape)
         else:
             yield name, (getattr(weight, "dtype", torch.bfloat16), weight.shape)
 
 
-def _convert(name: str, weight: Weight, file: Any, output: Output, loras: Loras, precision: str) -> float | None:
+def _convert(
+    name: str, weight: Weight, file: Any, output: Output, loras: Loras, bits: Mapping[str, str]
+) -> float | None:
     """Read, merge, round and write one weight; returns its error."""
     value = read_weights({name: weight}, None, torch.device("cpu"))[name]
     path, _, kind = name.rpartition(".")
@@ -124,7 +137,7 @@ def _convert(name: str, weight: Weight, file: Any, output: Output, loras: Loras,
     if not _in_8_bits(name):
         output.write(file, name, value)
         return None
-    small = quantised(value, precision=precision)
+    small = quantised(value, precision=bits[path])
     for suffix, tensor in comfy_tensors(small).items():
         output.write(file, f"{path}.{suffix}", tensor)
     step = max(1, len(value) // ROWS)

@@ -9,10 +9,10 @@ from test_int8_linear import distance, inputs, run
 
 from qwen_image_fast import QwenImagePipeline
 from qwen_image_fast.folders import SHIPPED
-from qwen_image_fast.models.int8_linear import Int8Linear, quantised
+from qwen_image_fast.models.int8_linear import Int8Linear, mean_bytes, precisions, quantised
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 
-NAME = "transformer_blocks.0.attn.to_q"
+NAME, LAST = "transformer_blocks.0.attn.to_q", "transformer_blocks.4.attn.to_q"
 
 
 def load(folder=SHIPPED, **options):
@@ -27,7 +27,7 @@ def test_the_velocity():
     clean = torch.as_tensor(pipe("a red circle", seed=1, progress=False, **call).images).reshape(1, 64, 64)
     embeds, exact = pipe.encode_prompt("a red circle")[0].expand(2, -1, -1), pipe.transformer
     small, errors = load(torch_dtype=torch.float32, precision="int4"), []
-    assert small.get_submodule(NAME).int8.four
+    assert small.get_submodule(NAME).int8.four and not small.get_submodule(LAST).int8.four
     assert small.get_memory_footprint() < 0.9 * load(torch_dtype=torch.float32, precision="int8").get_memory_footprint()
     for sigma in (0.95, 0.7, 0.4):
         given = inputs(torch.float32, sigma, clean) | {
@@ -45,6 +45,7 @@ def test_saved_and_read_again(tmp_path):
     model = load(torch_dtype=torch.float32, precision="int4")
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    assert state[f"{LAST}.weight"].shape == (192, 192) and state[f"{LAST}.weight_scale"].shape == (192, 1)
     assert state[f"{NAME}.weight"].shape == (192, 96) and state[f"{NAME}.weight_s_rel"].shape == (192, 12)
     config = {"format": "asym_w4a8_int8", "group_size": 16, "convrot": True, "convrot_groupsize": 64}
     assert json.loads(bytes(state[f"{NAME}.comfy_quant"].tolist())) == config
@@ -62,6 +63,25 @@ def test_saved_and_read_again(tmp_path):
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match=f"{NAME} is in 4 bits of another codebook: load it without precision"):
         load(tmp_path, precision="int4")
+
+
+def test_a_file_whose_last_block_is_in_4_bits_is_taken_as_it_is(tmp_path):
+    model = load(torch_dtype=torch.float32, precision="int4")
+    layer = model.get_submodule(LAST)
+    model.transformer_blocks[4].attn.to_q = Int8Linear(quantised(layer.dequantised(), precision="int4"), layer.bias)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path, torch_dtype=torch.float32, precision="int4")
+    assert again.get_submodule(LAST).int8.four and not again.transformer_blocks[4].attn.to_k.int8.four
+    assert torch.equal(run(again), run(model))
+    with pytest.raises(ValueError, match="is quantised already, transformer_blocks.* as int4 groups of 16"):
+        load(tmp_path, precision="int8")
+
+
+def test_the_only_block_is_in_4_bits():
+    assert precisions([NAME], "int4") == {NAME: "int4"} and mean_bytes("int4", 1) == 9 / 16
+    assert precisions([NAME, LAST], "int4") == {NAME: "int4", LAST: "int8"}
+    assert precisions([NAME, LAST], "int8") == {NAME: "int8", LAST: "int8"}
+    assert mean_bytes("int4", 2) == (9 / 16 + 1) / 2
 
 
 def test_gradients_and_adapters_as_in_8_bits():

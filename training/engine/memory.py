@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qwen_image_fast.checkpoint import pretrained_folder, read_config
-from qwen_image_fast.models.int8_linear import bytes_of, int8_layers
+from qwen_image_fast.models.int8_linear import int8_layers, mean_bytes
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.sizes import parse_bytes
 from qwen_image_fast.tiny import tiny_configs
@@ -147,7 +147,7 @@ def check_recipe(recipe: FlowRecipe, device: torch.device, dtype: torch.dtype) -
     needed = estimate(recipe, transformer.config, frozen, trained, dtype, tokens)
     if recipe.model.precision:
         small = sum(layer.weight.numel() for layer in int8_layers(transformer).values())
-        less = dtype.itemsize - bytes_of(recipe.model.precision)
+        less = dtype.itemsize - mean_bytes(recipe.model.precision, len(transformer.transformer_blocks))
         needed = replace(needed, weights=int(needed.weights - small * less))
     if recipe.model.memory:
         check_streamed(transformer, recipe.lora)

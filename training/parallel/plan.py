@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwen_image_fast.folders import local_folder, nearest
-from qwen_image_fast.models.int8_linear import PRECISIONS, bytes_of, int8_layers
+from qwen_image_fast.models.int8_linear import PRECISIONS, int8_layers, mean_bytes
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.training.engine.memory import adapter_weights, references_of, tokens_of_batch, transformer_config
 from qwen_image_fast.training.parallel.layout import Sizes, check_recipe_parallel, sizes_of
@@ -153,7 +153,7 @@ def plan_of(recipe: FlowRecipe, model: Model, sizes: Sizes, peak: float) -> Plan
     frozen = _frozen(recipe) if not recipe.model.train_text_encoder else 0.0
     base, streamed, runtime = 2 * weights * lora, 0.0, RUNTIME
     if recipe.model.precision:
-        base -= model.small * (2 - bytes_of(recipe.model.precision))
+        base -= model.small * (2 - mean_bytes(recipe.model.precision, layers))
     if recipe.model.memory:
         of_modulation = 2.0 * model.modulation * layers
         stays = min(frozen, FROZEN_STAYS)

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from qwen_image_fast.drop_in.report import Report
 from qwen_image_fast.models.hooks import is_bare
-from qwen_image_fast.models.int8_linear import Int8Linear, int8_layers, quantised
+from qwen_image_fast.models.int8_linear import Int8Linear, int8_layers, precisions, quantised
 
 # Attribute of a transformer whose layers are in 8 bits: its own, by name.
 OWN = "_own_layers"
@@ -19,10 +19,11 @@ def compute_in_8_bits(transformer: Any, report: Report, precision: str) -> None:
     """Put layers in 8 bits, or with weights in 4, in the place of the plain ones; others are named in the report."""
     own: dict[str, Any] = transformer.__dict__.setdefault(OWN, {})
     layers = int8_layers(transformer)
+    bits = precisions(layers, precision)
     made = left = 0
     for path, layer in tqdm(layers.items(), desc="quantise", leave=False, disable=None):
         if isinstance(layer, Int8Linear):
-            if layer.int8.four != (precision == "int4"):
+            if layer.int8.four != (bits[path] == "int4"):
                 has = "int4" if layer.int8.four else "int8"
                 raise ValueError(
                     f"accelerate: precision must be {has}, as it is already, or restore first, got {precision!r}"
@@ -33,7 +34,7 @@ def compute_in_8_bits(transformer: Any, report: Report, precision: str) -> None:
             why = f"{path} is a {type(layer).__name__} or has a hook"
         else:
             own[path] = layer
-            _put(transformer, path, Int8Linear(quantised(layer.weight, precision=precision), layer.bias))
+            _put(transformer, path, Int8Linear(quantised(layer.weight, precision=bits[path]), layer.bias))
             made += 1
     now = [layer for layer in transformer.modules() if isinstance(layer, Int8Linear)]
     report.added = sum(layer.packed.numel() for layer in now)

@@ -6,7 +6,7 @@ become the type of x for the call, with the scales on the result.
 Gradients go to x alone, as those of the dequantised weight: g s W H for g of the result and scales s. The weight
 becomes floating point for that product and is not kept, nor is x.
 In 4 bits (`precision="int4"`) a weight is kept as codes with a scale for every 16 of them, which become such integers
-for the product (`ops._int4`).
+for the product (`ops._int4`); the last block, whose errors no block behind it makes smaller, stays in 8.
 The state dict is ComfyUI's: `weight` int8 [out, in] of W H, `weight_scale` float32 [out, 1], and `comfy_quant`, the
 bytes of a json of the format (`int8_tensorwise` with `convrot`); in 4 bits `asym_w4a8_int8`. Files of that format are
 used as they are.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -252,9 +252,22 @@ def check_precision(where: str, precision: str | None, device: str | torch.devic
         )
 
 
+def precisions(paths: Iterable[str], precision: str) -> dict[str, str]:
+    """Of each of these layers: with "int4" those of the last block are in 8 bits, if it is not the only one."""
+    blocks = {path: int(path.split(".")[1]) for path in paths}
+    last = max(blocks.values(), default=0)
+    return {path: "int8" if block == last > 0 else precision for path, block in blocks.items()}
+
+
 def bytes_of(precision: str) -> float:
     """Of a number of such a weight, in 4 bits with its share of the scale of 16."""
     return _int4.TILE / (_int8.COLUMNS * _int8.DEPTH) if precision == "int4" else 1.0
+
+
+def mean_bytes(precision: str, blocks: int) -> float:
+    """Of a number of all such weights of a transformer with so many blocks."""
+    kinds = precisions((f"transformer_blocks.{i}" for i in range(blocks)), precision).values()
+    return sum(map(bytes_of, kinds)) / blocks
 
 
 def int8_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -273,12 +286,13 @@ def read_int8_layers(
         ValueError: the file has a quantisation of its own that is another, or numbers that are not finite.
     """
     own = layers_in(precision, weights)
+    bits = bits_of(precision, own)
     # All places first: made between what is read and given back, they would leave holes, a third of them all.
-    places = {path: _place_of(weight, precision) for path, weight in own.items()}
+    places = {path: _place_of(weight, bits[path]) for path, weight in own.items()}
     for path, weight in tqdm(own.items(), desc=f"read in {precision[3:]} bits", leave=False, disable=None):
         parent, _, name = path.rpartition(".")
         layer: Any = model.get_submodule(path)
-        read = _read(path, weight, places.pop(path), precision).to(device or torch.device("cpu"))
+        read = _read(path, weight, places.pop(path), bits[path]).to(device or torch.device("cpu"))
         setattr(model.get_submodule(parent), name, Int8Linear(read, layer.bias))
     return {name: weight for name, weight in weights.items() if name.removesuffix(".weight") not in own}
 
@@ -288,9 +302,18 @@ def layers_in(precision: str, weights: Mapping[str, Weight]) -> dict[str, Weight
     of_layers = {name.removesuffix(".weight"): w for name, w in weights.items() if name.endswith(".weight")}
     stored = {path: weight for path, weight in of_layers.items() if LAYERS.fullmatch(path)}
     own = {path: weight for path, weight in stored.items() if _is_in(precision, weight)}
-    if not own:
-        refuse_quantised(stored)
+    if precision == "int4" and own:
+        own |= {path: weight for path, weight in stored.items() if _is_in("int8", weight)}
+    if not own or precision == "int8":
+        refuse_quantised({path: weight for path, weight in stored.items() if not own or _is_in("int4", weight)})
     return own or stored
+
+
+def bits_of(precision: str, weights: Mapping[str, Weight]) -> dict[str, str]:
+    """The precision of each of the layers of `layers_in`: that of the file, or of `precisions`."""
+    made = precisions(weights, precision)
+    stored = {path: [kind for kind in PRECISIONS if _is_in(kind, weight)] for path, weight in weights.items()}
+    return {path: stored[path][0] if stored[path] else made[path] for path in weights}
 
 
 def refuse_quantised(stored: Mapping[str, Weight]) -> None:

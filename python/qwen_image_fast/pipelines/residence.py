@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qwen_image_fast.checkpoint import find_weights, read_config
-from qwen_image_fast.models.int8_linear import bytes_of, layers_in
+from qwen_image_fast.models.int8_linear import bits_of, bytes_of, layers_in
 from qwen_image_fast.models.streaming import StreamingLoader, units_of
 from qwen_image_fast.models.text_encoder import load_text_encoder
 from qwen_image_fast.models.vae_conv import packed_bytes_of
@@ -82,9 +82,11 @@ def part_size(
 
 def in_8_bits(weights: Mapping[str, Weight], precision: str) -> dict[str, int]:
     """The matrices that layers in 8 bits or 4 are made of, and what they take then."""
+    found = layers_in(precision, weights)
+    bits = bits_of(precision, found)
     return {
-        f"{path}.weight": int(bytes_of(precision) * math.prod(weight.shape)) + 8 * weight.shape[0]
-        for path, weight in layers_in(precision, weights).items()
+        f"{path}.weight": int(bytes_of(bits[path]) * math.prod(weight.shape)) + 8 * weight.shape[0]
+        for path, weight in found.items()
     }
 
 
