@@ -3,8 +3,8 @@
 `calls` makes the public calls of calls.py on diffusers' objects, on accelerated and on stand-alone ones. `hooks` tries
 every kind of hook at every module of diffusers' transformer (hooks.py). Their counts are kept as `--column`, "now" if
 it is not given; `--package DIR --column before` counts with the package of an older tree, which stands in its folder
-python. `versions` tries old and new diffusers (versions.py). The results are in benchmarks/results/reference-api.json,
-and the tables in docs/drop_in.md are made from them.
+python. `versions` tries old and new diffusers and transformers (versions.py). The results are in
+benchmarks/results/reference-api.json, and the tables in docs/drop_in.md are made from them.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ def counts_table(what: str, found: dict[str, Any]) -> str:
 
 
 def versions_table(found: dict[str, Any]) -> str:
-    lines = ["| diffusers | |", "|---|---|"]
-    lines += [f"| {version} | {row['said']} |" for version, row in found.items()]
+    packages = ("diffusers", "transformers", "torch")
+    lines = [f"| {' | '.join(packages)} | |", "|---|---|---|---|"]
+    for row in found.values():
+        lines.append(f"| {' | '.join(row['versions'][name] for name in packages)} | {row['said']} |")
     return "\n".join(lines)
 
 
@@ -87,12 +89,12 @@ def count_hooks() -> dict[str, Any]:
 
 
 def try_versions() -> dict[str, Any]:
-    from tests.reference_api.versions import VERSIONS, try_version
+    from tests.reference_api.versions import ROWS, try_row
 
     found = {}
-    for version in VERSIONS:
-        found[version] = try_version(version)
-        print(version, found[version], flush=True)
+    for name, pins in ROWS.items():
+        found[name] = try_row(pins)
+        print(name, found[name], flush=True)
     return found
 
 

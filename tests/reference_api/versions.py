@@ -1,6 +1,7 @@
-"""`accelerate` with every diffusers from before its floor to the newest: python -m tests.reference_api versions.
+"""`accelerate` with old and new diffusers and transformers: python -m tests.reference_api versions.
 
-Each version is installed alone into a folder that comes first on the path of a process, which runs this file.
+Each row's packages are installed alone into a folder that comes first on the path of a process, which runs this file.
+`python -m tests.matrix` makes whole environments, with other versions of torch too (docs/versions.md).
 """
 
 from __future__ import annotations
@@ -9,20 +10,35 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[2]
 VERSIONS = ("0.36.0", "0.37.0", "0.37.1", "0.38.0", "0.39.0", "0.40.0", "0.41.0", "0.42.0", "0.42.1")
+# The oldest transformers that pyproject.toml allows, and what it needs that the newest does not take. diffusers 0.42
+# takes a newer huggingface_hub only.
+OLD = {"transformers": "4.52.1", "tokenizers": "0.21.4", "huggingface_hub": "0.34.4"}
+ROWS = {
+    **{version: {"diffusers": version} for version in VERSIONS},
+    "0.37.0 with the oldest transformers": {"diffusers": "0.37.0", **OLD},
+}
 SIZE = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "np"}
 
 
 def pipeline(cls: str) -> Any:
     import diffusers
     import torch
+    from tests.pipelines.reference import Processor
 
     from qwen_image_fast.folders import SHIPPED
 
     diffusers.utils.logging.set_verbosity_error()
-    pipe = getattr(diffusers, cls).from_pretrained(SHIPPED, torch_dtype=torch.float32)
+    if "Edit" in cls:  # whose processor's class in transformers needs torchvision
+        parts = diffusers.QwenImagePipeline.from_pretrained(SHIPPED, torch_dtype=torch.float32).components
+        pipe = getattr(diffusers, cls)(**parts, processor=Processor(parts["tokenizer"], SHIPPED / "processor"))
+    else:
+        pipe = getattr(diffusers, cls).from_pretrained(SHIPPED, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -31,25 +47,34 @@ def draw(pipe: Any, **given: Any) -> Any:
     import torch
 
     call = {"negative_prompt": " ", "generator": torch.Generator().manual_seed(0), **SIZE, **given}
-    return torch.from_numpy(pipe('"HI" in red', **call).images)
+    return torch.from_numpy(pipe(prompt='"HI" in red', **call).images)
 
 
 def pictures() -> str:
-    """Text to image and image to image, by the fast forward and, with a hook in its way, by diffusers' own."""
+    """Text to image, image to image and an edit, by the fast forward and, with a hook in its way, by diffusers' own."""
+    import pytest
     from PIL import Image
+    from tests.pipelines.reference import smaller_sizes
 
     from qwen_image_fast import accelerate
 
     said = []
-    given = {"image": Image.new("RGB", (64, 64), (250, 40, 60)), "strength": 0.9, "num_inference_steps": 3}
-    for cls, more in (("QwenImagePipeline", {}), ("QwenImageImg2ImgPipeline", given)):
-        pipe = pipeline(cls)
-        plain = draw(pipe, **more)
-        replaced = {line.split(":")[0] for line in accelerate(pipe).replaced}
-        assert {"transformer", "vae", "pipeline"} <= replaced, replaced
-        said += [float((draw(pipe, **more) - plain).abs().max())]
-        pipe.transformer.transformer_blocks[0].attn.norm_q.register_forward_hook(lambda module, args, output: None)
-        said += [float((draw(pipe, **more) - plain).abs().max())]
+    image = {"image": Image.new("RGB", (64, 64), (250, 40, 60))}
+    calls: dict[str, dict[str, Any]] = {
+        "QwenImagePipeline": {}, "QwenImageImg2ImgPipeline": {**image, "strength": 0.9, "num_inference_steps": 3},
+        "QwenImageEditPipeline": image,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for cls, more in calls.items():
+            if "Edit" in cls:
+                smaller_sizes(patch)
+            pipe = pipeline(cls)
+            plain = draw(pipe, **more)
+            replaced = {line.split(":")[0] for line in accelerate(pipe).replaced}
+            assert {"transformer", "vae", "pipeline"} <= replaced, replaced
+            said += [float((draw(pipe, **more) - plain).abs().max())]
+            pipe.transformer.transformer_blocks[0].attn.norm_q.register_forward_hook(lambda module, args, output: None)
+            said += [float((draw(pipe, **more) - plain).abs().max())]
     assert max(said) < 2 / 255, said
     return f"differ by {max(said):.1e} of 1"
 
@@ -82,17 +107,21 @@ def training_step() -> str:
     return f"gradients differ by {difference:.1e}"
 
 
-def try_version(version: str) -> dict[str, Any]:
-    """What came of it: {"passed": ..., "said": ...}."""
+def try_row(pins: dict[str, str]) -> dict[str, Any]:
+    """What came of it: {"versions": ..., "passed": ..., "said": ...}."""
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps"]
-        subprocess.run([*pip, "--target", folder, f"diffusers=={version}"], check=True)
-        path = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-compile"]
+        named = [f"{package}=={version}" for package, version in pins.items()]
+        subprocess.run([*pip, "--target", folder, *named], check=True)
+        path = os.pathsep.join([folder, str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
         run = subprocess.run(
             [sys.executable, __file__], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
         )
     lines = (run.stdout if run.returncode == 0 else run.stderr).strip().splitlines()
-    return {"passed": run.returncode == 0, "said": lines[-1]}
+    versions = {package: metadata.version(package) for package in ("diffusers", "transformers", "torch")} | {
+        package: version for package, version in pins.items() if package in ("diffusers", "transformers")
+    }
+    return {"versions": versions, "passed": run.returncode == 0, "said": lines[-1]}
 
 
 if __name__ == "__main__":
