@@ -1,6 +1,7 @@
 """The run on Ray Data: the bytes of the local run, with a worker killed in the middle."""
 
 import os
+import re
 import signal
 import sys
 
@@ -75,6 +76,13 @@ def test_a_killed_worker_changes_nothing(tmp_path, monkeypatch, engine):
         name: {p.name: p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()} for name in ("ray", "local")
     }
     assert files["ray"] == files["local"] and len(files["ray"]) == 3
+    rows = engine.timeline.rows()
+    assert [row["name"] for row in rows][-2:] == ["exact duplicates", "near duplicates"]
+    workers = [row for row in rows if re.fullmatch(r"worker \d+, machine 1", row["name"])]
+    assert len(workers) == len(rows) - 2 and sum(span[2] for row in workers for span in row["spans"]) == 9
+    ends = [end for row in workers for start, end, _ in row["spans"] if 0 <= start <= end]
+    assert len(ends) == sum(len(row["spans"]) for row in workers)
+    assert rows[-2]["spans"][0][0] >= max(ends) and rows[-1]["spans"][0][0] >= rows[-2]["spans"][-1][1]
 
 
 def test_the_exchanges_find_what_one_machine_finds(engine):

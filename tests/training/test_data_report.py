@@ -16,8 +16,9 @@ from qwen_image_fast.cli import app
 from qwen_image_fast.training.data import records_page
 from qwen_image_fast.training.data.record import Record
 from qwen_image_fast.training.data.records_page import write_records
-from qwen_image_fast.training.data.report import summarise
+from qwen_image_fast.training.data.report import summarise, write_report
 from qwen_image_fast.training.data.shards import write_shards
+from qwen_image_fast.training.data.timeline import Timeline, read_timeline
 
 
 class Page(HTMLParser):
@@ -101,37 +102,93 @@ def test_the_records_are_those_of_the_audit(filtered, monkeypatch):
     assert "<script>alert" not in (filtered / "records.html").read_text()
 
 
-def test_the_records_are_searched_in_a_browser(filtered, monkeypatch):
+@pytest.fixture
+def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra dev)")
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         pytest.skip("there is no Chromium on this machine")
-    monkeypatch.setattr(records_page, "ROWS", 5)
-    write_records(filtered)
     playwright.expect.set_options(timeout=120_000)
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(
             executable_path=chromium, args=["--headless", "--no-sandbox", "--disable-gpu"]
         )
-        page = browser.new_page()
-        errors = []
-        page.on("pageerror", lambda error: errors.append(error))
-        page.on("dialog", lambda dialog: errors.append(dialog))
-        page.goto((filtered / "records.html").as_uri())
-        state = page.locator("#state")
-        playwright.expect(state).to_have_text("12 of 12, page 1 of 1")
-        page.fill("#text", "too dark")
-        playwright.expect(state).to_have_text("1 of 12, page 1 of 1")
-        assert "the picture is too dark" in page.inner_text("#rows")
-        page.fill("#text", "")
-        page.select_option("#by", "broken_file")
-        playwright.expect(state).to_have_text("1 of 12, page 1 of 1")
-        assert "shard-00000.tar:000000010" in page.inner_text("#rows")
-        page.select_option("#by", "")
-        page.select_option("#category", "People")
-        playwright.expect(state).to_have_text("4 of 12, page 1 of 1")
-        assert errors == []
+        yield browser, playwright.expect
         browser.close()
+
+
+def opened(browser, path):
+    """A page, and what goes wrong on it."""
+    page, errors = browser.new_page(), []
+    page.on("pageerror", lambda error: errors.append(error))
+    page.on("dialog", lambda dialog: errors.append(dialog))
+    page.goto(path.as_uri())
+    return page, errors
+
+
+def test_the_records_are_searched_in_a_browser(filtered, monkeypatch, browser):
+    monkeypatch.setattr(records_page, "ROWS", 5)
+    write_records(filtered)
+    browser, expect = browser
+    page, errors = opened(browser, filtered / "records.html")
+    state = page.locator("#state")
+    expect(state).to_have_text("12 of 12, page 1 of 1")
+    page.fill("#text", "too dark")
+    expect(state).to_have_text("1 of 12, page 1 of 1")
+    assert "the picture is too dark" in page.inner_text("#rows")
+    page.fill("#text", "")
+    page.select_option("#by", "broken_file")
+    expect(state).to_have_text("1 of 12, page 1 of 1")
+    assert "shard-00000.tar:000000010" in page.inner_text("#rows")
+    page.select_option("#by", "")
+    page.select_option("#category", "People")
+    expect(state).to_have_text("4 of 12, page 1 of 1")
+    assert errors == []
+
+
+def a_timeline(workers=2):
+    made = Timeline()
+    for part in range(2000):
+        worker = part % workers
+        made.add(f"node {worker % 2}", f"actor {worker}", 100.0 + part, 100.9 + part, 128)
+    made.add("", "exact duplicates", 2100.0, 2160.0, 256_000)
+    return made
+
+
+def test_a_timeline_joins_what_cannot_be_told_apart():
+    rows = a_timeline().rows()
+    assert [row["name"] for row in rows] == ["worker 1, machine 1", "worker 2, machine 2", "exact duplicates"]
+    assert [sum(span[2] for span in row["spans"]) for row in rows] == [128_000, 128_000, 256_000]
+    assert rows[0]["spans"] == [[0.0, 1998.9, 128_000]] and rows[2]["spans"] == [[2000.0, 2060.0, 256_000]]
+    paused = Timeline()
+    for start in (0.0, 5.0, 5.001, 9.0):
+        paused.add("a", "b", start, start + 1, 1)
+    assert [span[2] for span in paused.rows()[0]["spans"]] == [1, 2, 1]
+    assert Timeline().rows() == []
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"rows": []}', '{"rows": [{"name": "a", "spans": []}]}',
+                                     '{"rows": [{"name": "a", "spans": [[1]]}]}'])  # fmt: skip
+def test_without_a_timeline_the_page_says_nothing_of_it(filtered, content):
+    assert read_timeline(filtered) == []
+    if content is not None:
+        (filtered / "timeline.json").write_text(content)
+    assert "timeline" not in write_report(filtered).read_text().lower()
+    (filtered / "timeline.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("workers", [2, 90])
+def test_the_timeline_is_seen_in_a_browser(filtered, browser, workers):
+    a_timeline(workers).write(filtered)
+    page, errors = opened(browser[0], write_report(filtered))
+    (filtered / "timeline.json").unlink()
+    plot = page.get_by_alt_text("Timeline of the workers")
+    plot.scroll_into_view_if_needed()
+    browser[1](plot).to_be_visible()
+    drawn = plot.evaluate("image => [image.complete, image.naturalWidth, image.naturalHeight]")
+    assert drawn[0] and drawn[1] > 500 and 100 < drawn[2] < 1500, drawn
+    browser[1](page.get_by_role("heading", name="Timeline")).to_have_count(1)
+    assert errors == []
 
 
 def test_another_folder_is_refused(tmp_path):

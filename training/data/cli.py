@@ -71,6 +71,8 @@ def _filter(chosen: FilterRecipe, out: Path, workers: int, engine: Engine) -> No
         examples.write(folder / "examples.parquet")
         atomic_write(folder / "recipe.json", lambda file: file.write(settings))
         sheet.write(folder / "rejected.png")
+        if engine.timeline is not None:
+            engine.timeline.write(folder)
 
     with claimed(out, "audit.parquet"), tqdm(unit="record", smoothing=0.1) as bar:
         progress = _shown_by(bar)

@@ -13,18 +13,21 @@ from .filters.duplicates import near_pairs
 from .journal import Journal
 from .judging import MakeFilters, judge_parts
 from .recipe import FilterRecipe
+from .timeline import Timeline
 
 JudgeParts = Callable[[FilterRecipe, Journal, MakeFilters, int, Callable[[int], Any]], None]
 
 
 @dataclass(frozen=True)
 class Engine:
-    """judge: as `judging.judge_parts`. groups, pairs: as of `compare.compare`. close: ends what was started."""
+    """judge: as `judging.judge_parts`. groups, pairs: as of `compare.compare`. close: ends what was started.
+    timeline: of what was done, where the engine's workers say when."""
 
     judge: JudgeParts = judge_parts
     groups: Callable[[np.ndarray], np.ndarray] = local_groups
     pairs: Callable[[np.ndarray, int], Iterator[Pairs]] = near_pairs
     close: Callable[[], Any] = lambda: None
+    timeline: Timeline | None = None
 
 
 ENGINES = ("local", "ray")
@@ -43,4 +46,4 @@ def engine_of(name: str, recipe: FilterRecipe) -> Engine:
     from .engine_ray import RayEngine
 
     engine = RayEngine(recipe.ray)
-    return Engine(engine.judge, engine.groups, engine.pairs, engine.close)
+    return Engine(engine.judge, engine.groups, engine.pairs, engine.close, engine.timeline)

@@ -6,7 +6,9 @@ compared in the end, a row for each record that passed every filter, is in this 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from .journal import Journal
 from .judging import MakeFilters, PartJudge
 from .parts import Part, part_of, text_of
 from .recipe import FilterRecipe, RayRecipe
+from .timeline import Timeline
 
 _MOST_BLOCKS = 4096
 _ROWS = 2**16  # of a block of what is compared
@@ -48,6 +51,7 @@ class RayEngine:
         if self._started:
             ray.init(address=recipe.address or None, include_dashboard=False, log_to_driver=False,
                      logging_level="ERROR")  # fmt: skip
+        self.timeline = Timeline()
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False  # the run has one of its own
 
@@ -66,6 +70,7 @@ class RayEngine:
         )  # fmt: skip
         try:
             for row in judged.iter_rows():
+                self.timeline.add(row["machine"], row["worker"], row["start"], row["end"], int(row["count"]))
                 progress(int(row["count"]))
         except self._ray.exceptions.RayTaskError as error:
             cause = error.cause if isinstance(error.cause, Exception) else error
@@ -86,8 +91,9 @@ class RayEngine:
             first = (words[:, 0] % np.uint64(_BUCKETS)).astype(np.int64)
             # As objects: Arrow ends the bytes of a fixed-size array at the first zero.
             table = {"place": np.arange(len(keys)), "key": keys.astype(object), "bucket": first}
-            for found in self._exchanged(table, None, equal):
-                groups[found["place"].astype(np.int64)] = found["head"].astype(np.int64)
+            with self._timed("exact duplicates", len(keys)):
+                for found in self._exchanged(table, None, equal):
+                    groups[found["place"].astype(np.int64)] = found["head"].astype(np.int64)
         return groups
 
     def pairs(self, hashes: np.ndarray, radius: int) -> Iterator[Pairs]:
@@ -109,8 +115,15 @@ class RayEngine:
 
         if len(hashes):
             table = {"place": np.arange(len(hashes)), "hash": hashes}
-            for found in self._exchanged(table, spread, near):
-                yield tuple(found[name].astype(np.int64) for name in ("first", "second", "bits"))  # type: ignore[misc]
+            with self._timed("near duplicates", len(hashes)):
+                for found in self._exchanged(table, spread, near):
+                    yield tuple(found[name].astype(np.int64) for name in ("first", "second", "bits"))  # type: ignore[misc]
+
+    @contextmanager
+    def _timed(self, what: str, records: int) -> Iterator[None]:
+        start = time.time()
+        yield
+        self.timeline.add("", what, start, time.time(), records)
 
     def close(self) -> None:
         if self._started:
@@ -142,8 +155,15 @@ class _Judge:
     """An actor: models are loaded once."""
 
     def __init__(self, recipe: FilterRecipe, out: Path, filters: MakeFilters):
+        import ray
+
         self._judge = PartJudge(recipe, Journal(out), filters)
+        context = ray.get_runtime_context()
+        self._where = {"machine": context.get_node_id(), "worker": context.get_actor_id()}
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         parts: list[tuple[int, Part]] = [(int(n), part_of(str(text))) for n, text in zip(rows["number"], rows["part"])]
-        return {"count": np.array([self._judge(number, part) for number, part in parts])}
+        start = time.time()
+        count = sum(self._judge(number, part) for number, part in parts)
+        values = {"count": count, "start": start, "end": time.time(), **self._where}
+        return {name: np.array([value]) for name, value in values.items()}

@@ -31,6 +31,7 @@ from .judge import limits
 from .recipe import FilterRecipe
 from .record import Record
 from .records_page import write_records
+from .timeline import read_timeline
 
 with needed_for("the report of a data set"):
     import pyarrow.parquet as pq
@@ -39,6 +40,7 @@ RATIOS = {"1:3": 1 / 3, "9:16": 9 / 16, "2:3": 2 / 3, "3:4": 3 / 4, "1:1": 1.0, 
           "16:9": 16 / 9, "3:1": 3.0}  # fmt: skip
 STAGES = ("curation", "quality", "alignment", "text", "refinement", "portrait", "taxonomy")
 _BINS, _PAIRS = 48, 8
+_ROWS_NAMED = 40  # of the timeline; of more, some
 _KEPT, _GONE, _LINE = "#3b7dd8", "#d9703b", "#222222"
 _COPY_OF = re.compile(r"^(?:it looks like|the file is the same as) (.*?)(?:: \d+ of 64 bits differ)?$")
 
@@ -163,7 +165,7 @@ def _page(found: Summary, recipe: FilterRecipe, examples: list[dict[str, Any]], 
         "<h2>Balance before and after</h2>",
         *(_balance(found, what) for what in ("category", "language", "aspect")),
     ]
-    parts += ["<h2>Duplicates</h2>", _duplicates(found, examples, folder, recipe)]
+    parts += ["<h2>Duplicates</h2>", _duplicates(found, examples, folder, recipe), _timeline(folder)]
     frame = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
     return frame.replace("@BODY@", "\n".join(parts))
 
@@ -292,6 +294,34 @@ def _duplicates(found: Summary, examples: list[dict[str, Any]], folder: Path, re
         right = _picture(copies.get((name, origin), b""), origin, escape(f"{origin}: {reason}"))
         parts.append(f"<div class='row pair'>{left}{right}</div>")
     return "".join(parts)
+
+
+def _timeline(folder: Path) -> str:
+    """When each worker judged, where the run left it; else nothing."""
+    rows = read_timeline(folder)
+    if not rows:
+        return ""
+    step = -(-len(rows) // _ROWS_NAMED)
+
+    def draw(axes: Any) -> None:
+        for place, row in enumerate(rows):
+            bars = [(start, max(end - start, 0.01)) for start, end, _ in row["spans"]]
+            axes.broken_barh(bars, (place - 0.35, 0.7), color=_KEPT)
+            if step == 1:
+                count = sum(count for _, _, count in row["spans"])
+                axes.annotate(f" {count:,}", (max(end for _, end, _ in row["spans"]), place), va="center", fontsize=8)
+        axes.set_yticks(range(0, len(rows), step), [row["name"] for row in rows[::step]], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlim(left=0)
+        axes.margins(x=0.08)
+        axes.set_xlabel("seconds since the first part was begun")
+
+    about = (
+        "<p>When each worker judged, with its records, and the exchanges that found the duplicates. A run that was "
+        "killed and went on shows its last start.</p>"
+    )
+    size = 8, 0.3 * min(len(rows), _ROWS_NAMED) + 0.9
+    return f"<h2>Timeline</h2>{about}{_plot(draw, size, 'Timeline of the workers')}"
 
 
 def _originals(folder: Path, origins: set[str], max_pixels: int) -> dict[str, bytes]:
