@@ -62,6 +62,30 @@ def test_the_best_of_a_group_stays_among_those_that_pass_all_else(tmp_path):
     assert [row["kept"] for row in rows.values()] == [False, True]  # by quality: what is squeezed has fewer bytes
 
 
+@pytest.mark.parametrize(
+    ("without", "changes", "expected"),
+    [
+        ([], {}, True),
+        (["near_duplicate"], {}, True),
+        (["exact_duplicate"], {}, True),
+        (["exact_duplicate", "near_duplicate"], {"tail": 1}, False),
+        (["exact_duplicate", "near_duplicate"], {"power": 0.5}, True),
+        (["exact_duplicate", "near_duplicate", "taxonomy"], {"power": 0.5}, False),
+        (["exact_duplicate", "near_duplicate"], {"categories": {"Nature": 1.0}}, True),
+        (["exact_duplicate", "near_duplicate", "category_balance"], {"categories": {"Nature": 1.0}}, False),
+    ],
+)
+def test_what_compares_nothing_keeps_nothing_in_memory(tmp_path, monkeypatch, without, changes, expected):
+    recipe = FilterRecipe(sources=[SourceRecipe(str(tmp_path / "in"))], without=["nsfw", *without], stages=[1, 6, 7])
+    for name, value in changes.items():
+        setattr(recipe.balance, name, value)
+    read = []
+    monkeypatch.setattr(pipeline, "read_survivors", lambda *given: read.append(given) or read_survivors(*given))
+    write_shards([Record(encoded(photos()["coffee.png"]), CAPTION)] * 2, tmp_path / "in")
+    result = pipeline.run_filters(recipe, tmp_path / "out")
+    assert bool(read) is expected and result.kept == (2 if {"exact_duplicate", "near_duplicate"} <= {*without} else 1)
+
+
 def test_photographs_are_no_copies_of_each_other(tmp_path):
     rows = audit_of([(name, encoded(picture)) for name, picture in photos().items()], tmp_path, 1)
     assert all(row["kept"] for row in rows.values())

@@ -16,6 +16,7 @@ from qwen_image_fast.extras import needed_for
 
 from .filters.balance import Balance
 from .filters.duplicates import LARGEST_DISTANCE, best_of, leaders, near_pairs
+from .filters.order import DUPLICATES
 from .recipe import FilterRecipe
 
 with needed_for("filtering a data set"):
@@ -67,6 +68,18 @@ class Survivors:
         rank = np.empty(len(self), np.int64)
         rank[np.lexsort((self.number, -self.bytes, -self.pixels))] = np.arange(len(self))
         return rank
+
+
+def compares(recipe: FilterRecipe) -> bool:
+    """Whether any record's fate depends on others; else `Fate()` is that of all."""
+    return not {*DUPLICATES} <= {*recipe.without} or any(_balances(recipe))
+
+
+def _balances(recipe: FilterRecipe) -> tuple[bool, bool]:
+    """Whether categories are thinned, and nodes."""
+    balance = recipe.balance
+    by_category = 6 in recipe.stages and "category_balance" not in recipe.without and bool(balance.categories)
+    return by_category, 7 in recipe.stages and "taxonomy" not in recipe.without and balance.power < 1
 
 
 def columns(recipe: FilterRecipe) -> list[str]:
@@ -174,9 +187,7 @@ def _alike(
 
 def _balanced(found: Survivors, recipe: FilterRecipe, left: np.ndarray, folder: Path) -> Iterator[tuple[int, str, str]]:
     """(place among the survivors, filter, reason) of what the balance of stages 6 and 7 takes, in order."""
-    balance = recipe.balance
-    by_category = 6 in recipe.stages and "category_balance" not in recipe.without and bool(balance.categories)
-    by_node = 7 in recipe.stages and "taxonomy" not in recipe.without and balance.power < 1
+    balance, (by_category, by_node) = recipe.balance, _balances(recipe)
     if not (by_category or by_node):
         return
     table = Balance(folder, balance.categories, balance.tail, balance.power, recipe.seed)

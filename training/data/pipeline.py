@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from qwen_image_fast.files import atomic_write
 
 from .audit import AuditWriter, rows_of
 from .caption_sets import read_in_sets
-from .compare import Fate, columns, compare, read_survivors
+from .compare import Fate, columns, compare, compares, read_survivors
 from .disk import full_disk_is_a_sentence
 from .engine import Engine
 from .filters.order import FILTER_NAMES, FILTERS
@@ -138,7 +139,9 @@ def try_filters(
 
 
 def fates(recipe: FilterRecipe, journal: Journal, engine: Engine) -> Iterator[Fate]:
-    """Of the records that every filter let pass, in order."""
+    """Of the records that every filter let pass, in order, at the least."""
+    if not compares(recipe):
+        return itertools.repeat(Fate())  # nothing of any record is in memory
     found = read_survivors(journal.tables(columns(recipe)), recipe.balance.best_by)
     table = journal.folder / "balance.sqlite"
     table.unlink(missing_ok=True)
