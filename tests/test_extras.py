@@ -19,6 +19,7 @@ from qwen_image_fast.extras import EXTRAS, MissingPackage, needed_for
 PACKAGE = Path(qwen_image_fast.__file__).parent
 # Where a package is imported under another name than it is installed.
 NAMES = {"pyyaml": "yaml", "fonttools": "fontTools", "opencv-python-headless": "cv2", "pillow": "PIL"}
+NAMES |= {"faiss-cpu": "faiss"}
 DEPENDENCIES = {"torch", "transformers", "safetensors", "huggingface_hub", "numpy", "PIL", "pydantic"}
 DEPENDENCIES |= {"tqdm", "rich", "typer"}
 # What comes with one of these, or has a sentence of its own.

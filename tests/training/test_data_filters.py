@@ -268,6 +268,8 @@ def test_chinese_clip_of_a_folder(tmp_path):
     short, full, cut = (scorer(photos()["chelsea.png"], "只" * n + "猫") for n in (48, 49, 60))
     assert full == scorer(photos()["chelsea.png"], "只" * 49 + "猫只只") != short
     assert cut == scorer(photos()["chelsea.png"], "只" * 50) != full
+    one = float((scorer.pictures([photos()["chelsea.png"]]) @ scorer.texts(["一只猫"]).T)[0, 0])
+    assert one == pytest.approx(first, abs=1e-5)  # apart, as retrieval asks for them
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the commands `data filter`, `data report` and `data annotate` do."""
+"""What the commands `data filter`, `data annotate` and `data retrieve` do."""
 
 from __future__ import annotations
 
@@ -165,3 +165,27 @@ def annotate_command(recipe: Path, overrides: Sequence[str] | None, out: Path, p
             f"annotate: the endpoint failed for {result.unanswered} of {result.seen} pictures, which the result lacks; "
             "run the same command again to ask for them"
         )
+
+
+def retrieve_command(recipe: Path, overrides: Sequence[str] | None, out: Path) -> None:
+    """Fill gaps of a taxonomy from a pool; OUT gets shards/ and audit.parquet, and keeps the vectors of the pool, from
+    which a stopped run goes on and another search begins."""
+    from tqdm import tqdm
+
+    from qwen_image_fast.files import claimed
+
+    from .embed import check_model
+    from .recipe import read_retrieve_recipe
+    from .retrieve import check_index, retrieve
+    from .without_effect import of_retrieval, of_sources
+
+    chosen = read_retrieve_recipe(recipe, overrides or ())
+    _say(of_retrieval(chosen), of_sources(chosen.sources))
+    check_index()
+    check_model(chosen)
+    with claimed(out), tqdm(unit="record", smoothing=0.1) as bar:
+        filled = retrieve(chosen, out, progress=_shown_by(bar))
+    for one in filled:
+        near = "" if one.least is None else f", cosines {one.most:.3f} to {one.least:.3f}"
+        print(f"{one.node}: {one.there} there, {one.taken} found of {max(0, one.count - one.there)} missing{near}")
+    print(f"shards and audit.parquet are in {out}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from qwen_image_fast.files import atomic_write
 from qwen_image_fast.training.recipe.fields import differences
 
 from .parts import Part, plan, read_plan, write_plan
-from .recipe import FilterRecipe
+from .recipe import FilterRecipe, RetrieveRecipe
 
 with needed_for("filtering a data set"):
     import pyarrow as pa
@@ -37,12 +38,14 @@ class Journal:
 
     Args:
         out: of the result; the folder in it is there until the result is.
+        folder: its name. command: whose run it is, for errors. free: fields of the recipe that may be others when the
+            run goes on; `ray` says where, not what.
     """
 
-    def __init__(self, out: Path):
-        self.folder = out / FOLDER
+    def __init__(self, out: Path, folder: str = FOLDER, command: str = "filter", free: Sequence[str] = ("ray",)):
+        self.folder, self._command, self._free = out / folder, command, free
 
-    def begin(self, recipe: FilterRecipe) -> int:
+    def begin(self, recipe: FilterRecipe | RetrieveRecipe) -> int:
         """Plan the run, or find that it was planned; the number of records.
 
         Raises:
@@ -51,11 +54,11 @@ class Journal:
         settings = self.folder / "recipe.json"
         if settings.is_file():
             before, now = json.loads(settings.read_text(encoding="utf-8")), dataclasses.asdict(recipe)
-            before["ray"] = now["ray"]  # says where, not what
+            before |= {name: now[name] for name in self._free}
             if changes := differences(before, now):
                 raise ValueError(
-                    f"filter: {self.folder.parent} was begun with another recipe ({'; '.join(changes)}): give the same "
-                    f"again to go on, another --out, or remove {self.folder}"
+                    f"{self._command}: {self.folder.parent} was begun with another recipe ({'; '.join(changes)}): give "
+                    f"the same again to go on, another --out, or remove {self.folder}"
                 )
         else:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -64,6 +67,11 @@ class Journal:
             text = json.dumps(dataclasses.asdict(recipe), ensure_ascii=False).encode()
             atomic_write(settings, lambda file: file.write(text))  # last: a plan without it is begun anew
         return sum(part.count for _, part in self.parts())
+
+    def planned_as(self, recipe: FilterRecipe | RetrieveRecipe) -> bool:
+        """Whether the sources have the same records, by their names and numbers, as when the run was planned."""
+        pairs = itertools.zip_longest(plan(recipe.sources), read_plan(self.folder / "parts.jsonl"))
+        return all(now == then for now, then in pairs)
 
     def parts(self) -> Iterator[tuple[int, Part]]:
         return enumerate(read_plan(self.folder / "parts.jsonl"))
@@ -95,6 +103,20 @@ class Journal:
 
     def done(self, number: int) -> None:
         self._tried(number).unlink(missing_ok=True)
+
+    def result(self) -> Path:
+        """A new folder for the result, in which it becomes whole."""
+        shutil.rmtree(self.folder / "result", ignore_errors=True)
+        (self.folder / "result").mkdir()
+        return self.folder / "result"
+
+    def appear(self) -> None:
+        """Move the result into its place, the audit last: by that a result is known to be whole."""
+        out = self.folder.parent
+        shutil.rmtree(out / "shards", ignore_errors=True)
+        found = (self.folder / "result").iterdir()
+        for path in sorted(found, key=lambda path: (path.name == "audit.parquet", path.name)):
+            os.replace(path, out / path.name)
 
     def end(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

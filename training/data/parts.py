@@ -10,9 +10,10 @@ import dataclasses
 import itertools
 import json
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qwen_image_fast.extras import needed_for
 
@@ -74,6 +75,16 @@ def read_part(part: Part, source: SourceRecipe) -> Iterator[Record]:
         return (record_of_picture(path / name, name, defaults) for name in part.pictures)
     records = read_table(Path(part.file), source.image_column, defaults, part.first, part.offset)
     return itertools.islice(records, part.count)
+
+
+def same(record: Record | None, row: Mapping[str, Any], command: str) -> Record:
+    """The record that `row` is of, read again; ValueError where the source has changed since."""
+    if record is None or record.origin != row["origin"] or (row["kept"] and record.id != row["id"]):
+        raise ValueError(
+            f"{command}: {row['origin']} of {row['source']} is not what it was when it was judged: leave the sources "
+            "alone while a run goes on; remove its --out and begin again"
+        )
+    return record
 
 
 def text_of(part: Part) -> str:

@@ -10,8 +10,6 @@ import collections
 import dataclasses
 import itertools
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from .filters.order import FILTER_NAMES, FILTERS
 from .journal import Journal
 from .judge import build_filters, rejection
 from .judging import MakeFilters
+from .parts import same
 from .recipe import FilterRecipe
 from .record import Record
 from .shards import write_shards
@@ -102,12 +101,10 @@ def run_filters(
         missing = sum(part.count for _, part in journal.missing())
         progress(total - missing, total)
         engine.judge(recipe, journal, filters, workers, lambda count: progress(count, total))
-        result = journal.folder / "result"
-        shutil.rmtree(result, ignore_errors=True)
-        result.mkdir()
+        result = journal.result()
         found = _write(recipe, journal, engine, result, judged)
         beside(result)
-        _appear(result, out)
+        journal.appear()
         journal.end()
     return found
 
@@ -174,7 +171,7 @@ def _write(recipe: FilterRecipe, journal: Journal, engine: Engine, result: Path,
                 for (_, part), rows in zip(journal.parts(), judged_rows(recipe, journal, engine), strict=True):
                     records = read_in_sets(part, recipe)
                     for row in rows:
-                        record = _same(next(records, None), row)
+                        record = _with_tags(same(next(records, None), row, "filter"), row)
                         counts.add(row)
                         audit.write(row)
                         judged(record, row)
@@ -187,19 +184,7 @@ def _write(recipe: FilterRecipe, journal: Journal, engine: Engine, result: Path,
     return counts.result()
 
 
-def _same(record: Record | None, row: dict[str, Any]) -> Record:
-    """The record that was judged, with what the filters found."""
-    if record is None or record.origin != row["origin"] or (row["kept"] and record.id != row["id"]):
-        raise ValueError(
-            f"filter: {row['origin']} of {row['source']} is not what it was when it was judged: leave the sources "
-            "alone while a run goes on; remove its --out and begin again"
-        )
+def _with_tags(record: Record, row: dict[str, Any]) -> Record:
+    """With what the filters found."""
     tags = json.loads(row["tags"] or "{}")
     return dataclasses.replace(record, metadata={**record.metadata, **tags}) if tags else record
-
-
-def _appear(result: Path, out: Path) -> None:
-    """Move the result into its place, the audit last: by that a result is known to be whole."""
-    shutil.rmtree(out / "shards", ignore_errors=True)
-    for path in sorted(result.iterdir(), key=lambda path: (path.name == "audit.parquet", path.name)):
-        os.replace(path, out / path.name)

@@ -18,6 +18,9 @@ from .filters.order import FILTER_NAMES
 from .presets import PRESETS
 from .record import CAPTION_SETS, CATEGORIES
 
+# Of vectors in memory, by faiss' name of it.
+PRECISIONS = {"float32": "Flat", "float16": "SQfp16"}
+
 
 @dataclass
 class SourceRecipe:
@@ -174,6 +177,67 @@ class AnnotateRecipe:
     trigger: str = ""
     beside: bool = False
     shard_records: int = 1000
+
+
+@dataclass
+class GapRecipe:
+    """A node of the taxonomy to fill. count: records that it should have, with those of `have`.
+
+    texts, pictures: what they should be like, in words and, with `by: pictures`, files; neither: the node's name.
+    category: of those that are taken and have none. least: smallest cosine of one that is taken.
+    """
+
+    node: str = ""
+    count: int = 0
+    texts: list[str] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
+    category: str = ""
+    least: float = 0.0
+
+
+@dataclass
+class RetrieveRecipe:
+    """`qwen-image-fast data retrieve`.
+
+    sources: where to look. have: folders of shards of the data set with the gaps: what it has counts, and is not taken
+    again. by: "captions", whose vectors are of the text encoder in `model`, a pipeline's folder or tiny, or "pictures",
+    of `model`, a SigLIP 2 or Chinese-CLIP of transformers. precision: of the vectors in memory, float32 or float16.
+    """
+
+    sources: list[SourceRecipe] = field(default_factory=list)
+    have: list[str] = field(default_factory=list)
+    by: str = "captions"
+    model: str = ""
+    gaps: list[GapRecipe] = field(default_factory=list)
+    precision: str = "float32"
+    max_pixels: int = 100_000_000
+    shard_records: int = 1000
+
+
+def read_retrieve_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RetrieveRecipe:
+    """The checked recipe in a YAML file, as `read_filter_recipe`."""
+    recipe = convert(read_tree(path, overrides), RetrieveRecipe, "")
+    _check_sources(recipe.sources)
+    _must(recipe.by in ("captions", "pictures"), "by", "be captions or pictures", recipe.by)
+    _must(bool(recipe.model), "model", "be a folder, see training/data/recipe.py", recipe.model)
+    _must(recipe.precision in PRECISIONS, "precision", f"be of {', '.join(PRECISIONS)}", recipe.precision)
+    _must(recipe.shard_records >= 1, "shard_records", "be at least 1", recipe.shard_records)
+    for folder in recipe.have:
+        index = Path(folder).expanduser() / "index.parquet"
+        _must(index.is_file(), "have", "name folders of shards, which have an index.parquet", folder)
+    nodes = [gap.node for gap in recipe.gaps]
+    _must(bool(nodes) and all(nodes) and len(set(nodes)) == len(nodes), "gaps", "name different nodes", nodes)
+    for gap in recipe.gaps:
+        name = f"gaps, of {gap.node}: "
+        _must(gap.count >= 1, f"{name}count", "be at least 1", gap.count)
+        _must(gap.category in ("", *CATEGORIES), f"{name}category", f"be of {', '.join(CATEGORIES)}", gap.category)
+        _must(-1 <= gap.least <= 1, f"{name}least", "be a cosine, from -1 to 1", gap.least)
+        _must(not gap.pictures or recipe.by == "pictures", f"{name}pictures", "be empty with `by: captions`",
+              gap.pictures)  # fmt: skip
+        _must(all(text.strip() for text in gap.texts), f"{name}texts", "have words each", gap.texts)
+        for file in gap.pictures:
+            _must(Path(file).expanduser().is_file(), f"{name}pictures", "be files that are there", file)
+    return recipe
 
 
 def read_annotate_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnnotateRecipe:

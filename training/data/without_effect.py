@@ -9,7 +9,7 @@ from typing import Any
 
 from .collect import tables_of
 from .filters.order import DUPLICATES, FILTER_NAMES, STAGE_OF
-from .recipe import AnnotateRecipe, FilterRecipe, SourceRecipe
+from .recipe import AnnotateRecipe, FilterRecipe, RetrieveRecipe, SourceRecipe
 
 # The filters that read a field; one of them is enough.
 _READ_BY = {
@@ -62,6 +62,12 @@ def of_annotation(recipe: AnnotateRecipe) -> Iterator[str]:
         for name in _changed(dataclasses.asdict(recipe), dataclasses.asdict(AnnotateRecipe())):
             if name in ("api_key_file", "timeout"):
                 yield f"{name} has no effect: without an endpoint, the model runs here"
+
+
+def of_retrieval(recipe: RetrieveRecipe) -> Iterator[str]:
+    """The same of `data retrieve`."""
+    if recipe.by == "captions" and recipe.max_pixels != RetrieveRecipe.max_pixels:
+        yield "max_pixels has no effect: with `by: captions`, no picture is decoded"
 
 
 def of_sources(sources: Sequence[SourceRecipe]) -> Iterator[str]:

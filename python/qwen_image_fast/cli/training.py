@@ -148,6 +148,22 @@ def annotate_records(
         annotate_command(recipe, overrides, out, pilot)
 
 
+def retrieve_records(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file with the fields of RetrieveRecipe in recipe.py.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes such as model=tiny.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result.")] = Path("outputs/retrieved"),
+) -> None:
+    """Fill gaps of a taxonomy with the records of a pool that are nearest to texts or pictures.
+
+    A stopped run goes on with the same command; another search in the same pool makes no vector again.
+    """
+    with explained():
+        err.print(f"{recipe}: loading what retrieves", markup=False, soft_wrap=True)
+        from qwen_image_fast.training.data.cli import retrieve_command
+
+        retrieve_command(recipe, overrides, out)
+
+
 def prefer(
     folder: Annotated[Path, typer.Argument(help="Pictures of which several have one prompt.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File of pairs to write.")] = Path("pairs.jsonl"),
@@ -204,4 +220,5 @@ data.command("characters")(characters)
 data.command("filter")(filter_records)
 data.command("report")(report)
 data.command("annotate")(annotate_records)
+data.command("retrieve")(retrieve_records)
 data.command("prefer")(prefer)

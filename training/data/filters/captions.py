@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -136,21 +137,41 @@ class ClipScorer:
     def __call__(self, image: np.ndarray, text: str) -> float:
         import torch
 
-        # Texts as in training, which not every tokenizer knows. Chinese-CLIP saw 52 tokens, but has places for more.
-        # SigLIP saw small letters, padded to the full length without a mask; it pools the last place.
+        inputs = self._processor(images=np.ascontiguousarray(image), **self._words([text]))
+        with torch.inference_mode():
+            output = self._model(**inputs.to(self._model.device))
+        return float(torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)[0])
+
+    def pictures(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """float32 [images, width], the embeddings of images of one call, of length 1."""
+        inputs = self._processor(images=[np.ascontiguousarray(image) for image in images], return_tensors="pt")
+        return self._features(self._model.get_image_features, inputs)
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 [texts, width], as `pictures`."""
+        return self._features(self._model.get_text_features, self._processor(**self._words(texts)))
+
+    def _features(self, function: Callable[..., Any], inputs: Any) -> np.ndarray:
+        import torch
+
+        with torch.inference_mode():
+            found = function(**inputs.to(self._model.device))
+        found = found if isinstance(found, torch.Tensor) else found.pooler_output  # of transformers before 5, and since
+        return torch.nn.functional.normalize(found.float(), dim=-1).cpu().numpy()
+
+    def _words(self, texts: Sequence[str]) -> dict[str, Any]:
+        """Texts as in training, which not every tokenizer knows. Chinese-CLIP saw 52 tokens, but has places for more.
+        SigLIP saw small letters, padded to the full length without a mask; it pools the last place."""
         config = self._model.config
         longest, mask = config.text_config.max_position_embeddings, True
         if config.model_type == "chinese_clip":
             longest = min(longest, CHINESE_CLIP_TOKENS)
         elif config.model_type in ("siglip", "siglip2"):
-            text, mask = text.lower(), False
-        inputs = self._processor(
-            images=np.ascontiguousarray(image), text=[text], return_tensors="pt", padding="max_length", truncation=True,
-            max_length=longest, return_attention_mask=mask,
-        )  # fmt: skip
-        with torch.inference_mode():
-            output = self._model(**inputs.to(self._model.device))
-        return float(torch.nn.functional.cosine_similarity(output.image_embeds, output.text_embeds)[0])
+            texts, mask = [text.lower() for text in texts], False
+        return {
+            "text": [*texts], "return_tensors": "pt", "padding": "max_length", "truncation": True,
+            "max_length": longest, "return_attention_mask": mask,
+        }  # fmt: skip
 
 
 class Alignment(Measure):
