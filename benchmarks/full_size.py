@@ -4,9 +4,9 @@
 
 Writes the transformer (41 GB), measures, removes it, then the same with the text encoder (15 GB), and, where --only
 names them, with the transformer in 8 bits (27 GB, half of it modulation in bfloat16), which then takes 15 GB of
-memory, and in 4 bits (24 GB), which takes 9. Every phase is a process of its own; the parent holds nothing. Memory is
-what the system says of the process (/proc/self/status): the peak of all its pages, and which of them are its own
-(RssAnon) or pages of files, which can be given back (RssFile).
+memory, and in 4 bits (24 GB), which takes 9. `whole` is a pipeline of 18 GB, from a prompt to a picture. Every phase is
+a process of its own; the parent holds nothing. Memory is what the system says of the process (/proc/self/status): the
+peak of all its pages, and which of them are its own (RssAnon) or pages of files, which can be given back (RssFile).
 """
 
 from __future__ import annotations

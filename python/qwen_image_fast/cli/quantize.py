@@ -42,8 +42,8 @@ def quantize_command(
     if as_json:
         print_json(report)
         return
-    bits, largest = precision.removeprefix("int"), report["largest_error"]
-    console.print(f"{out}: {report['layers']} layers in {bits} bits, errors of weights up to {largest:.4f}")
+    bits = {"int8": "8 bits", "int4": "4 bits, the last block's in 8"}[precision]
+    console.print(f"{out}: {report['layers']} layers in {bits}, errors of weights up to {report['largest_error']:.4f}")
     for sigma, error in report.get("velocity_errors", {}).items():
         console.print(f"velocity at sigma {sigma}: {error:.4f}", highlight=False)
     for line in report["said"]:
