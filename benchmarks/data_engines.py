@@ -1,11 +1,14 @@
-"""Whether `data filter` gives the same bytes in one process, in two and on Ray Data with a worker killed in the middle,
-and whether its peak memory grows with the records.
+"""Whether `data filter` gives the same bytes in one process, in two and on Ray Data with a worker killed in the middle;
+how much faster two processes are; and whether its peak memory grows with the records.
 
 python -m benchmarks.data_engines --out results.json; --parts chooses, and parts measured before stay in the file.
 
 equality: the planted records of `benchmarks.data_filters`; `digest` is of every file of the result, by name. The worker
-that meets the record in the middle ends itself, as `kill -9` does. memory: stages 1 to 3 on pictures of 64 px, in a
-process of its own, with duplicates, whose hashes are in memory, and without.
+that meets the record in the middle ends itself, as `kill -9` does. speed: such records by the command with `--workers`
+1 and 2 in turns. `seconds` are of the clock, and the load average says what else the machine did; `path` are those of
+the processor, of the command's process and of one of its equal workers, which follow each other: what the clock would
+show if nothing else ran. memory: stages 1 to 3 on pictures of 64 px, in a process of its own, with duplicates, whose
+hashes are in memory, and without.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ import multiprocessing
 import os
 import shutil
 import signal
+import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -45,7 +51,6 @@ from qwen_image_fast.training.data.record import Record
 from qwen_image_fast.training.data.shards import write_shards
 from qwen_image_fast.training.synthesis.photos import find_photos, open_photo
 
-_PARTS = ["equality", "memory"]
 _SMALL = 64
 _KINDS = ["with duplicates", "without duplicates"]
 
@@ -112,6 +117,44 @@ def equality(count: int, folder: Path) -> dict[str, Any]:
     return {"records": count, "equal": equal, "worker_killed": marker.exists(), "runs": runs}
 
 
+# The command, and what it says at its end: seconds of the processor of its own process, and of those it started.
+_TIMED = """
+import json, resource, sys
+from qwen_image_fast.__main__ import main
+try:
+    main()
+finally:
+    used = [resource.getrusage(which) for which in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(json.dumps([one.ru_utime + one.ru_stime for one in used]))
+"""
+
+
+def speed(count: int, rounds: int, folder: Path) -> dict[str, Any]:
+    planted(count, folder / "in")
+    recipe = folder / "recipe.json"
+    recipe.write_text(json.dumps(dataclasses.asdict(recipe_of(folder / "in"))))
+    runs: dict[int, list[dict[str, float]]] = {1: [], 2: []}
+    for number in range(rounds):
+        for workers in (1, 2) if number % 2 == 0 else (2, 1):
+            start = time.perf_counter()
+            command = [sys.executable, "-c", _TIMED, "data", "filter", str(recipe), "--workers", str(workers),
+                       "--out", str(folder / "out")]  # fmt: skip
+            said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            own, others = json.loads(said.splitlines()[-1])
+            runs[workers].append({
+                "seconds": round(time.perf_counter() - start, 1), "of_its_process": round(own, 1),
+                "of_its_workers": round(others, 1), "path": round(own + others / workers, 1),
+                "load_average": round(os.getloadavg()[0], 1),
+            })  # fmt: skip
+            print(workers, runs[workers][-1], flush=True)
+            shutil.rmtree(folder / "out")
+    faster = {
+        name: round(statistics.median(one[name] / two[name] for one, two in zip(runs[1], runs[2])), 2)
+        for name in ("seconds", "path")
+    }
+    return {"records": count, "faster": faster, "runs": runs}
+
+
 def small_records(count: int) -> Iterator[Record]:
     """Crops of photographs of 64 px under a random light, as JPEG."""
     rng = np.random.default_rng(0)
@@ -151,14 +194,17 @@ def _peak(source: Path, out: Path, without: list[str]) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=_PARTS)
+    parser.add_argument("--parts", nargs="+", choices=("equality", "speed", "memory"),
+                        default=["equality", "speed", "memory"])  # fmt: skip
     parser.add_argument("--records", type=int, default=20_000, help="of equality")
+    parser.add_argument("--speed-records", type=int, default=6_000)
+    parser.add_argument("--rounds", type=int, default=3, help="of speed")
     parser.add_argument("--memory-records", type=int, nargs="+", default=[2_000, 20_000, 200_000])
     parser.add_argument("--memory-kinds", nargs="+", choices=_KINDS, default=_KINDS)
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     chosen = parser.parse_args()
     measures = {
-        "equality": partial(equality, chosen.records),
+        "equality": partial(equality, chosen.records), "speed": partial(speed, chosen.speed_records, chosen.rounds),
         "memory": partial(memory, chosen.memory_records, chosen.memory_kinds),
     }  # fmt: skip
     result: dict[str, Any] = {}
