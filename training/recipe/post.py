@@ -132,7 +132,8 @@ class DpoRecipe(PostRecipe):
     """beta: how far the model may go from the reference, for errors that are means over the latent's values; a smaller
     one lets it go further. reference: "round", the model at the round's begin, or "start", at the stage's. margin:
     rewards of a pair differ by more than this. pairing: "all", each of the best pictures of a prompt against the
-    others in turn; "ends", the best against the worst. sft_weight: of the flow loss of the better picture beside it.
+    others in turn; "once", the same with each picture in one pair at most; "ends", the best against the worst.
+    sft_weight: of the flow loss of the better picture beside it.
     """
 
     beta: float = 2000.0
@@ -145,7 +146,7 @@ class DpoRecipe(PostRecipe):
         super().check()
         must(self.beta > 0, "beta", "be above 0", self.beta)
         must(self.reference in REFERENCES, "reference", "be start or round", self.reference)
-        must(self.pairing in ("all", "ends"), "pairing", "be all or ends", self.pairing)
+        must(self.pairing in ("all", "once", "ends"), "pairing", "be all, once or ends", self.pairing)
         must_be_at_least(0, "margin", self.margin)
         must_be_at_least(0, "sft_weight", self.sft_weight)
 

@@ -67,8 +67,9 @@ def check_not_constant(name: str, history: Sequence[float], rounds: int) -> None
 def own_pairs(rewards: np.ndarray, margin: float, pairing: str) -> list[tuple[int, int]]:
     """(better, worse) among the pictures of one prompt, whose rewards differ by more than `margin`.
 
-    "all": each picture with the best reward against those that are worse, in turn, the worst first. "ends": the first
-    of the best against the worst.
+    "all": each picture with the best reward against those that are worse, in turn, the worst first. "once": the same
+    until either are used up, so that no picture is in two pairs, and a prompt with seven right pictures and one wrong
+    one does not count seven times. "ends": the first of the best against the worst.
     """
     best = float(rewards.max())
     better = [int(i) for i in np.flatnonzero(rewards >= best - _SAME)]
@@ -77,4 +78,6 @@ def own_pairs(rewards: np.ndarray, margin: float, pairing: str) -> list[tuple[in
         return []
     if pairing == "ends":
         return [(better[0], worse[0])]
+    if pairing == "once":
+        return list(zip(better, worse))
     return [(winner, worse[k % len(worse)]) for k, winner in enumerate(better)]
