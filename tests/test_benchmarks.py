@@ -233,3 +233,40 @@ def test_parts_of_the_error_of_fewer_bits(tmp_path, monkeypatch, capsys):
         errors[f"{name}, in float32"]["0.4"] for name in ("8 bits", "4 bits", "4 bits, all blocks")
     )
     assert 0 < eight < four < all_blocks < 0.2 and "4 bits, all blocks, in bfloat16" in capsys.readouterr().out
+
+
+def test_points_of_post_training(tmp_path):
+    """Won, lost and the share by hand; what a call has made is read and not made again."""
+    pytest.importorskip("rapidocr")
+    from benchmarks import post_training
+
+    start = {"zh": {"one": [True, False, False, False]}}
+    runs = [{"seconds": 9.5, "right": {"zh": {"one": [False, True, True, True]}}}]
+    begin, end = post_training.points(start, runs)
+    assert begin["seconds"] == 0 and begin["zh, one"]["right"] == 1 and begin["zh, one"]["p"] == 1
+    assert end["seconds"] == 9.5 and end["zh, one"] | {"interval": 0} == {
+        "right": 3, "of": 4, "interval": 0, "won": 3, "lost": 1, "p": 0.625,
+    }  # fmt: skip
+    assert "DPO, seed 0: 10 s; zh, one: 3 of 4 (+3 -1, p = 0.625)" in post_training.table({"DPO": [[begin, end]]})
+    assert post_training.once(tmp_path / "a.json", lambda: [1.5]) == [1.5]
+    assert post_training.once(tmp_path / "a.json", lambda: [2.5]) == [1.5]
+
+
+def test_post_training_compares(tmp_path, monkeypatch):
+    """One method, too short to learn: a second call draws nothing."""
+    pytest.importorskip("rapidocr")
+    from benchmarks import post_training
+
+    out, picture = tmp_path / "found.json", tmp_path / "curves.png"
+    call = ["post_training", "--work", str(tmp_path / "work"), "--seeds", "1", "--legs", "1", "--small",
+            "--methods", "DPO", "--out", str(out), "--picture", str(picture)]  # fmt: skip
+    monkeypatch.setattr("sys.argv", call)
+    post_training.main()
+    found = json.loads(out.read_text())
+    (run,) = found["curves"]["DPO"]
+    assert len(run) == 2 and run[1]["seconds"] > 0 and run[1]["zh, reader at 736 px"]["of"] == 4
+    assert picture.stat().st_size > 1000
+    monkeypatch.setattr(post_training, "train", None)
+    monkeypatch.setattr(post_training, "read", None)
+    post_training.main()
+    assert json.loads(out.read_text()) == found

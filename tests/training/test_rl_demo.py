@@ -17,14 +17,15 @@ def test_it_draws_learns_and_says_what_changed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     __import__("rl_demo").main(tmp_path / "out", "tiny", "zh", 1, control=False, whole=False, small=True)
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert set(found["compared"]["zh"]) == {"reader at 320 px", "reader at 736 px"}
-    for reader in found["compared"]["zh"].values():
+    (readers,) = found["compared"][-1].values()
+    assert set(readers) == {"reader at 320 px", "reader at 736 px", "colours"}
+    for reader in readers.values():
         assert 0 <= reader["won"] <= 4 and 0 <= reader["p"] <= 1
-    assert len(found["results"]) == 2 and len(found["cpu_seconds_a_round"]) == 1
+    assert len(found["compared"]) == len(found["cpu_seconds_a_round"]) == 1
     with Image.open(tmp_path / "out" / "rl-demo.png") as picture:
         assert picture.width > 500
     prompts = [json.loads(line) for line in (tmp_path / "out" / "prompts.jsonl").read_text().splitlines()]
-    assert len(prompts) == 4 and all(len(p["texts"]) == len(p["boxes"]) == 1 for p in prompts)
+    assert len(prompts) == 4 and all(len(p["texts"][0]) == 3 and len(p["boxes"]) == 1 for p in prompts)
 
 
 def test_the_sign_test():
