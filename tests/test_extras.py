@@ -23,7 +23,7 @@ NAMES |= {"faiss-cpu": "faiss"}
 DEPENDENCIES = {"torch", "transformers", "safetensors", "huggingface_hub", "numpy", "PIL", "pydantic"}
 DEPENDENCIES |= {"tqdm", "rich", "typer"}
 # What comes with one of these, or has a sentence of its own.
-MORE = {"annotated_types": "pydantic", "scipy": "schedulers.py"}
+MORE = {"annotated_types": "pydantic", "h11": "uvicorn", "scipy": "schedulers.py"}
 
 
 def imported(path):
