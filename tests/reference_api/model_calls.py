@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate_harness import inputs
 from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
@@ -47,10 +48,15 @@ def with_processor(model: Any, one: bool) -> Any:
 
 
 def with_backend(model: Any) -> Any:
-    model.set_attention_backend("_native_math")
-    chosen = forward(model).sample
-    model.reset_attention_backend()
-    return [chosen, forward(model).sample]
+    """`set_attention_backend` also sets a default of the process, which is put back."""
+    before = registry.get_active_backend()[0]
+    try:
+        model.set_attention_backend("_native_math")
+        chosen = forward(model).sample
+        model.reset_attention_backend()
+        return [chosen, forward(model).sample]
+    finally:
+        registry.set_active_backend(before)
 
 
 def cached(model: Any, config: Callable[[], Any]) -> Any:

@@ -12,7 +12,7 @@ from qwen_image_fast.cli.errors import BAD_INPUT, CommandError, sentence_of
 from qwen_image_fast.cli.options import flag
 from qwen_image_fast.folders import read_json
 from qwen_image_fast.models.controlnet import QwenImageControlNetModel
-from qwen_image_fast.models.lora_files import locate_lora, read_lora
+from qwen_image_fast.models.lora_files import locate_lora, parse_components, read_lora
 from qwen_image_fast.models.lora_keys import split_components
 from qwen_image_fast.models.text_encoder import empty_text_encoder
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
@@ -20,7 +20,6 @@ from qwen_image_fast.pictures import to_mask
 from qwen_image_fast.pipelines.conditions import VAE_AREA, check_effect
 from qwen_image_fast.pipelines.control import check_family, check_masked
 from qwen_image_fast.pipelines.images import area_size
-from qwen_image_fast.pipelines.lora import parse_components
 from qwen_image_fast.request import Request
 from qwen_image_fast.weights.formats import check_part, open_weights
 

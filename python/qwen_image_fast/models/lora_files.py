@@ -21,7 +21,7 @@ from ..checkpoint import PICKLE_SUFFIXES
 from ..files import atomic_write
 from ..folders import newest_lora, read_json, resolve_folder
 from ..tensor_files import CONVERT, read_header
-from .lora_keys import Parts, by_layer
+from .lora_keys import Parts, by_layer, component_config, split_components, without_absent
 from .lora_kinds import Adapter, Difference, Hadamard, Kronecker, Pair
 
 logger = logging.getLogger(__name__)
@@ -156,6 +156,22 @@ def missing(file: Path) -> str:
         return f"there is no file {file}; did you mean {names[near[0]]}?"
     shown = ", ".join([*names.values()][:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return f"there is no file {file}; the folder has {shown or 'no safetensors file'}"
+
+
+def parse_components(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], transformer: Any, text_encoder: Any,
+    unknown: list[str] | None = None,
+) -> tuple[dict[str, Adapter], dict[str, Adapter], int]:  # fmt: skip
+    """The adapters of the transformer and of the text encoder, and how many tensors of the latter are left out.
+
+    The models may be on the meta device; `text_encoder`: None: its part is left out. `unknown`: gets
+    the keys that name nothing in them; None: they are an error. ValueError: as `parse_lora`.
+    """
+    own, whole = split_components(state)
+    text = {} if text_encoder is None else without_absent(whole, text_encoder)
+    layers = parse_lora(own, transformer, component_config(config, "transformer"), unknown) if own or not text else {}
+    found = parse_lora(text, text_encoder, component_config(config, "text_encoder"), unknown) if text else {}
+    return layers, found, len(whole) - len(text)
 
 
 def parse_lora(

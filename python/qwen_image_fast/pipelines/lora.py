@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from qwen_image_fast.folders import nearest
 from qwen_image_fast.keywords import check_saving
 from qwen_image_fast.models.lora import TEXT_ENCODER, adapters_of
-from qwen_image_fast.models.lora_files import locate_lora, parse_lora, read_lora, write_lora
-from qwen_image_fast.models.lora_keys import component_config, shown, split_components, without_absent
+from qwen_image_fast.models.lora_files import locate_lora, parse_components, read_lora, write_lora
+from qwen_image_fast.models.lora_keys import component_config, shown
 from qwen_image_fast.models.lora_kinds import Adapter
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler, named_schedule
 
@@ -225,22 +225,6 @@ class LoraMixin:
         config, arguments = named_schedule(name)
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config, **config)
         return arguments
-
-
-def parse_components(
-    state: Mapping[str, Tensor], config: Mapping[str, Any], transformer: Any, text_encoder: Any,
-    unknown: list[str] | None = None,
-) -> tuple[dict[str, Adapter], dict[str, Adapter], int]:  # fmt: skip
-    """The adapters of the transformer and of the text encoder, and how many tensors of the latter are left out.
-
-    The models may be on the meta device; `text_encoder`: None: its part is left out. `unknown`: gets
-    the keys that name nothing in them; None: they are an error. ValueError: as `parse_lora`.
-    """
-    own, whole = split_components(state)
-    text = {} if text_encoder is None else without_absent(whole, text_encoder)
-    layers = parse_lora(own, transformer, component_config(config, "transformer"), unknown) if own or not text else {}
-    found = parse_lora(text, text_encoder, component_config(config, "text_encoder"), unknown) if text else {}
-    return layers, found, len(whole) - len(text)
 
 
 def _unknown(name: str) -> str:
