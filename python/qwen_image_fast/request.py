@@ -79,8 +79,7 @@ class Request(BaseModel):
         """Which pydantic would take for the number 1; nor bytes that the command line's encoding could not read."""
         for name in ("prompt", "negative_prompt"):
             if isinstance(values.get(name), str) and not_text(values[name]):
-                why = "it has half of a surrogate pair; in a shell set LC_ALL=C.UTF-8"
-                raise RequestError(f"the {{{name}}} is not text: {why}")
+                raise RequestError(f"the {{{name}}} is not text: half of a surrogate pair; in a shell LC_ALL=C.UTF-8")
         for name, field in cls.model_fields.items():
             if isinstance(values.get(name), bool) and field.annotation is not bool:
                 raise RequestError(f"{{{name}}} must not be a truth value, got {values[name]}")

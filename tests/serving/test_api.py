@@ -138,7 +138,7 @@ WRONG = [
     ({"size": "4096x4096"}, "size", "invalid_size", "size must have at most 8294400 pixels"),
     ({"size": "0x0"}, "size", "invalid_size", "size must have sides of at least 16, got 0x0"),
     ({"true_cfg_scale": 0.5}, "true_cfg_scale", "invalid_value", "true_cfg_scale must be a number, 1 to 100, got 0.5"),
-    ({"prompt": "\ud83d"}, "prompt", "invalid_value", "the prompt is not text: it has half of a surrogate pair"),
+    ({"prompt": "\ud83d"}, "prompt", "invalid_value", "the prompt is not text: half of a surrogate pair"),
     ({"quality": "best"}, "quality", "invalid_value", "quality must be auto, low, medium, high, standard or hd"),
     ({"partial_images": 2}, "partial_images", "invalid_value", "partial_images has no effect without stream"),
     ({"stream": True, "partial_images": 4}, "partial_images", "invalid_value", "partial_images must be an integer, 0"),
