@@ -44,6 +44,11 @@ def test_the_commands_names_need_nothing(args):
         assert all(name in result.stdout for name in cli.COMMANDS)
 
 
+def test_the_ops_do_not_bring_the_compiler_of_torch():
+    code = "import sys; import qwen_image_fast.ops; print('torch' in sys.modules, 'torch._dynamo' in sys.modules)"
+    assert run(sys.executable, "-c", code).stdout.split() == ["True", "False"]
+
+
 @pytest.mark.parametrize(
     "args",
     [

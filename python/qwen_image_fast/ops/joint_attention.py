@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from itertools import accumulate
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +17,19 @@ from qwen_image_fast.ops import _library as lib
 from qwen_image_fast.ops._library import DTYPE_CODES
 
 try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None  # type: ignore[assignment]
-
-try:
     from torch.nn.attention import current_flash_attention_impl
 except ImportError:  # before torch 2.11
     current_flash_attention_impl = None  # type: ignore[assignment]
 
+
+def _torch_varlen_attn(*operands: Tensor | int) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # brings torch's compiler with it: a second
+
+    return cast(Tensor, varlen_attn(*operands))  # type: ignore[arg-type]
+
+
+# None: before torch 2.10.
+varlen_attn: Callable[..., Tensor] | None = _torch_varlen_attn if find_spec("torch.nn.attention.varlen") else None
 _OP = "joint_attention"
 # torch 2.5 can choose among backends, but not order them.
 _can_order_backends = "set_priority" in inspect.signature(sdpa_kernel).parameters
@@ -88,7 +94,8 @@ def joint_attention_parts(
         cu_q = _cumulative(q_lens, q) if cu_q is None else cu_q
         cu_k = _cumulative(k_lens, q) if cu_k is None else cu_k
         q, k, v = map(_as_kernels_read, (q, k, v))
-        return [varlen_attn(q, k, v, cu_q, cu_k, max(q_lens), max(k_lens))]  # type: ignore[list-item]
+        assert varlen_attn is not None
+        return [varlen_attn(q, k, v, cu_q, cu_k, max(q_lens), max(k_lens))]
     if kernel == "packed":
         if lib.call_directly(q, k, v):
             return [_forward(q, k, v, list(q_lens), list(k_lens))[0]]
