@@ -307,7 +307,7 @@ def test_photograph_errors(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"pure": 0}, "one weight of shapes, pure, compositional, complex must be positive"),
+        ({"pure": 0}, "one weight of shapes, pure, compositional, complex, scenes must be positive"),
         ({"pure": -1}, "pure must be 0 or more, got -1"),
         ({"sizes": ()}, "sizes must not be empty"),
         ({"complex": 1, "sizes": [[64, 64]]}, "sizes must be .* 128 pixels or more for pure and complex"),

@@ -5,7 +5,7 @@ import pytest
 from synthesis_helpers import languages, mixed, needs_chinese, only
 
 from qwen_image_fast.training.synthesis import make, make_edit, quoted_texts, tiny
-from qwen_image_fast.training.synthesis.recipe import STRATEGIES
+from qwen_image_fast.training.synthesis.recipe import STRATEGIES, VISION
 
 pytestmark = pytest.mark.usefixtures("one_photograph")
 
@@ -43,6 +43,7 @@ def test_pairs_differ_only_inside_the_mask(strategy, language):
     expected = {
         "shapes": {"colour", "ground", "add", "remove", "move", "reconstruct"},
         "pure": {"text", "colour", "ground", "add", "remove", "move", "reconstruct"},
+        "scenes": set(VISION),
     }
     assert kinds == expected.get(strategy, {"text", "colour", "reconstruct"})
 

@@ -34,14 +34,14 @@ class TextCase:
 
 def held_out_cases(recipe: SynthesisRecipe, count: int, seed: int = 0) -> list[TextCase]:
     """Captions of the synthesis recipe whose words training never shows."""
-    unseen = dataclasses.replace(recipe, split="held_out", shapes=0.0)
+    unseen = dataclasses.replace(recipe, split="held_out", shapes=0.0, scenes=0.0)
     made = _first(count, _drawn(make, unseen, seed, 10 * count), "samples")
     return [TextCase(sample.caption, sample.lines, sample.language, sample.colours) for sample in made]
 
 
 def held_out_edits(recipe: SynthesisRecipe, count: int, kind: str, seed: int = 0) -> list[EditSample]:
     """The first `count` editing pairs of one kind, with words that training never shows."""
-    unseen = dataclasses.replace(recipe, split="held_out", shapes=0.0)
+    unseen = dataclasses.replace(recipe, split="held_out", shapes=0.0, scenes=0.0)
     pairs = (pair for pair in _drawn(make_edit, unseen, seed, 1000 * count) if pair.kind == kind)
     return _first(count, pairs, f"edits of the kind {kind}")
 

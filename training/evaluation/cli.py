@@ -1,4 +1,4 @@
-"""The commands `evaluate text`, `evaluate edit`, `evaluate tiny` and `evaluate bench`."""
+"""The commands `evaluate text`, `evaluate edit`, `evaluate tiny`, `evaluate vision` and `evaluate bench`."""
 
 from __future__ import annotations
 
@@ -145,6 +145,49 @@ def tiny_command(
         run = TinyRun(model, wanted, count, size, seed, batch, _sampling(steps, guidance))
         totals = tiny_eval.write_report(run.judged(), out, model, run.settings())
     print(markdown(tiny_eval.table(totals)))
+    print(f"results.json and report.html are in {out}")
+
+
+@app.command("vision")
+def vision_command(
+    model: Model = "tiny",
+    out: Out = Path("outputs/evaluate-vision"),
+    tasks: Annotated[str, typer.Option(help="all, or some of depth,segment,view,edges,colourise")] = "all",
+    count: Annotated[int, typer.Option(help="pictures of each task", min=1)] = 50,
+    language: Annotated[str, typer.Option(help="of the instructions: en or zh")] = "en",
+    size: Size = 128,
+    steps: Steps = 20,
+    guidance: Guidance = 1.0,
+    seed: Seed = 0,
+    batch: Batch = 16,
+) -> None:
+    """Depth, segmentation, views, edges and colours by instruction, on scenes whose truth is known; beside every score
+    that of an answer which needs no model."""
+    typer.echo(f"{model}: loading torch", err=True)
+    from tqdm import tqdm
+
+    from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
+    from qwen_image_fast.training.evaluation import evaluate_vision as report
+    from qwen_image_fast.training.evaluation.evaluate_edit import edited_by
+    from qwen_image_fast.training.evaluation.page import markdown
+    from qwen_image_fast.training.evaluation.tiny_models import through
+    from qwen_image_fast.training.synthesis.recipe import VISION
+
+    wanted = VISION if tasks == "all" else tuple(task.strip() for task in tasks.split(","))
+    if unknown := [task for task in wanted if task not in VISION]:
+        raise typer.BadParameter(f"--tasks must be of {', '.join(VISION)}, got {', '.join(unknown)}")
+    if language not in ("en", "zh"):
+        raise typer.BadParameter(f"--language must be en or zh, got {language}")
+    with claimed(out, "results.json"):
+        asked = [task for kind in wanted for task in report.held_out_tasks(kind, count, size, language, seed)]
+        pipe = QwenImageEditPlusPipeline.from_pretrained(model)
+        edit = edited_by(pipe, seed=seed, **_sampling(steps, guidance))
+        found = report.evaluate(edit, asked, lambda pictures: through(pipe.vae, pictures), batch)
+        answers = list(tqdm(found, total=len(asked), unit="picture"))
+        settings = {"tasks": ",".join(wanted), "count": count, "language": language, "size": size, "steps": steps,
+                    "guidance": guidance, "seed": seed}  # fmt: skip
+        totals = report.write_report(answers, out, model, settings)
+    print(markdown(report.table(totals)))
     print(f"results.json and report.html are in {out}")
 
 

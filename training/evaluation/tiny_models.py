@@ -54,7 +54,8 @@ class TinyRun:
                     for one in results:
                         found.append(one)
                         bar.update()
-            for one in run_vae(self._through(drawing.vae), vae, self.batch):
+            reconstruct = lambda asked, first: through(drawing.vae, [one.right for one in asked])  # noqa: E731
+            for one in run_vae(reconstruct, vae, self.batch):
                 found.append(one)
                 bar.update()
         return found
@@ -100,16 +101,15 @@ class TinyRun:
 
         return edit
 
-    def _through(self, vae: Any):
-        def reconstruct(asked: Sequence[Asked], first: int) -> list[np.ndarray]:
-            weight = vae.decoder.conv_in.weight
-            pixels = torch.from_numpy(np.stack([one.right for one in asked])).to(weight.device, weight.dtype)
-            with torch.inference_mode():
-                z = vae.encode(pixels.permute(0, 3, 1, 2)[:, :, None] / 127.5 - 1).latent_dist.mode()
-                made = vae.decode(z).sample[:, :, 0].permute(0, 2, 3, 1).float()
-            return [_bytes(image) for image in ((made + 1) / 2).clamp(0, 1).cpu().numpy()]
 
-        return reconstruct
+def through(vae: Any, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Pictures of one size, uint8 [H, W, 3], after the VAE, by the means of their latents."""
+    weight = vae.decoder.conv_in.weight
+    pixels = torch.from_numpy(np.stack(pictures)).to(weight.device, weight.dtype)
+    with torch.inference_mode():
+        z = vae.encode(pixels.permute(0, 3, 1, 2)[:, :, None] / 127.5 - 1).latent_dist.mode()
+        made = vae.decode(z).sample[:, :, 0].permute(0, 2, 3, 1).float()
+    return [_bytes(image) for image in ((made + 1) / 2).clamp(0, 1).cpu().numpy()]
 
 
 def _bytes(image: np.ndarray) -> np.ndarray:

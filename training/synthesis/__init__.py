@@ -1,8 +1,9 @@
 """Synthesis of text-rendering data: pictures whose text is known, with captions, and editing pairs.
 
 The report's three strategies (arXiv 2508.02324, section 3.4) in `pure`, `compositional` and `complex`; coloured shapes
-for the stage before text in `shapes`; pairs in `editing`. A `SynthesisRecipe` says what to make; `make` and `make_edit`
-are pure functions of (recipe, seed, index); `stream` runs them on many processes.
+for the stage before text in `shapes`; pairs in `editing`; scenes whose depth is known, and tasks of vision, in `scenes`
+and `vision`. A `SynthesisRecipe` says what to make; `make` and `make_edit` are pure functions of (recipe, seed, index);
+`stream` runs them on many processes.
 """
 
 from .editing import make_edit

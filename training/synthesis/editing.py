@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from . import complex as complex_layouts
-from . import compositional
+from . import compositional, vision
 from .canvas import SHAPES, Ground, Scene, ShapeElement, TextElement, element_box, fit_size, render_scene
 from .colours import COLOURS, LEAST_CONTRAST, contrast, readable_on
 from .fonts import faces_for
@@ -45,7 +45,7 @@ def make_edit(recipe: SynthesisRecipe, seed: int, index: int) -> EditSample:
 
     Pairs of `shapes` and `pure` change the text, a colour or the ground, add, remove or move an element, or ask for the
     same picture; of `compositional` the text, its colour, the medium's colour or nothing; of `complex` a text, the
-    title's colour or nothing. Raises as `generator.make`.
+    title's colour or nothing; of `scenes` see `vision`. Raises as `generator.make`.
     """
     return retried(replace(recipe, languages=recipe.edit_languages or recipe.languages), seed, index, _draw)
 
@@ -57,6 +57,8 @@ def _draw(
         return _composite_pair(recipe, rng, size, language)
     if strategy == "complex":
         return _page_pair(recipe, rng, size, language)
+    if strategy == "scenes":
+        return vision.make_pair(recipe, rng, size, language)
     return _scene_pair(recipe, rng, strategy, size, language)
 
 

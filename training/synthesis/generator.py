@@ -12,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, TypeVar
 
 from . import complex as complex_layouts
-from . import compositional, pure, shapes
+from . import compositional, pure, scenes, shapes
 from .recipe import STRATEGIES, SynthesisRecipe
 from .sample import Sample
 
@@ -23,6 +23,7 @@ _MAKERS = {
     "pure": pure.make,
     "compositional": compositional.make,
     "complex": complex_layouts.make,
+    "scenes": scenes.make,
 }
 MOST_ATTEMPTS = 200
 _CHUNK = 32
@@ -64,10 +65,14 @@ def retried(
         made = draw(recipe, rng, strategy, size, language)
         if made is not None:
             return made
+    why = (
+        "no colour of text_colours stood out, or a solid was hidden; use more text_colours and ground_colours"
+        if strategy == "scenes"
+        else "a glyph was missing or the text did not fit at a legible size; use a larger size, fewer letters or "
+        "lines, shorter paragraphs, or fonts with more glyphs"
+    )
     raise Undrawable(
-        f"recipe: {MOST_ATTEMPTS} {strategy} samples in {language} at {size[0]} x {size[1]} were dropped, because a "
-        "glyph was missing or the text did not fit at a legible size; use a larger size, fewer letters or lines, "
-        "shorter paragraphs, or fonts with more glyphs"
+        f"recipe: {MOST_ATTEMPTS} {strategy} samples in {language} at {size[0]} x {size[1]} were dropped, because {why}"
     )
 
 

@@ -97,7 +97,8 @@ def find_recipe(
         raise ValueError(f"recipe must be one of {', '.join(_PRESETS)} or a .json file, got {name}")
     if name == "tiny":
         return tiny(size or 64, languages, fonts=fonts)
-    weights: dict[str, Any] = {strategy: float(name in ("mixed", strategy)) for strategy in STRATEGIES}
+    chosen = [one for one in STRATEGIES if one != "scenes"] if name == "mixed" else [name]
+    weights: dict[str, Any] = {strategy: float(strategy in chosen) for strategy in STRATEGIES}
     return SynthesisRecipe(**weights, sizes=((size or 256,) * 2,), languages=languages, fonts=fonts, photos=photos)
 
 

@@ -14,19 +14,20 @@ from .colours import COLOURS, TINY_GROUND_COLOURS, TINY_TEXT_COLOURS, readable_o
 from .fonts import Face, faces_of_language, find_fonts
 from .words import HAN_UNIQUE, SPLITS, TINY_HAN_CHARACTERS, WordSource, is_han, probe
 
-STRATEGIES = ("shapes", "pure", "compositional", "complex")
+STRATEGIES = ("shapes", "pure", "compositional", "complex", "scenes")
+VISION = ("depth", "segment", "view", "edges", "colourise")
 EDITS = ("text", "colour", "ground", "add", "remove", "move", "reconstruct")
-_LEAST_SIDE = {"shapes": 16, "pure": 16, "compositional": 96, "complex": 128}
+_LEAST_SIDE = {"shapes": 16, "pure": 16, "compositional": 96, "complex": 128, "scenes": 32}
 # Smallest font size in pixels at which a script is legible.
 _LEGIBLE = {"en": 9, "zh": 12}
 
 
 @dataclass(frozen=True)
 class SynthesisRecipe:
-    """A mix of text-rendering data.
+    """A mix of text-rendering data, and of scenes for the tasks of vision.
 
     Attributes:
-        shapes, pure, compositional, complex: weights of the strategies.
+        shapes, pure, compositional, complex, scenes: weights of the strategies.
         sizes: canvases as (width, height) in pixels; drawn with equal chance, as are languages.
         languages: of `en`, `zh`; one named twice is drawn twice as often.
         edit_languages: of editing pairs; empty: the same.
@@ -51,6 +52,7 @@ class SynthesisRecipe:
         other_captions: share of single texts and paragraphs whose caption is in the other language than they are.
         photos: folder of photographs for compositional samples; None: those in scikit-image's wheel.
         edits: kinds of editing pairs of shapes and pure, drawn with equal chance; a kind may occur several times.
+        vision: the same of scenes: depth, segment, view, edges, colourise.
         split, held_out: side of the split of words (`train`, `held_out`), and share of held-out words.
     """
 
@@ -58,6 +60,7 @@ class SynthesisRecipe:
     pure: float = 1.0
     compositional: float = 0.0
     complex: float = 0.0
+    scenes: float = 0.0
     sizes: tuple[tuple[int, int], ...] = ((256, 256),)
     languages: tuple[str, ...] = ("en",)
     edit_languages: tuple[str, ...] = ()
@@ -85,6 +88,7 @@ class SynthesisRecipe:
     other_captions: float = 0.0
     photos: str | None = None
     edits: tuple[str, ...] = EDITS
+    vision: tuple[str, ...] = VISION
     split: str = "train"
     held_out: float = 0.1
 
@@ -99,6 +103,7 @@ class SynthesisRecipe:
             "textures",
             "paragraphs",
             "edits",
+            "vision",
         )
         for name in lists:
             object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -203,9 +208,11 @@ def _check(recipe: SynthesisRecipe) -> None:
     for name in ("text_colours", "ground_colours"):
         must(bool(getattr(recipe, name)) and set(getattr(recipe, name)) <= set(COLOURS), name, f"be of {list(COLOURS)}")
     must(bool(recipe.textures) and set(recipe.textures) <= set(TEXTURES), "textures", f"be of {list(TEXTURES)}")
+    must(not recipe.scenes or len(set(recipe.ground_colours)) > 1, "ground_colours", "be two or more for scenes")
     for ground in recipe.ground_colours:
         must(bool(readable_on(ground, recipe.text_colours)), "text_colours", f"have one that can be read on {ground}")
     must(bool(recipe.edits) and set(recipe.edits) <= set(EDITS), "edits", f"be of {list(EDITS)}")
+    must(bool(recipe.vision) and set(recipe.vision) <= set(VISION), "vision", f"be of {list(VISION)}")
     must(not (recipe.shapes and set(recipe.edits) == {"text"}), "edits", "not be text alone where there are shapes")
     must(recipe.split in SPLITS, "split", f"be of {', '.join(SPLITS)}")
     must(0 < recipe.held_out < 0.5, "held_out", "be between 0 and 0.5")

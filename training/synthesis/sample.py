@@ -26,8 +26,8 @@ class Sample:
         lines: the texts drawn. A paragraph is one text, with the spaces it had before it was broken into lines.
         language: of caption and text, `en` or `zh`.
         colours: role → English colour name, such as {"text": "red", "ground": "white"}.
-        boxes: the area of each text of `lines` (of each shape, where there is no text).
-        strategy: `shapes`, `pure`, `compositional` or `complex`.
+        boxes: the area of each text of `lines` (of each shape or solid, where there is no text).
+        strategy: `shapes`, `pure`, `compositional`, `complex` or `scenes`.
     """
 
     image: np.ndarray
@@ -47,7 +47,7 @@ class EditSample:
         source, target: uint8 arrays of height x width x 3.
         instruction: what turns source into target.
         mask: bool array of height x width; outside it the pictures are equal.
-        kind: `text`, `colour`, `ground`, `add`, `remove`, `move` or `reconstruct`.
+        kind: `text`, `colour`, `ground`, `add`, `remove`, `move` or `reconstruct`; of scenes see `vision`.
         language: of instruction and text, `en` or `zh`.
         source_lines, target_lines: the texts in each picture.
         strategy: of the pictures, as in `Sample`.

@@ -82,7 +82,7 @@ def cache_latents(
 def preview_samples(
     out: Annotated[Path, typer.Option("--out", "-o", help="The PNG to write.")] = Path("preview.png"),
     recipe: Annotated[
-        str, typer.Option(help="tiny, mixed, pure, compositional, complex, shapes, or a JSON file.")
+        str, typer.Option(help="tiny, mixed, pure, compositional, complex, shapes, scenes, or a JSON file.")
     ] = "mixed",
     edits: Annotated[bool, typer.Option("--edits", help="Editing pairs instead of samples.")] = False,
     size: Annotated[int | None, typer.Option(help="Side in pixels: 256, or 64 for tiny; not for a JSON file.")] = None,
