@@ -143,9 +143,10 @@ def test_variants_of_all_parts(edit_folder, tmp_path, size, caplog):
     pipe.vae.save_pretrained(tmp_path / "vae")
     for file in (tmp_path / "vae").glob("*.fp16*"):
         file.unlink()
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO, "qwen_image_fast"):
         QwenImagePipeline.from_pretrained(tmp_path, variant="fp16")
     assert "variant fp16: read without it, for lack of such files: vae" in caplog.text
+    assert all(f"loaded {name} from {tmp_path / name}" in caplog.text for name in pipe.components)
 
 
 def test_the_text_encoder_is_saved_as_it_is(tiny_folder, tmp_path):

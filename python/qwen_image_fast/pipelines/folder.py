@@ -116,10 +116,12 @@ class PipelineFolder:
             models: dict[str, Any] = {"torch_dtype": dtypes[name], "device": where}
             models |= {"precision": precision} if name == "transformer" else {}
             components[name] = residence.load(folder, name) or cls._load_files(folder, name, paths, models)
+            logger.info("loaded %s from %s", name, ", ".join(map(str, paths)))
         for name in read:
             models = {"torch_dtype": dtypes[name], "device": where, "variant": variants.get(name)}
             models |= {"precision": precision} if name == "transformer" else {}
             loaded[name] = residence.load(folder, name) or cls._load(folder, name, models)
+            logger.info("loaded %s from %s", name, folder / name)
         parts = {**dict.fromkeys(cls.parts), **loaded, **components}
         make: Any = cls
         pipe = make(**parts, free_modulation_weights=free_modulation_weights)
@@ -198,8 +200,7 @@ class PipelineFolder:
         check_saving(safe_serialization, push_to_hub)
         parts = {name: getattr(self, name) for name in self.parts}
         if parts.get("controlnet") is not None:
-            nets = self.controlnets
-            if len(nets) != 1:
+            if len(nets := self.controlnets) != 1:
                 raise ValueError(f"save_pretrained: controlnet must be a single one, got {len(nets)}")
             parts["controlnet"] = nets[0]
         folder = Path(save_directory).expanduser()
