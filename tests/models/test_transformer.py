@@ -142,17 +142,41 @@ def test_reads_and_writes_diffusers_folders(tmp_path):
         assert torch.equal(value, again.state_dict()[key]) and torch.equal(value, back.state_dict()[key])
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_compile(masked):
-    """Without a text mask, whose values decide the shapes, the whole model is one graph."""
-    case = CASES["mask"]
+COMPILED = ("square", "mask with holes", "no text", "several sizes")
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compile(name):
+    """The whole model is one graph, but for a mask beside pictures of several sizes, whose values decide shapes."""
+    several = Case(shapes=[[(1, 4, 4)], [(1, 2, 4)]], text=6, mask=[[1] * 4 + [0] * 2, [1] * 6])
+    case = {**CASES, "several sizes": several}[name]
     ours, _ = make_pair(case, torch.float32)
     inputs = case.inputs(torch.float32)
-    if not masked:
-        del inputs["encoder_hidden_states_mask"]
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=not masked)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=case is not several)
     with torch.no_grad():
         torch.testing.assert_close(compiled(**inputs).sample, ours(**inputs).sample)
+
+
+def test_compile_with_open_sizes():
+    """`dynamic=True` is taken, with shapes as diffusers' tests give them; every size has a graph of its own."""
+    ours, _ = make_pair(CASES["odd"], torch.float32)
+    compiled = torch.compile(ours, backend="eager", fullgraph=True, dynamic=True)
+    for shape in ((1, 4, 4), (1, 4, 6)):
+        inputs = {**Case(shapes=[[shape]], text=5).inputs(torch.float32), "img_shapes": [shape]}
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**inputs).sample, ours(**inputs).sample)
+
+
+def test_export_with_a_mask_of_any_values():
+    """The program knows no value of the mask it was made with."""
+    ours, _ = make_pair(CASES["mask"], torch.float32)
+    inputs = {**CASES["mask"].inputs(torch.float32), "return_dict": False}
+    mask = inputs["encoder_hidden_states_mask"]
+    with torch.no_grad():
+        program = torch.export.export(ours, (), inputs, strict=True).module()
+        for values in (mask, 1 - mask):
+            given = {**inputs, "encoder_hidden_states_mask": values}
+            torch.testing.assert_close(program(**given)[0], ours(**given)[0])
 
 
 def test_a_copy_remembers_no_masks():

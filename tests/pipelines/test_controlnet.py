@@ -73,6 +73,10 @@ def test_the_model_equals_diffusers(union, masked):
     for a, b in zip(got, expected):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
     assert torch.equal(mine(**inputs, return_dict=False)[1], mine(**inputs).controlnet_block_samples[1])
+    with torch.no_grad():
+        compiled = torch.compile(mine, backend="aot_eager", fullgraph=True)(**inputs).controlnet_block_samples
+    for a, b in zip(compiled, got):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
 
 
 CALLS = {

@@ -173,7 +173,8 @@ class QwenImageControlNetModel(PretrainedModel):
             )
         layout = pack_padded(
             img_shapes, rows, encoder_hidden_states_mask, encoder_hidden_states.shape[1], samples,
-            axes_dim=self.config.axes_dims_rope, device=hidden_states.device,
+            axes_dim=self.config.axes_dims_rope, keep_padding=torch.compiler.is_compiling(),
+            device=hidden_states.device,
         )  # fmt: skip
         if not torch.is_autocast_enabled(hidden_states.device.type):
             hidden_states, controlnet_cond, encoder_hidden_states = (

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_image_fast.models.rope import ImageShape, sample_rope
@@ -29,6 +30,7 @@ class PackedLayout:
         target_lens: tokens of each sample's generated images.
         targets: int64, their rows where only those are wanted of the output; None: all rows.
         cu_targets: int32 [samples + 1], first row of each sample among the targets.
+        keep: bool [samples, 1, 1, joint rows of a sample], the keys that count where padding is kept; None: all.
     """
 
     shapes: tuple[tuple[ImageShape, ...], ...]
@@ -46,6 +48,7 @@ class PackedLayout:
     txt_index: Tensor | None = None
     targets: Tensor | None = None
     cu_targets: Tensor | None = None
+    keep: Tensor | None = None
 
     @property
     def samples(self) -> int:
@@ -56,6 +59,9 @@ class PackedLayout:
 
         A layout of which other processes hold a part asks them (parallel/ulysses.py).
         """
+        if self.keep is not None:
+            q, k, v = (t.unflatten(0, (self.samples, -1)).transpose(1, 2) for t in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.keep).transpose(1, 2).flatten(0, 1)
         if images_only:
             return joint_attention(q, k, v, self.img_lens, self.joint_lens, self.cu_img, self.cu_joint)
         return joint_attention(q, k, v, self.joint_lens, None, self.cu_joint, self.cu_joint)
@@ -63,7 +69,10 @@ class PackedLayout:
     def attend_apart(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Attention of the joint rows: the image rows and the text rows of each sample, [rows, heads, head_dim], as
         the kernels left them."""
-        parts = joint_attention_parts(q, k, v, self.joint_lens, None, self.cu_joint, self.cu_joint)
+        if self.keep is None:
+            parts = joint_attention_parts(q, k, v, self.joint_lens, None, self.cu_joint, self.cu_joint)
+        else:
+            parts = [self.attend(q, k, v)]
         lens = [n for pair in zip(self.txt_lens, self.img_lens) for n in pair]
         if len(parts) == 1:
             pieces = parts[0].split(lens)
@@ -105,7 +114,8 @@ def normalize_shapes(img_shapes: Sequence, samples: int) -> tuple[tuple[ImageSha
     per_sample: list[Any] = []
     for entry in img_shapes:
         first: Any = entry[0]  # a number of Python's, numpy's or a tensor's, or an image's shape
-        images = entry if isinstance(first, Sequence) or getattr(first, "ndim", False) else [entry]
+        number = isinstance(first, int) or not (isinstance(first, Sequence) or getattr(first, "ndim", False))
+        images = [entry] if number else entry
         per_sample.append(tuple(tuple(int(n) for n in image) for image in images))
     if len(per_sample) != samples:
         if len(set(per_sample)) != 1:
@@ -127,6 +137,7 @@ def pack(
     img_index: Tensor | None = None,
     txt_index: Tensor | None = None,
     targets: Sequence[int] | None = None,
+    keep: Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> PackedLayout:
     """Build the layout of a batch.
@@ -137,6 +148,7 @@ def pack(
         axes_dim, layer3d, zero_cond_t: the model's configuration.
         targets: how many images of each sample, from the first one, are generated: the model returns their rows alone.
             None: one, and the model returns all rows.
+        keep: as in the layout.
     """
     tables = [
         sample_rope(s, range(n) if txt_positions is None else txt_positions[b], axes_dim, layer3d)
@@ -170,6 +182,7 @@ def pack(
         target_lens=tuple(target_lens),
         targets=rows,
         cu_targets=None if rows is None else cumulative(target_lens, device),
+        keep=keep,
     )
 
 
@@ -184,12 +197,15 @@ def pack_padded(
     layer3d: bool = False,
     zero_cond_t: bool = False,
     targets: int | None = None,
+    keep_padding: bool = False,
     device: torch.device | str = "cpu",
 ) -> PackedLayout:
     """The layout of a padded batch [samples, img_rows, ...], [samples, txt_rows, ...] with any text mask.
 
     Masked text tokens are dropped; the kept ones keep the position they had. A sample whose images have fewer tokens
-    than `img_rows` is padded at the end. `targets`: as in `pack`, one number for all samples.
+    than `img_rows` is padded at the end. `targets`: as in `pack`, one number for all samples. With `keep_padding`, for
+    torch.compile, where no value of a tensor is known, masked tokens beside pictures of one size are computed and seen
+    by none.
     """
     shapes = normalize_shapes(img_shapes, samples)
     img_lens = [sum(f * h * w for f, h, w in sample) for sample in shapes]
@@ -198,7 +214,7 @@ def pack_padded(
             raise ValueError(
                 f"hidden_states must hold the {n} image tokens that img_shapes names for sample {b}, got {img_rows}"
             )
-    img_index = txt_index = positions = None
+    img_index = txt_index = positions = seen = None
     if any(n != img_rows for n in img_lens):
         img_index = torch.cat([torch.arange(n) + b * img_rows for b, n in enumerate(img_lens)]).to(device)
     txt_lens = [txt_rows] * samples
@@ -209,12 +225,14 @@ def pack_padded(
                 f"got {tuple(text_mask.shape)}"
             )
         keep = text_mask.bool()
-        if not bool(keep.all()):
+        if keep_padding and img_index is None and targets is None:
+            seen = torch.cat([keep, keep.new_ones(samples, img_rows)], dim=1)[:, None, None]
+        elif not bool(keep.all()):
             txt_index = keep.flatten().nonzero().flatten()
             positions = [row.nonzero().flatten() for row in keep.cpu()]
             txt_lens = [len(p) for p in positions]
     return pack(
         shapes, txt_lens, axes_dim=axes_dim, layer3d=layer3d, zero_cond_t=zero_cond_t, txt_positions=positions,
         img_index=img_index, txt_index=txt_index, targets=None if targets is None else [targets] * samples,
-        device=device,
+        keep=seen, device=device,
     )  # fmt: skip

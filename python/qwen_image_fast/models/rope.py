@@ -13,9 +13,16 @@ POSITIONS = 4096
 ImageShape = tuple[int, int, int]
 
 
+def as_tensor(positions: Sequence[int] | Tensor) -> Tensor:
+    """int64; a range is not gone through, so that torch.compile may leave its ends open."""
+    if isinstance(positions, range):
+        return torch.arange(positions.start, positions.stop, dtype=torch.int64)
+    return torch.as_tensor(positions, dtype=torch.int64)
+
+
 def rotation(positions: Sequence[int] | Tensor, dim: int, theta: float = 10000.0) -> Tensor:
     """cos and sin of position * theta^(-2i / dim) as [positions, dim / 2, 2], in float32 as the reference has it."""
-    index = torch.as_tensor(positions, dtype=torch.int64)
+    index = as_tensor(positions)
     frequency = 1.0 / torch.pow(theta, torch.arange(0, dim, 2).to(torch.float32).div(dim))
     angle = torch.outer(index, frequency)
     return torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
@@ -66,7 +73,7 @@ def sample_rope(
     """
     last = len(shapes) - 1
     start = text_start(shapes, layer3d)
-    positions = torch.as_tensor(text_positions, dtype=torch.int64) + start
+    positions = as_tensor(text_positions) + start
     furthest = last
     if len(positions):  # the end of a range needs no reading of a tensor, which torch.compile could not trace
         end = start + text_positions[-1] if isinstance(text_positions, range) else int(positions.max())

@@ -266,16 +266,17 @@ class TransformerForward:
         samples, txt_rows = txt.shape[:2]
         targets = self.target_images(img_shapes)
         shapes = normalize_shapes(img_shapes, samples)
+        compiling = torch.compiler.is_compiling()
 
         def make() -> PackedLayout:
             config = self.config
             return pack_padded(
                 shapes, img_rows, mask, txt_rows, samples, axes_dim=config.axes_dims_rope,
                 layer3d=config.use_layer3d_rope, zero_cond_t=config.zero_cond_t, targets=targets,
-                device=txt.device,
+                keep_padding=compiling and self.ranks is None, device=txt.device,
             )  # fmt: skip
 
-        if torch.compiler.is_compiling():
+        if compiling:
             return make()
         key = (shapes, targets, samples, img_rows, txt_rows, txt.device, None if mask is None else id(mask))
         cache: dict[tuple, KnownLayout] = self.__dict__.setdefault("_layouts", {})
