@@ -1,9 +1,10 @@
-"""What of a user's works as with diffusers: python -m tests.reference_api calls, hooks or versions.
+"""What of a user's works as with diffusers: python -m tests.reference_api calls, hooks, versions or diffusers-tests.
 
 `calls` makes the public calls of calls.py on diffusers' objects, on accelerated and on stand-alone ones. `hooks` tries
-every kind of hook at every module of diffusers' transformer (hooks.py). Their counts are kept as `--column`, "now" if
-it is not given; `--package DIR --column before` counts with the package of an older tree, which stands in its folder
-python. `versions` tries old and new diffusers and transformers (versions.py). The results are in
+every kind of hook at every module of diffusers' transformer (hooks.py). `diffusers-tests --snapshot DIR` runs its own
+tests from a folder (diffusers_tests.py); with `--kept DIR` a stopped run goes on where it was. Their counts are kept as
+`--column`, "now" if it is not given; `--package DIR --column before` counts with the package of an older tree, which
+stands in its folder python. `versions` tries old and new diffusers and transformers (versions.py). The results are in
 benchmarks/results/reference-api.json, and the tables in docs/drop_in.md are made from them.
 """
 
@@ -14,6 +15,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,18 @@ def counts_table(what: str, found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def tests_table(found: dict[str, Any]) -> str:
+    """A row for every class of tests, and a last one for all."""
+    counts = found["counts"]
+    pairs = [(kind, column) for kind in counts["now"] for column in COLUMNS if column in counts]
+    columns = [found["of"], *(counts[column][kind] for kind, column in pairs)]
+    names = ["pass with diffusers' classes", *(f"{kind}, {column}" for kind, column in pairs)]
+    lines = [f"| tests | {' | '.join(names)} |", "|---|" + "---|" * len(columns)]
+    for cls in found["of"]:
+        lines.append(f"| `{cls}` | {' | '.join(str(column[cls]) for column in columns)} |")
+    return "\n".join([*lines, f"| all | {' | '.join(str(sum(column.values())) for column in columns)} |"])
+
+
 def versions_table(found: dict[str, Any]) -> str:
     packages = ("diffusers", "transformers", "torch")
     lines = [f"| {' | '.join(packages)} | |", "|---|---|---|---|"]
@@ -45,6 +59,7 @@ TABLES = {
     "calls": lambda found: counts_table("as diffusers, of {} calls", found),
     "hooks": lambda found: counts_table("seen, of {} modules", found),
     "versions": versions_table,
+    "diffusers-tests": tests_table,
 }
 
 
@@ -98,12 +113,27 @@ def try_versions() -> dict[str, Any]:
     return found
 
 
+def count_diffusers_tests(snapshot: Path, kept: Path | None, column: str) -> dict[str, Any]:
+    from tests.reference_api.diffusers_tests import count
+
+    if kept is not None:
+        return count(snapshot.resolve(), kept.resolve(), column)
+    with tempfile.TemporaryDirectory() as folder:
+        return count(snapshot.resolve(), Path(folder), column)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=TABLES)
     parser.add_argument("--column", choices=COLUMNS, default="now", help="what counts are kept as")
     parser.add_argument("--package", type=Path, help="the folder that holds qwen_image_fast, of an older tree")
+    parser.add_argument("--snapshot", type=Path, help="the folder of diffusers' tests, outside of this repository")
+    parser.add_argument("--kept", type=Path, help="a folder where the outcome of every one of them is kept")
     chosen = parser.parse_args()
+    if (chosen.what == "diffusers-tests") != (chosen.snapshot is not None):
+        parser.error("diffusers-tests needs --snapshot, and nothing else takes it")
+    if chosen.kept is not None and chosen.snapshot is None:
+        parser.error("--kept is for diffusers-tests")
     if chosen.package is not None:
         sys.path.insert(0, str(chosen.package))
         os.environ["PYTHONPATH"] = str(chosen.package)
@@ -111,6 +141,8 @@ def main() -> None:
     logging.getLogger("qwen_image_fast").setLevel(logging.ERROR)
     if chosen.what == "versions":
         found = try_versions()
+    elif chosen.what == "diffusers-tests":
+        found = count_diffusers_tests(chosen.snapshot, chosen.kept, chosen.column)
     else:
         found = count_calls() if chosen.what == "calls" else count_hooks()
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}

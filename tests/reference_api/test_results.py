@@ -27,6 +27,15 @@ def test_every_version_from_the_floor_on_passes():
             assert not row["passed"] and f"diffusers must be {floor} or newer, got {version}" in row["said"]
 
 
+def test_diffusers_own_tests():
+    """After `accelerate` each has the outcome that it has without; stand-alone those are named that pass only there."""
+    tests = FOUND["diffusers-tests"]
+    counts, other = tests["counts"]["now"], tests["other outcome"]
+    assert counts["after `accelerate`"] == tests["of"] and other["after `accelerate`"] == {}
+    worse = [outcome for outcome in other["stand-alone"].values() if not outcome.startswith("passed")]
+    assert sum(counts["stand-alone"].values()) == sum(tests["of"].values()) - len(worse)
+
+
 def test_the_page_is_made_from_them():
     assert all(table(FOUND[name]) in PAGE.read_text() for name, table in TABLES.items())
 
