@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
+from torch.utils._pytree import tree_map
 
 from qwen_image_fast import (
     AutoencoderKLQwenImage,
@@ -39,6 +40,14 @@ def test_pictures(pipe, kind, shape):
 def test_pictures_of_different_sizes_are_a_list(pipe):
     images = pipe(**{**CALL, "height": [32, 64]}, output_type="np", progress=False)[0]
     assert [i.shape for i in images] == [(32, 48, 3), (64, 48, 3)] and isinstance(images, list)
+
+
+def test_tensors_in_them_are_found(pipe):
+    """As torch.export, FSDP and DistributedDataParallel look for them."""
+    out = pipe(**CALL, output_type="latent", progress=False)
+    doubled = tree_map(lambda leaf: 2 * leaf if isinstance(leaf, torch.Tensor) else leaf, out)
+    assert type(doubled) is type(out) and torch.equal(doubled.images, 2 * out.images)
+    assert doubled.seeds == out.seeds and doubled.prompts == out.prompts
 
 
 def test_models(pipe):

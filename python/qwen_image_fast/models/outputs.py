@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+from torch.utils._pytree import register_pytree_node
 
 
 class Output:
@@ -13,6 +15,20 @@ class Output:
     """
 
     __dataclass_fields__: dict[str, Any]
+
+    def __init_subclass__(cls) -> None:
+        """torch.export, FSDP and DistributedDataParallel find the tensors in one."""
+        super().__init_subclass__()
+
+        def taken_apart(out: Output) -> tuple[list[Any], list[str]]:
+            names = list(out.__dataclass_fields__)
+            return [getattr(out, name) for name in names], names
+
+        def put_together(values: Iterable[Any], names: list[str]) -> Output:
+            return cls(**dict(zip(names, values)))
+
+        name = f"{cls.__module__}.{cls.__name__}"
+        register_pytree_node(cls, taken_apart, put_together, serialized_type_name=name)
 
     def keys(self) -> list[str]:
         return [name for name in self.__dataclass_fields__ if getattr(self, name) is not None]
