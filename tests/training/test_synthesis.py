@@ -197,11 +197,28 @@ def test_shapes():
         assert tuple(centre) == colours.COLOURS[one.colours["shape 0"]].rgb
 
 
+def test_centred_shapes():
+    """In the middle of the picture, of its halves or of its quarters (one above two), all of one size."""
+    seen, sizes = {}, set()
+    for index in range(120):
+        one = make(tiny(128, shapes=1, pure=0, arranged=0.6), 0, index)
+        centres = tuple(((l + r) // 2, (t + b) // 2) for l, t, r, b in one.boxes)
+        seen.setdefault(len(one.boxes), set()).add(centres)
+        extents = {r - l for l, t, r, b in one.boxes} | {b - t for l, t, r, b in one.boxes}
+        assert len(extents) == 1
+        sizes.add((len(one.boxes) > 1, *extents))
+    sides = {((32, 64), (96, 64)), ((96, 64), (32, 64)), ((64, 32), (64, 96)), ((64, 96), (64, 32))}
+    assert seen[1] == {((64, 64),)} and seen[2] == sides and seen[3] == {((64, 32), (32, 96), (96, 96))}
+    assert seen[4] == {((32, 32), (96, 32), (32, 96), (96, 96))}
+    assert sizes == {(False, 70), (False, 90), (True, 35), (True, 45)}
+
+
 @languages
-def test_arranged_shapes(language):
+@pytest.mark.parametrize("centred", [True, False])
+def test_arranged_shapes(language, centred):
     """As many as the caption says, or where it says, apart from each other."""
     for index in range(40):
-        one = make(tiny(128, (language,), shapes=1, pure=0, arranged=1.0), 0, index)
+        one = make(tiny(128, (language,), shapes=1, pure=0, arranged=1.0, centred=centred), 0, index)
         assert one.strategy == "shapes" and len(one.boxes) == len(one.colours) - 1
         for number, (left, top, right, bottom) in enumerate(one.boxes):
             assert 0 <= left < right <= 128 and 0 <= top < bottom <= 128

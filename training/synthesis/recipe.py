@@ -43,7 +43,8 @@ class SynthesisRecipe:
         paragraphs: paragraphs to draw, instead of random sentences.
         fill: smallest share of the canvas that the text may be fitted to, in (0, 1].
         largest_font: in pixels, of pure samples that are not paragraphs; 0: as large as fits.
-        centred: put texts in the middle, else anywhere inside the canvas.
+        centred: put texts in the middle, and shapes in the middle of the canvas, of halves or of quarters in two sizes;
+            else anywhere inside the canvas.
         rows: centres of the elements of editing pairs are multiples of so many pixels from the top; 0: anywhere.
         rotation: largest angle of single texts and paragraphs, in degrees.
         random_strings: share of random strings among single texts.
