@@ -1,11 +1,12 @@
 """The tiny model that comes with the package: its size, who can read it, and that it writes and edits."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import qwen_image_fast
 from qwen_image_fast import QwenImageEditPlusPipeline, QwenImagePipeline
@@ -156,6 +157,25 @@ def test_ship_without_the_deviation_of_the_latents(tmp_path, folder):
         assert changed == ({"quant_conv.weight", "quant_conv.bias"} if part == "vae" else set())
     assert torch.equal(mean["quant_conv.weight"][:16], plain["quant_conv.weight"][:16])
     assert not mean["quant_conv.weight"][16:].any() and (mean["quant_conv.bias"][16:] == -20).all()
+
+
+def test_ship_with_a_share_of_the_weights_before(tmp_path, folder):
+    """Of twice the weights a half: all are 1.5 times what they were, rounded once; of another model: a sentence."""
+    shutil.copytree(folder, tmp_path / "before")
+    for path in (tmp_path / "before").rglob("*.safetensors"):
+        save_file({n: t * 2 if t.is_floating_point() else t for n, t in load_file(path).items()}, path)
+    ship(folder, tmp_path / "made", before=tmp_path / "before", share=0.5)
+    for path in folder.rglob("*.safetensors"):
+        own, made = load_file(path), load_file(tmp_path / "made" / path.relative_to(folder))
+        for name, tensor in own.items():
+            assert torch.equal(made[name], (1.5 * tensor.float()).to(torch.bfloat16)), name
+    with pytest.raises(ValueError, match="share must be above 0 and below 1, got 1"):
+        ship(folder, tmp_path / "all", before=tmp_path / "before", share=1.0)
+    path = next((tmp_path / "before" / "vae").glob("*.safetensors"))
+    save_file({"a": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match="must be of one model, got two of which the vae differs"):
+        ship(folder, tmp_path / "other", before=tmp_path / "before", share=0.5)
+    assert not (tmp_path / "other").exists() and not list(tmp_path.glob(".*"))
 
 
 def test_logs_and_results_of_runs_are_not_installed():
