@@ -171,16 +171,16 @@ inline GuidedStepBackward guided_step_backward(Address cond, Address uncond, Add
 
 inline JointAttention joint_attention(Address q, Address k, Address v, Address out, Address lse,
                                       std::vector<int64_t> q_lens, std::vector<int64_t> k_lens, int64_t heads,
-                                      int64_t head_dim, int dtype) {
-  return {pointer(q), pointer(k), pointer(v), pointer(out), pointer<float>(lse),
-          q_lens,     k_lens,     heads,      head_dim,     dtype};
+                                      int64_t head_dim, int dtype, Address cu_q, Address cu_k) {
+  return {pointer(q), pointer(k), pointer(v), pointer(out), pointer<float>(lse),    q_lens,
+          k_lens,     heads,      head_dim,   dtype,        pointer<int32_t>(cu_q), pointer<int32_t>(cu_k)};
 }
 
 inline JointAttentionBackward joint_attention_backward(Address q, Address k, Address v, Address out, Address lse,
                                                        std::vector<int64_t> q_lens, std::vector<int64_t> k_lens,
                                                        int64_t heads, int64_t head_dim, int dtype, Address grad_out,
                                                        Address grad_q, Address grad_k, Address grad_v) {
-  return {joint_attention(q, k, v, out, lse, q_lens, k_lens, heads, head_dim, dtype), pointer(grad_out),
+  return {joint_attention(q, k, v, out, lse, q_lens, k_lens, heads, head_dim, dtype, 0, 0), pointer(grad_out),
           pointer(grad_q), pointer(grad_k), pointer(grad_v)};
 }
 

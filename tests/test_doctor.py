@@ -49,7 +49,7 @@ def test_right_kernels():
     assert result.exit_code == 0, result.output
     assert "all kernels agree with their references" in result.stdout
     cuda = _C.build_info()["cuda_architectures"] or ["none in this build"]
-    for text in ("baseline", torch.__version__, *cuda, "diffusers", "mixed lengths", *doctor.CASES):
+    for text in ("baseline", torch.__version__, *cuda, "diffusers", "mixed lengths", "lengths of text", *doctor.CASES):
         assert text in result.stdout
     assert _C.build_info()["cpu_in_use"] == before[0] and torch.get_deterministic_debug_mode() == before[1]
     assert torch.equal(torch.random.get_rng_state(), before[2])
@@ -201,7 +201,7 @@ def test_doctor_says_what_the_build_can_do_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Gpu)
-    monkeypatch.setattr(doctor, "describe_attention", lambda device: ("cudnn", device))
+    monkeypatch.setattr(doctor, "describe_attention", lambda device: ("cudnn", device, "any"))
     monkeypatch.setattr(doctor, "describe_linear", lambda device: device)
     assert "Some GPU, 80 GB, sm_90, built without CUDA: build" in doctor.environment()["CUDA"]
     info["cuda_architectures"] = ["sm_80"]

@@ -1,11 +1,13 @@
 """Graphs of the sampling loop with a fake capture on the CPU: what is captured, replayed, and captured anew."""
 
+import sys
 import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
+from graphs_harness import FakeCapture
 
 from qwen_image_fast import QwenImagePipeline, reference
 from qwen_image_fast.graphs import CudaCapture, StepGraphs
@@ -17,28 +19,6 @@ CALL = {"prompt": "a cat", "negative_prompt": " ", "height": 32, "width": 32, "n
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class FakeCapture:
-    """Replays by running the function again into the first result, as a graph writes into its own memory."""
-
-    def __init__(self):
-        self.captures = self.replays = self.live = 0
-
-    def retire(self):
-        self.live = 0
-
-    def __call__(self, fn, device):
-        assert device.type == "cpu"
-        self.captures += 1
-        self.live += 1
-        out = fn()
-
-        def replay():
-            self.replays += 1
-            out.copy_(fn())
-
-        return replay, out
 
 
 @pytest.fixture
@@ -103,6 +83,76 @@ def test_other_shapes_have_their_own_graphs_and_leave_together(pipe, capture):
     assert kept == [(1, 1), (2, 2), (3, 1), (4, 2), (4, 2)]
 
 
+@pytest.fixture
+def by_rows(monkeypatch):
+    """Products and attention whose bits do not depend on the number of rows, as those of torch on a CPU may."""
+    module = sys.modules["qwen_image_fast.ops.joint_attention"]
+    attend = module._sdpa
+
+    def linear(self, x):
+        return torch.cat([torch.nn.functional.linear(row, self.weight, self.bias) for row in x.split(1)])
+
+    def attention(q, k, v):
+        return torch.cat([attend(row, k, v) for row in q.split(1, 1)], 1)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", linear)
+    monkeypatch.setattr(module, "_sdpa", attention)
+
+
+TEXTS = ["a cat", "a red circle on a green square", "x " * 40, " "]
+
+
+@pytest.mark.parametrize("call", [{}, {"negative_prompt": None}, {"prompt": ["a cat", "a small red circle"]}], ids=str)
+def test_a_bucket_of_texts_replays_one_graph(pipe, call, by_rows):
+    """With the bits of what has no filling."""
+    capture = FakeCapture()
+    pipe.cuda_graphs = StepGraphs(4, capture, "any")
+    for text in TEXTS:
+        given = call | {"prompt": [text, *call["prompt"][1:]] if isinstance(call.get("prompt"), list) else text}
+        if "negative_prompt" not in call and isinstance(given["prompt"], list):
+            given["negative_prompt"] = [" ", "blue"]
+        assert torch.equal(latents(pipe, **given), without_graphs(pipe, **given))
+    buckets = [graph.layout.bounds.txt for graph in pipe.cuda_graphs._graphs.values()]
+    assert len(set(buckets)) == len(buckets) == capture.captures in (1, 2, 3)
+    assert capture.replays == 3 * len(TEXTS) - capture.captures
+
+
+def test_filled_rows_as_torch_computes_them(pipe):
+    """Its products and attention may differ in the last bit by the number of rows."""
+    pipe.cuda_graphs = StepGraphs(2, FakeCapture(), "any")
+    for text in TEXTS[:2]:
+        torch.testing.assert_close(latents(pipe, prompt=text), without_graphs(pipe, prompt=text), rtol=1e-5, atol=1e-5)
+
+
+def test_samples_that_differ_in_step_and_size(pipe, monkeypatch, by_rows):
+    """A modulation for each sample, and references modulated at no noise: the filling belongs to the last."""
+    transformer, capture = pipe.transformer, FakeCapture()
+    monkeypatch.setattr(transformer, "config", type(transformer.config)({**transformer.config, "zero_cond_t": True}))
+    graphs = StepGraphs(2, capture, "any")
+    shapes = (((1, 2, 3), (1, 2, 2)), ((1, 4, 3), (1, 1, 2)))
+    for lens in ((3, 9), (20, 1), (1, 63), (30, 35)):
+        layout = pack(shapes, lens, axes_dim=transformer.config.axes_dims_rope, zero_cond_t=True, targets=[1, 1])
+        channels = transformer.config.in_channels
+        img, txt = torch.randn(len(layout.img_rope), channels), torch.randn(sum(lens), transformer.inner_dim)
+        with torch.no_grad():
+            modulation = transformer.sample_modulation(torch.tensor([0.3, 0.9]))
+            inputs = img, txt, layout, modulation
+            assert torch.equal(graphs.forward(transformer, *inputs), transformer.forward_packed(*inputs))
+    assert (capture.captures, capture.replays) == (2, 2)
+
+
+def test_which_lengths_a_graph_serves(pipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr("qwen_image_fast.graphs.any_length", lambda q, shortest: asked.append((q, shortest)))
+    pipe.cuda_graphs = StepGraphs(2, FakeCapture())
+    latents(pipe, width=64)
+    ((q, shortest),) = asked
+    config = pipe.transformer.config
+    assert q.shape[-2:] == (config.num_attention_heads, config.attention_head_dim) and shortest == 2 * 4
+    with pytest.raises(ValueError, match="^StepGraphs: lengths must be 'auto', 'any' or 'one', got 'two'"):
+        StepGraphs(lengths="two")
+
+
 def test_clear(pipe, capture):
     latents(pipe)
     pipe.cuda_graphs.clear()
@@ -111,11 +161,12 @@ def test_clear(pipe, capture):
     assert capture.captures == 2
 
 
-def test_a_graph_keeps_what_it_reads():
+@pytest.mark.parametrize("lengths", ["one", "any"])
+def test_a_graph_keeps_what_it_reads(lengths):
     """Rows and offsets of a layout are the same at every call and no inputs: the first call's must not be freed."""
     layout = pack((((1, 2, 2), (1, 2, 2)),), [3], axes_dim=(4, 6, 6), targets=[1])
-    kept = [weakref.ref(t) for t in (layout.targets, layout.cu_targets, layout.cu_joint)]
-    graphs = StepGraphs(1, FakeCapture())
+    kept = [weakref.ref(t) for t in (layout.targets, layout.cu_targets)]
+    graphs = StepGraphs(1, FakeCapture(), lengths)
     transformer = SimpleNamespace(forward_packed=lambda img, txt, layout, modulation: img.clone())
     modulation = Modulation([torch.zeros(1)], [torch.zeros(1)], torch.zeros(1))
     graphs.forward(transformer, torch.zeros(8, 4), torch.zeros(3, 4), layout, modulation)

@@ -20,6 +20,12 @@ struct SampleOffsets {
   int count;
 };
 
+// The same on the device, for lengths that a captured graph may not keep.
+struct DeviceOffsets {
+  const int32_t* first;
+  QIF_INLINE int32_t operator[](int sample) const { return load_global(first + sample); }
+};
+
 // What the kernels get. `grad_*`, `out` and `delta` as the direction needs them.
 struct AttentionArguments {
   const void *q, *k, *v, *grad_out;
@@ -28,6 +34,7 @@ struct AttentionArguments {
   int64_t q_rows, row_stride;
   float scale;  // 1 / sqrt(head_dim)
   SampleOffsets samples;
+  DeviceOffsets cu_q, cu_k;  // forward: in place of those in `samples`, where not null
 };
 
 // The rows of one tile, and those of the other side of the same sample.
@@ -36,8 +43,8 @@ struct TilePlace {
 };
 
 // Tile number `tile` of all samples; false: there is none.
-QIF_INLINE bool find_tile(const int32_t* rows, const int32_t* other, int samples, int tile, int tile_rows,
-                          TilePlace& place) {
+template <class Offsets>
+QIF_INLINE bool find_tile(Offsets rows, Offsets other, int samples, int tile, int tile_rows, TilePlace& place) {
   for (int s = 0; s < samples; ++s) {
     const int tiles = (rows[s + 1] - rows[s] + tile_rows - 1) / tile_rows;
     if (tile < tiles) {
@@ -170,6 +177,11 @@ int each_launch(const JointAttention& p, AttentionArguments arguments, int query
       s.k[i + 1] = static_cast<int32_t>(k_row += p.k_lens[first + i]);
       q_tiles += ceil_div(p.q_lens[first + i], query_tile);
       k_tiles += ceil_div(p.k_lens[first + i], key_tile);
+    }
+    if (p.cu_q) {  // of any lengths: no more than one tile of each sample is not full
+      arguments.cu_q.first = p.cu_q + first;
+      arguments.cu_k.first = p.cu_k + first;
+      q_tiles = ceil_div(arguments.q_rows, query_tile) + s.count;
     }
     if (const int error = run(arguments, static_cast<unsigned>(q_tiles), static_cast<unsigned>(k_tiles))) return error;
   }

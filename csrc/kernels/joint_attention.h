@@ -21,6 +21,9 @@ struct JointAttention {
   std::vector<int64_t> q_lens, k_lens;  // rows of each sample
   int64_t heads, head_dim;              // head_dim 32, 64 or 128
   int dtype;
+  // Forward: int32 [samples + 1] on the device, first row of each sample; not null: q_lens and k_lens tell the number
+  // of samples and of all rows alone, so that a captured graph serves other lengths.
+  const int32_t *cu_q = nullptr, *cu_k = nullptr;
 };
 
 struct JointAttentionBackward {

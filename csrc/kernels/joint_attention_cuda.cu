@@ -64,7 +64,10 @@ __global__ void __launch_bounds__(kAttentionThreads)
   using Tile = ForwardTile<E>;
   constexpr int kRowTiles = Tile::kRowTiles, kKeys = Tile::kKeys;
   TilePlace place;
-  if (!find_tile(p.samples.q, p.samples.k, p.samples.count, blockIdx.x, Tile::kQueries, place)) return;
+  const bool found = p.cu_q.first
+                         ? find_tile(p.cu_q, p.cu_k, p.samples.count, blockIdx.x, Tile::kQueries, place)
+                         : find_tile(p.samples.q, p.samples.k, p.samples.count, blockIdx.x, Tile::kQueries, place);
+  if (!found) return;
   const Shared<T> q = dynamic_shared<T>();
   const int64_t column = int64_t{blockIdx.y} * E;
   const T *k_head = static_cast<const T*>(p.k) + column, *v_head = static_cast<const T*>(p.v) + column;

@@ -55,6 +55,7 @@ def environment() -> dict[str, str]:
     }
     attention = describe_attention("cuda" if torch.cuda.is_available() else "cpu")
     found |= {"attention, equal lengths": attention[0], "attention, mixed lengths": attention[1]}
+    found["lengths of text of a CUDA graph"] = attention[2]
     found["linear layers"] = describe_linear("cuda" if torch.cuda.is_available() else "cpu")
     return found | {name: _version(name, _installed(name)) for name in PACKAGES}
 

@@ -1,21 +1,26 @@
 """CUDA graphs of the transformer's forward pass: captured once for a shape, replayed at every later step and call.
 
 A step of a small image takes the GPU less time than Python takes to queue its thousand kernels; a graph is queued at
-once. What changes between steps (latents, text, modulation vectors) is copied into the tensors the graph reads.
+once. What changes between steps (latents, text, modulation vectors) is copied into the tensors the graph reads. Where
+attention reads lengths on the device, texts have theirs there, and a graph serves a bucket of them (models/buckets.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from qwen_image_fast.models.buckets import bucketed
 from qwen_image_fast.models.modulation import Modulation, modulation_layers
 from qwen_image_fast.models.packing import PackedLayout
 from qwen_image_fast.ops._choices import use_reference
+from qwen_image_fast.ops.joint_attention import any_length, newer_flash_attention
+
+Lengths = Literal["auto", "any", "one"]
 
 
 class Capture(Protocol):
@@ -30,8 +35,12 @@ class Capture(Protocol):
 
 @dataclass
 class Captured:
-    """A graph, and the tensors that it reads and writes; `layout` holds those that are the same for a shape."""
+    """A graph, and the tensors that it reads and writes; `layout` holds those that are the same for a shape.
 
+    fixed: of the inputs, those that a layout has, and the rest.
+    """
+
+    fixed: list[Tensor]
     inputs: list[Tensor]
     layout: PackedLayout
     replay: Callable[[], None]
@@ -41,21 +50,28 @@ class Captured:
 class StepGraphs:
     """The graphs of recent shapes; they share one pool of memory, and when there are too many, all leave together.
 
-    A graph belongs to a shape (image sizes, text lengths, dtype) and to the state of the transformer: other weights, a
-    LoRA added, removed, switched or scaled, or hooks lead to a new one. A new schedule does not: modulation vectors are
-    inputs. The result of `forward` is overwritten by the next call.
+    A graph belongs to a shape (image sizes, bucket or lengths of the texts, dtype) and to the state of the transformer:
+    other weights, a LoRA added, removed, switched or scaled, or hooks lead to a new one. A new schedule does not:
+    modulation vectors are inputs. The result of `forward` is overwritten by the next call.
 
     Args:
         limit: shapes that are kept. capture: how; None: CUDA graphs.
+        lengths: of text that a graph serves: "any" of its bucket, "one", or "auto", any where attention loses nothing
+            by it (`ops.joint_attention.any_length`).
     """
 
-    def __init__(self, limit: int = 4, capture: Capture | None = None):
+    def __init__(self, limit: int = 4, capture: Capture | None = None, lengths: Lengths = "auto"):
         if limit < 1:
             raise ValueError(f"StepGraphs: limit must be at least 1, got {limit}")
+        if lengths not in get_args(Lengths):
+            raise ValueError(f"StepGraphs: lengths must be 'auto', 'any' or 'one', got {lengths!r}")
         self.limit = limit
+        self.lengths = lengths
         self._capture = capture or CudaCapture()
         self._graphs: dict[Hashable, Captured] = {}
         self._state: Hashable = None
+        # Recent layouts by identity, and what the graph of each reads in its place.
+        self._layouts: dict[int, tuple[PackedLayout, PackedLayout]] = {}
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -63,6 +79,7 @@ class StepGraphs:
     def clear(self) -> None:
         """Drop all graphs and their memory."""
         self._graphs.clear()
+        self._layouts.clear()
         self._capture.retire()
 
     def start(self, transformer: Any) -> None:
@@ -84,34 +101,59 @@ class StepGraphs:
         self, transformer: Any, img: Tensor, txt: Tensor, layout: PackedLayout, modulation: Modulation
     ) -> Tensor:
         """`transformer.forward_packed` by its graph."""
-        fixed = [layout.img_rope, layout.txt_rope, layout.cu_img, layout.cu_txt, layout.segments]
-        tensors = [*fixed, img, txt, *modulation.img, *modulation.txt, modulation.final]
-        own = tuple((t.shape, t.dtype, t.device) for t in tensors)
-        key = (layout.shapes, layout.txt_lens, layout.target_lens, own)
+        layout = self._own(transformer, layout, img)
+        fixed = [layout.img_rope, layout.txt_rope, layout.cu_img, layout.cu_txt, layout.cu_joint, layout.segments]
+        fixed += [] if layout.txt_segments is None else [layout.txt_segments]
+        inputs = [img, txt, *modulation.img, *modulation.txt, modulation.final]
+        own = tuple((t.shape, t.dtype, t.device) for t in (*fixed, img, *inputs[2:]))
+        key = (layout.shapes, layout.txt_lens, layout.target_lens, txt.dtype, own)
         captured = self._graphs.get(key)
         if captured is None:
             if len(self._graphs) >= self.limit:
                 self.clear()
             try:
-                captured = self._graphs[key] = self._new(transformer, layout, modulation, tensors)
+                captured = self._graphs[key] = self._new(transformer, layout, len(modulation.img), fixed, inputs)
             except BaseException:
                 self.clear()  # what failed may have taken memory of the others with it
                 raise
             return captured.out
-        for part in (slice(len(fixed)), slice(len(fixed), None)):  # one launch copies tensors of one dtype
-            torch._foreach_copy_(captured.inputs[part], tensors[part])
+        torch._foreach_copy_(captured.fixed, fixed)  # one launch copies tensors of one dtype
+        filled = captured.inputs[1]  # rows of a bucket behind the text keep what they have, which nothing reads
+        torch._foreach_copy_([captured.inputs[0], filled[: len(txt)], *captured.inputs[2:]], inputs)
         captured.replay()
         return captured.out
 
-    def _new(self, transformer: Any, layout: PackedLayout, modulation: Modulation, tensors: list[Tensor]) -> Captured:
+    def _own(self, transformer: Any, layout: PackedLayout, img: Tensor) -> PackedLayout:
+        """What the graph reads of a layout: of one length, or of its bucket."""
+        known = self._layouts.get(id(layout))
+        if known is None:
+            own = bucketed(layout) if self._any_length(transformer, layout, img) else layout
+            while len(self._layouts) >= 8:
+                self._layouts.pop(next(iter(self._layouts)))
+            known = self._layouts[id(layout)] = (layout, own)
+        return known[1]
+
+    def _any_length(self, transformer: Any, layout: PackedLayout, img: Tensor) -> bool:
+        if self.lengths != "auto" or not layout.img_lens:
+            return self.lengths == "any"
+        norm = transformer.transformer_blocks[0].attn.norm_q.weight
+        heads = transformer.inner_dim // len(norm)
+        return any_length(img.new_empty(1, 1, 1).expand(1, heads, len(norm)), min(layout.img_lens))
+
+    def _new(
+        self, transformer: Any, layout: PackedLayout, blocks: int, fixed: list[Tensor], inputs: list[Tensor]
+    ) -> Captured:
         with torch.inference_mode(False):  # so that they can be written in and out of inference mode
-            inputs = [t.clone() for t in tensors]
-        blocks = len(modulation.img)
-        img_rope, txt_rope, cu_img, cu_txt, segments, img, txt, *mods = inputs
-        own = replace(layout, img_rope=img_rope, txt_rope=txt_rope, cu_img=cu_img, cu_txt=cu_txt, segments=segments)
+            fixed, inputs = [t.clone() for t in fixed], [t.clone() for t in inputs]
+            img, txt, *mods = inputs
+            if layout.bounds is not None:
+                txt = inputs[1] = torch.cat([txt, txt.new_zeros(layout.bounds.txt - len(txt), txt.shape[1])])
+        names = ("img_rope", "txt_rope", "cu_img", "cu_txt", "cu_joint", "segments", "txt_segments")
+        read: dict[str, Any] = dict(zip(names, fixed))
+        own = replace(layout, **read)
         vectors = Modulation(mods[:blocks], mods[blocks:-1], mods[-1])
         replay, out = self._capture(lambda: transformer.forward_packed(img, txt, own, vectors), img.device)
-        return Captured(inputs, own, replay, out)
+        return Captured(fixed, inputs, own, replay, out)
 
 
 def transformer_state(transformer: Any) -> Hashable:
@@ -120,7 +162,7 @@ def transformer_state(transformer: Any) -> Hashable:
     Modulation layers are left out: they make inputs of the pass, and their weights may have been released.
     """
     outside = {id(layer) for layer in modulation_layers(transformer).values()}
-    found: list[Any] = [id(transformer), use_reference()]
+    found: list[Any] = [id(transformer), use_reference(), newer_flash_attention()]
     for module in transformer.modules():
         if id(module) in outside:
             continue

@@ -1,3 +1,4 @@
+import itertools
 import sys
 
 import pytest
@@ -5,8 +6,10 @@ import torch
 from conftest import on_device
 from harness import DTYPES, assert_twice_the_reference, check_opcheck
 
+from qwen_image_fast import reference
 from qwen_image_fast.ops.joint_attention import (
     attention_kernel,
+    bounded_attention,
     dense_backend,
     describe_attention,
     joint_attention,
@@ -139,6 +142,39 @@ def test_packed_kernel_as_an_op(request, monkeypatch, device):
             assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(
+    "lengths",
+    [((7,), (9,)), ((5, 140), (40, 33)), ((0, 6, 129), (9, 20, 0)), ((2,) * 140, (3,) * 140)],
+    ids=lambda lengths: f"{len(lengths[0])} of {max(lengths[0])}",
+)
+def test_lengths_on_the_device(attention, lengths, dtype):
+    """The bits of the lengths that Python knows, whatever rows lie behind them; on CUDA nothing of Python's is read."""
+    q_lens, k_lens = lengths
+    q, k, v = make(q_lens, k_lens, dtype)
+    cu_q, cu_k = (torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32) for n in lengths)
+    expected = attention(q, k, v, q_lens, k_lens)
+    for more in (0, 1, 200):
+        filled = [torch.cat([t, t.new_full((more, *t.shape[1:]), float("nan"))]) for t in (q, k, v)]
+        out = bounded_attention(*filled, cu_q, cu_k, max(q_lens) + more, max(k_lens) + more)
+        if MODULE.attention_kernel(q, q_lens, k_lens) == "dense":  # another kernel than that of mixed lengths
+            torch.testing.assert_close(out[: len(q)], expected, rtol=0.01, atol=0.01)
+        else:
+            assert torch.equal(out[: len(q)], expected)
+
+
+def test_lengths_on_the_device_are_for_kernels_that_read_them(monkeypatch):
+    q, k, v = make((3,), (4,), torch.float32, grad=True)
+    cu_q, cu_k = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(ValueError, match="^bounded_attention: q, k and v must need no gradients"):
+        bounded_attention(q, k, v, cu_q, cu_k, 3, 4)
+    monkeypatch.setattr(MODULE.lib, "on_cuda", lambda x: True)
+    with torch.no_grad(), pytest.raises(ValueError, match="q must have 16 bits .*, got torch.float32, 32"):
+        bounded_attention(q, k, v, cu_q, cu_k, 3, 4)
+    with pytest.raises(ValueError, match="cu_k must have samples . 1 = 2 entries"):
+        bounded_attention(q.detach(), k, v, cu_q, cu_k.repeat(2), 3, 4)
+
+
 def test_torch_varlen_attention_is_called_with_offsets(monkeypatch):
     seen = []
 
@@ -153,6 +189,23 @@ def test_torch_varlen_attention_is_called_with_offsets(monkeypatch):
     cu_q, cu_k = (torch.tensor(cu, dtype=torch.int32) for cu in ([0, 4, 10], [0, 9, 29]))
     joint_attention(q, k, v, (4, 6), (9, 20), cu_q, cu_k)
     assert seen == [([0, 4, 10], [0, 9, 29], 6, 20)] * 2
+    monkeypatch.setattr(MODULE.lib, "on_cuda", lambda x: True)
+    monkeypatch.setattr(MODULE, "mixed_kernel", lambda *a: "varlen")
+    bounded_attention(q, k, v, cu_q, cu_k, 64, 128)
+    assert seen[2:] == [([0, 4, 10], [0, 9, 29], 64, 128)]
+
+
+@pytest.mark.skipif(MODULE.varlen_attn is None, reason="this torch has no kernel for mixed lengths")
+def test_torch_varlen_attention_does_not_split_keys(monkeypatch):
+    """By the longest sample, so that the bits of one would depend on the others."""
+    import torch.nn.attention.varlen as theirs
+
+    seen = []
+    monkeypatch.setattr(theirs, "varlen_attn", lambda *operands, **splits: seen.append(splits))
+    MODULE.varlen_attn()
+    monkeypatch.setattr(MODULE, "newer_flash_attention", lambda: "FA3")
+    MODULE.varlen_attn()
+    assert seen == [{}, {"num_splits": 1} if torch.__version__ >= (2, 13) else {}]
 
 
 def test_choice_of_kernels(monkeypatch):
@@ -175,13 +228,17 @@ def test_choice_of_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     long = (12000, 11264)
     assert choice(lens=long) == "loop" and choice(lens=(12000, 11263)) == choice() == "packed"
+    assert not MODULE.any_length(OnGpu(), 11264) and MODULE.any_length(OnGpu(), 11263)
+    assert not MODULE.any_length(OnGpu(dtype=torch.float32), 1)
+    with reference():
+        assert not MODULE.any_length(OnGpu(), 11263)
     assert choice(lens=long, requires_grad=True) == "packed"
     # Unless another FlashAttention is active, which is as fast and makes no plan for each length.
     monkeypatch.setattr(MODULE, "varlen_attn", object())
     assert choice(lens=long) == "loop"
     assert MODULE.preferred_backends(OnGpu())[0].name == "CUDNN_ATTENTION"
     monkeypatch.setattr(MODULE, "current_flash_attention_impl", lambda: "FA3")
-    assert choice(lens=long) == "varlen"
+    assert choice(lens=long) == "varlen" and MODULE.any_length(OnGpu(), 12000)
     assert [b.name for b in MODULE.preferred_backends(OnGpu())[:2]] == ["FLASH_ATTENTION", "CUDNN_ATTENTION"]
     monkeypatch.setattr(MODULE, "current_flash_attention_impl", None)
     monkeypatch.setattr(MODULE, "varlen_attn", None)
@@ -192,10 +249,13 @@ def test_choice_of_kernels(monkeypatch):
 def test_what_runs_in_words(monkeypatch):
     assert dense_backend(torch.randn(1, 9, 2, 16)).name in ("FLASH_ATTENTION", "MATH")
     monkeypatch.setattr(MODULE, "current_flash_attention_impl", None)
-    assert describe_attention("cpu")[1] == "one sample after another"
+    assert describe_attention("cpu")[1:] == ("one sample after another", "none")
     monkeypatch.setattr(MODULE.lib, "on_cuda", lambda x: True)
     monkeypatch.setattr(MODULE, "varlen_attn", None)
-    assert describe_attention("cpu")[1] == "kernel of this package"
+    assert describe_attention("cpu")[1:] == ("kernel of this package", "any")
+    with monkeypatch.context() as patched:
+        patched.setattr(MODULE, "any_length", lambda q, shortest: shortest < 1000)
+        assert describe_attention("cpu")[2].startswith("any; one where samples are long, unless")
     monkeypatch.setattr(MODULE, "attention_kernel", lambda *_: "varlen")
     monkeypatch.setattr(MODULE, "current_flash_attention_impl", lambda: "FA3")
     assert describe_attention("cpu")[1] == "varlen_attn of torch (FA3)"

@@ -10,6 +10,7 @@ from ptx.cases import KERNELS, LINEAR, convolution, products
 from qwen_image_fast import doctor
 from qwen_image_fast.doctor_cases import as_tuple, functions, inputs
 from qwen_image_fast.ops import gate_residual_norm_modulate, joint_attention, layer_norm_modulate
+from qwen_image_fast.ops.joint_attention import bounded_attention
 
 OWN = ["layer_norm_modulate", "gate_residual_norm_modulate", "qk_norm_rope", "gelu_tanh", "guided_step",
        "joint_attention", "channel_norm_silu"]  # fmt: skip
@@ -79,6 +80,18 @@ def test_own_in_any_order(op, kernels):
     for seed in SEEDS:
         kernels.module.be(seed=seed)
         assert doctor._judge(op, "interpreted", "cpu", torch.bfloat16, 21, 128).problem is None
+
+
+def test_attention_of_lengths_on_the_device(kernels):
+    """In any order: the bits of lengths that Python knows, with NaN in rows of no sample."""
+    lens, more = (130, 0, 5), 70
+    q = torch.randn(135, 2, 32).bfloat16()
+    cu = torch.tensor([0, 130, 130, 135], dtype=torch.int32)
+    filled = torch.cat([q, q.new_full((more, 2, 32), float("nan"))])
+    expected = joint_attention(q, q, q, lens)
+    for seed in (1, 2):
+        kernels.module.be(seed=seed)
+        assert torch.equal(bounded_attention(filled, filled, filled, cu, cu, 205, 205)[:135], expected)
 
 
 def test_rows_that_no_pack_divides(kernels):

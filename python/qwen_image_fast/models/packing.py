@@ -12,7 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_image_fast.models.rope import ImageShape, sample_rope
-from qwen_image_fast.ops.joint_attention import joint_attention, joint_attention_parts
+from qwen_image_fast.ops.joint_attention import bounded_attention, joint_attention, joint_attention_parts
+
+
+class Bounds(NamedTuple):
+    """Of a layout whose lengths of text are on the device alone (models/buckets.py).
+
+    img, txt: rows of the longest image and of all texts. all_txt, no_txt: int32 [0, txt] and [0, 0], all text rows as
+    those of one sample, and none. cu_targets: as in the layout, and one more, the last again.
+    """
+
+    img: int
+    txt: int
+    all_txt: Tensor
+    no_txt: Tensor
+    cu_targets: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,8 @@ class PackedLayout:
         targets: int64, their rows where only those are wanted of the output; None: all rows.
         cu_targets: int32 [samples + 1], first row of each sample among the targets.
         keep: bool [samples, 1, 1, joint rows of a sample], the keys that count where padding is kept; None: all.
+        txt_segments: int32, first text row of each modulation segment; None: `cu_txt`.
+        bounds: of lengths that only the device knows; None: txt_lens and joint_lens tell them.
     """
 
     shapes: tuple[tuple[ImageShape, ...], ...]
@@ -49,6 +65,12 @@ class PackedLayout:
     targets: Tensor | None = None
     cu_targets: Tensor | None = None
     keep: Tensor | None = None
+    txt_segments: Tensor | None = None
+    bounds: Bounds | None = None
+
+    @property
+    def text_segments(self) -> Tensor:
+        return self.cu_txt if self.txt_segments is None else self.txt_segments
 
     @property
     def samples(self) -> int:
@@ -63,6 +85,8 @@ class PackedLayout:
             q, k, v = (t.unflatten(0, (self.samples, -1)).transpose(1, 2) for t in (q, k, v))
             return F.scaled_dot_product_attention(q, k, v, attn_mask=self.keep).transpose(1, 2).flatten(0, 1)
         if images_only:
+            if self.bounds is not None:
+                return self._attend_bounded(q, k, v, self.cu_img, self.bounds.img)
             return joint_attention(q, k, v, self.img_lens, self.joint_lens, self.cu_img, self.cu_joint)
         return joint_attention(q, k, v, self.joint_lens, None, self.cu_joint, self.cu_joint)
 
@@ -79,6 +103,21 @@ class PackedLayout:
         else:
             pieces = tuple(piece for i, part in enumerate(parts) for piece in part.split(lens[2 * i : 2 * i + 2]))
         return list(pieces[1::2]), list(pieces[0::2])
+
+    def attend_targets(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the targets' rows to the joint rows of their samples."""
+        if self.bounds is not None and self.bounds.cu_targets is not None:
+            return self._attend_bounded(q, k, v, self.bounds.cu_targets, max(self.target_lens))
+        return joint_attention(q, k, v, self.target_lens, self.joint_lens, self.cu_targets, self.cu_joint)
+
+    def attend_texts(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the text rows to the joint rows of their samples, with `bounds`."""
+        assert self.bounds is not None
+        return self._attend_bounded(q, k, v, self.cu_txt, self.bounds.txt)
+
+    def _attend_bounded(self, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, most: int) -> Tensor:
+        assert self.bounds is not None
+        return bounded_attention(q, k, v, cu_q, self.cu_joint, most, self.bounds.img + self.bounds.txt)
 
 
 class KnownLayout(NamedTuple):

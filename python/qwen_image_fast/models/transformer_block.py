@@ -5,6 +5,7 @@ Projections are called as modules, so that LoRA layers and hooks on them run.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,6 @@ from qwen_image_fast.models import side_stream, stream_linear
 from qwen_image_fast.models.packing import PackedLayout
 from qwen_image_fast.ops.gate_residual_norm_modulate import gate_residual_norm_modulate
 from qwen_image_fast.ops.gelu_tanh import gelu_tanh
-from qwen_image_fast.ops.joint_attention import joint_attention
 from qwen_image_fast.ops.layer_norm_modulate import layer_norm_modulate
 from qwen_image_fast.ops.qk_norm_rope import qk_norm_rope
 
@@ -35,6 +35,10 @@ class Stream(NamedTuple):
 
     x: Tensor
     normed: Tensor
+
+
+# Rows of one stream that attention computed, in as many tensors as they lie in: [rows, heads, head_dim].
+Attended = Callable[[], list[Tensor]]
 
 
 def run_block(
@@ -87,31 +91,56 @@ def run_block(
     norms = [weight if weight.dtype == img_q.dtype else weight.to(img_q.dtype) for weight in norms]  # autocast
     if targets is not None:  # the op wants all rows; the others are not read again
         img_q = img_q.new_zeros(len(img.x), *img_q.shape[1:]).index_copy(0, targets, img_q)
+    own_txt = layout.bounds is not None and bool(txt_q)  # text queries that stay in their stream
     q, k, v = qk_norm_rope(
-        img_q, img_k, img_v, txt_q[0] if txt_q else None, txt_k, txt_v,
+        img_q, img_k, img_v, txt_q[0] if txt_q and not own_txt else None, txt_k, txt_v,
         norms[0], norms[1], norms[2], norms[3],
         layout.img_rope, layout.txt_rope, layout.cu_img, layout.cu_txt, attn.norm_q.eps,
     )  # fmt: skip
     if targets is not None:
-        img_y = joint_attention(
-            q[targets], k, v, layout.target_lens, layout.joint_lens, layout.cu_targets, layout.cu_joint
-        ).flatten(1)
+        img_y = layout.attend_targets(q[targets], k, v).flatten(1)
         img = Stream(img.x[targets], img.normed)
     elif next_txt is None:
         img_y = layout.attend(q, k, v, images_only=True).flatten(1)
     else:
-        img_parts, txt_parts = ([t.flatten(1) for t in parts] for parts in layout.attend_apart(q, k, v))
-        of_img = [img], [img_parts], [attn.to_out[0]], [block.img_mlp], [img_mod], [next_img], [img_offsets]
-        of_txt = [txt], [txt_parts], [attn.to_add_out], [block.txt_mlp], [txt_mod], [next_txt], [txt_offsets]
+        if own_txt:  # no row is copied, where lengths are on the device
+            img_parts: Attended = lambda: [layout.attend(q, k, v, images_only=True)]  # noqa: E731
+            txt_parts: Attended = lambda: [  # noqa: E731
+                layout.attend_texts(text_queries(txt_q[0], layout, norms[2], attn.norm_q.eps), k, v)
+            ]
+        else:
+            both_parts = layout.attend_apart(q, k, v)
+            img_parts, txt_parts = (lambda: both_parts[0]), (lambda: both_parts[1])
+        of_img = [attn.to_out[0]], [block.img_mlp], [img_mod], [next_img], [img_offsets]
+        of_txt = [attn.to_add_out], [block.txt_mlp], [txt_mod], [next_txt], [txt_offsets]
         if text_apart:
-            ended = side_stream.both(lambda: finish_block(*of_img), lambda: finish_block(*of_txt), img_x)
+            ended = side_stream.both(
+                lambda: finish_block([img], [flat(img_parts())], *of_img),
+                lambda: finish_block([txt], [flat(txt_parts())], *of_txt),
+                img_x,
+            )
             img, txt = ended[0][0], ended[1][0]
         else:
             of_both = [[*a, *b] for a, b in zip(of_img, of_txt)]  # type: ignore[misc]
-            img, txt = finish_block(*of_both)
+            img, txt = finish_block([img, txt], [flat(img_parts()), flat(txt_parts())], *of_both)
         return img, txt
     (img,) = finish_block([img], [[img_y]], [attn.to_out[0]], [block.img_mlp], [img_mod], [next_img], [img_offsets])
     return img, txt
+
+
+def flat(parts: list[Tensor]) -> list[Tensor]:
+    """[rows, heads, head_dim] as rows."""
+    return [t.flatten(1) for t in parts]
+
+
+def text_queries(txt_q: Tensor, layout: PackedLayout, weight: Tensor, eps: float) -> Tensor:
+    """Norm and rotation of text queries alone: as those of a stream beside one without rows."""
+    assert layout.bounds is not None
+    none, rope = txt_q[:0], layout.txt_rope
+    return qk_norm_rope(
+        txt_q, txt_q, txt_q, None, none, none, weight, weight, weight, weight,
+        rope, rope[:0], layout.bounds.all_txt, layout.bounds.no_txt, eps,
+    )[0]  # fmt: skip
 
 
 def text_layers(block: Any) -> list[Any]:

@@ -124,7 +124,7 @@ class TransformerForward:
         img = self.img_in(img)
         width = img.shape[-1]
         img_offsets = None if modulation.img[0].shape[0] == 1 else layout.segments
-        txt_offsets = None if modulation.txt[0].shape[0] == 1 else layout.cu_txt
+        txt_offsets = None if modulation.txt[0].shape[0] == 1 else layout.text_segments
         img_mods = [BlockVectors(*m.split(width, dim=1)) for m in modulation.img]
         txt_mods = [BlockVectors(*m.split(width, dim=1)) for m in modulation.txt]
         final_scale, final_shift = modulation.final.split(width, dim=1)

@@ -22,10 +22,15 @@ except ImportError:  # before torch 2.11
     current_flash_attention_impl = None  # type: ignore[assignment]
 
 
+# Of torch's FlashAttention-3 and 4: splits of keys would depend on the longest sample, and a sample's bits are its own.
+_ONE_SPLIT = {"num_splits": 1} if torch.__version__ >= "2.13" else {}
+
+
 def _torch_varlen_attn(*operands: Tensor | int) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # brings torch's compiler with it: a second
 
-    return cast(Tensor, varlen_attn(*operands))  # type: ignore[arg-type]
+    splits = {} if newer_flash_attention() is None else _ONE_SPLIT
+    return cast(Tensor, varlen_attn(*operands, **splits))  # type: ignore[arg-type]
 
 
 # None: before torch 2.10.
@@ -93,15 +98,48 @@ def joint_attention_parts(
     if kernel == "varlen":
         cu_q = _cumulative(q_lens, q) if cu_q is None else cu_q
         cu_k = _cumulative(k_lens, q) if cu_k is None else cu_k
-        q, k, v = map(_as_kernels_read, (q, k, v))
-        assert varlen_attn is not None
-        return [varlen_attn(q, k, v, cu_q, cu_k, max(q_lens), max(k_lens))]
+        return [_varlen(q, k, v, cu_q, cu_k, max(q_lens), max(k_lens))]
     if kernel == "packed":
         if lib.call_directly(q, k, v):
             return [_forward(q, k, v, list(q_lens), list(k_lens))[0]]
         return [_op(q, k, v, list(q_lens), list(k_lens))[0]]
     samples = zip(q.split(list(q_lens)), k.split(list(k_lens)), v.split(list(k_lens)))
     return [_attend(qi[None], ki[None], vi[None])[0] for qi, ki, vi in samples]
+
+
+def bounded_attention(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, most_q: int, most_k: int) -> Tensor:
+    """`joint_attention` of samples whose lengths are on the device alone: a CUDA graph of it serves all lengths that
+    keep to the bounds, each with the bits that `joint_attention` of mixed lengths gives.
+
+    Args:
+        q, k, v: as there, with or without rows behind those of the last sample. No gradients.
+        cu_q, cu_k: int32 [samples + 1] on the device, first row of each sample.
+        most_q, most_k: rows that no sample has more of, in q and in k.
+
+    Returns:
+        Like q; rows of no sample hold anything.
+
+    Raises:
+        ValueError, TypeError: as there; no kernel on CUDA reads lengths there for this dtype and head_dim; gradients.
+    """
+    samples = cu_q.shape[0] - 1
+    _check(q, k, v, *([len(t)] + [0] * (samples - 1) for t in (q, k)))
+    _check_offsets(q, cu_q=(cu_q, range(samples)), cu_k=(cu_k, range(samples)))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        lib.fail("bounded_attention", "q, k and v", "need no gradients", "some that do")
+    if not lib.on_cuda(q) or lib.use_reference():
+        lens = [cu.diff().tolist() for cu in (cu_q, cu_k)]
+        rows, keys = map(sum, lens)
+        out = q.new_zeros(q.shape)
+        out[:rows] = joint_attention(q[:rows], k[:keys], v[:keys], lens[0], lens[1])
+        return out
+    kernel = mixed_kernel(q)
+    if kernel == "varlen":
+        return _varlen(q, k, v, cu_q, cu_k, most_q, most_k)
+    if kernel == "packed":
+        rest = [0] * (samples - 1)
+        return _forward(q, k, v, [len(q), *rest], [len(k), *rest], cu_q, cu_k)[0]
+    lib.fail("bounded_attention", "q", "have 16 bits and a head_dim that a kernel takes", f"{q.dtype}, {q.shape[-1]}")
 
 
 def attention_kernel(q: Tensor, q_lens: Sequence[int], k_lens: Sequence[int]) -> str:
@@ -117,13 +155,24 @@ def attention_kernel(q: Tensor, q_lens: Sequence[int], k_lens: Sequence[int]) ->
     """
     if len(set(q_lens)) == 1 and len(set(k_lens)) == 1:
         return "dense"
+    return mixed_kernel(q, min(q_lens))
+
+
+def mixed_kernel(q: Tensor, shortest: int = 0) -> str:
+    """`attention_kernel` of samples of mixed lengths, of which none has fewer than `shortest` rows in q."""
     if not lib.on_cuda(q) or q.dtype not in (torch.float16, torch.bfloat16):
         return "loop"
-    if newer_flash_attention() is None and preferred_backends(q) and min(q_lens) * q.shape[-2] >= _FILLS_A_GPU:
+    if newer_flash_attention() is None and preferred_backends(q) and shortest * q.shape[-2] >= _FILLS_A_GPU:
         return "loop"
     if varlen_attn is not None and q.is_cuda and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
         return "varlen"
     return "packed" if q.shape[-1] in HEAD_DIMS else "loop"
+
+
+def any_length(q: Tensor, shortest: int) -> bool:
+    """Whether a CUDA graph of samples with at least `shortest` rows each should serve texts of any length: where no
+    other kernel is faster than those that read lengths on the device. Where cuDNN is, a graph has one, as its plan."""
+    return mixed_kernel(q, shortest) != "loop" and not lib.use_reference()
 
 
 def newer_flash_attention() -> str | None:
@@ -143,8 +192,9 @@ def dense_backend(q: Tensor) -> SDPBackend:
     return SDPBackend(torch._fused_sdp_choice(t, t, t))
 
 
-def describe_attention(device: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128) -> tuple[str, str]:
-    """Which kernels run there without gradients, in words: for samples of equal lengths, and of mixed lengths."""
+def describe_attention(device: str, dtype: torch.dtype = torch.bfloat16, head_dim: int = 128) -> tuple[str, str, str]:
+    """Which kernels run there without gradients, in words: for samples of equal lengths, and of mixed lengths; and
+    which lengths of text a CUDA graph serves."""
     q = torch.empty(1, 8, 24, head_dim, dtype=dtype, device=device)
     newer = newer_flash_attention()
     varlen = "varlen_attn of torch" + (f" ({newer})" if newer else "")
@@ -152,7 +202,10 @@ def describe_attention(device: str, dtype: torch.dtype = torch.bfloat16, head_di
     with torch.no_grad():
         dense = dense_backend(q).name.lower()
         short, long = (names[attention_kernel(q[0], lens, lens)] for lens in ((3, 5), (4096, 4160)))
-    return f"{dense} of torch", short if short == long else f"{short}; {long} where samples are long"
+        graphs = ["none" if not lib.on_cuda(q) else "any" if any_length(q[0], n) else "one" for n in (3, 4096)]
+    if graphs[0] != graphs[1]:
+        graphs[0] += f"; {graphs[1]} where samples are long, unless torch.nn.attention has FA3 activated"
+    return f"{dense} of torch", short if short == long else f"{short}; {long} where samples are long", graphs[0]
 
 
 def _as_kernels_read(t: Tensor) -> Tensor:
@@ -168,6 +221,12 @@ def _as_kernels_read(t: Tensor) -> Tensor:
     if t.stride(-1) == 1 and not any(n % 16 for n in steps):
         return t
     return t.clone(memory_format=torch.contiguous_format)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, most_q: int, most_k: int) -> Tensor:
+    q, k, v = map(_as_kernels_read, (q, k, v))
+    assert varlen_attn is not None
+    return varlen_attn(q, k, v, cu_q, cu_k, most_q, most_k)
 
 
 def _cumulative(lens: Sequence[int], like: Tensor) -> Tensor:
@@ -221,13 +280,15 @@ def joint_attention_reference(q, k, v, q_lens, k_lens=None):
 # ---- the kernel of this package: csrc/kernels/joint_attention.h --------------------------------------------------
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, q_lens: list[int], k_lens: list[int]) -> tuple[Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, q_lens: list[int], k_lens: list[int], cu_q=None, cu_k=None
+) -> tuple[Tensor, Tensor]:
     out, lse = _fake(q, k, v, q_lens, k_lens)
     q, k, v = (_as_kernels_read(t.contiguous()) for t in (q, k, v))
     lib.launch(
         "joint_attention_forward", q,
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), q_lens, k_lens, *q.shape[1:],
-        DTYPE_CODES[q.dtype],
+        DTYPE_CODES[q.dtype], lib.pointer(cu_q), lib.pointer(cu_k),
     )  # fmt: skip
     return out, lse
 

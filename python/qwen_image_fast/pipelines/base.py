@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from qwen_image_fast.graphs import StepGraphs
+from qwen_image_fast.graphs import Lengths, StepGraphs
 from qwen_image_fast.keywords import check_visible, hinted
 from qwen_image_fast.models.outputs import Output
 from qwen_image_fast.parallel.ranks import start_ranks
@@ -118,15 +118,24 @@ class Pipeline(Counterparts, PipelineFolder, LoraMixin):
                 part.to(*args, **kwargs)
         return self
 
-    def enable_cuda_graphs(self, limit: int = 4) -> None:
+    def enable_cuda_graphs(self, limit: int = 4, lengths: Lengths = "auto") -> None:
         """Capture the transformer's pass once for a shape (image sizes and text lengths) and replay it from then on.
 
         The first step of a new shape takes the time of a few. Up to `limit` shapes share the working memory of the
         largest; with one more, all are captured anew as they come. So they are where weights or LoRAs changed in a
         way that a graph does not see; a new schedule needs no new graph.
 
+        Args:
+            limit: shapes that are kept.
+            lengths: of text that a graph serves. "any": all up to the next multiple of 64 tokens, by attention that
+                reads lengths on the GPU; "one": a new length is a new shape. "auto": any where such attention is the
+                fastest. On Hopper, images of 1408 tokens and more (24 heads) have one length to a graph, because
+                cuDNN is faster, unless FlashAttention-3 is activated for torch. For many prompts and few steps, "any"
+                may be worth it there. `qwen-image-fast doctor` says what "auto" does.
+
         Raises:
-            ValueError: the transformer is not on a CUDA device.
+            ValueError: the transformer is not on a CUDA device, or streamed, or not alone; `limit` or `lengths` is
+                none of those.
         """
         device = self.transformer.proj_out.weight.device
         if device.type != "cuda":
@@ -137,7 +146,7 @@ class Pipeline(Counterparts, PipelineFolder, LoraMixin):
             )
         if self.transformer.ranks is not None:
             raise ValueError("enable_cuda_graphs: the transformer must compute alone, call disable_parallel() first")
-        self.cuda_graphs = StepGraphs(limit)
+        self.cuda_graphs = StepGraphs(limit, lengths=lengths)
 
     def disable_cuda_graphs(self) -> None:
         """Run passes one kernel after another again, and free the graphs' memory."""
