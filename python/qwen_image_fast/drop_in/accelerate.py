@@ -17,6 +17,7 @@ from typing import Any, get_args
 from torch import nn
 
 from qwen_image_fast.drop_in.branches import share_work
+from qwen_image_fast.drop_in.graphs import add_graphs, check_graphs
 from qwen_image_fast.drop_in.memory import restore_parts, said, stream_parts, streaming_device
 from qwen_image_fast.drop_in.obstacle import obstacle
 from qwen_image_fast.drop_in.pipeline import add_text_hook, remove_text_hook
@@ -47,6 +48,7 @@ def accelerate(
     precision: str | None = None,
     memory_limit: int | str | None = None,
     parallel: str | Mapping[str, int] | None = None,
+    cuda_graphs: bool = False,
 ) -> Report:
     """Make a diffusers Qwen-Image pipeline faster in place; the images stay the same up to rounding.
 
@@ -61,6 +63,8 @@ def accelerate(
         parallel: the processes that torchrun started make each picture together: "auto", or how many groups share the
             branches of guidance, and how many processes of each the tokens, such as "guidance=2,ulysses=4". Every one
             makes the same calls, with generators of the same seeds (docs/distributed.md). Not yet run on GPUs.
+        cuda_graphs: calls of the transformer by the pipeline's loop are captured once for a shape and replayed, so that
+            Python queues a step at once. Not yet run on a GPU.
 
     Returns:
         What was replaced, and what was left alone and why. Parts that are accelerated already are listed as such; of
@@ -70,7 +74,8 @@ def accelerate(
         ImportError: diffusers is not installed, or too old.
         TypeError: `pipe` is something else.
         ValueError: `convolution` is neither; `precision` is unknown, or cannot be had for this pipeline; `memory_limit`
-            is too small, or there is no GPU; `parallel` does not fit the processes or the model.
+            is too small, or there is no GPU; `parallel` does not fit the processes or the model; `cuda_graphs` without
+            a GPU or a pipeline, or with weights that are streamed or work that is shared.
     """
     _require_diffusers()
     if memory_limit is not None:
@@ -80,6 +85,8 @@ def accelerate(
     parts = _parts(pipe)
     if precision is not None:
         _check_precision(precision, parts)
+    if cuda_graphs:
+        check_graphs(parts, memory_limit, parallel)
     ranks = None
     if parallel is not None:
         if "transformer" not in parts:
@@ -98,6 +105,8 @@ def accelerate(
         share_work(parts, ranks, report)
     if memory_limit is not None:
         report.replaced += said(stream_parts(_models(pipe, parts), limit, device))
+    if cuda_graphs:
+        add_graphs(parts, report)
     if getattr(pipe, "controlnet", None) is not None:
         report.left_alone.append(("controlnet", "there is no faster version of it here"))
     return report

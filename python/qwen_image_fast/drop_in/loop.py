@@ -30,6 +30,9 @@ class Loop:
         # the first one of a step, which is computed with the second.
         self.checked = self.guided = False
         self.waiting: Any = None
+        # With CUDA graphs (graphs.py): the time step and the transformer last looked at, and what was in their way.
+        self.graphs: tuple[float, int] | None = None
+        self.no_graphs: str | None = None
 
     def step(self, transformer: nn.Module, branch: str = "") -> Step | None:
         """Where the pipeline is now; None where it does not go through its scheduler's time steps one by one."""

@@ -30,7 +30,7 @@ class Swapped:
 
     _original: type
     _rebuild: Callable[[type], Any]  # an object of the class that replaces an original, for pickle
-    _caches = ("_layouts", "_modulation_table", "_said", "_one_frame", "ranks")
+    _caches = ("_layouts", "_modulation_table", "_said", "_one_frame", "ranks", "cuda_graphs", "_said_graphs")
     _settings = ("convolution",)
 
     @classmethod

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_image_fast.drop_in.branches import forward as forward_branches
+from qwen_image_fast.drop_in.graphs import obstacle_of_graphs
 from qwen_image_fast.drop_in.loop import ModulationTable, current_loop, current_step, modulation_weights
 from qwen_image_fast.drop_in.obstacle import compute_dtype, known_parts, obstacle
 from qwen_image_fast.drop_in.swapped import Swapped
+from qwen_image_fast.graphs import StepGraphs
 from qwen_image_fast.models.modulation import Modulation
 from qwen_image_fast.models.transformer_forward import TransformerForward, batch_size
 from qwen_image_fast.parallel.ranks import Call
@@ -25,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 class FastTransformer(Swapped, TransformerForward):
     """Mixed into diffusers' QwenImageTransformer2DModel, in front of it."""
+
+    # Of the calls of a pipeline's loop (graphs.py); None: none are made.
+    cuda_graphs: StepGraphs | None = None
 
     @classmethod
     def methods(cls, original: type) -> dict[str, Any]:
@@ -73,15 +78,26 @@ class FastTransformer(Swapped, TransformerForward):
             )
         if timestep is not None:
             arguments["timestep"] = timestep.to(compute_dtype(hidden_states))
-        step = None if self.ranks is None or torch.is_grad_enabled() else current_step.get()
-        if step is not None and step.transformer is self:
-            # All but `attention_kwargs`, whose scale was put on the adapters.
-            given = {name: value for name, value in arguments.items() if name != "attention_kwargs"}
+        # All but `attention_kwargs`, whose scale was put on the adapters.
+        given = {name: value for name, value in arguments.items() if name != "attention_kwargs"}
+        step = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else current_step.get()
+        if self.ranks is not None and step is not None and step.transformer is self:
             inputs, finish = self.packed(hidden_states, **given)
             sample = forward_branches(self, self.ranks, step, Call(*inputs), finish)
+        elif self.cuda_graphs is not None and self._may_replay(step, hidden_states, controlnet_block_samples):
+            (*inputs, _), finish = self.packed(hidden_states, **given)
+            sample = finish(self.cuda_graphs.forward(self, *inputs).clone())  # which the other branch overwrites
         else:
             (sample,) = super().forward(hidden_states, **arguments, return_dict=False)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _may_replay(self, step, hidden_states, residuals) -> bool:
+        why = "it is compiled" if torch.compiler.is_compiling() else None
+        why = why or obstacle_of_graphs(self, step, hidden_states, residuals)
+        if why is not None and not torch.compiler.is_compiling() and self.__dict__.get("_said_graphs") != why:
+            self._said_graphs = why
+            logger.warning("the transformer runs without CUDA graphs: %s", why)
+        return why is None
 
     def _check_inputs(self, hidden_states, encoder_hidden_states, timestep, img_shapes, guidance):
         if self.img_in.weight.dtype != hidden_states.dtype:  # a quantised weight, or one stored in another type
