@@ -88,6 +88,79 @@ def test_pipeline_with_cuda_graphs(tiny_folder):
         assert torch.equal(latents(call), image)
 
 
+def test_one_graph_for_a_bucket_of_texts(tiny_folder):
+    """Up to what cuBLASLt rounds otherwise for another number of text rows; lengths are read on the device."""
+    pipe = QwenImagePipeline.from_pretrained(tiny_folder, device="cuda", torch_dtype=torch.bfloat16)
+    prompts = ["a cat", "a red circle on a green square", "a dog"]
+
+    def latents(prompt):
+        call = {"prompt": prompt, "negative_prompt": " ", "height": 64, "width": 64, "num_inference_steps": 3}
+        return pipe(**call, seed=1, output_type="latent", progress=False).images.float()
+
+    expected = [latents(p) for p in prompts]
+    pipe.enable_cuda_graphs(limit=1, lengths="any")
+    for prompt, image in zip(prompts, expected):
+        torch.testing.assert_close(latents(prompt), image, rtol=0.05, atol=0.05)
+    assert len(pipe.cuda_graphs) == 1
+
+
+def test_lengths_on_the_device():
+    """The same bits as lengths that Python knows, whatever the bounds: FlashAttention looks at a sample's own rows."""
+    module = importlib.import_module("qwen_image_fast.ops.joint_attention")
+    q, k, v = (torch.randn(300, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    lens, cu = (170, 9), torch.tensor([0, 170, 179], dtype=torch.int32, device="cuda")
+    expected = module.joint_attention(q[:179], k[:179], v[:179], lens, None, cu, cu)
+    graph = torch.cuda.CUDAGraph()
+    module.bounded_attention(q, k, v, cu, cu, 300, 300)
+    with torch.cuda.graph(graph):
+        out = module.bounded_attention(q, k, v, cu, cu, 300, 300)
+    for first in (170, 3):
+        cu.copy_(torch.tensor([0, first, 179]))
+        graph.replay()
+        if first == 170:
+            assert torch.equal(out[:179], expected)
+    expected = module.joint_attention(q[:179], k[:179], v[:179], (3, 176), None, cu, cu)
+    assert torch.equal(out[:179], expected)
+
+
+def test_attention_by_cudnn():
+    """Dense and one sample after another, which the op tests never run: deterministic algorithms refuse cuDNN."""
+    module = importlib.import_module("qwen_image_fast.ops.joint_attention")
+    q, k, v = (torch.randn(3000, 24, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    if module.dense_backend(q[None]).name != "CUDNN_ATTENTION":
+        pytest.skip("torch does not take cuDNN's attention here")
+    for lens, kernel in (((1500, 1500), "dense"), ((1450, 1550), "loop")):
+        assert module.attention_kernel(q, lens, lens) == kernel
+        out = module.joint_attention(q, k, v, lens)
+        exact = module.joint_attention_reference(*(t.double() for t in (q, k, v)), lens)
+        theirs = module.joint_attention_reference(q, k, v, lens)
+        assert (out - exact).abs().max() <= 2 * (theirs - exact).abs().max() + torch.finfo(
+            out.dtype
+        ).eps * exact.abs().max()
+
+
+def test_drop_in_with_cuda_graphs(tiny_folder):
+    """Both branches of guidance by one graph of a bucket, the second not over the first."""
+    diffusers = pytest.importorskip("diffusers")
+    from qwen_image_fast import accelerate
+
+    pipe = diffusers.QwenImagePipeline.from_pretrained(tiny_folder, torch_dtype=torch.bfloat16).to("cuda")
+    pipe.set_progress_bar_config(disable=True)
+
+    def latents():
+        return pipe(
+            prompt="a cat", negative_prompt=" ", true_cfg_scale=4.0, height=64, width=64, num_inference_steps=3,
+            generator=torch.Generator().manual_seed(1), output_type="latent",
+        ).images.float()  # fmt: skip
+
+    accelerate(pipe)
+    expected = latents()
+    assert accelerate(pipe, cuda_graphs=True)
+    for _ in range(2):
+        torch.testing.assert_close(latents(), expected, rtol=0.05, atol=0.05)
+    assert len(pipe.transformer.cuda_graphs) >= 1
+
+
 def test_ops_in_a_cuda_graph():
     """Nothing in the compiled core allocates, synchronises or keeps state."""
     from qwen_image_fast.ops import layer_norm_modulate
