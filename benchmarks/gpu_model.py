@@ -37,6 +37,9 @@ class Machine:
     products_few: float = 600e12  # 2048 rows
     cudnn: float = 600e12  # operations of attention (FlashAttention's assets/flash3_fp16_fwd.png: 609e12)
     flash2: float = 330e12
+    flash3: float = 638e12  # 4096 tokens, the same picture
+    plan: float = 0.44  # seconds in which cuDNN plans attention of a new length (FunASR 3704, torch 2.11 on a B200)
+    queue: float = 477e-6  # seconds of Python to queue a block of a pair
     convolutions: float = 360e12
     efficient: float = 65e12  # torch's memory-efficient attention, 384 channels
 
@@ -112,6 +115,27 @@ def forward(side: int, state: State, counts: dict[str, Any], machine: Machine) -
     return {name: 1e3 * BLOCKS * s / 2 for name, s in seconds.items() if s}
 
 
+def lengths(counts: dict[str, Any], machine: Machine) -> list[list[str]]:
+    """Seconds of a picture with guidance, by how a CUDA graph takes lengths of text: of a length that was there before,
+    and of a new one, which costs two plans where cuDNN computes attention (the last block has its own), and where a
+    graph has one length two passes that Python queues, one of which also runs."""
+    rows = []
+    for side, how, rate in (
+        (64, "one length, cuDNN", machine.cudnn),
+        (64, "any length, FlashAttention-2", machine.flash2),
+        (64, "any length, FlashAttention-3", machine.flash3),
+        (32, "one length, FlashAttention-2", machine.flash2),
+        (32, "any length, FlashAttention-2", machine.flash2),
+    ):
+        times = forward(side, NOW, counts, machine)
+        used = machine.cudnn if side == 64 else machine.flash2  # by the attention of `forward`
+        pair = 2e-3 * (sum(times.values()) + times["attention"] * (used / rate - 1))
+        new = 2 * machine.queue * BLOCKS + pair + (2 * machine.plan if rate == machine.cudnn else 0)
+        cells = [f"{t:.1f}" for steps in (8, 50) for t in (steps * pair, steps * pair + new * how.startswith("one"))]
+        rows.append([f"{16 * side} pixels, {how}", *cells])
+    return rows
+
+
 # Of a decoder at 1024 pixels: values that norms see, by channels, and that a bias or a residual is added to.
 NORMS = {384: 11 * 128**2 + 5 * 256**2, 192: 256**2 + 6 * 512**2, 96: 7 * 1024**2}
 CONVOLUTIONS = 3.83e12  # operations
@@ -131,6 +155,15 @@ def decode(state: State, counts: dict[str, Any], machine: Machine) -> dict[str, 
     values = sum(c * n for c, n in NORMS.items())
     seconds["biases, residuals"] = (values + values / 2 * 1.5) * 4 / machine.copy
     return {name: 1e3 * s for name, s in seconds.items()}
+
+
+def left_out(machine: Machine) -> str:
+    """What was estimated and left as it is."""
+    biases = sum(c * n for c, n in NORMS.items()) * 4 / machine.copy * 1e3
+    tiles = 2 * 64 * 64 * WIDTH / (128 * 256) / machine.processors  # of a square product of a pair at 1024 pixels
+    reads = 8 * tiles * 2 * machine.wait * BLOCKS / 2 * 1e3
+    divisions = 12 * tiles * 180 / 1.83e9 * BLOCKS / 2 * 1e3  # two of 64 bits, 90 cycles each
+    return LEFT.format(biases=biases, reads=reads, divisions=divisions, queue=machine.queue * BLOCKS * 1e3)
 
 
 def measured(results: list[dict[str, Any]]) -> Machine:
@@ -162,6 +195,8 @@ def section(results: list[dict[str, Any]]) -> str:
     ):
         rows = [[n, *(f"{t[n]:.1f}" if n in t else "0" for t in (before, now))] for n in before]
         text += table([title, "before", "now"], [*rows, ["sum", *(f"{sum(t.values()):.1f}" for t in (before, now))]])
+    head = ["", "8 steps", "8 steps, new length", "50 steps", "50 steps, new length"]
+    text += LENGTHS + table(head, lengths(counts, machine)) + left_out(machine)
     rows = []
     for op in counts["now"]:
         for direction in ("forward", "backward"):
@@ -186,6 +221,22 @@ HEAD = """
 What `python -m benchmarks.gpu_model` makes of the compiled kernels and of rates that others measured, or of those of
 the newest results of an H200 once there are any. "Before" is the package before its kernels were last changed for what
 this model says. Both branches of guidance are packed, CUDA graphs on.
+"""
+LENGTHS = """
+Steps of a picture with guidance, in seconds, by how a CUDA graph takes the length of the prompt
+(`enable_cuda_graphs(lengths=)`). "auto" has graphs of one length on Hopper where an image has 1408 tokens or more and
+FlashAttention-3 is not activated for torch, and of any length elsewhere:
+"""
+LEFT = """
+The drop-in's loop asks for one branch after another. Python queues each in {queue:.0f} ms, more than the GPU takes at
+512 pixels; `accelerate(pipe, cuda_graphs=True)` takes that away.
+
+Left as it is: the passes in which torch adds the biases of the VAE's convolutions, {biases:.1f} ms of a decoding, which
+need norms that take the bias of the layer before; and of CUTLASS's linear layers, which gain nothing as long as
+cuBLASLt computes them, as it does until a measurement says otherwise: the bias and gate that `linear_gate_residual`
+reads before each of the eight parts of a tile, at most {reads:.1f} ms of a branch at 1024 pixels, if every part waits
+for them (all read at once would take 128 registers); its products in three stages, where the others have four; and two
+divisions of 64 bits for a tile, {divisions:.1f} ms if nothing hides them.
 """
 KERNELS = """
 The kernels, in bfloat16 at 4096 tokens (channel_norm_silu: 512 x 512 pixels): registers of a thread, threads on a
