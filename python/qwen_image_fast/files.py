@@ -111,9 +111,11 @@ def claimed(folder: PathLike, result: str | None = None) -> Iterator[Path]:
         result: the file that a finished result has; a folder with one is somebody's and refused.
 
     Raises:
-        FileExistsError: another process is writing there, or a result is there.
+        FileExistsError: another process is writing there, a result is there, or it is a file.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file; choose a folder")
     was_there = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)

@@ -95,6 +95,15 @@ def test_the_command_prints_a_plan(gpus):
     assert ("samples, not the recipe's" in result.output) == (gpus == 1024)
 
 
+def test_a_released_model_is_planned_before_it_is_downloaded(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = ["train", "lora", "--model", "Qwen/Qwen-Image-2512", "--plan", "--gpus", "1", "--memory", "24"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert "20.43 B parameters in 60 blocks, those of Qwen/Qwen-Image-2512 as released" in result.output
+    assert "model.precision=int8 model.memory=24GB" in result.output
+
+
 def test_every_stage_of_a_curriculum_has_a_plan():
     result = CliRunner().invoke(app, ["train", "curriculum/report", "--plan", "--gpus", "64", "--memory", "141"])
     assert result.exit_code == 0

@@ -5,6 +5,8 @@ import os
 import re
 import shlex
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -161,6 +163,11 @@ def test_an_interrupted_run_says_how_to_go_on(small, monkeypatch, number):
         (["pictures"], "pictures is a folder, not a recipe; `train lora --images pictures` trains on its pictures"),
         (["lora", "--model", "tny", "--images", "pictures"], "there is no folder tny, and it is not a hub name"),
         (["lora", "--model", "small", "--images", "pictures", "--preset", "32gb"], "--preset must be one of 12gb,"),
+        (["lora", "--model", "other", "--images", "pictures"], "a Qwen-Image pipeline, other holds a FluxPipeline"),
+        (["lora", "--model", "small", "--images", "pictures", "--out", "other/model_index.json"],
+         "--out must be a folder, other/model_index.json is a file"),
+        (["lora", "--model", "small", "--pairs", "pictures"],
+         "must not have ti2i: the source pictures has no edits: they are NAME.before.png and NAME.after.png, folders"),
         (["lora", "--images", "a", "--pairs", "b"], "give either --images or --pairs"),
         (["edit-lora", "--images", "pictures"], "edit-lora learns from pairs: give --pairs instead of --images"),
         (["curriculum/tiny", "--images", "pictures"], "--images has no effect on curriculum/tiny: its"),
@@ -174,6 +181,8 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(small, monkeypatch, 
     from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
 
     (small / "empty").mkdir()
+    (small / "other").mkdir()
+    (small / "other" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     monkeypatch.setattr(QwenImagePipeline, "from_pretrained", lambda *args, **kwargs: pytest.fail("loads a model"))
     result = run("train", *words)
     last = result.stderr.splitlines()[-1]
@@ -189,3 +198,21 @@ def test_recipes_are_listed_and_shown(small):
     assert tree["model"]["folder"] == "small" and tree["data"]["buckets"] == [[32, 32]]
     (small / "mine.yaml").write_text(shown)
     assert run("train", "mine.yaml", "--show").stdout == shown
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["train", "lora", "--model", "small", "--images", "pictures", "--preset", "32gb"], "must be one of 12gb,"),
+        (["train", "lora", "--model", "small", "--images", "picture", "--preset", "24gb"], "did you mean pictures?"),
+        (["train", "export", "picture"], "picture must be the folder of a run of `train`, it has no checkpoints; did"),
+        (["train", "compare", "pictures"], "pictures must be the folder of a run of `train`, it has no log.jsonl"),
+    ],
+)
+def test_what_needs_no_torch_to_be_refused_does_not_load_it(small, words, text):
+    code = "import sys; from qwen_image_fast.__main__ import main; sys.modules['torch'] = None; main()"
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, env={**os.environ, **path}
+    )
+    assert found.returncode == 2 and text in found.stderr.splitlines()[-1], found.stderr

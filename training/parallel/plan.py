@@ -45,6 +45,7 @@ from qwen_image_fast.training.tasks.flops import PEAK_TFLOPS, step_flops
 # Assumptions. Bytes per second of a GPU to the others: NVLink 4 and 400 Gb/s InfiniBand, at about 70 % of their peaks.
 NVLINK, NETWORK, MACHINE = 300e9, 35e9, 8
 MFU = 0.4
+RELEASED = "Qwen/Qwen-Image"  # how the names of the released models begin: all have the same transformer
 # Bytes of what every rank holds besides: the released Qwen2.5-VL-7B and VAE in 16 bit, frozen; CUDA and NCCL.
 FROZEN, RUNTIME = 16.6e9 + 0.3e9, 3e9
 # What of it stays where the rest is read when it is used: the embedding, the VAE in float32, two buffers of a layer of
@@ -114,8 +115,10 @@ class Plan:
 
 def model_of(recipe: FlowRecipe) -> Model:
     """Sizes of the recipe's transformer. Without a folder, that of the released model, or with a text encoder that
-    learns too, the tiny one."""
+    learns too, the tiny one. A released one by its
+    hub name has known sizes, before it is downloaded."""
     released = not recipe.model.start and not recipe.model.train_text_encoder
+    released = released or counted_as_released(recipe)
     with torch.device("meta"):
         if released:
             transformer = QwenImageTransformer2DModel()
@@ -132,6 +135,12 @@ def model_of(recipe: FlowRecipe) -> Model:
     small = sum(layer.weight.numel() for layer in int8_layers(transformer).values())
     adapters = adapter_weights(transformer, recipe.lora)
     return Model(transformer.config, total, each, split, modulation, root, adapters, small)
+
+
+def counted_as_released(recipe: FlowRecipe) -> bool:
+    """Whether a released model is named by its hub name: its sizes are known without a download."""
+    name = recipe.model.start
+    return name.startswith(RELEASED) and local_folder(name) is None
 
 
 def plan_of(recipe: FlowRecipe, model: Model, sizes: Sizes, peak: float) -> Plan:
@@ -315,10 +324,11 @@ def print_plan(run: Curriculum, gpus: int, memory_gb: float, gpu: str, console: 
     """Of every stage the best layout in full and four others as lines; the assumptions."""
     gpu = known_gpu(gpu)
     stages = [(stage, *choose(stage.recipe, gpus, memory_gb, gpu)) for stage in run.stages]
-    model = stages[0][1]
+    first, model = stages[0][0].recipe, stages[0][1]
+    by_name = isinstance(first, FlowRecipe) and counted_as_released(first)
     console.print(
         f"{gpus} x {gpu}, {memory_gb:g} GB each; transformer of {model.total / 1e9:.2f} B parameters in {model.layers} "
-        "blocks"
+        "blocks" + (f", those of {first.model.start} as released" if by_name else "")
     )
     for stage, _, plans in stages:
         if len(stages) > 1:

@@ -9,9 +9,9 @@ from qwen_image_fast.training.parallel.layout import Sizes
 from qwen_image_fast.training.parallel.plan import Plan, frugal, in_fewer_bits, model_of, plan_of, small_base
 from qwen_image_fast.training.recipe.curriculum import read_curriculum
 from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.recipe.fitted import CARDS, card
 from qwen_image_fast.training.recipe.flow import FlowRecipe
 
-PRESETS = {"12gb": 12.0, "16gb": 16.0, "24gb": 24.0, "48gb": 48.0, "80gb": 80.0}  # name: GB of the card
 SIDES = (768, 512)  # of smaller pictures, where those of the recipe do not fit
 ANY_PEAK = 1e15  # operations per second: only memory is asked for
 
@@ -25,8 +25,7 @@ def preset_changes(path: Path, overrides: Sequence[str], name: str) -> tuple[lis
     Raises:
         RecipeError: there is no such preset, or nothing is enough; the sentence names a preset that is.
     """
-    if name not in PRESETS:
-        raise RecipeError(f"preset: --preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    room = card(name)
     recipe = read_curriculum(path, overrides).stages[0].recipe
     if not isinstance(recipe, FlowRecipe):
         raise RecipeError(f"preset: --preset is for kind flow, this recipe is of kind {recipe.kind}")
@@ -34,14 +33,14 @@ def preset_changes(path: Path, overrides: Sequence[str], name: str) -> tuple[lis
     sizes = [[], *([f"data.buckets=[[{side}, {side}]]"] for side in SIDES)]
     tried = [[], *([*less, *size] for size in sizes)]
     for precision in in_fewer_bits(recipe):
-        tried += [[*less, *small_base(precision, PRESETS[name]), *size] for size in sizes]
+        tried += [[*less, *small_base(precision, room), *size] for size in sizes]
     for changes in tried:
         plan = _alone(path, [*changes, *overrides])
-        if plan.memory / 1e9 <= PRESETS[name]:
+        if plan.memory / 1e9 <= room:
             said = ", ".join(changes) or "the recipe as it is"
             return changes, f"{name}: {said}; about {plan.memory / 1e9:.1f} GB are needed, counted from sizes"
     needed = plan.memory / 1e9
-    enough = [other for other, memory in PRESETS.items() if needed <= memory]
+    enough = [other for other, memory in CARDS.items() if needed <= memory]
     would = f"--preset {enough[0]} would" if enough else "no preset would"
     parts = f"{plan.states / 1e9:.1f} the transformer, {plan.frozen / 1e9:.1f} condition encoder, VAE and CUDA"
     raise RecipeError(

@@ -1,4 +1,4 @@
-"""What a recipe leaves to the model that it names: the sizes of pictures, and other numbers for a small model."""
+"""What a recipe leaves to the model that it names: sizes of pictures, other numbers for a small model; cards."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 from qwen_image_fast.folders import local_folder
 from qwen_image_fast.model_defaults import generation_of, model_class
-from qwen_image_fast.training.recipe.fields import merged, overridden, read_tree
+from qwen_image_fast.training.recipe.fields import RecipeError, merged, overridden, read_tree
 from qwen_image_fast.training.recipe.flow import NEW, FlowRecipe
 from qwen_image_fast.training.recipe.kinds import KINDS
 
 SMALL = "small"  # a group of a recipe's file: what stands in it holds, instead, for small models
 SMALL_AREA = 256 * 256  # pixels of a small model's pictures at most
+CARDS = {"12gb": 12.0, "16gb": 16.0, "24gb": 24.0, "48gb": 48.0, "80gb": 80.0}  # --preset: GB of the card
 # [height, width] of a model whose pictures are larger: about a million pixels in five shapes.
 LARGE = [[1024, 1024], [1152, 896], [896, 1152], [1344, 768], [768, 1344]]
 
@@ -49,3 +50,10 @@ def picture_size(name: str) -> tuple[int, int] | None:
     if own is None or own.height is None or own.width is None or own.height * own.width > SMALL_AREA:
         return None
     return own.height, own.width
+
+
+def card(preset: str) -> float:
+    """GB of the card of a preset; RecipeError where there is none of that name."""
+    if preset not in CARDS:
+        raise RecipeError(f"preset: --preset must be one of {', '.join(CARDS)}, got {preset!r}")
+    return CARDS[preset]

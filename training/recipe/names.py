@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qwen_image_fast.folders import local_folder, nearest, nearest_file, resolve_folder
+from qwen_image_fast.model_defaults import model_class
 from qwen_image_fast.training.recipe.curriculum import Curriculum
 from qwen_image_fast.training.recipe.data import DRAWN, UNNAMED, UNNAMED_PROMPTS
 from qwen_image_fast.training.recipe.fields import RecipeError
@@ -81,6 +82,10 @@ def check_models(run: Curriculum) -> None:
             raise RecipeError(f"recipe: {field}: {error}") from error
         if field == "model.folder" and folder is not None and not (folder / "model_index.json").is_file():
             raise RecipeError(f"recipe: {field} must be the folder of a pipeline, {name} has no model_index.json")
+        if field == "model.folder" and folder is not None:
+            held = model_class(folder, name)
+            if not held.startswith("QwenImage"):
+                raise RecipeError(f"recipe: {field} must be a Qwen-Image pipeline, {name} holds a {held}")
 
 
 def check_start(run: Curriculum) -> None:
@@ -99,7 +104,9 @@ def check_start(run: Curriculum) -> None:
 
 
 def check_unused(folder: Path) -> None:
-    """FileExistsError where a run's folder has checkpoints already."""
+    """FileExistsError where a run's folder has checkpoints already, or is a file."""
+    if folder.is_file():
+        raise FileExistsError(f"train: --out must be a folder, {folder} is a file")
     if found := sorted(path.parent.name for path in folder.glob("checkpoints/step-*/trainer.json")):
         raise FileExistsError(
             f"train: {folder} already has {found[-1]}; resume it (--resume) or choose another folder (--out)"

@@ -27,6 +27,7 @@ from qwen_image_fast.training.sources.synthesis import Synthesis
 from qwen_image_fast.training.sources.table import SUFFIXES, Joined, Table
 
 _DRAWING: dict[str, Any] = dict(zip(DRAWN, (Squares, Synthesis)))
+PAIRS = "they are NAME.before.png and NAME.after.png, folders before and after, or a table with references"
 _TARS = (".tar", ".tar.gz", ".tgz")
 
 
@@ -37,10 +38,11 @@ def make_source(recipe: DataRecipe | PartRecipe) -> Source:
     for task, weight in part.tasks.items():
         edits = hasattr(source, "edit")
         if weight > 0 and task == "ti2i" and not edits:
-            raise RecipeError(f"recipe: data.tasks must not have ti2i: the source {part.source} has no edits")
+            pairs = "" if part.source in DRAWN else f": {PAIRS}"
+            raise RecipeError(f"recipe: data.tasks must not have ti2i: the source {part.source} has no edits{pairs}")
         if weight > 0 and task == "t2i" and isinstance(source, Edits):
             raise RecipeError(
-                f"recipe: data.tasks must not have t2i: the source {part.source} has edits alone "
+                f"recipe: data.tasks must not have t2i: the source {part.source} has edits alone, which --pairs takes "
                 "(data.tasks={ti2i: 1})"
             )
     return source

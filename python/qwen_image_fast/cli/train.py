@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,6 +54,8 @@ def train(
             raise CommandError("no recipe is named: lora and edit-lora begin your own work, --list prints all")
         changes = [*_from_options(recipe, images, pairs, model), *(overrides or ())]
         if preset is not None:
+            if not show:  # counting loads torch
+                checked(recipe, changes, data=not plan, run_folder=None if plan or resume else out)
             changes = _for_card(recipe, changes, preset)
         if show:
             print_recipe(recipe, changes)
@@ -64,7 +67,7 @@ def train(
 
             from qwen_image_fast.training.parallel.plan import print_plan
 
-            print_plan(chosen, gpus, memory, gpu, Console(width=120))
+            print_plan(chosen, gpus, memory, gpu, Console(width=None if sys.stdout.isatty() else 120))
             return
         from qwen_image_fast.training.recipe.names import described
         from qwen_image_fast.training.terminal import Terminal
@@ -130,8 +133,10 @@ def _from_options(recipe: str, images: str | None, pairs: str | None, model: str
 
 def _for_card(recipe: str, changes: list[str], preset: str) -> list[str]:
     """The changes of a preset before those that are given, which win."""
+    from qwen_image_fast.training.recipe.fitted import card
     from qwen_image_fast.training.recipe.names import find_recipe
 
+    card(preset)
     first = int(os.environ.get("RANK", "0")) == 0
     path = find_recipe(recipe)
     if first:
