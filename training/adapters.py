@@ -7,6 +7,8 @@ probability in a micro-batch, and the others count 1 / (1 - p); `draw_kept` draw
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ class AdapterLinear(nn.Module):
         base: the layer, which stays frozen. scale: of the change. rank: parts that dropout may leave out; 0: none.
     """
 
+    off = False  # nothing but the layer below
     kept: Tensor | None = None  # float32 [rank] of this micro-batch; None: all parts count
 
     def __init__(self, base: nn.Linear, rank: int, scale: float):
@@ -40,6 +43,10 @@ class AdapterLinear(nn.Module):
     def _dropped(self, low: Tensor) -> Tensor:
         """[..., rank], what dropout leaves of it; all of it where nothing is learnt, as in validation."""
         return low if self.kept is None or not torch.is_grad_enabled() else low * self.kept.to(low)
+
+    def _scaled(self, low: Tensor) -> Tensor:
+        """[..., rank] by the change's scale: here it costs least."""
+        return low if self.scale == 1 else self.scale * low
 
     def tensors(self) -> dict[str, Tensor]:
         """Those of the adapter, by the names that a file has behind the layer's."""
@@ -71,8 +78,10 @@ class LoraLinear(AdapterLinear):
         local(self.lora_B.weight).zero_()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.off:
+            return self.base(x)
         low = self._dropped(F.linear(x, self.lora_A.weight.to(x.dtype)))
-        return self.base(x) + self.scale * F.linear(low, self.lora_B.weight.to(x.dtype))
+        return _plus_product(self.base(x), self._scaled(low), self.lora_B.weight.to(x.dtype))
 
 
 class DoraLinear(LoraLinear):
@@ -92,9 +101,11 @@ class DoraLinear(LoraLinear):
         self.lora_magnitude_vector.copy_(self.base.weight.float().norm(dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.off:
+            return self.base(x)
         factor = self.lora_magnitude_vector / self._norms()
         low = self._dropped(F.linear(x, self.lora_A.weight.to(x.dtype)))
-        y = F.linear(x, self.base.weight) + self.scale * F.linear(low, self.lora_B.weight.to(x.dtype))
+        y = _plus_product(F.linear(x, self.base.weight), self._scaled(low), self.lora_B.weight.to(x.dtype))
         y = y * factor.to(x.dtype)
         return y if self.base.bias is None else y + self.base.bias
 
@@ -135,6 +146,8 @@ class LokrLinear(AdapterLinear):
         (self.lokr_w2_b if self.rank else self.lokr_w2).zero_()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.off:
+            return self.base(x)
         first = self.lokr_w1.to(x.dtype)
         columns = x.shape[-1] // first.shape[1]
         parts = x.unflatten(-1, (first.shape[1], columns))
@@ -144,6 +157,13 @@ class LokrLinear(AdapterLinear):
         else:
             second = F.linear(parts, self.lokr_w2.to(x.dtype))
         return self.base(x) + self.scale * (first @ second).flatten(-2)
+
+
+def _plus_product(y: Tensor, low: Tensor, weight: Tensor) -> Tensor:
+    """y + low weight^T, in one pass over y: [..., out], [..., rank], [out, rank]."""
+    if y.dtype != low.dtype:  # a base below autocast
+        return y + F.linear(low, weight)
+    return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), weight.t()).view_as(y)
 
 
 def divided(side: int, factor: int) -> tuple[int, int]:
@@ -156,6 +176,20 @@ def divided(side: int, factor: int) -> tuple[int, int]:
 def _uniform(like: Tensor, seed: int, name: str) -> Tensor:
     """In (-1, 1), of the whole shape of `like`, float32 on the CPU."""
     return 2 * torch.special.ndtr(normal(tuple(like.shape), seed, name)) - 1
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model as it was before them, and no gradients."""
+    adapters = [module for module in model.modules() if isinstance(module, AdapterLinear)]
+    try:
+        for adapter in adapters:
+            adapter.off = True
+        with torch.no_grad():
+            yield
+    finally:
+        for adapter in adapters:
+            adapter.off = False
 
 
 def draw_kept(model: nn.Module, dropout: float, seed: int, sample: int | None) -> None:

@@ -23,6 +23,7 @@ class FlowSample:
         noise: eps, like `target`. sigma: noise level in [0, 1].
         references, reference_shapes: the latents of 0..N reference images and their shapes.
         weights: float32 [tokens], what each counts in its loss, not all 0; None: all alike.
+        velocity: like `target`, what its loss compares with; None: eps - x0.
     """
 
     target: Tensor
@@ -32,6 +33,7 @@ class FlowSample:
     references: Sequence[Tensor] = ()
     reference_shapes: Sequence[ImageShape] = ()
     weights: Tensor | None = None
+    velocity: Tensor | None = None
 
 
 @dataclass

@@ -10,7 +10,14 @@ from trainer_helpers import log_of, small_recipe, small_transformer, start, weig
 from qwen_image_fast.models.lora import adapters_of
 from qwen_image_fast.models.lora_files import parse_lora, read_lora
 from qwen_image_fast.models.lora_keys import component_config, split_components
-from qwen_image_fast.training.adapters import AdapterLinear, DoraLinear, LokrLinear, divided, draw_kept
+from qwen_image_fast.training.adapters import (
+    AdapterLinear,
+    DoraLinear,
+    LokrLinear,
+    divided,
+    draw_kept,
+    without_adapters,
+)
 from qwen_image_fast.training.lora import PEFT_WEIGHTS, WEIGHTS, add_lora, load_lora, lora_state, save_lora
 from qwen_image_fast.training.randomness import normal
 from qwen_image_fast.training.recipe.fields import RecipeError
@@ -175,6 +182,28 @@ def test_a_run_with_dropout_goes_on_bit_by_bit(folder, tmp_path, kind, checkpoin
     assert log_of(tmp_path / "whole", "validation_loss") == log_of(tmp_path / "stopped", "validation_loss")
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
+def test_what_is_to_be_kept_is_taught_by_the_model_without_adapters(folder, tmp_path, kind):
+    """Before a step the loss of such samples is 0, of others it is not; later the base is still their target."""
+    parts = [{"name": "own", "source": "squares", "options": {"size": 32}},
+             {"name": "kept", "source": "squares", "options": {"size": 64}, "keep": True}]  # fmt: skip
+    recipe = small_recipe(folder, batch=8, data__mixture=parts, lora__rank=4, lora__kind=kind,
+                          log__validation_samples=4, model__train_text_encoder=False)  # fmt: skip
+    task = start(recipe, tmp_path / "run").task
+    batch = task.maker.batch(0, 0)
+    keep = torch.tensor([raw.keep for raw in batch])
+    assert 0 < keep.sum() < 8 and not any(raw.keep for raw in task.maker.validation())
+    losses = task.loss(batch).per_sample
+    assert losses[keep].max() < 1e-6 < 0.1 < losses[~keep].min()
+    with_random_parts(task.transformer)
+    changed = task.loss(batch).per_sample
+    assert changed[keep].min() > 1e-6
+    own = task.transformer.transformer_blocks[0].attn.to_q
+    with without_adapters(task.transformer):
+        assert torch.equal(own(x := torch.randn(3, own.base.in_features)), own.base(x))
+    assert not torch.equal(own(x), own.base(x))
+
+
 def test_dropout_leaves_parts_out_in_training_alone():
     model = small_transformer()
     add_lora(model, LoraRecipe(rank=32, alpha=32.0))
@@ -202,8 +231,12 @@ def test_dropout_leaves_parts_out_in_training_alone():
         ({"lora__dropout": 1.0}, r"lora.dropout must be in \[0, 1\)"),
         ({"lora__factor": 4}, "lora.factor must be 0 unless lora.kind is lokr"),
         ({"lora__ranks": {"mlp": 0}}, "lora.ranks.mlp must be at least 1"),
+        (
+            {"lora__rank": 0, "data__mixture": [{"source": "squares", "keep": True}]},
+            r"data.mixture.keep must be false but for adapters \(lora.rank above 0\) of kind flow",
+        ),
     ],
 )
 def test_what_cannot_be(folder, changes, message):
     with pytest.raises(RecipeError, match=message):
-        small_recipe(folder, lora__rank=2, model__train_text_encoder=False, **changes)
+        small_recipe(folder, **{"lora__rank": 2, "model__train_text_encoder": False, **changes})

@@ -17,7 +17,7 @@ from qwen_image_fast.training.batches.replace import usable
 from qwen_image_fast.training.data.screen import Rejected
 from qwen_image_fast.training.randomness import epoch_position, generator, key, normal
 from qwen_image_fast.training.recipe.curriculum import Change, Curriculum, one_stage
-from qwen_image_fast.training.recipe.data import TASKS, DataRecipe, part_key
+from qwen_image_fast.training.recipe.data import TASKS, DataRecipe, PartRecipe, part_key
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.flow import FlowRecipe
 from qwen_image_fast.training.sources.buckets import fit, size_for, sizes_for, token_weights
@@ -37,7 +37,8 @@ class RawSample:
     shapes: (frames, height, width) in tokens of each. pictures: the references as the condition encoder sees them,
     uint8 [H, W, 3]. index: its position in the stream of samples. states: of the condition encoder, [tokens, width],
     where a producer has run it. rejected: origin and reason of those in whose place it stands. weight: what its loss
-    counts. token_weights: float32 [tokens] of its target, what each counts in it; None: all alike.
+    counts. token_weights: float32 [tokens] of its target, what each counts in it; None: all alike. keep: the model
+    without adapters is what it teaches.
     """
 
     index: int
@@ -52,6 +53,7 @@ class RawSample:
     states: Tensor | None = None
     weight: float = 1.0
     token_weights: np.ndarray | None = None
+    keep: bool = False
 
 
 class Batch(list[RawSample]):
@@ -64,8 +66,8 @@ class Batch(list[RawSample]):
 
 
 class Content(NamedTuple):
-    """Of a sample: task, text, target and references, their shapes, the references' pixels, what was rejected, and what
-    its loss and its tokens count."""
+    """Of a sample: task, text, target and references, their shapes, the references' pixels, what was rejected, what its
+    loss and its tokens count, and whether the model without adapters is what it teaches."""
 
     task: str
     caption: str
@@ -75,6 +77,7 @@ class Content(NamedTuple):
     rejected: list[tuple[str, str]]
     weight: float = 1.0
     token_weights: np.ndarray | None = None
+    keep: bool = False
 
 
 class FlowBatches:
@@ -160,7 +163,7 @@ class FlowBatches:
             index, made.task, "" if dropped and sigma is None else made.caption, made.images, made.shapes,
             made.pictures,
             normal((frames * height * width, self.channels), seed, "noise", step=step, sample=index),
-            level, made.rejected, None, counts, made.token_weights,
+            level, made.rejected, None, counts, made.token_weights, made.keep and sigma is None,
         )  # fmt: skip
 
     def content(self, seed: int, index: int) -> Content:
@@ -184,18 +187,26 @@ class FlowBatches:
                 task, cached.text, cached.latents, cached.shapes, cached.pixels, [], 1.0, cached.token_weights
             )
         else:
-            task, sample, rejected, weight = self.drawn(seed, index)
+            task, sample, rejected, part = self.drawn(seed, index)
             images, shapes = to_buckets([sample.image, *sample.references], data)
             found = Content(
-                task, sample.caption, images, shapes, images, rejected, weight, masked(sample, images, data)
+                task,
+                sample.caption,
+                images,
+                shapes,
+                images,
+                rejected,
+                part.loss_weight,
+                masked(sample, images, data),
+                part.keep,
             )
         if task == "recon":
             return found._replace(caption=KEEP_INSTRUCTION, images=found.images * 2, shapes=found.shapes * 2)
         return found._replace(pictures=found.pictures[1:])
 
-    def drawn(self, seed: int, index: int) -> tuple[str, Sample, list[tuple[str, str]], float]:
+    def drawn(self, seed: int, index: int) -> tuple[str, Sample, list[tuple[str, str]], PartRecipe]:
         """The task of a sample, what its source gives for it, an edit or a picture and its caption, what that stands
-        for, and what its loss counts."""
+        for, and the part of the mixture."""
         validates = seed == self.validation_seed and self._validation_order is not None
         order = self._validation_order if validates and self._validation_order else self.order
         of, position = order.place(index)
@@ -206,7 +217,7 @@ class FlowBatches:
             return (
                 task,
                 *usable(lambda _, place: self._whole(source.held_out(place, task == "ti2i")), seed, position),
-                1.0,
+                part,
             )
         make = getattr(source, "edit" if task == "ti2i" else "sample", None)
         if make is None:
@@ -214,7 +225,7 @@ class FlowBatches:
         # Two parts that draw their samples must not draw the same ones.
         alone = len({part_key(p) for stage in self.run.stages for p in stage.recipe.data.parts}) == 1
         made = usable(lambda s, place: self._whole(make(s, place)), seed if alone else key(seed, of) % 2**31, position)
-        return task, *made, 1.0 if validates else part.loss_weight
+        return task, *made, part
 
     def _whole(self, sample: Sample) -> Sample:
         """A sample some of whose loss counts; `Rejected` where all the white of its mask would be cut off."""

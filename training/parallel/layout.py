@@ -97,6 +97,8 @@ def check_recipe_parallel(recipe: RunRecipe, sizes: Sizes, heads: int) -> None:
     must(not recipe.model.precision, "model.precision", "be left out on several processes", recipe.model.precision)
     must(recipe.lora.kind == "lora", "lora.kind", "be lora on several processes: the others need whole weights",
          recipe.lora.kind)  # fmt: skip
+    keep = [part.name for part in recipe.data.parts if part.keep]
+    must(not keep, "data.mixture.keep", "be false on several processes, which have other shares of those samples", keep)
     must(recipe.optimizer.name == "adamw", "optimizer.name", "be adamw on several processes: the others need all",
          recipe.optimizer.name)  # fmt: skip
     must(recipe.optimizer.masters == "float32", "optimizer.masters", "be float32 on several processes",

@@ -30,7 +30,9 @@ RATIOS = (1.0, 2 / 3, 3 / 2, 3 / 4, 4 / 3, 9 / 16, 16 / 9, 1 / 3, 3.0)
 class PartRecipe:
     """A part of a mixture. weight: its share of the samples, of all parts' weights. source, options, filters, repeats:
     as in `DataRecipe`. loss_weight: what the loss of its samples counts, as for pictures of the class that keep a model
-    from forgetting it (prior preservation). tasks, captions: its own; empty: those of the mixture. hold_out: its own;
+    from forgetting it (prior preservation). keep: the model without its
+    adapters is what its samples teach, and not their pictures, so that it stays at them what it is; they have noise as
+    others, and only show where. tasks, captions: its own; empty: those of the mixture. hold_out: its own;
     below 0: that of the mixture. name: in `mixture.yaml`; empty: the source.
     """
 
@@ -44,6 +46,7 @@ class PartRecipe:
     repeats: dict[str, int] = field(default_factory=dict)
     hold_out: float = -1.0
     loss_weight: float = 1.0
+    keep: bool = False
 
 
 @dataclass

@@ -143,5 +143,12 @@ class FlowRecipe(RunRecipe):
         first = self.data.parts[0].source
         must(not self.log.ocr_samples or first == "synthesis", "log.ocr_samples",
              "be 0 unless the first data.source is synthesis", self.log.ocr_samples)  # fmt: skip
+        keep = [part.name for part in self.data.parts if part.keep]
+        must(
+            not keep or (self.lora.rank > 0 and self.kind == "flow"),
+            "data.mixture.keep",
+            "be false but for adapters (lora.rank above 0) of kind flow: without them the model is what it was",
+            keep,
+        )
         self.lora.check()
         self.model.check(self.lora)

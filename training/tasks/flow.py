@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from qwen_image_fast.parallel.ulysses import split_layout
 from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
 from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
 from qwen_image_fast.tiny import write_untrained
-from qwen_image_fast.training.adapters import draw_kept
+from qwen_image_fast.training.adapters import draw_kept, without_adapters
 from qwen_image_fast.training.batches.batches import VALIDATION_SIGMAS, FlowBatches, RawSample, StagedBatches
 from qwen_image_fast.training.batches.latents import LatentCache
 from qwen_image_fast.training.lora import LORAS, add_lora, save_lora, save_lora_file
@@ -38,7 +39,7 @@ from qwen_image_fast.training.tasks.flops import step_flops
 from qwen_image_fast.training.tasks.flow_samples import samples, sampling
 from qwen_image_fast.training.tasks.task import Drawn, Losses
 from qwen_image_fast.training.trainable import choose_trainable
-from qwen_image_fast.training.velocity import FlowSample, forward, packed
+from qwen_image_fast.training.velocity import FlowSample, forward, interpolated, packed, velocities
 
 
 def flow_losses(
@@ -49,7 +50,7 @@ def flow_losses(
     x_sigma = (1 - sigma) x0 + sigma eps (Liu et al., arXiv 2209.03003; in the sign of the released model). References
     follow the target in the image stream without noise and without loss. The loss of a batch is the mean of the result:
     a large image counts as much as a small one, and a sample as much as alone in its batch. With weights w of its
-    tokens the loss of a sample is sum w error^2 / sum w.
+    tokens the loss of a sample is sum w error^2 / sum w. A sample's own velocity stands in the place of eps - x0.
 
     Args:
         transformer: a `QwenImageTransformer2DModel`. samples: on its device, in any floating-point type.
@@ -71,7 +72,11 @@ def flow_losses(
         modulation, txt = transformer.sample_modulation(sigma), transformer.embed_text(given.states[txt_rows])
         out = transformer.forward_packed(given.img[img_rows], txt, layout, modulation)
         return _own_losses(out, eps - x0, given.kept, samples, img_rows)
-    errors = (forward(transformer, given).float() - (eps - x0)).square()
+    wanted = eps - x0
+    if any(s.velocity is not None for s in samples):
+        parts = zip(samples, wanted.split(lengths))
+        wanted = torch.cat([part if s.velocity is None else s.velocity.to(part) for s, part in parts])
+    errors = (forward(transformer, given).float() - wanted).square()
     if any(s.weights is not None for s in samples):
         errors = errors * _scaled_weights(samples, errors.device)[:, None]
     if len(set(lengths)) == 1:
@@ -223,13 +228,25 @@ class FlowTask:
         if dropout := self.recipe.lora.dropout:
             # The same on every rank, whose samples of a micro-batch are others.
             draw_kept(self.transformer, dropout, self.recipe.seed, batch[0].index // self.recipe.batch)
-        losses = flow_losses(self.transformer, self.to_latents(batch), texts, self.parallel)
+        samples = self.kept(batch, self.to_latents(batch), texts)
+        losses = flow_losses(self.transformer, samples, texts, self.parallel)
         images = [sum(f * h * w for f, h, w in raw.shapes) for raw in batch]
         lengths, adapters = [len(text) for text in texts], self.recipe.lora.rank > 0
         flops = step_flops(self.transformer.config, images, lengths, adapters=adapters)
         weights = torch.tensor([raw.weight for raw in batch], device=losses.device)
         levels = [raw.sigma for raw in batch]
         return Losses((losses * weights).mean(), losses, sum(images), {}, flops, levels)
+
+    def kept(self, batch: list[RawSample], samples: list[FlowSample], texts: list[Tensor]) -> list[FlowSample]:
+        """The samples; those that the model without adapters teaches, with its velocities."""
+        places = [place for place, raw in enumerate(batch) if raw.keep]
+        if places:
+            chosen = [samples[place] for place in places]
+            with without_adapters(self.transformer):
+                own = velocities(self.transformer, chosen, interpolated(chosen), [texts[place] for place in places])
+            for place, velocity in zip(places, own):
+                samples[place] = replace(samples[place], velocity=velocity)
+        return samples
 
     def to_latents(self, batch: list[RawSample]) -> list[FlowSample]:
         latents = iter(self.encoders.latents(batch))
