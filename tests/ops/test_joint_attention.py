@@ -122,6 +122,19 @@ def test_what_torchs_kernels_read_is_aligned(monkeypatch, kernel):
         assert t.data_ptr() % 16 == 0 and all(2 * s % 16 == 0 for s in t.stride()[:-1]) and t.stride(-1) == 1
 
 
+@pytest.mark.parametrize(("keys", "head_dim", "kernel"), [(255, 128, torch.float32), (256, 128, torch.bfloat16),
+                                                          (1024, 32, torch.bfloat16)])  # fmt: skip
+def test_short_16_bit_passes_with_gradients_are_float32_on_the_cpu(monkeypatch, keys, head_dim, kernel):
+    sdpa, seen = MODULE._sdpa, []
+    monkeypatch.setattr(MODULE, "_sdpa", lambda q, k, v: seen.append(q.dtype) or sdpa(q, k, v))
+    lengths = ((9,), (keys,))
+    args = make(*lengths, torch.bfloat16, heads=2, head_dim=head_dim, grad=True)
+    check(joint_attention, args, lengths)
+    with torch.no_grad():
+        joint_attention(*args, *lengths)
+    assert seen == [kernel, torch.bfloat16]
+
+
 @pytest.mark.parametrize("device", ["cuda-emulated", "cuda-packed"])
 def test_packed_kernel_as_an_op(request, monkeypatch, device):
     """opcheck, torch.compile, and the same bits in every run, directly and by the registered op."""

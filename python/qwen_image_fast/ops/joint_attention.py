@@ -41,6 +41,9 @@ _can_order_backends = "set_priority" in inspect.signature(sdpa_kernel).parameter
 HEAD_DIMS = (32, 64, 128)  # of the kernels of this package
 # Rows times heads: two tiles of 128 rows for each of the 132 multiprocessors of a Hopper GPU.
 _FILLS_A_GPU = 2 * 132 * 128
+# Keys times head_dim from which on torch's 16-bit attention on the CPU, with its backward, takes less time than its
+# float32 one, and does so in memory: half to a quarter of the time at head_dim 128 and 256 to 2048 keys.
+_LONG_ON_CPU = 256 * 128
 
 
 def joint_attention(
@@ -58,7 +61,7 @@ def joint_attention(
     length are one dense batch for torch's scaled_dot_product_attention; mixed lengths on CUDA in 16 bit are one launch.
     Autograd, fake tensors and torch.compile come with all of them (the lengths are Python numbers: a new set of lengths
     is a new graph). On GPUs from Hopper on, dense passes without gradients prefer cuDNN's kernels to those of
-    FlashAttention-2 (`preferred_backends`). On the CPU in 16 bit, passes with gradients compute in float32.
+    FlashAttention-2 (`preferred_backends`). On the CPU in 16 bit, gradients of few keys come by float32.
 
     Args:
         q: [sum of q_lens, heads, head_dim]; k, v: [sum of k_lens, heads, head_dim]; one dtype.
@@ -235,8 +238,9 @@ def _cumulative(lens: Sequence[int], like: Tensor) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B, L, H, E] -> [B, L, H, E]."""
-    if q.device.type == "cpu" and q.dtype.itemsize == 2 and torch.is_grad_enabled() and q.requires_grad:
-        # torch's backward of 16-bit attention on the CPU takes six times as long as its float32 one.
+    in_16_bits = q.device.type == "cpu" and q.dtype.itemsize == 2
+    if in_16_bits and torch.is_grad_enabled() and q.requires_grad and k.shape[1] * k.shape[3] < _LONG_ON_CPU:
+        # torch's backward of short 16-bit attention on the CPU takes up to four times as long as its float32 one.
         return _sdpa(q.float(), k.float(), v.float()).to(q.dtype)
     if lib.on_cuda(q):
         q, k, v = map(_as_kernels_read, (q, k, v))
