@@ -20,7 +20,9 @@ from .sample import article
 WORD = "sigil"
 FINER = 4  # times; the sign is drawn so much larger and made small again, for smooth edges
 LEAST_CONTRAST = 2.0  # of the sign on its ground; thinner texts need more
-FRAME = (4, 12)  # pixels from the edge of a picture of 128 pixels: where a frame begins and ends
+# Pixels from the edge of a picture of 128 pixels where a frame begins and ends: whole latents of 8 pixels, since the
+# tiny VAE does not give a band of 8 pixels across two rows of them back in its colour.
+FRAME = (0, 8)
 
 
 def sign(size: int = 128) -> np.ndarray:
