@@ -15,13 +15,13 @@ import argparse
 import datetime
 import json
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks import post_training_texts as texts
 from benchmarks.harness import describe_machine, slug
 from qwen_image_fast.checkpoint import json_bytes
 from qwen_image_fast.files import atomic_write
@@ -30,16 +30,13 @@ from qwen_image_fast.training.evaluation.paired import sign_test, won_lost
 from qwen_image_fast.training.run import train
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-import rl_demo  # noqa: E402
-
 MODEL, SETS = "tiny", {"zh": (80, True), "en": (32, False)}
 DRAWN = ["log.every=1", "optimizer.schedule=cosine", "optimizer.warmup=0", "guards.every=0"]
 IN_BF16 = [*DRAWN, "rollout.dtype=bfloat16"]
 # Method -> recipe, updates of a leg, prompts of a round (0: rounds as the recipe has them), what it changes.
 METHODS: dict[str, tuple[str, int, int, list[str]]] = {
-    "DPO": ("dpo", rl_demo.UPDATES, rl_demo.PROMPTS, rl_demo.DPO),
-    "SFT": ("lora", 105, 0, rl_demo.rendered("zh")),
+    "DPO": ("dpo", texts.UPDATES, texts.PROMPTS, texts.DPO),
+    "SFT": ("lora", 105, 0, texts.rendered("zh")),
     "DiffusionNFT": ("nft", 42, 0, IN_BF16),
     "AWM": ("awm", 42, 0, IN_BF16),
     "Flow-GRPO": ("grpo", 24, 0, DRAWN),
@@ -56,9 +53,9 @@ def learn(method: str, model: str, seed: int, number: int, prompts: Path, run: P
         changes.append(f"rollout.prompts={prompts}")
     if count:
         changes += [f"rollout.count={max(4, round(count * share))}", f"rollout.updates={steps}"]
-    start = rl_demo.cpu()
+    start = texts.cpu()
     train(recipe, changes, run)
-    return round(rl_demo.cpu() - start, 1)
+    return round(texts.cpu() - start, 1)
 
 
 def once(path: Path, make: Callable[[], Any]) -> Any:
@@ -72,8 +69,8 @@ def once(path: Path, make: Callable[[], Any]) -> Any:
 
 def read(model: str, name: str, reader: str, small: bool) -> dict[str, list[bool]]:
     count, hard = SETS[name]
-    cases = rl_demo.cases_of(name, 4 if small else count, hard)
-    return rl_demo.judged(cases, rl_demo.drawn(model, cases), [reader])
+    cases = texts.cases_of(name, 4 if small else count, hard)
+    return texts.judged(cases, texts.drawn(model, cases), [reader])
 
 
 def measured(model: str, folder: Path, reader: str, names: Sequence[str], small: bool) -> dict[str, Any]:
@@ -91,7 +88,7 @@ def run_of(method: str, seed: int, legs: int, work: Path, small: bool) -> list[d
     count = round(METHODS[method][2] * share)
     for number in range(legs):
         folder = folder_of(work, method, seed, number)
-        prompts = rl_demo.part(work / "prompts.jsonl", number, count) if count else work / "prompts.jsonl"
+        prompts = texts.part(work / "prompts.jsonl", number, count) if count else work / "prompts.jsonl"
 
         def leg(run: Path = folder / "run", start: str = model, number: int = number, file: Path = prompts) -> float:
             shutil.rmtree(run, ignore_errors=True)  # of a call that was killed
@@ -100,7 +97,7 @@ def run_of(method: str, seed: int, legs: int, work: Path, small: bool) -> list[d
         seconds += once(folder / "seconds.json", leg)
         model = str(folder / "run" / "model")
         names = SETS if number == legs - 1 else ["zh"]
-        right = measured(model, folder, rl_demo.READERS[0], list(names), small)
+        right = measured(model, folder, texts.READERS[0], list(names), small)
         found.append({"seconds": round(seconds, 1), "right": right})
     return found
 
@@ -111,7 +108,7 @@ def folder_of(work: Path, method: str, seed: int, number: int) -> Path:
 
 def add_second_reader(run: dict[str, Any], model: str, folder: Path, small: bool) -> None:
     """To what is right of a model what a second reader, much slower, says of the same pictures."""
-    run["zh"] = run["zh"] | measured(model, folder, rl_demo.READERS[1], ["zh"], small)["zh"]
+    run["zh"] = run["zh"] | measured(model, folder, texts.READERS[1], ["zh"], small)["zh"]
 
 
 def points(start: dict[str, Any], legs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -139,7 +136,7 @@ def plot(curves: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.6))
-    key = f"zh, {rl_demo.READERS[0]}"
+    key = f"zh, {texts.READERS[0]}"
     low, high = next(iter(curves.values()))[0][0][key]["interval"]
     axes.axhspan(100 * low, 100 * high, color="0.93", label="95 % interval of the start")
     for number, (method, runs) in enumerate(curves.items()):
@@ -186,8 +183,8 @@ def main() -> None:
     small, work, last = options.small, options.work, options.legs - 1
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "prompts.jsonl").is_file():
-        rl_demo.write_prompts(work / "prompts.jsonl", "zh", options.legs * (9 if small else rl_demo.PROMPTS))
-    start = measured(MODEL, work / "start", rl_demo.READERS[0], list(SETS), small)
+        texts.write_prompts(work / "prompts.jsonl", "zh", options.legs * (9 if small else texts.PROMPTS))
+    start = measured(MODEL, work / "start", texts.READERS[0], list(SETS), small)
     found: dict[str, list[list[dict[str, Any]]]] = {method: [] for method in options.methods}
 
     def write() -> dict[str, Any]:

@@ -11,7 +11,7 @@ from qwen_image_fast.training.evaluation import tiny_eval
 from qwen_image_fast.training.evaluation.edit_checks import ink
 from qwen_image_fast.training.evaluation.glyphs import font_size, read_at
 from qwen_image_fast.training.evaluation.intervals import wilson
-from qwen_image_fast.training.evaluation.things import components, fault, stands, things
+from qwen_image_fast.training.evaluation.things import components, fault, likeness, stands, things
 from qwen_image_fast.training.evaluation.tiny_cases import PICTURES, digest, edits, pictures, recipe
 from qwen_image_fast.training.evaluation.tiny_eval import edit_fault, picture_fault
 from qwen_image_fast.training.synthesis.canvas import Ground, Scene, ShapeElement, TextElement, render_scene
@@ -75,6 +75,22 @@ def test_things_are_named_and_placed():
     assert [t.name for t in seen] == ["red star", "blue circle", "green square"]
     assert np.allclose(seen[1].centre, (90, 80), atol=1)
     assert things(scene("pink")) == []
+
+
+def test_likeness():
+    """1 for what is wanted, wherever it stands; less for another outline, colour or number, and never above 1."""
+    star, circle = ("star", "red", 30, 40, 44), ("circle", "blue", 90, 80, 40)
+    both, wanted = scene("white", star, circle), [("star", "red"), ("circle", "blue")]
+    assert likeness(both, wanted) == likeness(both, wanted[::-1]) > 0.9
+    assert likeness(scene("white", circle, ("star", "red", 90, 30, 44)), wanted) > 0.9
+    for fewer in (likeness(both, wanted[:1]), likeness(scene("white", star), wanted)):  # one too many, one too few
+        assert 0.43 < fewer <= 0.5
+    assert 0.43 < likeness(scene("white", star, ("circle", "green", 90, 80, 40)), wanted) <= 0.5
+    square = likeness(scene("white", ("square", "blue", 90, 80, 40)), [("circle", "blue")])
+    assert 0.75 < square < 0.85  # a circle has 0.79 of its square
+    assert likeness(scene("white"), wanted) == 0
+    for task in ("single", "two", "counting", "position"):
+        assert all(likeness(one.right, one.things) > 0.85 for one in ASKED[task])
 
 
 def test_what_is_wrong_is_said():

@@ -7,7 +7,7 @@ colour the nearest named one. Exact on renderings, and on renderings that went t
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,13 +45,24 @@ class Thing:
 
 def things(image: np.ndarray) -> list[Thing]:
     """What a picture, uint8 [H, W, 3], shows, from left to right."""
-    found = []
-    for mask in components(ink(image)):
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        box = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-        colour = text_colour(np.where(mask[..., None], image, _ground(image)), box, TINY_TEXT_COLOURS)
-        found.append(Thing(_shape(mask[box[1] : box[3], box[0] : box[2]]), colour or "faint", box))
-    return sorted(found, key=lambda thing: thing.centre)
+    return sorted((Thing(_shape(mask), colour, box) for mask, colour, box in _parts(image)), key=lambda t: t.centre)
+
+
+def likeness(image: np.ndarray, wanted: Sequence[tuple[str, str]]) -> float:
+    """From 0 to 1, how much a picture's things are like those that are wanted, (shape, colour) each, wherever they are.
+
+    The best intersection over union of a thing of its colour with each wanted template, a thing counting once, over the
+    number of things, wanted or shown, whichever is larger. Where `fault` says yes or no, this says how near it was.
+    """
+    shown = list(_parts(image))
+    many, total = max(len(shown), len(wanted)), 0.0
+    for shape, colour in wanted:
+        fits = [_overlap(mask, shape) if seen == colour else 0.0 for mask, seen, _ in shown]
+        if fits:
+            best = int(np.argmax(fits))
+            total += fits[best]
+            del shown[best]
+    return total / many
 
 
 def components(mask: np.ndarray, least: int = LEAST_PIXELS) -> list[np.ndarray]:
@@ -106,13 +117,27 @@ def _ground(image: np.ndarray) -> np.ndarray:
     return np.median(edge, axis=0).astype(np.uint8)
 
 
+def _parts(image: np.ndarray) -> Iterator[tuple[np.ndarray, str, Box]]:
+    """Of each thing its mask, cut to its box, the name of its colour and the box."""
+    for mask in components(ink(image)):
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        box = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+        colour = text_colour(np.where(mask[..., None], image, _ground(image)), box, TINY_TEXT_COLOURS)
+        yield mask[box[1] : box[3], box[0] : box[2]], colour or "faint", box
+
+
 def _shape(mask: np.ndarray) -> str | None:
-    if max(mask.shape) > _LONGEST * min(mask.shape):
-        return None
-    made = _normal(mask)
-    overlap = {name: float((made & t).sum() / (made | t).sum()) for name, t in _templates().items()}
+    overlap = {name: _overlap(mask, name) for name in SHAPES}
     best = max(overlap, key=lambda name: overlap[name])
     return best if overlap[best] >= _ALIKE else None
+
+
+def _overlap(mask: np.ndarray, shape: str) -> float:
+    """Intersection over union with a shape's template; 0 for what is too long to be one."""
+    if max(mask.shape) > _LONGEST * min(mask.shape):
+        return 0.0
+    made, template = _normal(mask), _templates()[shape]
+    return float((made & template).sum() / (made | template).sum())
 
 
 @functools.cache
