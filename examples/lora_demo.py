@@ -60,7 +60,7 @@ def edited(pipe: Any, pictures: Sequence[np.ndarray], instructions: Sequence[str
 
 def as_the_vae_gives(pipe: Any, picture: np.ndarray) -> np.ndarray:
     """A picture encoded and decoded: nothing that the model draws can be nearer to it."""
-    pixels = torch.from_numpy(picture).to(pipe.vae.dtype).permute(2, 0, 1)[None, :, None] / 127.5 - 1
+    pixels = torch.tensor(picture).to(pipe.vae.dtype).permute(2, 0, 1)[None, :, None] / 127.5 - 1
     with torch.inference_mode():
         decoded = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample[0, :, 0]
     return ((decoded.float().permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
