@@ -209,3 +209,18 @@ def test_files_that_are_no_recipe(tmp_path):
         read_tree(tmp_path / "gbk.yaml")
     (tmp_path / "mark.yaml").write_bytes(b"\xef\xbb\xbfsteps: 3")
     assert read_tree(tmp_path / "mark.yaml") == {"steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("loss_weight", 0.5), ("keep", True), ("tasks", {"t2i": 0.5, "recon": 0.5})]
+)
+def test_parts_that_take_the_same_samples_differ_in_nothing_that_is_of_a_sample(field, value):
+    from qwen_image_fast.training.recipe.data import DataRecipe, PartRecipe
+    from qwen_image_fast.training.recipe.fields import RecipeError
+
+    first, other = PartRecipe(source="a", name="one"), PartRecipe(source="a", name="two", weight=2.0)
+    DataRecipe(mixture=[first, other]).check()
+    second = PartRecipe(source="a", name="two", **{field: value})
+    DataRecipe(mixture=[first, PartRecipe(source="b", name="two", **{field: value})]).check()
+    with pytest.raises(RecipeError, match=r"same tasks, keep and loss_weight in parts that take the same samples.*two"):
+        DataRecipe(mixture=[first, second]).check()

@@ -30,10 +30,10 @@ RATIOS = (1.0, 2 / 3, 3 / 2, 3 / 4, 4 / 3, 9 / 16, 16 / 9, 1 / 3, 3.0)
 class PartRecipe:
     """A part of a mixture. weight: its share of the samples, of all parts' weights. source, options, filters, repeats:
     as in `DataRecipe`. loss_weight: what the loss of its samples counts, as for pictures of the class that keep a model
-    from forgetting it (prior preservation). keep: the model without its
-    adapters is what its samples teach, and not their pictures, so that it stays at them what it is; they have noise as
-    others, and only show where. tasks, captions: its own; empty: those of the mixture. hold_out: its own;
-    below 0: that of the mixture. name: in `mixture.yaml`; empty: the source.
+    from forgetting it (prior preservation). keep: the model without its adapters is what its samples teach, and not
+    their pictures, so that it stays at them what it is; they have noise as others, and only show where. tasks,
+    captions: its own; empty: those of the mixture. hold_out: its own; below 0: that of the mixture. name: in
+    `mixture.yaml`; empty: the source. Parts that take the same samples must have the same tasks, keep and loss_weight.
     """
 
     name: str = ""
@@ -123,7 +123,12 @@ class DataRecipe:
         must(len(set(names)) == len(names), "data.mixture", "have parts of different names", names)
         _check_weights("data.mixture", {part.name: part.weight for part in self.parts})
         must(not (self.mixture and self.repeats), "data.repeats", "stand in the parts of a mixture", self.repeats)
+        streams: dict[str, PartRecipe] = {}
         for part in self.parts:
+            first = streams.setdefault(part_key(part), part)
+            alike = (part.tasks, part.keep, part.loss_weight) == (first.tasks, first.keep, first.loss_weight)
+            must(alike, "data.mixture", "have the same tasks, keep and loss_weight in parts that take the same samples",
+                 [first.name, part.name])  # fmt: skip
             part.captions.check()
             must(part.loss_weight > 0, "data.mixture.loss_weight", "be above 0", part.loss_weight)
             must(part.hold_out < 1, "data.mixture.hold_out", "be below 1", part.hold_out)
