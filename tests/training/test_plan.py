@@ -69,7 +69,7 @@ def test_adapters_need_their_states_alone(released):
 
 
 def test_edits_in_a_mixture_count(released):
-    parts = ["{source: squares}", "{source: squares, name: edits, tasks: {ti2i: 1.0}}"]
+    parts = ["{source: squares}", "{source: pairs, name: edits, tasks: {ti2i: 1.0}}"]
     plans = [plan_of(full(f"data.mixture=[{', '.join(parts[:n])}]"), released, Sizes(1, 8, 1, 1), 1e15) for n in (1, 2)]
     assert plans[1].activations > 1.5 * plans[0].activations
 
