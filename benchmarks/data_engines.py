@@ -4,11 +4,11 @@ how much faster two processes are; and whether its peak memory grows with the re
 python -m benchmarks.data_engines --out results.json; --parts chooses, and parts measured before stay in the file.
 
 equality: the planted records of `benchmarks.data_filters`; `digest` is of every file of the result, by name. The worker
-that meets the record in the middle ends itself, as `kill -9` does. speed: such records by the command with `--workers`
-1 and 2 in turns. `seconds` are of the clock, and the load average says what else the machine did; `path` are those of
-the processor, of the command's process and of one of its equal workers, which follow each other: what the clock would
-show if nothing else ran. memory: stages 1 to 3 on pictures of 64 px, in a process of its own, with duplicates, whose
-hashes are in memory, and without.
+that meets the record in the middle ends itself, as `kill -9` does. speed: photographs whose short side is 512 px, by
+the command with `--workers` 1 on one core, with 1 on all, and with 2, in turns: one process uses a second core too, by
+the threads of its libraries. `seconds` are of the clock, and the load average says what else the machine did; `path`
+are those of the processor, of the command's process and of one of its equal workers, which follow each other. memory:
+stages 1 to 3 on pictures of 64 px, in a process of its own, with duplicates, whose hashes are in memory, and without.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.data_filters import corpus, recipe_of
+from benchmarks.data_filters import corpus, crop, recipe_of
 from benchmarks.harness import processor_name, resident_bytes
 from qwen_image_fast.training.data.engine import engine_of
 from qwen_image_fast.training.data.filters.base import Filter, Verdict
@@ -52,6 +52,7 @@ from qwen_image_fast.training.data.shards import write_shards
 from qwen_image_fast.training.synthesis.photos import find_photos, open_photo
 
 _SMALL = 64
+_SHORT_SIDE = 512
 _KINDS = ["with duplicates", "without duplicates"]
 
 
@@ -129,30 +130,44 @@ finally:
 """
 
 
+def photographs(count: int) -> Iterator[Record]:
+    """Crops of photographs whose short side is 512 px, under a random light, as JPEG."""
+    rng = np.random.default_rng(0)
+    photos = [open_photo(path).convert("RGB") for path, _, _ in find_photos(None)]
+    for number in tqdm(range(count), "photographs", mininterval=10):
+        file = io.BytesIO()
+        crop(photos[rng.integers(len(photos))], rng, _SHORT_SIDE).save(file, "JPEG", quality=90)
+        yield Record(file.getvalue(), {"raw": f"a photograph, number {number} of many"}, "photo", origin=str(number))
+
+
 def speed(count: int, rounds: int, folder: Path) -> dict[str, Any]:
-    planted(count, folder / "in")
+    write_shards(photographs(count), folder / "in")
     recipe = folder / "recipe.json"
     recipe.write_text(json.dumps(dataclasses.asdict(recipe_of(folder / "in"))))
-    runs: dict[int, list[dict[str, float]]] = {1: [], 2: []}
+    ways = {"1 process on one core": (1, 1), "1 process": (1, None), "2 processes": (2, None)}
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for number in range(rounds):
-        for workers in (1, 2) if number % 2 == 0 else (2, 1):
+        for way in ways if number % 2 == 0 else reversed(ways):
+            workers, cores = ways[way]
+            pinned = ["taskset", "--cpu-list", "0"] if cores else []
             start = time.perf_counter()
-            command = [sys.executable, "-c", _TIMED, "data", "filter", str(recipe), "--workers", str(workers),
+            command = [*pinned, sys.executable, "-c", _TIMED, "data", "filter", str(recipe), "--workers", str(workers),
                        "--out", str(folder / "out")]  # fmt: skip
             said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             own, others = json.loads(said.splitlines()[-1])
-            runs[workers].append({
+            runs[way].append({
                 "seconds": round(time.perf_counter() - start, 1), "of_its_process": round(own, 1),
                 "of_its_workers": round(others, 1), "path": round(own + others / workers, 1),
                 "load_average": round(os.getloadavg()[0], 1),
             })  # fmt: skip
-            print(workers, runs[workers][-1], flush=True)
+            print(way, runs[way][-1], flush=True)
             shutil.rmtree(folder / "out")
+    one, two = runs["1 process on one core"], runs["2 processes"]
     faster = {
-        name: round(statistics.median(one[name] / two[name] for one, two in zip(runs[1], runs[2])), 2)
+        name: round(statistics.median(first[name] / then[name] for first, then in zip(one, two)), 2)
         for name in ("seconds", "path")
     }
-    return {"records": count, "faster": faster, "runs": runs}
+    return {"records": count, "short side": _SHORT_SIDE, "faster than on one core": faster, "runs": runs}
 
 
 def small_records(count: int) -> Iterator[Record]:
@@ -197,7 +212,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=("equality", "speed", "memory"),
                         default=["equality", "speed", "memory"])  # fmt: skip
     parser.add_argument("--records", type=int, default=20_000, help="of equality")
-    parser.add_argument("--speed-records", type=int, default=6_000)
+    parser.add_argument("--speed-records", type=int, default=3_000)
     parser.add_argument("--rounds", type=int, default=3, help="of speed")
     parser.add_argument("--memory-records", type=int, nargs="+", default=[2_000, 20_000, 200_000])
     parser.add_argument("--memory-kinds", nargs="+", choices=_KINDS, default=_KINDS)

@@ -57,17 +57,17 @@ def corpus(count: int, seed: int = 1) -> Iterator[Record]:
         if better is not None:
             picture, defect, better = better[0], better[1], None
         elif defect in _THEN:
-            picture = _crop(photo, rng, SIDE * 5 // 4 if defect == "smaller first" else SIDE)
+            picture = crop(photo, rng, SIDE * 5 // 4 if defect == "smaller first" else SIDE)
             better = picture, _THEN[defect]
         else:
-            picture = _crop(photo, rng, SIDE)
+            picture = crop(photo, rng, SIDE)
         record = _record(picture, defect, last, number, rng)
         if not defect:
             last = record
         yield record
 
 
-def _crop(photo: Image.Image, rng: np.random.Generator, side: int) -> Image.Image:
+def crop(photo: Image.Image, rng: np.random.Generator, side: int) -> Image.Image:
     share = rng.uniform(0.55, 0.85)
     width, height = round(photo.width * share), round(photo.height * share)
     left, top = rng.integers(photo.width - width + 1), rng.integers(photo.height - height + 1)

