@@ -1,12 +1,13 @@
 """SFT, DPO, Flow-GRPO, DiffusionNFT and AWM at equal processor time: one start, the same prompts, what each learns.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.post_training --work outputs/post-training --seeds 1
+    OMP_NUM_THREADS=1 python -m benchmarks.post_training shapes --work outputs/post-training
+    OMP_NUM_THREADS=1 python -m benchmarks.post_training texts --work outputs/post-training-texts --seeds 1
 
 A leg is a run of the method's recipe from the model of the leg before, its learning rate falling to zero. Its updates
 are set so that legs take about as long, and curves are over the processor seconds that they took: drawing, rewards and
-loading count, measuring does not. What is read: held-out Chinese texts of three characters by a reader that gave no
-reward, at the end by a second one, and English words, which must not be lost. What a killed call has finished is not
-done again. Writes benchmarks/results/<date>-<processor>-post-training.json and docs/images/post-training.png.
+loading count, measuring does not. What is learned and who judges it: post_training_shapes.py, post_training_texts.py.
+What a killed call has finished is not done again. Writes benchmarks/results/<date>-<processor>-post-training-NAME.json
+and docs/images/post-training-NAME.png.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ import argparse
 import datetime
 import json
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks import post_training_texts as texts
+from benchmarks import post_training_shapes, post_training_texts
 from benchmarks.harness import describe_machine, slug
+from benchmarks.post_training_world import Method, World
 from qwen_image_fast.checkpoint import json_bytes
 from qwen_image_fast.files import atomic_write
 from qwen_image_fast.training.evaluation.intervals import wilson
@@ -30,32 +33,29 @@ from qwen_image_fast.training.evaluation.paired import sign_test, won_lost
 from qwen_image_fast.training.run import train
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL, SETS = "tiny", {"zh": (80, True), "en": (32, False)}
-DRAWN = ["log.every=1", "optimizer.schedule=cosine", "optimizer.warmup=0", "guards.every=0"]
-IN_BF16 = [*DRAWN, "rollout.dtype=bfloat16"]
-# Method -> recipe, updates of a leg, prompts of a round (0: rounds as the recipe has them), what it changes.
-METHODS: dict[str, tuple[str, int, int, list[str]]] = {
-    "DPO": ("dpo", texts.UPDATES, texts.PROMPTS, texts.DPO),
-    "SFT": ("lora", 105, 0, texts.rendered("zh")),
-    "DiffusionNFT": ("nft", 42, 0, IN_BF16),
-    "AWM": ("awm", 42, 0, IN_BF16),
-    "Flow-GRPO": ("grpo", 24, 0, DRAWN),
-}
+MODEL = "tiny"
+WORLDS = {"shapes": post_training_shapes.WORLD, "texts": post_training_texts.WORLD}
 
 
-def learn(method: str, model: str, seed: int, number: int, prompts: Path, run: Path, share: float) -> float:
+def learn(method: Method, model: str, seed: int, prompts: Path, run: Path, share: float) -> float:
     """One leg; the processor seconds that it took."""
-    recipe, updates, count, changes = METHODS[method]
-    steps = max(2, round(updates * share))
-    changes = [*changes, f"model.folder={model}", f"seed={10 * seed + number}", f"steps={steps}",
-               f"checkpoint.every={steps}"]  # fmt: skip
-    if recipe != "lora":
+    steps = max(2, round(method.updates * share))
+    changes = [*method.changes, f"model.folder={model}", f"seed={seed}", f"steps={steps}", f"checkpoint.every={steps}"]
+    if method.recipe != "lora":
         changes.append(f"rollout.prompts={prompts}")
-    if count:
-        changes += [f"rollout.count={max(4, round(count * share))}", f"rollout.updates={steps}"]
-    start = texts.cpu()
-    train(recipe, changes, run)
-    return round(texts.cpu() - start, 1)
+    if method.prompts:
+        changes += [f"rollout.count={max(4, round(method.prompts * share))}", f"rollout.updates={steps}"]
+    start = time.process_time()
+    train(method.recipe, changes, run)
+    return round(time.process_time() - start, 1)
+
+
+def part(prompts: Path, number: int, count: int) -> Path:
+    """The prompts of a leg, in a file of their own."""
+    path = prompts.with_name(f"prompts-{number + 1}.jsonl")
+    lines = prompts.read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(lines[number * count : (number + 1) * count]), encoding="utf-8")
+    return path
 
 
 def once(path: Path, make: Callable[[], Any]) -> Any:
@@ -67,37 +67,32 @@ def once(path: Path, make: Callable[[], Any]) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def read(model: str, name: str, reader: str, small: bool) -> dict[str, list[bool]]:
-    count, hard = SETS[name]
-    cases = texts.cases_of(name, 4 if small else count, hard)
-    return texts.judged(cases, texts.drawn(model, cases), [reader])
-
-
-def measured(model: str, folder: Path, reader: str, names: Sequence[str], small: bool) -> dict[str, Any]:
-    """By set and reader, which held-out pictures are right."""
+def measured(world: World, model: str, folder: Path, judge: str, sets: Sequence[str], small: bool) -> dict[str, Any]:
+    """By set and judge, which held-out pictures are right."""
     found = {}
-    for name in names:
-        path = folder / f"{name}-{slug(reader)}.json"
-        found[name] = once(path, lambda name=name: read(model, name, reader, small))
+    for name in sets:
+        path = folder / f"{name}-{slug(judge)}.json"
+        found[name] = once(path, lambda name=name: world.judged(model, name, judge, small))
     return found
 
 
-def run_of(method: str, seed: int, legs: int, work: Path, small: bool) -> list[dict[str, Any]]:
+def run_of(world: World, name: str, seed: int, legs: int, work: Path, small: bool) -> list[dict[str, Any]]:
     """The legs of a method with a seed: seconds so far, and what is right after each."""
     model, seconds, found, share = MODEL, 0.0, [], 0.04 if small else 1.0
-    count = round(METHODS[method][2] * share)
+    method = world.methods[name]
+    count = max(4, round(method.prompts * share)) if method.prompts else 0
     for number in range(legs):
-        folder = folder_of(work, method, seed, number)
-        prompts = texts.part(work / "prompts.jsonl", number, count) if count else work / "prompts.jsonl"
+        folder = folder_of(work, name, seed, number)
+        prompts = part(work / "prompts.jsonl", number, count) if count else work / "prompts.jsonl"
 
         def leg(run: Path = folder / "run", start: str = model, number: int = number, file: Path = prompts) -> float:
             shutil.rmtree(run, ignore_errors=True)  # of a call that was killed
-            return learn(method, start, seed, number, file, run, share)
+            return learn(method, start, 10 * seed + number, file, run, share)
 
         seconds += once(folder / "seconds.json", leg)
         model = str(folder / "run" / "model")
-        names = SETS if number == legs - 1 else ["zh"]
-        right = measured(model, folder, texts.READERS[0], list(names), small)
+        sets = world.sets if number == legs - 1 else world.sets[:1]
+        right = measured(world, model, folder, world.judges[0], sets, small)
         found.append({"seconds": round(seconds, 1), "right": right})
     return found
 
@@ -106,9 +101,11 @@ def folder_of(work: Path, method: str, seed: int, number: int) -> Path:
     return work / f"{slug(method)}-{seed}-{number}"
 
 
-def add_second_reader(run: dict[str, Any], model: str, folder: Path, small: bool) -> None:
-    """To what is right of a model what a second reader, much slower, says of the same pictures."""
-    run["zh"] = run["zh"] | measured(model, folder, texts.READERS[1], ["zh"], small)["zh"]
+def add_judges(world: World, right: dict[str, Any], model: str, folder: Path, small: bool) -> None:
+    """To what is right of a model what the other judges, much slower, say of the same pictures."""
+    first = world.sets[0]
+    for judge in world.judges[1:]:
+        right[first] = right[first] | measured(world, model, folder, judge, [first], small)[first]
 
 
 def points(start: dict[str, Any], legs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -128,7 +125,7 @@ def points(start: dict[str, Any], legs: Sequence[dict[str, Any]]) -> list[dict[s
     return found
 
 
-def plot(curves: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
+def plot(world: World, curves: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
     """Shares over seconds: a thin line of each seed, a thick one of their mean."""
     import matplotlib
 
@@ -136,7 +133,7 @@ def plot(curves: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.6))
-    key = f"zh, {texts.READERS[0]}"
+    key = f"{world.sets[0]}, {world.judges[0]}"
     low, high = next(iter(curves.values()))[0][0][key]["interval"]
     axes.axhspan(100 * low, 100 * high, color="0.93", label="95 % interval of the start")
     for number, (method, runs) in enumerate(curves.items()):
@@ -148,7 +145,7 @@ def plot(curves: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
                 axes.plot(x, y, color=colour, alpha=0.35, linewidth=1)
         axes.plot(np.mean(seconds, 0), np.mean(shares, 0), color=colour, marker="o", linewidth=2, label=method)
     axes.set_xlabel("processor seconds of drawing, rewards and learning")
-    axes.set_ylabel("held-out Chinese texts of 3 characters, exact (%)")
+    axes.set_ylabel(world.learned)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -170,46 +167,48 @@ def table(curves: dict[str, list[list[dict[str, Any]]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("world", choices=WORLDS, help="what is learned")
     parser.add_argument("--work", type=Path, required=True, help="folder of runs, from which a killed call goes on")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--legs", type=int, default=2)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="*", help="default: all")
     parser.add_argument("--small", action="store_true", help="too short to learn anything")
     parser.add_argument("--out", type=Path, help="JSON of the results")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs/images/post-training.png")
+    parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
+    world, small, work, last = WORLDS[options.world], options.small, options.work, options.legs - 1
+    methods = options.methods or list(world.methods)
+    if unknown := sorted(set(methods) - set(world.methods)):
+        parser.error(f"--methods must be of {', '.join(world.methods)}, got {', '.join(unknown)}")
     machine, date = describe_machine("cpu"), datetime.date.today().isoformat()
-    out = options.out or ROOT / f"benchmarks/results/{date}-{slug(machine['device'])}-post-training.json"
-    small, work, last = options.small, options.work, options.legs - 1
+    name = f"post-training-{options.world}"
+    out = options.out or ROOT / f"benchmarks/results/{date}-{slug(machine['device'])}-{name}.json"
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "prompts.jsonl").is_file():
-        texts.write_prompts(work / "prompts.jsonl", "zh", options.legs * (9 if small else texts.PROMPTS))
-    start = measured(MODEL, work / "start", texts.READERS[0], list(SETS), small)
-    found: dict[str, list[list[dict[str, Any]]]] = {method: [] for method in options.methods}
+        world.write_prompts(work / "prompts.jsonl", options.legs * (9 if small else world.prompts_a_leg))
+    start = measured(world, MODEL, work / "start", world.judges[0], world.sets, small)
+    found: dict[str, list[list[dict[str, Any]]]] = {method: [] for method in methods}
 
     def write() -> dict[str, Any]:
         curves = {name: [points(start, run) for run in runs] for name, runs in found.items() if runs}
         report = {
-            "date": date, "machine": machine, "model": "the shipped tiny one",
-            "prompts": "random Chinese texts of three characters that are trained on; SFT: renderings of such, with "
-                       "three in twenty English",
-            "reward": "recognition of the text's band, half where a colour is wrong",
-            "methods": {name: METHODS[name] for name in curves}, "curves": curves,
+            "date": date, "machine": machine, "model": "the shipped tiny one", "prompts": world.prompts,
+            "reward": world.reward, "methods": {name: world.methods[name]._asdict() for name in curves},
+            "curves": curves,
         }  # fmt: skip
         atomic_write(out, lambda file: file.write(json_bytes(report)))
-        plot(curves, options.picture)
+        plot(world, curves, options.picture or ROOT / f"docs/images/{name}.png")
         return curves
 
     for seed in range(options.seeds):
-        for method in options.methods:
-            found[method].append(run_of(method, seed, options.legs, work, small))
+        for method in methods:
+            found[method].append(run_of(world, method, seed, options.legs, work, small))
             write()
-    add_second_reader(start, MODEL, work / "start", small)
+    add_judges(world, start, MODEL, work / "start", small)
     for seed in range(options.seeds):
-        for method in options.methods:
+        for method in methods:
             folder = folder_of(work, method, seed, last)
-            add_second_reader(found[method][seed][last]["right"], str(folder / "run/model"), folder, small)
-            write()
+            add_judges(world, found[method][seed][last]["right"], str(folder / "run/model"), folder, small)
     print(table(write()))
 
 

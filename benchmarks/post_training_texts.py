@@ -7,7 +7,6 @@ look for the text themselves and gave no reward, on prompts whose words training
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.post_training_world import Method, World
 from qwen_image_fast import QwenImagePipeline
 from qwen_image_fast.training.evaluation import evaluate_text
 from qwen_image_fast.training.evaluation.cases import TextCase, held_out_cases
@@ -26,13 +26,9 @@ SIZE, STEPS = 128, 20
 READERS = ("reader at 320 px", "reader at 736 px")
 HARD = {"zh": 3, "en": 5}  # characters from which a text is hard for the shipped model
 OTHER = {"zh": "en", "en": "zh"}
-# A round: two pictures of each prompt, six more where these differ; the learning rate falls to zero in it.
-PROMPTS, UPDATES = 220, 40
-DPO = ["rollout.first=2", "rollout.group=8", "rollout.dtype=bfloat16", "optimizer.schedule=cosine",
-       "optimizer.cycles=1", "guards.every=0", "log.every=1"]  # fmt: skip
 
 
-def write_prompts(path: Path, language: str, count: int) -> Path:
+def write_prompts(path: Path, count: int, language: str = "zh") -> Path:
     """Hard prompts of texts that are trained on, each text once, with the places where these stand."""
     recipe, lines, seen, place = tiny(SIZE, (language,), random_strings=1.0, max_letters=6, max_lines=1), [], set(), 0
     while len(lines) < count:
@@ -88,10 +84,6 @@ def judged(
     return found
 
 
-def cpu() -> float:
-    return time.process_time()
-
-
 def rendered(language: str) -> list[str]:
     """What makes recipe lora a run of all weights on renderings: hard texts in the language, some in the other."""
     shares = {language: 0.85, OTHER[language]: 0.15}
@@ -106,9 +98,32 @@ def rendered(language: str) -> list[str]:
             f"data.mixture=[{', '.join(parts)}]"]  # fmt: skip
 
 
-def part(prompts: Path, number: int, count: int) -> Path:
-    """The prompts of a round, in a file of their own."""
-    path = prompts.with_name(f"prompts-{number + 1}.jsonl")
-    lines = prompts.read_text(encoding="utf-8").splitlines(keepends=True)
-    path.write_text("".join(lines[number * count : (number + 1) * count]), encoding="utf-8")
-    return path
+def read(model: str, name: str, reader: str, small: bool) -> dict[str, list[bool]]:
+    count, hard = SETS[name]
+    cases = cases_of(name, 4 if small else count, hard)
+    return judged(cases, drawn(model, cases), [reader])
+
+
+SETS = {"zh": (80, True), "en": (32, False)}  # how many texts, and whether only hard ones
+# A round of dpo: two pictures of each prompt, six more where these differ; the learning rate falls to zero in it.
+DPO = ["rollout.first=2", "rollout.group=8", "rollout.dtype=bfloat16", "optimizer.schedule=cosine",
+       "optimizer.cycles=1", "guards.every=0", "log.every=1"]  # fmt: skip
+DRAWN = ["log.every=1", "optimizer.schedule=cosine", "optimizer.warmup=0", "guards.every=0"]
+IN_BF16 = [*DRAWN, "rollout.dtype=bfloat16"]
+WORLD = World(
+    learned="held-out Chinese texts of 3 characters, exact (%)",
+    prompts="random Chinese texts of three characters that are trained on; SFT: renderings of such, 3 of 20 English",
+    reward="recognition of the text's band, half where a colour is wrong",
+    methods={
+        "DPO": Method("dpo", 40, 220, DPO),
+        "SFT": Method("lora", 105, 0, rendered("zh")),
+        "DiffusionNFT": Method("nft", 42, 0, IN_BF16),
+        "AWM": Method("awm", 42, 0, IN_BF16),
+        "Flow-GRPO": Method("grpo", 24, 0, DRAWN),
+    },
+    prompts_a_leg=220,
+    write_prompts=write_prompts,
+    judged=read,
+    sets=tuple(SETS),
+    judges=READERS,
+)

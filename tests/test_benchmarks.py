@@ -1,5 +1,6 @@
 """The benchmarks: how they measure and report, and that every suite runs and finds equal results."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -252,21 +253,35 @@ def test_points_of_post_training(tmp_path):
     assert post_training.once(tmp_path / "a.json", lambda: [2.5]) == [1.5]
 
 
-def test_post_training_compares(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "world, method, judged, count",
+    [("texts", "DPO", "zh, reader at 736 px", 4), ("shapes", "SFT, own best", "shapes, TinyEval", 4)],
+)
+def test_post_training_compares(world, method, judged, count, tmp_path, monkeypatch):
     """One method, too short to learn: a second call draws nothing."""
     pytest.importorskip("rapidocr")
     from benchmarks import post_training
 
     out, picture = tmp_path / "found.json", tmp_path / "curves.png"
-    call = ["post_training", "--work", str(tmp_path / "work"), "--seeds", "1", "--legs", "1", "--small",
-            "--methods", "DPO", "--out", str(out), "--picture", str(picture)]  # fmt: skip
+    call = ["post_training", world, "--work", str(tmp_path / "work"), "--seeds", "1", "--legs", "1", "--small",
+            "--methods", method, "--out", str(out), "--picture", str(picture)]  # fmt: skip
     monkeypatch.setattr("sys.argv", call)
     post_training.main()
     found = json.loads(out.read_text())
-    (run,) = found["curves"]["DPO"]
-    assert len(run) == 2 and run[1]["seconds"] > 0 and run[1]["zh, reader at 736 px"]["of"] == 4
+    (run,) = found["curves"][method]
+    assert len(run) == 2 and run[1]["seconds"] > 0 and run[1][judged]["of"] == count
     assert picture.stat().st_size > 1000
     monkeypatch.setattr(post_training, "train", None)
-    monkeypatch.setattr(post_training, "read", None)
+    monkeypatch.setitem(post_training.WORLDS, world, dataclasses.replace(post_training.WORLDS[world], judged=None))
     post_training.main()
     assert json.loads(out.read_text()) == found
+
+
+def test_a_method_of_another_world_is_refused(monkeypatch, capsys):
+    pytest.importorskip("rapidocr")
+    from benchmarks import post_training
+
+    monkeypatch.setattr("sys.argv", ["post_training", "shapes", "--work", "x", "--methods", "SFT"])
+    with pytest.raises(SystemExit):
+        post_training.main()
+    assert "--methods must be of DPO, SFT, own best" in capsys.readouterr().err
