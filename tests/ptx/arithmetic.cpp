@@ -9,34 +9,6 @@
 namespace ptx {
 namespace {
 
-template <class T>
-T unpack(uint64_t bits) {
-  if constexpr (std::is_same_v<T, bool>) {
-    return bits != 0;
-  } else if constexpr (sizeof(T) == 2) {
-    const uint16_t low = static_cast<uint16_t>(bits);
-    T v;
-    std::memcpy(&v, &low, 2);
-    return v;
-  } else if constexpr (sizeof(T) == 4) {
-    const uint32_t low = static_cast<uint32_t>(bits);
-    T v;
-    std::memcpy(&v, &low, 4);
-    return v;
-  } else {
-    T v;
-    std::memcpy(&v, &bits, 8);
-    return v;
-  }
-}
-
-template <class T>
-uint64_t pack(T v) {
-  uint64_t bits = 0;
-  std::memcpy(&bits, &v, sizeof(T));
-  return bits;
-}
-
 // d = F(a, b, ...), of the types of F's arguments.
 template <const auto& F, class... A, size_t... N>
 void apply(Warp& w, const Instruction& i, uint32_t lanes, std::index_sequence<N...>) {
@@ -60,23 +32,12 @@ constexpr auto sub = [](auto a, auto b) { return static_cast<decltype(a)>(a - b)
 constexpr auto mul = [](auto a, auto b) { return static_cast<decltype(a)>(a * b); };
 constexpr auto mad = [](auto a, auto b, auto c) { return static_cast<decltype(a)>(a * b + c); };
 constexpr auto fma = [](auto a, auto b, auto c) { return std::fma(a, b, c); };
-constexpr auto least = [](auto a, auto b) {
-  if constexpr (std::is_floating_point_v<decltype(a)>) return std::fmin(a, b);
-  return b < a ? b : a;
-};
-constexpr auto most = [](auto a, auto b) {
-  if constexpr (std::is_floating_point_v<decltype(a)>) return std::fmax(a, b);
-  return a < b ? b : a;
-};
+constexpr auto least = [](auto a, auto b) { return b < a || a != a ? b : a; };  // the other where one is NaN
+constexpr auto most = [](auto a, auto b) { return a < b || a != a ? b : a; };
 constexpr auto bit_and = [](auto a, auto b) { return static_cast<decltype(a)>(a & b); };
 constexpr auto bit_or = [](auto a, auto b) { return static_cast<decltype(a)>(a | b); };
 constexpr auto bit_xor = [](auto a, auto b) { return static_cast<decltype(a)>(a ^ b); };
-constexpr auto bit_not = [](auto a) {
-  if constexpr (std::is_same_v<decltype(a), bool>)
-    return !a;
-  else
-    return static_cast<decltype(a)>(~a);
-};
+constexpr auto bit_not = [](auto a) { return static_cast<decltype(a)>(a ^ static_cast<decltype(a)>(-1)); };
 constexpr auto negate = [](auto a) { return static_cast<decltype(a)>(-a); };
 constexpr auto absolute = [](float a) { return std::fabs(a); };
 constexpr auto keep = [](auto a) { return a; };
@@ -88,11 +49,13 @@ constexpr auto right = [](auto a, uint32_t n) {
 };
 constexpr auto wide = [](auto a, auto b) {
   using T = decltype(a);
-  using W = std::conditional_t<sizeof(T) == 2, std::conditional_t<std::is_signed_v<T>, int32_t, uint32_t>,
-                               std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>>;
+  using S = std::conditional_t<sizeof(T) == 2, int32_t, std::conditional_t<sizeof(T) == 4, int64_t, __int128>>;
+  using U =
+      std::conditional_t<sizeof(T) == 2, uint32_t, std::conditional_t<sizeof(T) == 4, uint64_t, unsigned __int128>>;
+  using W = std::conditional_t<std::is_signed_v<T>, S, U>;
   return static_cast<W>(static_cast<W>(a) * static_cast<W>(b));
 };
-constexpr auto high = [](auto a, auto b) { return static_cast<decltype(a)>(wide(a, b) >> 32); };
+constexpr auto high = [](auto a, auto b) { return static_cast<decltype(a)>(wide(a, b) >> 8 * sizeof(a)); };
 constexpr auto insert = [](uint32_t a, uint32_t b, uint32_t from, uint32_t count) {
   from &= 0xff, count &= 0xff;
   const uint32_t mask = static_cast<uint32_t>(((uint64_t{1} << std::min(count, 32u)) - 1) << std::min(from, 32u));
@@ -151,26 +114,19 @@ constexpr auto le = [](auto a, auto b) { return a <= b; };
 constexpr auto gt = [](auto a, auto b) { return a > b; };
 constexpr auto ge = [](auto a, auto b) { return a >= b; };
 constexpr auto leu = [](auto a, auto b) { return !(a > b); };
-constexpr auto neu = [](auto a, auto b) { return a != b; };
 
 // A vector of halves into a wider register, and the other way.
-Outcome move_vector(Warp& w, const Instruction& i, uint32_t& lanes) {
+void move_vector(Warp& w, int l, const Instruction& i) {
   const bool out = i.operands[0].kind == Operand::kVector;
   const std::vector<Operand>& parts = i.operands[out ? 0 : 1].parts;
   const int bits = 8 * i.bytes / static_cast<int>(parts.size());
   const uint64_t mask = (uint64_t{1} << bits) - 1;
-  for_lanes(lanes, [&](int l) {
-    if (out) {
-      for (size_t p = 0; p < parts.size(); ++p)
-        if (parts[p].kind == Operand::kRegister)
-          w.lanes(parts[p].slot)[l] = w.value(i.operands[1], l) >> bits * p & mask;
-    } else {
-      uint64_t v = 0;
-      for (size_t p = 0; p < parts.size(); ++p) v |= (w.value(parts[p], l) & mask) << bits * p;
-      w.lanes(i.operands[0].slot)[l] = v;
-    }
-  });
-  return Outcome::kNext;
+  uint64_t v = out ? w.value(i.operands[1], l) : 0;
+  for (size_t p = 0; p < parts.size(); ++p) {
+    if (!out) v |= (w.value(parts[p], l) & mask) << bits * p;
+    if (out && parts[p].kind == Operand::kRegister) w.lanes(parts[p].slot)[l] = v >> bits * p & mask;
+  }
+  if (!out) w.lanes(i.operands[0].slot)[l] = v;
 }
 
 template <const auto& F, class T>
@@ -184,119 +140,76 @@ constexpr auto whole = [](auto a, auto b) { return static_cast<decltype(a)>(a / 
 constexpr auto rest = [](auto a, auto b) { return static_cast<decltype(a)>(a % b); };
 
 using Table = std::unordered_map<std::string, Step>;
+template <class... Rest>
+void put(Table& t, const std::string& type, const char* name, Step step, Rest... rest) {
+  t[name + type] = step;
+  if constexpr (sizeof...(rest)) put(t, type, rest...);
+}
 
 template <class T>
 void number(Table& t, const std::string& type) {  // what integers and floats have
-  t["add." + type] = each<add, T, T>;
-  t["sub." + type] = each<sub, T, T>;
-  t["min." + type] = each<least, T, T>;
-  t["max." + type] = each<most, T, T>;
-  t["neg." + type] = each<negate, T>;
-  t["mov." + type] = each<keep, T>;
-  t["selp." + type] = each<select, T, T, bool>;
-  t["setp.eq." + type] = each<eq, T, T>;
-  t["setp.ne." + type] = each<ne, T, T>;
-  t["setp.lt." + type] = each<lt, T, T>;
-  t["setp.le." + type] = each<le, T, T>;
-  t["setp.gt." + type] = each<gt, T, T>;
-  t["setp.ge." + type] = each<ge, T, T>;
+  put(t, type, "add.", each<add, T, T>, "sub.", each<sub, T, T>, "min.", each<least, T, T>, "max.", each<most, T, T>,
+      "neg.", each<negate, T>, "mov.", each<keep, T>, "selp.", each<select, T, T, bool>, "setp.eq.", each<eq, T, T>,
+      "setp.ne.", each<ne, T, T>, "setp.lt.", each<lt, T, T>, "setp.le.", each<le, T, T>, "setp.gt.", each<gt, T, T>,
+      "setp.ge.", each<ge, T, T>);
 }
 
 template <class T>
 void integer(Table& t, const std::string& type) {
   number<T>(t, type);
-  t["mul.lo." + type] = each<mul, T, T>;
-  t["mad.lo." + type] = each<mad, T, T, T>;
-  t["shr." + type] = each<right, T, uint32_t>;
-  t["div." + type] = divide<whole, T>;
-  t["rem." + type] = divide<rest, T>;
+  put(t, type, "mul.lo.", each<mul, T, T>, "mad.lo.", each<mad, T, T, T>, "shr.", each<right, T, uint32_t>, "div.",
+      divide<whole, T>, "rem.", divide<rest, T>, "cvt.u16.", each<to<uint16_t>, T>, "cvt.s16.", each<to<int16_t>, T>,
+      "cvt.u32.", each<to<uint32_t>, T>, "cvt.s32.", each<to<int32_t>, T>, "cvt.u64.", each<to<uint64_t>, T>,
+      "cvt.s64.", each<to<int64_t>, T>, "cvt.rn.f32.", each<to<float>, T>);
   if constexpr (sizeof(T) < 8) t["mul.wide." + type] = each<wide, T, T>;
-  if constexpr (sizeof(T) == 4) t["mul.hi." + type] = each<high, T, T>;
+  t["mul.hi." + type] = each<high, T, T>;
 }
 
 template <class T>
 void bits(Table& t, const std::string& type) {
-  t["and." + type] = each<bit_and, T, T>;
-  t["or." + type] = each<bit_or, T, T>;
-  t["xor." + type] = each<bit_xor, T, T>;
-  t["not." + type] = each<bit_not, T>;
-  t["mov." + type] = each<keep, T>;
-  t["selp." + type] = each<select, T, T, bool>;
-  t["setp.eq." + type] = each<eq, T, T>;
-  t["setp.ne." + type] = each<ne, T, T>;
+  put(t, type, "and.", each<bit_and, T, T>, "or.", each<bit_or, T, T>, "xor.", each<bit_xor, T, T>, "not.",
+      each<bit_not, T>, "mov.", each<keep, T>, "selp.", each<select, T, T, bool>, "setp.eq.", each<eq, T, T>,
+      "setp.ne.", each<ne, T, T>);
   if constexpr (!std::is_same_v<T, bool>) t["shl." + type] = each<left, T, uint32_t>;
 }
 
-template <class From>
-void from_integer(Table& t, const std::string& type) {
-  t["cvt.u16." + type] = each<to<uint16_t>, From>;
-  t["cvt.s16." + type] = each<to<int16_t>, From>;
-  t["cvt.u32." + type] = each<to<uint32_t>, From>;
-  t["cvt.s32." + type] = each<to<int32_t>, From>;
-  t["cvt.u64." + type] = each<to<uint64_t>, From>;
-  t["cvt.s64." + type] = each<to<int64_t>, From>;
-  t["cvt.rn.f32." + type] = each<to<float>, From>;
-}
-
-const Table& table() {
-  static const Table made = [] {
-    Table t;
-    number<float>(t, "f32");
-    number<double>(t, "f64");
-    integer<int16_t>(t, "s16");
-    integer<uint16_t>(t, "u16");
-    integer<int32_t>(t, "s32");
-    integer<uint32_t>(t, "u32");
-    integer<int64_t>(t, "s64");
-    integer<uint64_t>(t, "u64");
-    bits<bool>(t, "pred");
-    bits<uint16_t>(t, "b16");
-    bits<uint32_t>(t, "b32");
-    bits<uint64_t>(t, "b64");
-    from_integer<int16_t>(t, "s16");
-    from_integer<uint16_t>(t, "u16");
-    from_integer<int32_t>(t, "s32");
-    from_integer<uint32_t>(t, "u32");
-    from_integer<int64_t>(t, "s64");
-    from_integer<uint64_t>(t, "u64");
-    t["mul.f32"] = each<mul, float, float>;
-    t["mul.f64"] = each<mul, double, double>;
-    t["fma.rn.f32"] = each<fma, float, float, float>;
-    t["fma.rn.f64"] = each<fma, double, double, double>;
-    t["fma.rm.f32"] = each<fma_down, float, float, float>;
-    t["abs.f32"] = each<absolute, float>;
-    t["sqrt.rn.f32"] = each<root, float>;
-    t["rcp.rn.f32"] = each<reciprocal, float>;
-    t["div.rn.f32"] = each<quotient, float, float>;
-    t["div.approx.f32"] = each<quotient_approximate, float, float>;
-    t["ex2.approx.f32"] = each<exp2, float>;
-    t["ex2.approx.ftz.f32"] = each<exp2_flushed, float>;
-    t["setp.leu.f32"] = each<leu, float, float>;
-    t["setp.neu.f32"] = each<neu, float, float>;
-    t["bfi.b32"] = each<insert, uint32_t, uint32_t, uint32_t, uint32_t>;
-    t["cvt.f32.f16"] = each<to<float>, _Float16>;
-    t["cvt.rn.f16.f32"] = each<to<_Float16>, float>;
-    t["cvt.rn.bf16.f32"] = each<to_bf16, float>;
-    t["cvt.rn.f16x2.f32"] = each<to_f16_pair, float, float>;
-    t["cvt.rn.bf16x2.f32"] = each<to_bf16_pair, float, float>;
-    t["cvt.rn.satfinite.e4m3x2.f32"] = each<to_e4m3_pair, float, float>;
-    t["cvt.sat.f32.f32"] = each<saturate, float>;
-    t["cvt.f64.f32"] = each<to<double>, float>;
-    t["cvt.rn.f32.f64"] = each<to<float>, double>;
-    for (const char* name : {"cvta.to.global.u64", "cvta.param.u64", "cvta.shared.u64", "cvta.to.shared.u64"})
-      t[name] = each<keep, uint64_t>;
-    return t;
-  }();
-  return made;
+Table make_table() {
+  Table t;
+  number<float>(t, "f32");
+  number<double>(t, "f64");
+  integer<int16_t>(t, "s16");
+  integer<uint16_t>(t, "u16");
+  integer<int32_t>(t, "s32");
+  integer<uint32_t>(t, "u32");
+  integer<int64_t>(t, "s64");
+  integer<uint64_t>(t, "u64");
+  bits<bool>(t, "pred");
+  bits<uint16_t>(t, "b16");
+  bits<uint32_t>(t, "b32");
+  bits<uint64_t>(t, "b64");
+  put(t, "f32", "mul.", each<mul, float, float>, "fma.rn.", each<fma, float, float, float>, "fma.rm.",
+      each<fma_down, float, float, float>, "abs.", each<absolute, float>, "sqrt.rn.", each<root, float>, "rcp.rn.",
+      each<reciprocal, float>, "div.rn.", each<quotient, float, float>, "div.approx.",
+      each<quotient_approximate, float, float>, "ex2.approx.", each<exp2, float>, "ex2.approx.ftz.",
+      each<exp2_flushed, float>, "setp.leu.", each<leu, float, float>, "cvt.rn.bf16.", each<to_bf16, float>,
+      "cvt.rn.f16.", each<to<_Float16>, float>, "cvt.rn.f16x2.", each<to_f16_pair, float, float>, "cvt.rn.bf16x2.",
+      each<to_bf16_pair, float, float>, "cvt.rn.satfinite.e4m3x2.", each<to_e4m3_pair, float, float>, "cvt.sat.f32.",
+      each<saturate, float>, "cvt.f64.", each<to<double>, float>);
+  put(t, "", "cvt.f32.f16", each<to<float>, _Float16>, "cvt.rn.f32.f64", each<to<float>, double>, "bfi.b32",
+      each<insert, uint32_t, uint32_t, uint32_t, uint32_t>);
+  put(t, ".u64", "cvta.to.global", each<keep, uint64_t>, "cvta.param", each<keep, uint64_t>, "cvta.shared",
+      each<keep, uint64_t>, "cvta.to.shared", each<keep, uint64_t>);
+  return t;
 }
 
 }  // namespace
 
 Step arithmetic_step(const Instruction& i) {
   if (i.words[0] == "mov" && (i.operands[0].kind == Operand::kVector || i.operands[1].kind == Operand::kVector))
-    return move_vector;
-  const auto found = table().find(i.name);
-  return found == table().end() ? nullptr : found->second;
+    return each_lane<move_vector>;
+  static const Table table = make_table();
+  const auto found = table.find(i.name);
+  return found == table.end() ? nullptr : found->second;
 }
 
 }  // namespace ptx

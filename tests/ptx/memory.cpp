@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <algorithm>
+#include <tuple>
 
 namespace ptx {
 
@@ -26,74 +27,49 @@ Known join(const Known& a, const Known& b) {
 
 void add(Known& known, int agent, uint32_t count) {
   if (count_of(known.get(), agent) >= count) return;
-  std::shared_ptr<std::vector<uint32_t>> more;
-  if (!known)
-    more = std::make_shared<std::vector<uint32_t>>();
-  else if (known.use_count() == 1)
-    more = std::const_pointer_cast<std::vector<uint32_t>>(known);
-  else
-    more = std::make_shared<std::vector<uint32_t>>(*known);
+  const auto more = known && known.use_count() == 1
+                        ? std::const_pointer_cast<std::vector<uint32_t>>(known)
+                        : std::make_shared<std::vector<uint32_t>>(known ? *known : std::vector<uint32_t>());
   if (more->size() <= static_cast<size_t>(agent)) more->resize(agent + 1);
   (*more)[agent] = count;
   known = more;
 }
 
-namespace {
-
-bool same(const Cell& a, const Cell& b) {
-  return a.write == b.write && a.read == b.read && a.other_read == b.other_read && a.undefined == b.undefined;
-}
+static auto all_of(const Cell& c) { return std::tie(c.write, c.read, c.other_read, c.undefined); }
 
 // Two readers that nothing orders are remembered, the first and the last.
-Fault read_one(Cell& c, const Observer& o) {
-  if (c.write == 0) return Fault::kUnwritten;
-  if (!o.ordered(c.write)) return Fault::kReadAfterWrite;
-  if (o.async && !o.visible(c.write)) return Fault::kProxy;
-  if (o.ordered(c.read))
-    c.read = o.record;
-  else
-    c.other_read = o.record;
-  return Fault::kNone;
+static const char* read(Cell& c, const Observer& o) {
+  if (c.write == 0) return "is read, but was never written";
+  if (!o.ordered(c.write)) return "is read, and nothing orders that after its write by ";
+  if (o.async && !o.visible(c.write))
+    return "is read by the asynchronous proxy, but no fence.proxy.async follows its write by ";
+  (o.ordered(c.read) ? c.read : c.other_read) = o.record;
+  return nullptr;
 }
 
-Fault write_one(Cell& c, const Observer& o, Stamp& other) {
-  other = c.write;
-  if (!o.ordered(c.write)) return Fault::kWriteAfterWrite;
+static const char* write(Cell& c, const Observer& o, Stamp& other) {
+  if (!o.ordered(c.write)) return "is written, and nothing orders that after its write by ";
   other = o.ordered(c.read) ? c.other_read : c.read;
-  if (!o.ordered(other)) return Fault::kWriteAfterRead;
+  if (!o.ordered(other)) return "is written, and nothing orders that after its read by ";
   c = {o.record, 0, 0, false};
-  return Fault::kNone;
+  return nullptr;
 }
 
-// Neighbouring bytes mostly have the same history.
-template <class F>
-Finding each(Cell* cells, size_t bytes, F one) {
-  Cell before;
-  size_t last = bytes;  // the last byte that was looked at
-  Finding f;
-  for (f.byte = 0; f.byte < bytes; ++f.byte) {
-    Cell& c = cells[f.byte];
-    if (last < bytes && same(c, before)) {
-      c = cells[last];
+Finding find_fault(Cell* cells, size_t bytes, Access access, const Observer& o) {
+  Cell before;  // neighbouring bytes mostly have the same history
+  Cell* last = nullptr;
+  for (Cell* c = cells; c != cells + bytes; ++c) {
+    if (last && all_of(*c) == all_of(before)) {
+      *c = *last;
       continue;
     }
-    before = c;
-    last = f.byte;
-    f.other = c.write;
-    f.fault = one(c, f.other);
-    if (f) return f;
+    before = *c;
+    last = c;
+    Finding f = {nullptr, static_cast<size_t>(c - cells), c->write};
+    f.fault = access == Access::kRead ? read(*c, o) : write(*c, o, f.other);
+    if (f.fault) return f;
   }
   return {};
-}
-
-}  // namespace
-
-Finding check_read(Cell* cells, size_t bytes, const Observer& o) {
-  return each(cells, bytes, [&](Cell& c, Stamp&) { return read_one(c, o); });
-}
-
-Finding check_write(Cell* cells, size_t bytes, const Observer& o) {
-  return each(cells, bytes, [&](Cell& c, Stamp& other) { return write_one(c, o, other); });
 }
 
 void Global::add(uint64_t address, size_t bytes, bool written) {

@@ -7,9 +7,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <memory>
-#include <string>
 #include <vector>
 
 namespace ptx {
@@ -21,6 +19,14 @@ void add(Known& known, int agent, uint32_t count);
 inline uint32_t count_of(const std::vector<uint32_t>* known, int agent) {
   return known && static_cast<size_t>(agent) < known->size() ? (*known)[agent] : 0;
 }
+
+struct Order {
+  Known known, fenced;  // `fenced`: what is visible to the asynchronous proxy
+  void join(const Order& o) {
+    known = ptx::join(known, o.known);
+    fenced = ptx::join(fenced, o.fenced);
+  }
+};
 
 // An access: cluster (of the launch, from 1), agent, count. 0 is none, 1 one before the launch.
 using Stamp = uint64_t;
@@ -56,16 +62,13 @@ struct Observer {
   }
 };
 
-enum class Fault { kNone, kUnwritten, kReadAfterWrite, kWriteAfterWrite, kWriteAfterRead, kProxy };
+enum class Access { kRead, kWrite };
 struct Finding {
-  Fault fault = Fault::kNone;
+  const char* fault = nullptr;  // what is wrong with an access, which ends in the other one; null: nothing
   size_t byte = 0;
   Stamp other = 0;
-  explicit operator bool() const { return fault != Fault::kNone; }
 };
-
-Finding check_read(Cell* cells, size_t bytes, const Observer& o);
-Finding check_write(Cell* cells, size_t bytes, const Observer& o);
+Finding find_fault(Cell* cells, size_t bytes, Access access, const Observer& o);
 
 // Memory of the host that a launch may touch.
 class Global {

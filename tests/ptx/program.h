@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -29,14 +30,14 @@ struct Operand {
   int64_t offset = 0;    // of an address
   bool negated = false;  // !%p1
   std::vector<Operand> parts;
+  const Operand& part(int n) const { return kind == kVector ? parts[n] : *this; }
 };
 
 struct Instruction {
   std::string name;  // with all its modifiers
   std::vector<std::string> words;
   std::vector<Operand> operands;
-  int line = 0;
-  int guard = -1;  // a predicate
+  int line = 0, guard = -1;  // a predicate
   bool guard_negated = false;
   int target = -1;  // of a branch
   Step step = nullptr;
@@ -51,20 +52,14 @@ struct Kernel {
   std::vector<Instruction> code;
   int registers = 0;
   std::vector<std::array<uint64_t, kLanes>> constants;
-  struct Param {
-    uint64_t offset;
-    size_t bytes;
-  };
-  std::vector<Param> params;
-  uint32_t static_shared = 0;  // bytes; dynamic shared memory lies behind them
+  std::vector<std::pair<size_t, size_t>> params;  // offset, bytes
+  uint32_t static_shared = 0;                     // bytes; dynamic shared memory lies behind them
   bool has_wgmma = false;
 };
 
-// Registers with fixed numbers, set before a warp starts.
-// clang-format off
-enum Special { kTidX, kTidY, kTidZ, kNtidX, kNtidY, kNtidZ, kCtaidX, kCtaidY, kCtaidZ, kNctaidX, kNctaidY, kNctaidZ,
-               kLaneid, kClusterCtarank, kClusterCtaidX, kClusterCtaidY, kClusterCtaidZ, kSpecials };
-// clang-format on
+// Registers with fixed numbers, set before a warp starts: %tid, %ntid, %ctaid, %nctaid and %cluster_ctaid, of three
+// dimensions each, and these.
+enum Special { kLaneid = 15, kClusterCtarank, kSpecials };
 
 // The PTX of one source file.
 class Program {
@@ -82,5 +77,12 @@ class Program {
 
 // The step of an instruction, whose other fields are filled in as it needs; throws for one that is not known.
 void decode(Instruction& i);
+
+template <class... Words>
+std::string words(const Words&... w) {
+  std::ostringstream text;
+  (text << ... << w);
+  return text.str();
+}
 
 }  // namespace ptx

@@ -20,41 +20,36 @@ CUresult encode_tensor_map(CUtensorMap* out, CUtensorMapDataType type, cuuint32_
                            const cuuint64_t* size, const cuuint64_t* stride, const cuuint32_t* box,
                            const cuuint32_t* element_stride, CUtensorMapInterleave interleave,
                            CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
-  const auto refuse = [](const std::string& why) {
-    runtime.failure = "cuTensorMapEncodeTiled: " + why;
-    return CUDA_ERROR_INVALID_VALUE;
+  std::string refused;
+  const auto refuse_if = [&refused](bool wrong, const auto&... why) {
+    if (wrong && refused.empty()) refused = words("cuTensorMapEncodeTiled: ", why...);
   };
-  TensorMap m = {};
-  m.magic = TensorMap::kMagic;
-  m.rank = rank;
-  m.address = reinterpret_cast<uint64_t>(address);
+  TensorMap m = {TensorMap::kMagic, rank, 2, static_cast<uint32_t>(swizzle), reinterpret_cast<uint64_t>(address)};
   const bool sixteen = type == CU_TENSOR_MAP_DATA_TYPE_UINT16 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 ||
                        type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  if (!sixteen) return refuse("only elements of 16 bits are modelled");
-  m.element_bytes = 2;
-  const uint32_t widths[] = {1u << 20, 32, 64, 128};
-  const CUtensorMapSwizzle kinds[] = {CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_SWIZZLE_32B, CU_TENSOR_MAP_SWIZZLE_64B,
-                                      CU_TENSOR_MAP_SWIZZLE_128B};
-  while (m.swizzle < 4 && kinds[m.swizzle] != swizzle) ++m.swizzle;
-  if (m.swizzle == 4) return refuse("a swizzle that is not modelled");
-  if (reinterpret_cast<uintptr_t>(out) % 64) return refuse("the map must be aligned to 64 bytes");
-  if (m.address == 0 || m.address % 16) return refuse("the tensor must be aligned to 16 bytes");
-  if (rank < 1 || rank > 5) return refuse("1 to 5 dimensions, got " + std::to_string(rank));
-  if (interleave != CU_TENSOR_MAP_INTERLEAVE_NONE) return refuse("interleaving is not modelled");
-  for (cuuint32_t d = 0; d < rank; ++d) {
-    const std::string name = "dimension " + std::to_string(d);
-    if (size[d] == 0 || size[d] > uint64_t{1} << 32) return refuse(name + " of " + std::to_string(size[d]));
-    if (box[d] == 0 || box[d] > 256) return refuse(name + ": a box of " + std::to_string(box[d]));
-    if (element_stride[d] != 1) return refuse(name + ": steps are not modelled");
-    if (d && (stride[d - 1] % 16 || stride[d - 1] >= uint64_t{1} << 40))
-      return refuse(name + ": a stride of " + std::to_string(stride[d - 1]) + " bytes");
+  refuse_if(!sixteen, "only elements of 16 bits are modelled");
+  refuse_if(swizzle > CU_TENSOR_MAP_SWIZZLE_128B, "a swizzle that is not modelled");
+  refuse_if(reinterpret_cast<uintptr_t>(out) % 64, "the map must be aligned to 64 bytes");
+  refuse_if(m.address == 0 || m.address % 16, "the tensor must be aligned to 16 bytes");
+  refuse_if(rank < 1 || rank > 5, "1 to 5 dimensions, got ", rank);
+  refuse_if(interleave != CU_TENSOR_MAP_INTERLEAVE_NONE, "interleaving is not modelled");
+  for (cuuint32_t d = 0; d < std::min(rank, 5u); ++d) {
+    refuse_if(size[d] == 0 || size[d] > uint64_t{1} << 32, "dimension ", d, " of ", size[d]);
+    refuse_if(box[d] == 0 || box[d] > 256, "dimension ", d, ": a box of ", box[d]);
+    refuse_if(element_stride[d] != 1, "dimension ", d, ": steps are not modelled");
     m.size[d] = static_cast<uint32_t>(std::min<uint64_t>(size[d], UINT32_MAX));
     m.box[d] = box[d];
     m.stride[d] = d ? stride[d - 1] : m.element_bytes;
+    refuse_if(d && (m.stride[d] % 16 || m.stride[d] >= uint64_t{1} << 40), "dimension ", d, ": a stride of ",
+              m.stride[d], " bytes");
   }
   const uint32_t inner = m.box[0] * m.element_bytes;
-  if (inner % 16) return refuse("a row of the box must be a multiple of 16 bytes, got " + std::to_string(inner));
-  if (inner > widths[m.swizzle]) return refuse("a row of the box is wider than its swizzle");
+  refuse_if(inner % 16, "a row of the box must be a multiple of 16 bytes, got ", inner);
+  refuse_if(swizzle && inner > 16u << swizzle, "a row of the box is wider than its swizzle");
+  if (!refused.empty()) {
+    runtime.failure = refused;
+    return CUDA_ERROR_INVALID_VALUE;
+  }
   std::memcpy(out, &m, sizeof(m));
   return CUDA_SUCCESS;
 }
@@ -66,54 +61,40 @@ cudaError_t refuse(const std::string& why, cudaError_t error = cudaErrorInvalidV
   return last_error = error;
 }
 
-const Kernel* find_kernel(const std::string& name) {
-  for (const auto& p : runtime.programs)
-    if (p->has(name)) return &p->kernel(name);
-  return nullptr;
-}
-
 cudaError_t launch(const void* function, dim3 grid, dim3 block, dim3 cluster, size_t shared, void** arguments) {
   const std::string& name = kernel_names.at(function);
   try {
-    const Kernel* kernel = find_kernel(name);
-    if (!kernel) return refuse("no PTX of " + name, cudaErrorNoKernelImageForDevice);
+    const auto program =
+        std::find_if(runtime.programs.begin(), runtime.programs.end(), [&](const auto& p) { return p->has(name); });
+    if (program == runtime.programs.end()) return refuse("no PTX of " + name, cudaErrorNoKernelImageForDevice);
+    const Kernel& kernel = (*program)->kernel(name);
     const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-    if (threads == 0 || threads > 1024) return refuse("a block of " + std::to_string(threads) + " threads");
+    if (threads == 0 || threads > 1024) return refuse(words("a block of ", threads, " threads"));
     if (!grid.x || !grid.y || !grid.z || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535)
-      return refuse("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
-                    std::to_string(grid.z));
+      return refuse(words("a grid of ", grid.x, " x ", grid.y, " x ", grid.z));
     if (grid.x % cluster.x || grid.y % cluster.y || grid.z % cluster.z || cluster.x * cluster.y * cluster.z > 8)
       return refuse("a grid that its clusters do not divide");
     const auto allowed = shared_allowed.find(name);
     const size_t most = allowed == shared_allowed.end() ? 48 * 1024 : allowed->second;
-    if (kernel->static_shared + shared > most)
-      return refuse(std::to_string(shared) + " bytes of dynamic shared memory, " + std::to_string(most) +
-                    " are allowed");
-    Launch l{{grid.x, grid.y, grid.z},
-             {block.x, block.y, block.z},
-             {cluster.x, cluster.y, cluster.z},
-             static_cast<uint32_t>(shared),
-             {}};
-    runtime.launched.insert(name);
-    size_t i = 0;
-    for (const Kernel::Param& p : kernel->params) {
-      l.params.resize(std::max(l.params.size(), p.offset + p.bytes));
-      std::memcpy(&l.params[p.offset], arguments[i++], p.bytes);
+    if (kernel.static_shared + shared > most)
+      return refuse(words(shared, " bytes of dynamic shared memory, ", most, " are allowed"));
+    const auto size = [](dim3 d) { return Size{d.x, d.y, d.z}; };
+    Launch l{size(grid), size(block), size(cluster), static_cast<uint32_t>(shared), {}};
+    for (const auto& [offset, bytes] : kernel.params) {
+      l.params.resize(offset + bytes);
+      std::memcpy(&l.params[offset], *arguments++, bytes);
     }
+    runtime.launched.insert(name);
     Counts& counts = runtime.counts[name];
     counts.threads = threads;
-    run(*kernel, l, runtime.global, runtime.seed, runtime.step_limit, counts);
+    run(kernel, l, runtime.global, runtime.seed, runtime.step_limit, counts);
   } catch (const std::exception& e) {
     return refuse(e.what(), cudaErrorLaunchFailure);
   }
   return cudaSuccess;
 }
 
-struct Configuration {
-  dim3 grid, block;
-  size_t shared = 0;
-  void* stream = nullptr;
-} configuration;
+std::tuple<dim3, dim3, size_t, void*> configuration;  // grid, block, shared memory, stream
 
 }  // namespace
 }  // namespace ptx
@@ -139,10 +120,7 @@ unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void*
   return 0;
 }
 cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shared, void* stream) {
-  *grid = configuration.grid;
-  *block = configuration.block;
-  *shared = configuration.shared;
-  *static_cast<void**>(stream) = configuration.stream;
+  std::tie(*grid, *block, *shared, *static_cast<void**>(stream)) = configuration;
   return cudaSuccess;
 }
 cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) {

@@ -19,38 +19,40 @@ inline uint32_t swizzled(uint32_t address, uint32_t swizzle) {
   return address ^ (address >> 7 & ((1u << swizzle) - 1)) << 4;
 }
 
-inline uint32_t box_bytes(const TensorMap& m) {
-  uint32_t n = m.element_bytes;
-  for (uint32_t d = 0; d < m.rank; ++d) n *= m.box[d];
-  return n;
-}
+struct Box {
+  TensorMap map;
+  int32_t at[5];
 
-// f(offset in the box, address in global memory or 0 outside of the tensor, bytes) for every row of a box.
-template <class F>
-void for_rows(const TensorMap& m, const int32_t (&at)[5], F f) {
-  const uint32_t row = m.box[0] * m.element_bytes, rows = box_bytes(m) / row;
-  for (uint32_t r = 0; r < rows; ++r) {
-    uint64_t address = m.address;
-    bool inside = true;
-    uint32_t rest = r;
-    for (uint32_t d = 1; d < m.rank; ++d) {
-      const int64_t i = at[d] + static_cast<int64_t>(rest % m.box[d]);
-      rest /= m.box[d];
-      inside = inside && i >= 0 && i < m.size[d];
-      address += static_cast<uint64_t>(i) * m.stride[d];
-    }
-    // outside on the left, inside, outside on the right
-    const int64_t first = at[0], last = first + m.box[0], size = m.size[0];
-    const int64_t from = std::min(std::max<int64_t>(-first, 0), last - first);
-    const int64_t to = inside ? std::max(from, std::min(last, size) - first) : from;
-    const uint32_t b = m.element_bytes;
-    if (from > 0) f(r * row, uint64_t{0}, static_cast<uint32_t>(from * b));
-    if (to > from)
-      f(r * row + static_cast<uint32_t>(from * b), address + (first + from) * b,
-        static_cast<uint32_t>((to - from) * b));
-    if (to < last - first)
-      f(r * row + static_cast<uint32_t>(to * b), uint64_t{0}, static_cast<uint32_t>((last - first - to) * b));
+  uint32_t bytes() const {
+    uint32_t n = map.element_bytes;
+    for (uint32_t d = 0; d < map.rank; ++d) n *= map.box[d];
+    return n;
   }
-}
+
+  // For every 16 bytes of the box, which lies at `shared`: f(their address there, the first and the number of those
+  // that are in the tensor, the address of these). Rows of a box are multiples of 16 bytes.
+  template <class F>
+  void for_pieces(uint32_t shared, F f) const {
+    const int64_t width = 16 / map.element_bytes;
+    for (uint32_t offset = 0; offset < bytes(); offset += 16) {
+      uint32_t rest = offset / map.element_bytes;
+      uint64_t global = map.address;
+      int64_t first = 0, last = width;
+      for (uint32_t d = 0; d < map.rank; rest /= map.box[d++]) {
+        const int64_t i = at[d] + static_cast<int64_t>(rest % map.box[d]), size = map.size[d];
+        global += static_cast<uint64_t>(i) * map.stride[d];
+        if (d == 0) {
+          first = std::min(std::max<int64_t>(-i, 0), width);
+          last = std::max(first, std::min(size - i, width));
+        } else if (i < 0 || i >= size) {
+          last = first;
+        }
+      }
+      f(swizzled(shared + offset, map.swizzle), static_cast<uint32_t>(first * map.element_bytes),
+        static_cast<uint32_t>((last - first) * map.element_bytes),
+        global + static_cast<uint64_t>(first) * map.element_bytes);
+    }
+  }
+};
 
 }  // namespace ptx
