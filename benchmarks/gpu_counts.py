@@ -48,7 +48,8 @@ def normal(*shape: int) -> Tensor:
 
 
 def cases() -> dict[str, tuple[int, int, int, Callable[[], Any]]]:
-    """The rows of each call of an op, the bytes that a row moves forward and backward, and the call."""
+    """The rows of each call of an op, the bytes that a row moves forward and backward, 0 where it has no kernel of its
+    own backward, and the call."""
     from qwen_image_fast.ops import (
         channel_norm_silu,
         gate_residual_norm_modulate,
@@ -56,6 +57,7 @@ def cases() -> dict[str, tuple[int, int, int, Callable[[], Any]]]:
         layer_norm_modulate,
         qk_norm_rope,
     )
+    from qwen_image_fast.ops.channel_norm_silu import add_channel_norm_silu
 
     def vectors(count: int) -> list[Tensor]:
         return [normal(1, 3072) for _ in range(count)]
@@ -78,6 +80,12 @@ def cases() -> dict[str, tuple[int, int, int, Callable[[], Any]]]:
     for channels in (96, 192, 384):
         call = lambda n=channels: channel_norm_silu(normal(256, n), normal(n))  # noqa: E731
         found[f"channel_norm_silu, {channels} channels"] = (256, 4 * channels, 6 * channels, call)
+    for channels in (96, 192, 384):
+        x, v = normal(256, channels).detach(), normal(channels).detach()
+        call = lambda x=x, v=v: add_channel_norm_silu(x, v, gamma=v)  # noqa: E731
+        found[f"bias, channel_norm_silu, {channels} channels"] = (256, 4 * channels, 0, call)
+        call = lambda x=x, v=v: add_channel_norm_silu(x, v, x.clone())  # noqa: E731
+        found[f"bias, residual, {channels} channels"] = (256, 6 * channels, 0, call)
     return found
 
 
@@ -91,9 +99,11 @@ def count(device: Any) -> dict[str, dict[str, Facts]]:
         device.module.counts()
         outs = call()
         forward = device.module.counts()
-        outs = outs if isinstance(outs, tuple) else (outs,)
-        torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
-        sides = {"forward": forward, "backward": device.module.counts()}
+        sides = {"forward": forward}
+        if moved[1]:
+            outs = outs if isinstance(outs, tuple) else (outs,)
+            torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
+            sides["backward"] = device.module.counts()
         for (direction, kernels), bytes_of_row in zip(sides.items(), moved):
             ((kernel, counts),) = ((k, c) for k, c in kernels.items() if "sum_chunks" not in k)
             found.setdefault(op, {})[direction] = {"bytes": bytes_of_row, **facts(kernel, counts, rows, budget)}

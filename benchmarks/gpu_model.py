@@ -79,9 +79,10 @@ class State:
     text_beside: bool = True  # text products on a stream of their own
     cats: bool = False  # of attention's parts
     chunks: bool = True  # the VAE's attention in products of a library
+    sums: bool = True  # of its biases and residuals in few passes
 
 
-BEFORE, NOW = State("before", False, False, True, False), State("now")
+BEFORE, NOW = State("before", False, False, True, False, False), State("now")
 
 
 def forward(side: int, state: State, counts: dict[str, Any], machine: Machine) -> dict[str, float]:
@@ -136,8 +137,13 @@ def lengths(counts: dict[str, Any], machine: Machine) -> list[list[str]]:
     return rows
 
 
-# Of a decoder at 1024 pixels: values that norms see, by channels, and that a bias or a residual is added to.
+# Of a decoder at 1024 pixels, by channels: pixels that norms see, and those of residual blocks, each of which has a
+# second norm behind a bias, and ends in a bias and a residual. Values of upsampled images and of other biases: of the
+# first convolution, of attention's two, of a shortcut, of the last convolution.
 NORMS = {384: 11 * 128**2 + 5 * 256**2, 192: 256**2 + 6 * 512**2, 96: 7 * 1024**2}
+RESIDUAL = {384: 5 * 128**2 + 3 * 256**2, 192: 3 * 512**2, 96: 3 * 1024**2}
+UPSAMPLED = 192 * 256**2 + 192 * 512**2 + 96 * 1024**2
+OTHER_BIASES = 384 * (5 * 128**2 + 256**2) + 3 * 1024**2
 CONVOLUTIONS = 3.83e12  # operations
 
 
@@ -146,24 +152,32 @@ def decode(state: State, counts: dict[str, Any], machine: Machine) -> dict[str, 
     seconds = {"convolutions": CONVOLUTIONS / machine.convolutions}
     tokens, channels = 128 * 128, 384
     seconds["middle attention"] = 4 * tokens**2 * channels / machine.efficient
-    if state.chunks:  # scores in float32: written, scaled, through softmax, rounded, read
-        seconds["middle attention"] = 4 * tokens**2 * channels / machine.products_few + tokens**2 * 28 / machine.copy
-    seconds["norms and SiLU"] = sum(
-        kernel_time(counts[state.counts][f"channel_norm_silu, {c} channels"]["forward"], n, machine)
-        for c, n in NORMS.items()
-    )
-    values = sum(c * n for c, n in NORMS.items())
-    seconds["biases, residuals"] = (values + values / 2 * 1.5) * 4 / machine.copy
+    if state.chunks:  # scores in float32: written, through softmax, rounded, read
+        seconds["middle attention"] = 4 * tokens**2 * channels / machine.products_few + tokens**2 * 20 / machine.copy
+    ops = counts[state.counts]
+
+    def passes(op: str, pixels: dict[int, int]) -> float:
+        return sum(kernel_time(ops[f"{op}, {c} channels"]["forward"], n, machine) for c, n in pixels.items())
+
+    ended = sum(c * n for c, n in RESIDUAL.items())
+    if state.sums:
+        plain = {c: n - RESIDUAL[c] for c, n in NORMS.items()}
+        seconds["norms and SiLU"] = passes("channel_norm_silu", plain) + passes("bias, channel_norm_silu", RESIDUAL)
+        seconds["biases, residuals"] = passes("bias, residual", RESIDUAL) + OTHER_BIASES * 4 / machine.copy
+    else:
+        seconds["norms and SiLU"] = passes("channel_norm_silu", NORMS)
+        seconds["biases, residuals"] = ((4 + 4 + 6) * ended + 4 * OTHER_BIASES) / machine.copy
+    # The phases of an upsampled image are put together, with their bias or behind a pass for it.
+    seconds["upsampled images"] = UPSAMPLED * (4 if state.sums else 8) / machine.copy
     return {name: 1e3 * s for name, s in seconds.items()}
 
 
 def left_out(machine: Machine) -> str:
     """What was estimated and left as it is."""
-    biases = sum(c * n for c, n in NORMS.items()) * 4 / machine.copy * 1e3
     tiles = 2 * 64 * 64 * WIDTH / (128 * 256) / machine.processors  # of a square product of a pair at 1024 pixels
     reads = 8 * tiles * 2 * machine.wait * BLOCKS / 2 * 1e3
     divisions = 12 * tiles * 180 / 1.83e9 * BLOCKS / 2 * 1e3  # two of 64 bits, 90 cycles each
-    return LEFT.format(biases=biases, reads=reads, divisions=divisions, queue=machine.queue * BLOCKS * 1e3)
+    return LEFT.format(reads=reads, divisions=divisions, queue=machine.queue * BLOCKS * 1e3)
 
 
 def measured(results: list[dict[str, Any]]) -> Machine:
@@ -199,9 +213,12 @@ def section(results: list[dict[str, Any]]) -> str:
     text += LENGTHS + table(head, lengths(counts, machine)) + left_out(machine)
     rows = []
     for op in counts["now"]:
-        for direction in ("forward", "backward"):
+        for direction in counts["now"][op]:
             cells = [op, direction]
             for state in ("before", "now"):
+                if op not in counts[state]:
+                    cells += [""] * 5
+                    continue
                 k, size = counts[state][op][direction], 4096 if "channels" not in op else 512 * 512
                 cells += [f"{k['registers']}", f"{resident(k) * k['threads']}", f"{k['waits']:.0f}",
                           f"{k['instructions'] * 32 / k['bytes']:.2f}", f"{of_copy(k, size, machine):.0%}"]  # fmt: skip
@@ -231,8 +248,7 @@ LEFT = """
 The drop-in's loop asks for one branch after another. Python queues each in {queue:.0f} ms, more than the GPU takes at
 512 pixels; `accelerate(pipe, cuda_graphs=True)` takes that away.
 
-Left as it is: the passes in which torch adds the biases of the VAE's convolutions, {biases:.1f} ms of a decoding, which
-need norms that take the bias of the layer before; and of CUTLASS's linear layers, which gain nothing as long as
+Left as it is, of CUTLASS's linear layers, which gain nothing as long as
 cuBLASLt computes them, as it does until a measurement says otherwise: the bias and gate that `linear_gate_residual`
 reads before each of the eight parts of a tile, at most {reads:.1f} ms of a branch at 1024 pixels, if every part waits
 for them (all read at once would take 128 registers); its products in three stages, where the others have four; and two

@@ -43,6 +43,7 @@ void define_cuda(py::module_& m) {
   define(m, "joint_attention_forward", joint_attention, joint_attention_forward_cuda);
   define(m, "joint_attention_backward", joint_attention_backward, joint_attention_backward_cuda);
   define(m, "channel_norm_silu_forward", channel_norm_silu, channel_norm_silu_forward_cuda);
+  define(m, "add_channel_norm_silu_forward", add_channel_norm_silu, channel_norm_silu_forward_cuda);
   define(m, "channel_norm_silu_backward", channel_norm_silu_backward, channel_norm_silu_backward_cuda);
 #if defined(QIF_CUTLASS_ALL)
   define(m, "conv2d_forward", conv2d, conv2d_forward_cuda);

@@ -201,7 +201,13 @@ inline Conv2d conv2d(Address x, Address weight, Address bias, Address residual, 
 
 inline ChannelNormSilu channel_norm_silu(Address x, Address gamma, Address bias, Address out, int64_t rows,
                                          int64_t channels, bool silu, int dtype) {
-  return {pointer(x), pointer(gamma), pointer(bias), pointer(out), rows, channels, silu, dtype};
+  return {pointer(x), pointer(gamma), pointer(bias), pointer(out), rows, channels, silu, dtype, nullptr, nullptr};
+}
+
+inline ChannelNormSilu add_channel_norm_silu(Address x, Address added, Address residual, Address gamma, Address out,
+                                             int64_t rows, int64_t channels, int dtype) {
+  return {pointer(x), pointer(gamma), nullptr, pointer(out),   rows,
+          channels,   true,           dtype,   pointer(added), pointer(residual)};
 }
 
 inline ChannelNormSiluBackward channel_norm_silu_backward(Address x, Address gamma, Address bias, Address grad_out,

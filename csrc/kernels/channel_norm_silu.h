@@ -6,6 +6,9 @@
 // grad_gamma are the sums of d and d * x * r over all rows; grad_x = r * (d gamma - x * sum(d gamma x) / |x|_2^2), the
 // second term only where |x|_2 is above 1e-12.
 // Traffic: one read and one write of x; 2 more reads backward. CUDA: no float64.
+//
+// add_channel_norm_silu, on CUDA: the same of s = x + added + residual, rounded once, without the second bias; or s
+// itself. What a convolution leaves to do, in one pass.
 #pragma once
 #include "common/cpu_dispatch.h"
 #include "common/cuda_dispatch.h"
@@ -19,6 +22,7 @@ struct ChannelNormSilu {
   int64_t rows, channels;
   bool silu;
   int dtype;
+  const void *added, *residual;  // of add_channel_norm_silu: [channels], [rows, channels]; null elsewhere, or for none
 };
 
 struct ChannelNormSiluBackward {

@@ -54,16 +54,46 @@ QIF_INLINE float norm_factor(const Row<T, N, Keep, Lanes>& row, int width, int c
   return sqrtf(static_cast<float>(channels)) / (norm < kSmallestNorm ? kSmallestNorm : norm);
 }
 
+// x + added + residual in the place of x: in its registers, or, where rows are not kept, in `out`.
 template <class T, int N, int Keep, int Lanes>
+QIF_INLINE void add_to(Row<T, N, Keep, Lanes>& x, const Row<T, N, Keep, Lanes>& added, const T* residual, T* out,
+                       int width) {
+  Row<T, N, Keep, Lanes> rest;
+  if (residual) rest.read(residual, width);
+  each_pack<N, Keep, Lanes>(width, [&](int k, int i) {
+    float v[N], a[N], r[N];
+    x.get(k, i, v);
+    added.get(k, i, a);
+    if (residual) rest.get(k, i, r);
+#pragma unroll
+    for (int j = 0; j < N; ++j) v[j] += residual ? a[j] + r[j] : a[j];
+    if constexpr (Keep > 0)
+      x.kept[k] = narrow<T>(v);
+    else
+      store(out + i, v);
+  });
+  x.source = out;
+}
+
+template <class T, int N, int Keep, int Lanes, bool Add>
 __global__ void __launch_bounds__(kChannelThreads) channel_norm_silu_rows(ChannelNormSilu p) {
   constexpr int kRows = kChannelThreads / Lanes;
   const int channels = static_cast<int>(p.channels);
-  Row<T, N, Keep, Lanes> gamma, x;
-  gamma.read(static_cast<const T*>(p.gamma), channels);
+  Row<T, N, Keep, Lanes> gamma, x, added;
+  if (!Add || p.gamma) gamma.read(static_cast<const T*>(p.gamma), channels);
+  if constexpr (Add) added.read(static_cast<const T*>(p.added), channels);
   for (int step = 0; step < kChannelSteps; ++step) {
     const int64_t r = (int64_t{blockIdx.x} * kChannelSteps + step) * kRows + threadIdx.x / Lanes;
     const int width = r < p.rows ? channels : 0;  // no early return: all lanes of a warp take part in its sums
+    T* out = static_cast<T*>(p.out) + r * p.channels;
     x.read(static_cast<const T*>(p.x) + r * p.channels, width);
+    if constexpr (Add) {
+      add_to(x, added, p.residual ? static_cast<const T*>(p.residual) + r * p.channels : nullptr, out, width);
+      if (!p.gamma) {
+        if constexpr (Keep > 0) each_pack<N, Keep, Lanes>(width, [&](int k, int i) { store_pack(out + i, x.kept[k]); });
+        continue;
+      }
+    }
     float norm;
     const float factor = norm_factor(x, width, channels, norm);
     each_pack<N, Keep, Lanes>(width, [&](int k, int i) {
@@ -77,7 +107,7 @@ __global__ void __launch_bounds__(kChannelThreads) channel_norm_silu_rows(Channe
         if (p.bias) u += b[j];
         v[j] = p.silu ? quotient<T>(u, 1.0f + exp_minus<T>(u)) : u;
       }
-      store(static_cast<T*>(p.out) + r * p.channels + i, v);
+      store(out + i, v);
     });
   }
 }
@@ -187,13 +217,13 @@ __global__ void __launch_bounds__(Keep > 0 ? kChannelThreads : 32)
   }
 }
 
-template <class T>
+template <class T, bool Add>
 static int forward(const ChannelNormSilu& p, void* stream) {
-  const bool vector = p.channels % 8 == 0 && aligned16({p.x, p.gamma, p.bias, p.out});
+  const bool vector = p.channels % 8 == 0 && aligned16({p.x, p.gamma, p.bias, p.out, p.added, p.residual});
   QIF_CHANNEL_VARIANT(p.channels, vector, N, Keep, Lanes, {
     const int64_t blocks = ceil_div(p.rows, kChannelSteps * (kChannelThreads / Lanes));
-    return launch(channel_norm_silu_rows<T, N, Keep, Lanes>, dim3(static_cast<unsigned>(blocks)), dim3(kChannelThreads),
-                  0, stream, p);
+    return launch(channel_norm_silu_rows<T, N, Keep, Lanes, Add>, dim3(static_cast<unsigned>(blocks)),
+                  dim3(kChannelThreads), 0, stream, p);
   })
 }
 
@@ -223,7 +253,7 @@ static int backward(const ChannelNormSiluBackward& p, float* partials, void* str
 
 int channel_norm_silu_forward_cuda(const ChannelNormSilu& p, void*, void* stream) {
   if (!p.rows || !p.channels) return gpu::kSuccess;
-  QIF_DISPATCH_CUDA(p.dtype, T, return gpu::forward<T>(p, stream))
+  QIF_DISPATCH_CUDA(p.dtype, T, return (p.added ? gpu::forward<T, true> : gpu::forward<T, false>)(p, stream))
 }
 
 int64_t channel_norm_silu_backward_scratch(int64_t rows, int64_t channels) {

@@ -59,6 +59,32 @@ def test_gradients_of_the_path_of_cuda(as_on_cuda):
             torch.testing.assert_close(actual[name], grad, rtol=0, atol=1e-9 * grad.abs().max().item(), msg=name)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_sums_of_the_path_of_cuda(dtype, as_on_cuda, monkeypatch):
+    """Without gradients a residual block asks for two passes: the bias of conv1 with norm2, that of conv2 with the
+    residual. No convolution of a block gets a bias; the numbers are those of torch's sums."""
+    ours, _ = pair(dtype)
+    calls, biases = [], []
+    add, conv = vae_conv.add_channel_norm_silu, vae_conv.conv2d
+    monkeypatch.setattr(
+        vae_conv, "add_channel_norm_silu",
+        lambda x, added, residual=None, gamma=None, inplace=False: (
+            calls.append((residual is not None, gamma is not None)) or add(x, added, residual, gamma, inplace)
+        ),
+    )  # fmt: skip
+    monkeypatch.setattr(vae_conv, "conv2d", lambda x, w, b, *rest: biases.append(b) or conv(x, w, b, *rest))
+    block = ours.decoder.mid_block.resnets[0]
+    x = torch.randn(1, block.conv1.weight.shape[1], 6, 5).to(dtype).contiguous(memory_format=torch.channels_last)
+    kept = x.clone()
+    with torch.no_grad():
+        out = block(x)
+    assert calls == [(False, True), (True, False)] and biases == [None, None] and torch.equal(x, kept)
+    expected = block(x)
+    assert len(calls) == 2 and None not in biases[2:]
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out, expected, rtol=4 * eps, atol=4 * eps * expected.abs().max().item())
+
+
 def test_kept_weights_of_the_path_of_cuda(as_on_cuda):
     ours, _ = pair()
     z = latents(1, 4, 1, 2, 3)

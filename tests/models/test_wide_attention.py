@@ -11,12 +11,12 @@ from qwen_image_fast.models import wide_attention
 @pytest.mark.parametrize("rows", [1, 7, 45, 1000])
 def test_chunks(rows, dtype, monkeypatch):
     """Errs little more than torch's kernel, whose probabilities are rounded too; a last chunk may be short."""
-    bmm = torch.bmm
 
-    def product(a, b, out_dtype=None):
-        return bmm(a, b) if out_dtype is None else bmm(a.to(out_dtype), b.to(out_dtype))
+    def product(scores, a, b, out_dtype, beta, alpha, out):
+        assert out is scores and scores.dtype == out_dtype and beta == 0
+        return out.copy_(alpha * torch.bmm(a.to(out_dtype), b.to(out_dtype)))
 
-    monkeypatch.setattr(torch, "bmm", product)
+    monkeypatch.setattr(torch, "baddbmm", product)
     monkeypatch.setattr(wide_attention, "SCORES", rows * 2 * 45)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 45, 384).to(dtype) * n for n in (3, 3, 1))

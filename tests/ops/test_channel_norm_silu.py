@@ -3,7 +3,11 @@ import pytest
 import torch
 from harness import DTYPES, Op
 
-from qwen_image_fast.ops.channel_norm_silu import channel_norm_silu, channel_norm_silu_reference
+from qwen_image_fast.ops.channel_norm_silu import (
+    add_channel_norm_silu,
+    channel_norm_silu,
+    channel_norm_silu_reference,
+)
 
 
 def make(rows, channels, bias=True, silu=True):
@@ -80,6 +84,46 @@ def test_nan_in_nan_out(device):
     x[1, 3] = float("nan")
     out = channel_norm_silu(x, torch.ones(40))
     assert out[1].isnan().any() and out[[0, 2, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [24, 101, 192, 384, 640, 800])
+def test_sums_in_front(channels, dtype, device):
+    """The bits of a sum of torch and the norm behind it; with a residual one rounding less. In place or not."""
+    x, rest = (torch.randn(2, 9, channels).to(dtype) for _ in range(2))
+    added, gamma = torch.randn(channels).to(dtype), torch.randn(channels).to(dtype)
+    total, kept = x + added, x.clone()
+    assert torch.equal(add_channel_norm_silu(x, added), total)
+    assert torch.equal(add_channel_norm_silu(x, added, gamma=gamma), channel_norm_silu(total, gamma))
+    summed = add_channel_norm_silu(x, added, rest)
+    rounded = 1 if device == "cpu" else 0.5  # times, on the way
+    exact = x.double() + added.double() + rest.double()
+    largest = torch.stack([x, added.expand_as(x), rest]).double().abs().sum(0)
+    assert ((summed.double() - exact).abs() <= rounded * torch.finfo(dtype).eps * largest + 1e-6).all()
+    assert torch.equal(add_channel_norm_silu(x, added, rest, gamma), channel_norm_silu(summed, gamma))
+    assert torch.equal(x, kept)
+    assert torch.equal(add_channel_norm_silu(x, added, rest, gamma, inplace=True), channel_norm_silu(summed, gamma))
+    assert device == "cpu" or torch.equal(x, channel_norm_silu(summed, gamma))
+
+
+def test_sums_in_front_have_gradients(device):
+    leaves = [torch.randn(n, 24)[0] if n == 1 else torch.randn(n, 24) for n in (6, 1, 6, 1)]
+    leaves = [t.requires_grad_() for t in leaves]
+    x, added, rest, gamma = leaves
+    ours = torch.autograd.grad(add_channel_norm_silu(x, added, rest, gamma, inplace=True).sum(), leaves)
+    theirs = torch.autograd.grad(channel_norm_silu(x + added + rest, gamma).sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_errors_of_sums_in_front():
+    x, gamma = torch.randn(4, 8), torch.ones(8)
+    for args, text in (
+        ((x, torch.ones(9)), r"added must have one value per channel of x, 8, got \(9,\)"),
+        ((x, gamma, x[:2]), r"residual must be contiguous and have the shape \(4, 8\), got \(2, 8\)"),
+        ((x, gamma, None, torch.ones(7)), "gamma must have one value per channel"),
+    ):
+        with pytest.raises(ValueError, match=f"^add_channel_norm_silu: {text}"):
+            add_channel_norm_silu(*args)
 
 
 @pytest.mark.parametrize("options", [(True, True), (False, False)])

@@ -9,7 +9,13 @@ import torch
 from ptx.cases import KERNELS, LINEAR, convolution, products
 from qwen_image_fast import doctor
 from qwen_image_fast.doctor_cases import as_tuple, functions, inputs
-from qwen_image_fast.ops import gate_residual_norm_modulate, joint_attention, layer_norm_modulate
+from qwen_image_fast.ops import (
+    channel_norm_silu,
+    gate_residual_norm_modulate,
+    joint_attention,
+    layer_norm_modulate,
+)
+from qwen_image_fast.ops.channel_norm_silu import add_channel_norm_silu
 from qwen_image_fast.ops.joint_attention import bounded_attention
 
 OWN = ["layer_norm_modulate", "gate_residual_norm_modulate", "qk_norm_rope", "gelu_tanh", "guided_step",
@@ -58,6 +64,10 @@ def test_every_instantiation(kernels):
                 assert all(o.isfinite().all() for o in outs)
                 if op.endswith("norm_modulate"):
                     functions(op)[0](*(a.detach() for a in args), fp8=True)
+                if op == "channel_norm_silu":
+                    x, gamma, bias = (a.detach() for a in args[:3])
+                    for rest, norm in itertools.product((None, x), (None, gamma)):
+                        assert add_channel_norm_silu(x, bias, rest, norm).isfinite().all()
         if dtype != torch.float32:
             q = torch.randn(9, 2, 32, dtype=dtype, requires_grad=True)
             joint_attention(q, q, q, (4, 5)).float().sum().backward()
@@ -80,6 +90,16 @@ def test_own_in_any_order(op, kernels):
     for seed in SEEDS:
         kernels.module.be(seed=seed)
         assert doctor._judge(op, "interpreted", "cpu", torch.bfloat16, 21, 128).problem is None
+
+
+@pytest.mark.parametrize("channels", [96, 800])
+def test_sums_in_front_of_a_norm_in_any_order(channels, kernels):
+    x, added, gamma = torch.randn(21, channels).bfloat16(), *torch.randn(2, channels).bfloat16()
+    expected = channel_norm_silu(x + added, gamma)
+    for seed in SEEDS:
+        kernels.module.be(seed=seed)
+        assert torch.equal(add_channel_norm_silu(x.clone(), added, gamma=gamma, inplace=True), expected)
+        assert torch.equal(add_channel_norm_silu(x, added, x), (2 * x.float() + added).bfloat16())
 
 
 def test_attention_of_lengths_on_the_device(kernels):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_image_fast.models.hooks import is_bare
-from qwen_image_fast.models.vae_conv import Conv, Convolution, convolve, norm_silu
+from qwen_image_fast.models.vae_conv import Conv, Convolution, convolve, leave_sums, norm_silu
 from qwen_image_fast.models.vae_streams import FrameStream, RowStream, run_in_strips
 from qwen_image_fast.models.wide_attention import wide_attention
 from qwen_image_fast.ops import has_kernels
@@ -121,11 +121,15 @@ class ChannelRMSNormSiLU(ChannelRMSNorm):
     silu = True
 
 
+def are_one_op(norm: ChannelRMSNormSiLU, conv: CausalConv3d, x: Tensor, *between: nn.Dropout) -> bool:
+    """Whether x is an image, nothing of the user's hangs on the two, and what is between them drops nothing."""
+    drops = any(d.training and d.p > 0 for d in between)
+    return not drops and norm.fuses(x) and type(conv) is CausalConv3d and is_bare(norm, *between, conv)
+
+
 def norm_and_convolve(norm: ChannelRMSNormSiLU, conv: CausalConv3d, x: Tensor, stream: Stream) -> Tensor:
-    """conv(norm(x)), in one op for an image where nothing of the user's hangs on the two."""
-    if norm.fuses(x) and type(conv) is CausalConv3d and is_bare(norm, conv):
-        return convolve_rows(conv, x, stream, norm.gamma)
-    return conv(norm(x), stream)
+    """conv(norm(x)), in one op where they are one."""
+    return convolve_rows(conv, x, stream, norm.gamma) if are_one_op(norm, conv, x) else conv(norm(x), stream)
 
 
 class Downsample(nn.Module):
@@ -208,11 +212,12 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
 
     def forward(self, x: Tensor, stream: Stream = None) -> Tensor:
-        h = norm_and_convolve(self.norm1, self.conv1, x, stream)
-        residual = self.conv_shortcut(x)
-        drops = self.training and self.dropout.p > 0
-        bare = type(self.conv2) is CausalConv3d and is_bare(self.norm2, self.dropout, self.conv2)
-        if self.norm2.fuses(h) and bare and not drops:
+        two = are_one_op(self.norm1, self.conv1, x) and are_one_op(self.norm2, self.conv2, x, self.dropout)
+        if two and stream is None and leave_sums(x, self.conv1, self.conv2):
+            h = convolve(self.conv1, x, self.norm1.gamma, biased=False)
+            return convolve(self.conv2, h, self.norm2.gamma, self.conv_shortcut(x), added=self.conv1.bias)
+        h, residual = norm_and_convolve(self.norm1, self.conv1, x, stream), self.conv_shortcut(x)
+        if are_one_op(self.norm2, self.conv2, h, self.dropout):
             return convolve_rows(self.conv2, h, stream, self.norm2.gamma, residual)
         h = self.conv2(self.dropout(self.norm2(h)), stream)
         if isinstance(stream, RowStream):

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from qwen_image_fast.ops import channel_norm_silu, conv2d, conv3x3, has_kernels, pack_conv3x3
+from qwen_image_fast.ops.channel_norm_silu import add_channel_norm_silu
+from qwen_image_fast.ops.conv2d import adds_in_its_kernel
 
 # "auto": Winograd where it is faster; "exact": every sum in the order of a direct convolution.
 Convolution = Literal["auto", "exact"]
@@ -45,6 +47,15 @@ def uses_cuda(conv: Conv, x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cuda")
     )
+
+
+def leave_sums(x: Tensor, *convs: Conv) -> bool:
+    """Whether bias and residual are better added behind these convolutions, by `add_channel_norm_silu`: torch would add
+    them in a pass each. Of gradients torch knows more."""
+    if torch.is_grad_enabled():
+        return False
+    plain = all(c.bias is not None and not adds_in_its_kernel(x, flat_weight(c.weight)) for c in convs)
+    return plain and all(uses_cuda(c, x) for c in convs)
 
 
 # Transformed weights, as long as their parameter lives, with what tells whether it has changed.
@@ -117,6 +128,8 @@ def convolve(
     residual: Tensor | None = None,
     upsample: bool = False,
     pad_rows: bool = True,
+    added: Tensor | None = None,
+    biased: bool = True,
 ) -> Tensor:
     """conv(f(x)) + residual for a 3x3 or 1x1 convolution of stride 1 that keeps height and width.
 
@@ -124,11 +137,13 @@ def convolve(
 
     Args:
         conv: has `weight` [D, C, kh, kw] or [D, C, T, kh, kw], of which the last slice counts, and `bias`.
+        added: [C], which is added to x in front of f: the bias of the convolution that made x with `biased` False,
+            without its bias. Both only where the two convolutions leave sums; x may be overwritten.
     """
     if x.shape[2] <= (0 if pad_rows else 2):
         return x.new_empty(x.shape[0], conv.weight.shape[0], 0, x.shape[3] * (2 if upsample else 1))
     if uses_cuda(conv, x):
-        return _convolve_on_cuda(conv, x, gamma, residual, upsample, pad_rows)
+        return _convolve_on_cuda(conv, x, gamma, residual, upsample, pad_rows, added, biased)
     if not uses_winograd(conv, x):
         return _convolve_directly(conv, x, gamma, residual, upsample, pad_rows)
     weight, rest = flat_weight(conv.weight), None if residual is None else channels_last(residual)
@@ -157,16 +172,27 @@ def pack_conv2d(weight: Tensor, upsample: bool) -> Tensor:
 
 
 def _convolve_on_cuda(
-    conv: Conv, x: Tensor, gamma: Tensor | None, residual: Tensor | None, upsample: bool, pad_rows: bool
+    conv: Conv,
+    x: Tensor,
+    gamma: Tensor | None,
+    residual: Tensor | None,
+    upsample: bool,
+    pad_rows: bool,
+    added: Tensor | None,
+    biased: bool,
 ) -> Tensor:
-    """Norm and SiLU in one kernel; convolution, bias and residual in another where that is faster than cuDNN's.
+    """Norm and SiLU in one kernel; convolution, bias and residual in another where that is faster than cuDNN's. Else
+    the two sums are a pass of their own, or a bias alone goes with the norm behind it.
 
     An upsampled image is made of its four phases, one convolution of the small image with 2x2 taps: fewer than half
     the products, and the large image is written once. "exact" convolves the large one.
     """
     y = channels_last(x)
-    if gamma is not None:
-        y = channel_norm_silu(y, gamma.flatten())
+    gamma = None if gamma is None else gamma.flatten()
+    if added is not None:
+        y = add_channel_norm_silu(y, added, gamma=gamma, inplace=True)
+    elif gamma is not None:
+        y = channel_norm_silu(y, gamma)
     fold = upsample and conv.weight.shape[-2:] == (3, 3) and getattr(conv, "convolution", "auto") == "auto"
     training = torch.is_grad_enabled() and conv.weight.requires_grad
     if training:
@@ -179,18 +205,29 @@ def _convolve_on_cuda(
         y = y.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
         y = y if pad_rows else y[:, 1:-1].contiguous()
     height, width = (k // 2 for k in weight.shape[-2:])
-    rest = None if residual is None else channels_last(residual)
-    out = conv2d(y, weight, conv.bias, rest, (height if pad_rows else 0, width))
+    rest, padding = None if residual is None else channels_last(residual), (height if pad_rows else 0, width)
+    if biased and (conv.bias is None or not leave_sums(x, conv)):
+        return conv2d(y, weight, conv.bias, rest, padding).permute(0, 3, 1, 2)
+    out = conv2d(y, weight, None, None, padding)
+    if biased and conv.bias is not None:
+        out = add_channel_norm_silu(out, conv.bias, rest, inplace=True)
     return out.permute(0, 3, 1, 2)
 
 
 def _join_phases(x: Tensor, weight: Tensor, bias: Tensor | None, pad_rows: bool) -> Tensor:
-    phases = conv2d(x, weight, None if bias is None else bias.repeat(4), None, (1 if pad_rows else 0, 1))
+    """Phases side by side to pixels; without gradients their bias is added on the way."""
+    late = None if torch.is_grad_enabled() else bias
+    before = None if bias is None or late is not None else bias.repeat(4)
+    phases = conv2d(x, weight, before, None, (1 if pad_rows else 0, 1))
     height, width, channels = phases.shape[1] - 1, x.shape[2], phases.shape[3] // 4
     out = x.new_empty(x.shape[0], height, 2, width, 2, channels)
     for phase in range(4):
         p, q = divmod(phase, 2)
-        out[:, :, p, :, q] = phases[:, p : p + height, q : q + width, phase * channels : (phase + 1) * channels]
+        part = phases[:, p : p + height, q : q + width, phase * channels : (phase + 1) * channels]
+        if late is not None:
+            torch.add(part, late, out=out[:, :, p, :, q])
+        else:
+            out[:, :, p, :, q] = part
     return out.view(x.shape[0], 2 * height, 2 * width, channels)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 WIDEST = 256  # of the heads that FlashAttention and cuDNN compute
 SCORES = 1 << 26  # of a chunk, in float32 a quarter of a GB
 # torch 2.8; before, products of 16 bits came in 16 bits.
-_has_wide_products = "out_dtype" in (torch.bmm.__doc__ or "")
+_has_wide_products = "out_dtype" in (torch.baddbmm.__doc__ or "")
 
 
 def wide_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -38,12 +38,10 @@ def _in_chunks(q: Tensor) -> bool:
 def in_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[N, L, C] each -> [N, L, C]."""
     rows = max(1, SCORES // (q.shape[0] * k.shape[1]))
-    out, keys, scale = (
-        torch.empty_like(v, memory_format=torch.contiguous_format),
-        k.transpose(1, 2),
-        q.shape[-1] ** -0.5,
-    )
+    out, keys = torch.empty_like(v, memory_format=torch.contiguous_format), k.transpose(1, 2)
     for chunk, place in zip(q.split(rows, 1), out.split(rows, 1)):
-        scores = torch.bmm(chunk, keys, out_dtype=torch.float32)
-        place.copy_(torch.bmm(scores.mul_(scale).softmax(-1).to(v.dtype), v))
+        scores = q.new_empty(q.shape[0], chunk.shape[1], k.shape[1], dtype=torch.float32)
+        # The product scales its sums; with beta 0 it does not read what it is given to add.
+        torch.baddbmm(scores, chunk, keys, out_dtype=torch.float32, beta=0, alpha=q.shape[-1] ** -0.5, out=scores)
+        place.copy_(torch.bmm(scores.softmax(-1).to(v.dtype), v))
     return out

@@ -1,4 +1,5 @@
-"""The VAE's RMS norm over channels with the SiLU behind it (Qwen-Image VAE, arXiv 2508.02324; the norm of Wan 2.1)."""
+"""The VAE's RMS norm over channels with the SiLU behind it (Qwen-Image VAE, arXiv 2508.02324; the norm of Wan 2.1), and
+the sums in front of it."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from qwen_image_fast.ops import _library as lib
 from qwen_image_fast.ops._library import DTYPE_CODES, pointer
 
-_OP = "channel_norm_silu"
+_OP, _ADD = "channel_norm_silu", "add_channel_norm_silu"
 
 
 def channel_norm_silu(
@@ -36,6 +37,39 @@ def channel_norm_silu(
     return _op(x, gamma, bias, silu)
 
 
+def add_channel_norm_silu(
+    x: Tensor, added: Tensor, residual: Tensor | None = None, gamma: Tensor | None = None, inplace: bool = False
+) -> Tensor:
+    """out = f(x + added + residual): f is `channel_norm_silu` with gamma, or nothing. What a convolution leaves to do.
+
+    On CUDA, where no gradient and no tracing asks for anything, one pass in which the sum is rounded once; elsewhere
+    sums of torch and `channel_norm_silu`.
+
+    Args:
+        x, gamma: as of `channel_norm_silu`. added: [C], like gamma. residual: like x. None for none.
+        inplace: the result may overwrite x.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit together.
+    """
+    _check(x, _ADD, added=added, gamma=gamma)
+    if residual is not None:
+        lib.check_like(_ADD, "residual", residual, x)
+        if residual.shape != x.shape or not residual.is_contiguous():
+            lib.fail(_ADD, "residual", f"be contiguous and have the shape {tuple(x.shape)}", tuple(residual.shape))
+    if lib.use_reference() or not (lib.on_cuda(x) and lib.call_directly(x, added, residual, gamma)):
+        total = x + added if residual is None else x + added + residual
+        return total if gamma is None else channel_norm_silu(total, gamma)
+    out = x if inplace else torch.empty_like(x)
+    if x.numel():
+        channels = x.shape[-1]
+        lib.launch(
+            f"{_ADD}_forward", x, x.data_ptr(), added.data_ptr(), pointer(residual), pointer(gamma), out.data_ptr(),
+            x.numel() // channels, channels, DTYPE_CODES[x.dtype],
+        )  # fmt: skip
+    return out
+
+
 def channel_norm_silu_reference(x: Tensor, gamma: Tensor, bias: Tensor | None = None, silu: bool = True) -> Tensor:
     """The formula in plain PyTorch, in the dtype of x; 16 bit: the norm in float32, as diffusers has it."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -44,20 +78,20 @@ def channel_norm_silu_reference(x: Tensor, gamma: Tensor, bias: Tensor | None = 
     return F.silu(u) if silu else u
 
 
-def _check(x: Tensor, gamma: Tensor, bias: Tensor | None) -> None:
-    lib.check_input(_OP, "x", x)
-    for name, t in (("gamma", gamma), ("bias", bias)):
+def _check(x: Tensor, op: str = _OP, **vectors: Tensor | None) -> None:
+    lib.check_input(op, "x", x)
+    for name, t in vectors.items():
         if t is None:
             continue
-        lib.check_like(_OP, name, t, x)
+        lib.check_like(op, name, t, x)
         if t.shape != x.shape[-1:]:
-            lib.fail(_OP, name, f"have one value per channel of x, {x.shape[-1]}", tuple(t.shape))
+            lib.fail(op, name, f"have one value per channel of x, {x.shape[-1]}", tuple(t.shape))
         if not t.is_contiguous():
-            lib.fail(_OP, name, "be contiguous", f"strides {t.stride()}")
+            lib.fail(op, name, "be contiguous", f"strides {t.stride()}")
 
 
 def _forward(x: Tensor, gamma: Tensor, bias: Tensor | None, silu: bool, out: Tensor | None = None) -> Tensor:
-    _check(x, gamma, bias)
+    _check(x, gamma=gamma, bias=bias)
     if out is None:
         out = torch.empty_like(x)
     if x.numel():
@@ -70,7 +104,7 @@ def _forward(x: Tensor, gamma: Tensor, bias: Tensor | None, silu: bool, out: Ten
 
 
 def _fake(x, gamma, bias, silu):
-    _check(x, gamma, bias)
+    _check(x, gamma=gamma, bias=bias)
     return torch.empty_like(x)
 
 

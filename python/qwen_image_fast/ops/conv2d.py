@@ -51,6 +51,11 @@ def conv2d(
     return _op(x, weight, bias, residual, padding, kernel)
 
 
+def adds_in_its_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether "auto" gives this convolution to the kernel that adds bias and residual to its sums."""
+    return (*weight.shape[1::-1], weight.shape[2]) in FASTER_THAN_CUDNN and obstacle(x, weight, ()) is None
+
+
 def conv2d_reference(
     x: Tensor,
     weight: Tensor,
