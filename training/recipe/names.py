@@ -113,6 +113,18 @@ def check_unused(folder: Path) -> None:
         )
 
 
+def check_apart(run: Curriculum, folder: Path) -> None:
+    """RecipeError where a run's folder lies in its data, which would have the run's sample pictures the next time."""
+    there = folder.resolve()
+    for part in (part for stage in run.stages for part in stage.recipe.data.parts):
+        source = Path(part.source).expanduser()
+        if part.source not in ("", *DRAWN) and source.is_dir() and there.is_relative_to(source.resolve()):
+            raise RecipeError(
+                f"recipe: --out must not be inside of the data, got {folder} in {part.source}: pictures of the run "
+                "would be taken for data; name another folder"
+            )
+
+
 def check_data(run: Curriculum) -> None:
     """RecipeError where data are named that are not there."""
     for stage in run.stages:

@@ -46,10 +46,17 @@ def checked(
 ) -> Curriculum:
     """The run of a recipe, all that it names found, before torch is imported.
 
-    `run_folder`: must hold no run yet.
+    `run_folder`: must hold no run yet, and not lie in the data.
     """
     from qwen_image_fast.training.recipe.curriculum import read_curriculum
-    from qwen_image_fast.training.recipe.names import check_data, check_models, check_start, check_unused, find_recipe
+    from qwen_image_fast.training.recipe.names import (
+        check_apart,
+        check_data,
+        check_models,
+        check_start,
+        check_unused,
+        find_recipe,
+    )
 
     chosen = read_curriculum(find_recipe(recipe), overrides or ())
     check_models(chosen)
@@ -58,6 +65,7 @@ def checked(
         check_data(chosen)
         if run_folder is not None:
             check_unused(run_folder.expanduser())
+            check_apart(chosen, run_folder.expanduser())
     return chosen
 
 
