@@ -16,6 +16,7 @@ from vae_harness import (
     without_float32_upsample,
 )
 
+from qwen_image_fast import accelerate
 from qwen_image_fast.models import vae_conv
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,7 +64,7 @@ def test_gradients_of_the_path_of_cuda(as_on_cuda):
 def test_sums_of_the_path_of_cuda(dtype, as_on_cuda, monkeypatch):
     """Without gradients a residual block asks for two passes: the bias of conv1 with norm2, that of conv2 with the
     residual. No convolution of a block gets a bias; the numbers are those of torch's sums."""
-    ours, _ = pair(dtype)
+    ours, theirs = pair(dtype)
     calls, biases = [], []
     add, conv = vae_conv.add_channel_norm_silu, vae_conv.conv2d
     monkeypatch.setattr(
@@ -79,8 +80,12 @@ def test_sums_of_the_path_of_cuda(dtype, as_on_cuda, monkeypatch):
     with torch.no_grad():
         out = block(x)
     assert calls == [(False, True), (True, False)] and biases == [None, None] and torch.equal(x, kept)
+    accelerate(theirs)
+    with torch.no_grad():
+        assert torch.equal(theirs.decoder.mid_block.resnets[0](x.unsqueeze(2)).squeeze(2), out)
+    assert calls[2:] == calls[:2] and biases == [None] * 4 and torch.equal(x, kept)
     expected = block(x)
-    assert len(calls) == 2 and None not in biases[2:]
+    assert len(calls) == 4 and None not in biases[4:]
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(out, expected, rtol=4 * eps, atol=4 * eps * expected.abs().max().item())
 

@@ -13,7 +13,7 @@ from torch import nn
 from qwen_image_fast.drop_in.swapped import Swapped
 from qwen_image_fast.models.hooks import is_bare
 from qwen_image_fast.models.vae import DecoderOutput
-from qwen_image_fast.models.vae_conv import convolve, norm_silu
+from qwen_image_fast.models.vae_conv import convolve, convolve_twice, norm_silu
 from qwen_image_fast.models.vae_tiling import blended_tiles
 from qwen_image_fast.ops import has_kernels
 
@@ -127,9 +127,8 @@ class FastResidualBlock(Swapped):
     def forward(self, x, feat_cache=None, feat_idx=(0,)):
         if feat_cache is not None or x.shape[2] != 1 or not self._is_known(x):
             return super().forward(x, feat_cache, feat_idx)
-        residual = self.conv_shortcut(x).squeeze(2)
-        h = convolve(self.conv1, x.squeeze(2), self.norm1.gamma)
-        return convolve(self.conv2, h, self.norm2.gamma, residual).unsqueeze(2)
+        gammas, residual = (self.norm1.gamma, self.norm2.gamma), self.conv_shortcut(x).squeeze(2)
+        return convolve_twice((self.conv1, self.conv2), gammas, x.squeeze(2), residual).unsqueeze(2)
 
     def _is_known(self, x):
         norms, convs = (self.norm1, self.norm2), (self.conv1, self.conv2)

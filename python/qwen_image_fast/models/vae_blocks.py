@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_image_fast.models.hooks import is_bare
-from qwen_image_fast.models.vae_conv import Conv, Convolution, convolve, leave_sums, norm_silu
+from qwen_image_fast.models.vae_conv import Conv, Convolution, convolve, convolve_twice, norm_silu
 from qwen_image_fast.models.vae_streams import FrameStream, RowStream, run_in_strips
 from qwen_image_fast.models.wide_attention import wide_attention
 from qwen_image_fast.ops import has_kernels
@@ -213,9 +213,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream = None) -> Tensor:
         two = are_one_op(self.norm1, self.conv1, x) and are_one_op(self.norm2, self.conv2, x, self.dropout)
-        if two and stream is None and leave_sums(x, self.conv1, self.conv2):
-            h = convolve(self.conv1, x, self.norm1.gamma, biased=False)
-            return convolve(self.conv2, h, self.norm2.gamma, self.conv_shortcut(x), added=self.conv1.bias)
+        if two and stream is None:
+            gammas = self.norm1.gamma, self.norm2.gamma
+            return convolve_twice((self.conv1, self.conv2), gammas, x, self.conv_shortcut(x))
         h, residual = norm_and_convolve(self.norm1, self.conv1, x, stream), self.conv_shortcut(x)
         if are_one_op(self.norm2, self.conv2, h, self.dropout):
             return convolve_rows(self.conv2, h, stream, self.norm2.gamma, residual)

@@ -154,6 +154,13 @@ def convolve(
     return out.permute(0, 3, 1, 2)
 
 
+def convolve_twice(convs: tuple[Conv, Conv], gammas: tuple[Tensor, Tensor], x: Tensor, residual: Tensor) -> Tensor:
+    """conv2(f2(conv1(f1(x)))) + residual, of whole images; the norm in between may take the bias of conv1 along."""
+    late = leave_sums(x, *convs)
+    h = convolve(convs[0], x, gammas[0], biased=not late)
+    return convolve(convs[1], h, gammas[1], residual, added=convs[0].bias if late else None)
+
+
 # Along one axis, what the two phases of an upsampled image see of the small one: (w0, w1 + w2) of rows i - 1 and i,
 # (w0 + w1, w2) of rows i and i + 1.
 _FOLDS = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
