@@ -3,14 +3,13 @@
     python examples/lora_demo.py            # everything is in outputs/lora-demo
     python examples/lora_demo.py --small    # the same, too short to learn much
 
-Twelve pictures of a made-up sign become a LoRA, which draws it on prompts that it has not seen; beside them stand drawn
-words without the sign, so that the model keeps what it could. Pairs of pictures, plain and framed, become an edit LoRA.
-Pixels are judged, words are read: training/evaluation/novelties.py.
+Twelve pictures of a made-up sign become a LoRA, which draws it on prompts that it has not seen. Pairs, plain and
+framed, become an edit LoRA. Beside both stand drawn words, so that the model keeps what it could. Pixels are judged:
+what is new by training/evaluation/novelties.py, what the model could before by its own test, TinyEval.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -25,36 +24,35 @@ from PIL import Image, ImageDraw
 from qwen_image_fast import QwenImageEditPlusPipeline, QwenImagePipeline
 from qwen_image_fast.folders import SHIPPED
 from qwen_image_fast.training.compare import compare
-from qwen_image_fast.training.evaluation import evaluate_text
-from qwen_image_fast.training.evaluation.cases import held_out_cases
+from qwen_image_fast.training.evaluation import tiny_cases, tiny_eval
 from qwen_image_fast.training.evaluation.novelties import is_framed, is_sigil, likeness
-from qwen_image_fast.training.evaluation.ocr import Reader
-from qwen_image_fast.training.evaluation.text_metrics import summarise
 from qwen_image_fast.training.run import train
 from qwen_image_fast.training.synthesis import novelties, tiny
+from qwen_image_fast.training.synthesis.recipe import EDITS
 from qwen_image_fast.training.tasks.grid import grid
 
 SIZE, SEED = 128, 5
 CALL = {"height": SIZE, "width": SIZE, "num_inference_steps": 20, "true_cfg_scale": 1.0, "output_type": "np"}
 # What the tiny model was trained on, drawn anew. At such captions the model without the LoRA teaches (keep), so that it
-# stays what it is.
+# stays what it is: of pictures half are shapes, which a LoRA beside words alone forgets.
 WORDS = tiny(size=SIZE, random_strings=0.2, natural=0.2, max_lines=1, max_letters=6)
-REGULAR = (
-    "{source: synthesis, options: {preset: tiny, size: 128, random_strings: 0.2, natural: 0.2, "
-    "max_lines: 1, max_letters: 6}, keep: true}"
-)
+DRAWN = "preset: tiny, size: 128, random_strings: 0.2, natural: 0.2, max_lines: 1, max_letters: 6"
+KEPT = "{{source: synthesis, options: {{{}}}, keep: true, loss_weight: 5}}"
+PICTURES, EDITS_OF_WORDS = KEPT.format(DRAWN + ", shapes: 1, arranged: 0.5"), KEPT.format(DRAWN)
 # A frame is new at every noise level and drawn by the MLPs too.
 FRAMING = ["lora.targets=[attention, mlp, text]", "sigma.mean=0.3"]
 
 
-def drawn(pipe: Any, prompts: Sequence[str]) -> list[np.ndarray]:
-    made = pipe(list(prompts), seed=SEED, progress=False, **CALL).images
+def drawn(pipe: Any, prompts: Sequence[str], seed: int = SEED) -> list[np.ndarray]:
+    made = pipe(list(prompts), seed=seed, progress=False, **CALL).images
     return [(np.asarray(image) * 255).round().astype(np.uint8) for image in made]
 
 
-def edited(pipe: Any, pictures: Sequence[np.ndarray], instructions: Sequence[str]) -> list[np.ndarray]:
+def edited(
+    pipe: Any, pictures: Sequence[np.ndarray], instructions: Sequence[str], seed: int = SEED
+) -> list[np.ndarray]:
     given = [[Image.fromarray(picture)] for picture in pictures]
-    made = pipe(given, list(instructions), seed=SEED, progress=False, **CALL).images
+    made = pipe(given, list(instructions), seed=seed, progress=False, **CALL).images
     return [(np.asarray(image) * 255).round().astype(np.uint8) for image in made]
 
 
@@ -66,12 +64,27 @@ def as_the_vae_gives(pipe: Any, picture: np.ndarray) -> np.ndarray:
     return ((decoded.float().permute(1, 2, 0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
 
 
-def words_read(pipe: Any, count: int) -> float:
-    """The share of held-out words that can be read in the pictures of their captions: the model's own test."""
-    cases = held_out_cases(dataclasses.replace(WORDS, random_strings=0.0), count)
-    call = {name: value for name, value in CALL.items() if name != "output_type"}
-    results = evaluate_text.evaluate(evaluate_text.drawn_by(pipe, **call), cases, WORDS, Reader())
-    return summarise([result.score for result in results]).exact
+def pictures_right(pipe: Any, count: int) -> dict[str, int]:
+    """TinyEval of pictures: how many of `count` of each task are right."""
+    found = {}
+    for task in tiny_cases.PICTURES:
+        judged = tiny_eval.run_pictures(
+            lambda part, first: drawn(pipe, [one.prompt for one in part], first), tiny_cases.pictures(task, count)
+        )
+        found[task] = sum(one.fault is None for one in judged)
+    return found
+
+
+def edits_right(pipe: Any, count: int) -> dict[str, int]:
+    """TinyEval of edits: how many of `count` of each kind are right."""
+    found = {}
+    for kind in EDITS:
+        judged = tiny_eval.run_edits(
+            lambda part, first: edited(pipe, [p.source for p in part], [p.instruction for p in part], first),
+            tiny_cases.edits(kind, count),
+        )
+        found[kind] = sum(one.fault is None for one in judged)
+    return found
 
 
 def sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], path: Path) -> None:
@@ -86,41 +99,44 @@ def sheet(rows: Sequence[tuple[str, Sequence[np.ndarray]]], path: Path) -> None:
     Image.fromarray(np.concatenate(strips)).save(path)
 
 
-def sign_lora(out: Path, steps: int, unseen: int, words: int) -> dict[str, Any]:
-    others = novelties.write_sigils(out / "pictures")
-    asked = others[:unseen]
+def taught(name: str, changes: Sequence[str], out: Path) -> dict[str, float]:
+    """Train, and say what it took: seconds, and those of the processor."""
+    start, used = time.perf_counter(), time.process_time()
+    train(name, ["model.folder=tiny", *changes], out)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - used
+    return {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1)}
+
+
+def sign_lora(out: Path, steps: int, unseen: int, count: int, seed: int) -> dict[str, Any]:
+    asked = novelties.write_sigils(out / "pictures")[:unseen]
     prompts = [novelties.sigil_caption(*colours) for colours in asked]
     pipe = QwenImagePipeline.from_pretrained(SHIPPED)
-    before, read_before = drawn(pipe, prompts), words_read(pipe, words)
-    start = time.perf_counter()
-    mixture = f"data.mixture=[{{source: {out / 'pictures'}, tasks: {{t2i: 1}}}}, {REGULAR}]"
-    changes = ["model.folder=tiny", mixture, f"steps={steps}", "log.prompts=[the sigil in red on a black ground]"]
-    train("lora", changes, out / "sign")
-    seconds = time.perf_counter() - start
+    before, could = drawn(pipe, prompts), pictures_right(pipe, count)
+    mixture = f"data.mixture=[{{source: {out / 'pictures'}, tasks: {{t2i: 1}}}}, {PICTURES}]"
+    changes = [mixture, f"steps={steps}", f"seed={seed}", "log.prompts=[the sigil in red on a black ground]"]
+    took = taught("lora", changes, out / "sign")
     pipe.load_lora_weights(out / "sign" / "model")
-    after, read_after = drawn(pipe, prompts), words_read(pipe, words)
+    after = drawn(pipe, prompts)
     sheet([("ten of the twelve pictures", [novelties.sigil(*colours) for colours in novelties.sigil_colours()[:10]]),
            ("unseen prompts, before", before[:10]), ("unseen prompts, with the LoRA", after[:10])],
           out / "sign.png")  # fmt: skip
     return {
-        "pictures": 12, "steps": steps, "seconds": round(seconds, 1), "prompts": len(asked),
-        "sign_right": sum(is_sigil(image, *colours) for image, colours in zip(after, asked)),
+        "pictures": 12, "steps": steps, **took, "prompts": len(asked),
+        "right": sum(is_sigil(image, *colours) for image, colours in zip(after, asked)),
         "likeness_before": round(float(np.mean([likeness(image) for image in before])), 3),
         "likeness": round(float(np.mean([likeness(image) for image in after])), 3),
-        "words": words, "words_read_before": read_before, "words_read": read_after,
+        "own_test": own_test(count, could, pictures_right(pipe, count)),
     }  # fmt: skip
 
 
-def edit_lora(out: Path, steps: int, pairs: int, unseen: int) -> dict[str, Any]:
+def edit_lora(out: Path, steps: int, pairs: int, unseen: int, count: int, seed: int) -> dict[str, Any]:
     novelties.write_frames(out / "pairs", novelties.frame_edits(WORDS, pairs, seed=1))
     asked = novelties.frame_edits(WORDS, unseen, seed=2)
     pictures, instructions = [edit[0] for edit in asked], [edit[2] for edit in asked]
     pipe = QwenImageEditPlusPipeline.from_pretrained(SHIPPED)
-    before = edited(pipe, pictures, instructions)
-    start = time.perf_counter()
-    changes = ["model.folder=tiny", f"data.source={out / 'pairs'}", f"steps={steps}", *FRAMING]
-    train("edit-lora", changes, out / "frame")
-    seconds = time.perf_counter() - start
+    before, could = edited(pipe, pictures, instructions), edits_right(pipe, count)
+    mixture = f"data.mixture=[{{source: {out / 'pairs'}}}, {EDITS_OF_WORDS}]"
+    took = taught("edit-lora", [mixture, f"steps={steps}", f"seed={seed}", *FRAMING], out / "frame")
     pipe.load_lora_weights(out / "frame" / "model")
     after = edited(pipe, pictures, instructions)
     sheet([("unseen pictures", pictures[:10]), ("frame it in a colour, before", before[:10]),
@@ -133,29 +149,41 @@ def edit_lora(out: Path, steps: int, pairs: int, unseen: int) -> dict[str, Any]:
         return sum(is_framed(image, picture, after, colour) for image, picture, (_, after, _, colour) in edits)
 
     return {
-        "pairs": pairs, "steps": steps, "seconds": round(seconds, 1), "pictures": unseen,
-        "framed_before": right(before), "framed": right(after),
+        "pairs": pairs, "steps": steps, **took, "pictures": unseen, "right_before": right(before),
+        "right": right(after), "own_test": own_test(count, could, edits_right(pipe, count)),
     }  # fmt: skip
+
+
+def own_test(count: int, before: dict[str, int], after: dict[str, int]) -> dict[str, Any]:
+    """Of `count` pictures of each task, and of all, how many are right without and with a LoRA."""
+    of, right = count * len(before), (sum(before.values()), sum(after.values()))
+    return {"of_each": count, "of": of, "before": right[0], "after": right[1],
+            "tasks": {task: [before[task], after[task]] for task in before}}  # fmt: skip
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder of everything that is made.")] = Path("outputs/lora-demo"),
     small: Annotated[bool, typer.Option("--small", help="Smaller and shorter.")] = False,
+    count: Annotated[int, typer.Option(help="Pictures of each task of the model's own test.", min=1)] = 20,
+    seed: Annotated[int, typer.Option(help="Of the training.")] = 0,
 ) -> None:
     """Train both, and say what they can do."""
     if out.exists():
         raise SystemExit(f"{out} is already there: remove it, or choose another folder with --out")
+    count = 1 if small else count
     found = {
-        "sign": sign_lora(out, *((40, 4, 4) if small else (350, 20, 100))),
-        "frame": edit_lora(out, *((20, 6, 4) if small else (300, 24, 20))),
+        "sign": sign_lora(out, *((40, 4) if small else (350, 20)), count, seed),
+        "frame": edit_lora(out, *((20, 6, 4) if small else (400, 24, 20)), count, seed),
     }
     (out / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     sign, frame = found["sign"], found["frame"]
+    print(f"the sign: {sign['right']} of {sign['prompts']} unseen prompts right, {sign['seconds']:.0f} s of training")
     print(
-        f"the sign: {sign['sign_right']} of {sign['prompts']} unseen prompts right, {sign['seconds']:.0f} s of training"
+        f"framed: {frame['right']} of {frame['pictures']} unseen pictures, {frame['right_before']} before, "
+        f"{frame['seconds']:.0f} s of training"
     )
-    print(f"words that can be read: {sign['words_read_before']:.1%} before, {sign['words_read']:.1%} with the LoRA")
-    print(f"framed: {frame['framed']} of {frame['pictures']} unseen pictures, {frame['framed_before']} before")
+    for what, test in (("pictures", sign["own_test"]), ("edits", frame["own_test"])):
+        print(f"{what} of its own test: {test['before']} of {test['of']} before, {test['after']} with the LoRA")
     print(f"look at {out / 'sign.png'}, {out / 'frame.png'}, and at {compare(out / 'sign')}")
 
 

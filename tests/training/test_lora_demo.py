@@ -20,6 +20,9 @@ def test_it_teaches_both(tmp_path, monkeypatch):
     __import__("lora_demo").main(tmp_path / "out", small=True)
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["sign"]["likeness"] > found["sign"]["likeness_before"] + 0.02
+    kept = [found[name]["own_test"] for name in ("sign", "frame")]
+    assert [test["of"] for test in kept] == [5, 7]
+    assert all(0 < test["before"] == sum(before for before, _ in test["tasks"].values()) for test in kept)
     assert (tmp_path / "out" / "sign" / "loras").is_dir() and (tmp_path / "out" / "frame" / "loras").is_dir()
     for name in ("sign", "frame"):
         with Image.open(tmp_path / "out" / f"{name}.png") as picture:
