@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 COUNTS = Path(__file__).with_name("gpu_counts.json")
+BUDGET = Path(__file__).parents[1] / "tests" / "compile_cuda" / "budget.json"
 WIDTH, BLOCKS = 3072, 60
 TEXT = (64, 16)  # tokens of the prompt and of the negative prompt, as gpu_bench has them
 
@@ -224,7 +225,36 @@ def section(results: list[dict[str, Any]]) -> str:
                           f"{k['instructions'] * 32 / k['bytes']:.2f}", f"{of_copy(k, size, machine):.0%}"]  # fmt: skip
             rows.append(cells)
     names = ["registers", "threads", "waits", "instructions a byte", "of a copy"]
-    return text + KERNELS + table(["op", "", *[f"{n} {s}" for s in ("before:", "now:") for n in names]], rows)
+    text += KERNELS + table(["op", "", *[f"{n} {s}" for s in ("before:", "now:") for n in names]], rows)
+    return text + integers()
+
+
+# Bytes of shared memory that the launch of a kernel asks for, at the released model's widths, and threads.
+INTEGERS = {
+    "int8_rows_row<BFloat16, true>": ("rotate and round, 3072 wide", 4 * 3072, 192),
+    "linear_int8_tile<BFloat16, false>": ("products, weights in 8 bits", 3 * 16 * 1024, 128),
+    "linear_int8_tile<BFloat16, true>": ("products, weights in 4 bits", 3 * (8192 + 8 * 576), 128),
+}
+
+
+def integers() -> str:
+    """The kernels of 8-bit layers: what they take of a multiprocessor."""
+    budget = json.loads(BUDGET.read_text(encoding="utf-8"))
+    rows = []
+    for kernel, (what, shared, threads) in INTEGERS.items():
+        registers = [budget[architecture][kernel][0] for architecture in ("sm_80", "sm_90a", "sm_100a")]
+        facts = {"registers": registers[1], "threads": threads, "shared": shared + budget["sm_90a"][kernel][1]}
+        rows.append([what, *map(str, registers), f"{shared / 1024:.1f}", str(threads), str(resident(facts))])
+    head = [
+        "",
+        "registers, sm_80",
+        "sm_90a",
+        "sm_100a",
+        "shared memory, KiB",
+        "threads",
+        "blocks on a processor of sm_90a",
+    ]
+    return INTEGERS_HEAD + table(head, rows)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -258,6 +288,11 @@ KERNELS = """
 The kernels, in bfloat16 at 4096 tokens (channel_norm_silu: 512 x 512 pixels): registers of a thread, threads on a
 processor, waits of a block for memory one after another, instructions of a thread for each byte, and the speed as a
 share of a copy's.
+"""
+
+INTEGERS_HEAD = """
+The kernels of layers in 8 bits, in bfloat16, as compiled. No time is estimated: at what rate `mma.sync` multiplies
+integers on this GPU is not known here.
 """
 
 if __name__ == "__main__":

@@ -71,6 +71,14 @@ QIF_INLINE float from_bits(uint32_t bits) {
 #endif
 }
 
+QIF_INLINE uint32_t to_bits(float v) {
+#if defined(QIF_EMULATED)
+  return emulator::bit_cast<uint32_t>(v);
+#else
+  return __float_as_uint(v);
+#endif
+}
+
 QIF_INLINE void widen2(BFloat16, uint32_t word, float& low, float& high) {
   low = from_bits(word << 16);
   high = from_bits(word & 0xffff0000u);
@@ -100,30 +108,32 @@ QIF_INLINE uint32_t narrow2(Half, float low, float high) {
 // ---- packs: N consecutive values, as they lie in memory
 // --------------------------------------------------------------
 
-struct alignas(16) Word4 {
-  uint32_t w[4];
+template <int Count>
+struct alignas(4 * Count) Words {
+  uint32_t w[Count];
 };
+using Word4 = Words<4>;
 
-// N is 8 (16-byte accesses; `p` aligned to 16 bytes) or 1.
+// N is 8 (16-byte accesses; `p` aligned to 16 bytes), 4 or 2 (one access; aligned to its size, at most 16 bytes) or 1.
 template <class T, int N>
 struct Pack {
-  uint32_t w[N * sizeof(T) < 4 ? 1 : N * sizeof(T) / 4];
+  static constexpr int kWords = N * sizeof(T) < 4 ? 1 : N * sizeof(T) / 4;
+  uint32_t w[kWords];
 };
 
 template <int N, class T>
 QIF_INLINE Pack<T, N> load_pack(const T* p) {
-  Pack<T, N> pack;
-  if constexpr (N == 1) {
-    if constexpr (sizeof(T) == 2)
-      pack.w[0] = load_global(reinterpret_cast<const uint16_t*>(p));
-    else
-      pack.w[0] = load_global(reinterpret_cast<const uint32_t*>(p));
+  using P = Pack<T, N>;
+  constexpr int kAccess = P::kWords < 4 ? P::kWords : 4;
+  P pack;
+  if constexpr (N * sizeof(T) < 4) {
+    pack.w[0] = load_global(reinterpret_cast<const uint16_t*>(p));
   } else {
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(N * sizeof(T) / 16); ++i) {
-      const Word4 four = load_global(reinterpret_cast<const Word4*>(p) + i);
+    for (int i = 0; i < P::kWords / kAccess; ++i) {
+      const Words<kAccess> words = load_global(reinterpret_cast<const Words<kAccess>*>(p) + i);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) pack.w[4 * i + j] = four.w[j];
+      for (int j = 0; j < kAccess; ++j) pack.w[kAccess * i + j] = words.w[j];
     }
   }
   return pack;
@@ -131,18 +141,17 @@ QIF_INLINE Pack<T, N> load_pack(const T* p) {
 
 template <class T, int N>
 QIF_INLINE void store_pack(T* p, const Pack<T, N>& pack) {
-  if constexpr (N == 1) {
-    if constexpr (sizeof(T) == 2)
-      store_global(reinterpret_cast<uint16_t*>(p), static_cast<uint16_t>(pack.w[0]));
-    else
-      store_global(reinterpret_cast<uint32_t*>(p), pack.w[0]);
+  using P = Pack<T, N>;
+  constexpr int kAccess = P::kWords < 4 ? P::kWords : 4;
+  if constexpr (N * sizeof(T) < 4) {
+    store_global(reinterpret_cast<uint16_t*>(p), static_cast<uint16_t>(pack.w[0]));
   } else {
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(N * sizeof(T) / 16); ++i) {
-      Word4 four;
+    for (int i = 0; i < P::kWords / kAccess; ++i) {
+      Words<kAccess> words;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) four.w[j] = pack.w[4 * i + j];
-      store_global(reinterpret_cast<Word4*>(p) + i, four);
+      for (int j = 0; j < kAccess; ++j) words.w[j] = pack.w[kAccess * i + j];
+      store_global(reinterpret_cast<Words<kAccess>*>(p) + i, words);
     }
   }
 }
@@ -167,13 +176,7 @@ QIF_INLINE Pack<T, N> narrow(const float (&v)[N]) {
   Pack<T, N> pack;
   if constexpr (sizeof(T) == 4) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-#if defined(QIF_EMULATED)
-      pack.w[i] = emulator::bit_cast<uint32_t>(v[i]);
-#else
-      pack.w[i] = __float_as_uint(v[i]);
-#endif
-    }
+    for (int i = 0; i < N; ++i) pack.w[i] = to_bits(v[i]);
   } else if constexpr (N == 1) {
     pack.w[0] = narrow2(T{}, v[0], 0.0f);
   } else {
@@ -212,6 +215,23 @@ QIF_INLINE float quotient(float a, float b) {
   return a / b;
 }
 constexpr float kLargestExponent = 87.0f;  // exp of it is still such a `b`: 6e37 < 2^126
+
+// ---- one rounding for each operation, as in the CPU's kernels: no product and sum become one -----------------------
+
+QIF_INLINE float times(float a, float b) {
+#if defined(QIF_EMULATED)
+  return a * b;
+#else
+  return __fmul_rn(a, b);
+#endif
+}
+QIF_INLINE float plus(float a, float b) {
+#if defined(QIF_EMULATED)
+  return a + b;
+#else
+  return __fadd_rn(a, b);
+#endif
+}
 
 // ---- sums: the same order in every run
 // -------------------------------------------------------------------------------

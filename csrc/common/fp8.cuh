@@ -13,14 +13,6 @@ struct Fp8Rows {
   float* scales;    // [rows]
 };
 
-QIF_INLINE uint32_t to_bits(float v) {
-#if defined(QIF_EMULATED)
-  return emulator::bit_cast<uint32_t>(v);
-#else
-  return __float_as_uint(v);
-#endif
-}
-
 // To the nearest, ties to even; NaN stays NaN, and what is larger than 448 becomes 448. By integer arithmetic, as GPUs
 // before sm_89 and the emulator need it.
 QIF_INLINE uint32_t e4m3_bits(float v) {

@@ -89,6 +89,34 @@ QIF_INLINE void multiply_add(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f
 #endif
 }
 
+// The same of 8-bit values, four a word, unsigned in A and signed in B, with a depth of 32 (m16n8k32), summed exactly:
+//   A: rows as above; columns 4t to 4t + 3 in words 0 and 1, 4t + 16 to 4t + 19 in words 2 and 3
+//   B: rows 4t to 4t + 3 in word 0, 4t + 16 to 4t + 19 in word 1; column g
+// load_matrices, not transposed, gives A its words of two tiles of 16 bytes beside each other.
+QIF_INLINE void multiply_add(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int32_t (&c)[4]) {
+#if defined(QIF_EMULATED)
+  emulator::multiply_add(a, {b0, b1}, c);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// Byte i is the one of the eight of low and high that bits 4i to 4i + 2 of `selectors` name, or, with bit 4i + 3, eight
+// times its highest bit.
+QIF_INLINE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selectors) {
+#if defined(QIF_EMULATED)
+  return emulator::permute_bytes(low, high, selectors);
+#else
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selectors));
+  return bytes;
+#endif
+}
+
 // 2^x, to two units in the last place; 2^-inf is 0.
 QIF_INLINE float exp2_approximate(float x) {
 #if defined(QIF_EMULATED)

@@ -13,9 +13,12 @@
 // A row whose largest magnitude is below 1e-30 is zero; one that is not finite has a scale that is not.
 // Values are written in tiles, as the products read them: [rows / 16][width / 64][16][64], of rows and width filled up
 // to whole tiles; what is filled up is left as it is.
+// Every operation is one of IEEE's, in a stated order, and GELU's exponential a polynomial of our own: CPUs and GPUs
+// get the same bits. On a GPU, where a row lies in shared memory, it is at most kInt8MostWidth wide.
 // Traffic: x once, a quarter or half of that written.
 #pragma once
 #include "common/cpu_dispatch.h"
+#include "common/cuda_dispatch.h"
 
 namespace qif {
 
@@ -31,6 +34,9 @@ struct Int8Rows {
   int dtype;  // not float64
 };
 
+constexpr int64_t kInt8MostWidth = 24576;
+
 QIF_DECLARE_CPU(int8_rows, Int8Rows)
+QIF_DECLARE_CUDA(int8_rows, Int8Rows)
 
 }  // namespace qif

@@ -11,9 +11,14 @@
 // Weights in 4 bits (int4_tile.h) become integers of 8, two panels of 16 columns and kDeep tiles of the depth at a
 // time, in the first-level cache: once for each block of some hundred rows.
 //
+// On a GPU the same tiles are the operands of mma.m16n8k32, and the same operations follow: the same bits again.
+//
 // Traffic: rows once, weights once for each block of some hundred rows; 2 * rows * columns * depth operations.
 #pragma once
+#include <vector>
+
 #include "common/cpu_dispatch.h"
+#include "common/cuda_dispatch.h"
 #include "kernels/int8_rows.h"
 
 namespace qif {
@@ -46,6 +51,8 @@ struct Int8Pack {
 };
 
 QIF_DECLARE_CPU(int8_pack, Int8Pack)
+
+QIF_DECLARE_CUDA(linear_int8, std::vector<Int8Product>)
 
 // The units that multiply, the best last; one for each build of linear_int8_unit.cpp.
 enum class Int8Unit { kPlain, kAvx2, kAvxVnni, kAvx512Vnni, kAmx };

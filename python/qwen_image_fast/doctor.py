@@ -49,7 +49,8 @@ def environment() -> dict[str, str]:
         "CPU capability of torch": torch.backends.cpu.get_cpu_capability(),
         "qwen-image-fast": f"{info['version']}, built with {info['compiler']}, {info['openmp_threads']} OpenMP threads",
         "CPU kernels": f"{', '.join(info['cpu_kernels'])} compiled; {info['cpu_in_use']} in use",
-        "8-bit products": f"{', '.join(info['int8_units'])} on this CPU; {info['int8_units'][-1]} in use",
+        "8-bit products": f"{', '.join(info['int8_units'])} on this CPU; {info['int8_units'][-1]} in use; on a GPU "
+        + ("tensor cores" if info["cuda_architectures"] else "none, as this build has no CUDA kernels"),
         "CUDA kernels": architectures,
         "CUDA": _cuda(),
     }

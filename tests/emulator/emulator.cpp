@@ -441,6 +441,39 @@ void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&c)[4],
   meet(0xffffffffu, &own, run, "mma", {__FILE__, __LINE__});
 }
 
+void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2], int32_t (&c)[4]) {
+  struct Product {
+    const uint32_t *a, *b;
+    int32_t* c;
+  } own{a, b, c};
+  auto run = [](void* const* products, uint32_t) {
+    if (!products[31]) fail("mma needs a whole warp");
+    uint8_t left[16][32];
+    int8_t right[8][32];
+    for (int l = 0; l < 32; ++l) {
+      const Product& p = *static_cast<Product*>(products[l]);
+      for (int w = 0; w < 4; ++w) std::memcpy(&left[l / 4 + w % 2 * 8][l % 4 * 4 + w / 2 * 16], &p.a[w], 4);
+      for (int w = 0; w < 2; ++w) std::memcpy(&right[l / 4][l % 4 * 4 + w * 16], &p.b[w], 4);
+    }
+    for (int i = 0; i < 128; ++i) {
+      const int l = i / 4, row = l / 4 + i % 4 / 2 * 8, column = l % 4 * 2 + i % 2;
+      for (int k = 0; k < 32; ++k) static_cast<Product*>(products[l])->c[i % 4] += left[row][k] * right[column][k];
+    }
+  };
+  meet(0xffffffffu, &own, run, "mma", {__FILE__, __LINE__});
+}
+
+uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selectors) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  uint32_t found = 0;
+  for (int i = 0; i < 4; ++i) {
+    const int selector = selectors >> 4 * i & 15;
+    const int8_t byte = static_cast<int8_t>(bytes >> 8 * (selector & 7));
+    found |= static_cast<uint32_t>(static_cast<uint8_t>(selector & 8 ? byte >> 7 : byte)) << 8 * i;
+  }
+  return found;
+}
+
 float widen_half(uint16_t bits) { return qif::host::widen(qif::Half{bits}); }
 uint16_t narrow_half(float value) {
   qif::Half h;

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from qwen_image_fast import _C, QwenImagePipeline, reference
+from qwen_image_fast.folders import SHIPPED
 from qwen_image_fast.models import side_stream
+from qwen_image_fast.models.int8_linear import Int8Linear
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.ops import linear_kernels
 
@@ -59,6 +61,29 @@ def test_text_beside_the_image(monkeypatch):
         monkeypatch.setattr(side_stream, "both", lambda main, beside, on: (main(), beside()))
         expected = model(**called)[0]
     assert all(torch.equal(r, expected) for r in results)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_layers_in_8_bits(precision):
+    """Of the shipped model every such layer: the bits of the CPU, alone and where a block's layers are one launch."""
+    model = QwenImageTransformer2DModel.from_pretrained(
+        SHIPPED, subfolder="transformer", torch_dtype=torch.bfloat16, precision=precision
+    )
+    layers = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
+    x = [torch.randn(50, layer.in_features).bfloat16() for layer in layers]
+    called = dict(
+        hidden_states=torch.randn(2, 30, 64).bfloat16(), encoder_hidden_states=torch.randn(2, 7, 128).bfloat16(),
+        timestep=torch.tensor([0.3, 0.8]).bfloat16(), img_shapes=[[(1, 6, 5)]] * 2, return_dict=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        expected = [layer(t) for layer, t in zip(layers, x)]
+        velocity = model(**called)[0].double()
+        model.to("cuda")
+        assert all(torch.equal(layer(t.cuda()).cpu(), y) for layer, t, y in zip(layers, x, expected))
+        there = {name: t.cuda() if torch.is_tensor(t) else t for name, t in called.items()}
+        found = model(**there)[0].cpu().double()
+        assert (found - velocity).norm() < 0.02 * velocity.norm()
+        assert model.to("cpu")(**called)[0].double().equal(velocity)
 
 
 def test_pipeline(tiny_folder):

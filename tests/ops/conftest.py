@@ -52,6 +52,12 @@ def device(request):
         yield name
 
 
+@pytest.fixture(params=DEVICES[1:])
+def cuda(request):
+    """Where CUDA kernels run: the device's name, and a function that enters it, for tests that compare with a CPU."""
+    return request.param, lambda: on_device(request.param, request)
+
+
 @pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request):
     """Every set of CPU kernels that this machine can run."""

@@ -129,6 +129,8 @@ def test_packing_is_undone():
         weight = Int8Weight.of(numbers, torch.rand(1), 1)
         assert torch.equal(weight.values(), numbers) and torch.equal(weight.sums, numbers.sum(1, dtype=torch.int32))
         assert weight.scales.shape == (columns,)
+        for ours, theirs in zip(_int8.pack_by_torch(numbers), (weight.packed, weight.sums), strict=True):  # as on a GPU
+            assert torch.equal(ours, theirs)
 
 
 def test_empty():

@@ -61,6 +61,15 @@ constexpr auto insert = [](uint32_t a, uint32_t b, uint32_t from, uint32_t count
   const uint32_t mask = static_cast<uint32_t>(((uint64_t{1} << std::min(count, 32u)) - 1) << std::min(from, 32u));
   return (b & ~mask) | (static_cast<uint32_t>(uint64_t{a} << std::min(from, 32u)) & mask);
 };
+constexpr auto permute = [](uint32_t low, uint32_t high, uint32_t selectors) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  uint32_t found = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t selector = selectors >> 4 * i & 15, byte = bytes >> 8 * (selector & 7) & 255;
+    found |= (selector & 8 ? 255 * (byte >> 7) : byte) << 8 * i;
+  }
+  return found;
+};
 constexpr auto root = [](float a) { return std::sqrt(a); };
 constexpr auto reciprocal = [](float a) { return 1.0f / a; };
 constexpr auto quotient = [](float a, float b) { return a / b; };
@@ -187,6 +196,7 @@ Table make_table() {
   bits<uint16_t>(t, "b16");
   bits<uint32_t>(t, "b32");
   bits<uint64_t>(t, "b64");
+  put(t, "f32", "mul.rn.", each<mul, float, float>, "add.rn.", each<add, float, float>);
   put(t, "f32", "mul.", each<mul, float, float>, "fma.rn.", each<fma, float, float, float>, "fma.rm.",
       each<fma_down, float, float, float>, "abs.", each<absolute, float>, "sqrt.rn.", each<root, float>, "rcp.rn.",
       each<reciprocal, float>, "div.rn.", each<quotient, float, float>, "div.approx.",
@@ -196,7 +206,7 @@ Table make_table() {
       each<to_bf16_pair, float, float>, "cvt.rn.satfinite.e4m3x2.", each<to_e4m3_pair, float, float>, "cvt.sat.f32.",
       each<saturate, float>, "cvt.f64.", each<to<double>, float>);
   put(t, "", "cvt.f32.f16", each<to<float>, _Float16>, "cvt.rn.f32.f64", each<to<float>, double>, "bfi.b32",
-      each<insert, uint32_t, uint32_t, uint32_t, uint32_t>);
+      each<insert, uint32_t, uint32_t, uint32_t, uint32_t>, "prmt.b32", each<permute, uint32_t, uint32_t, uint32_t>);
   put(t, ".u64", "cvta.to.global", each<keep, uint64_t>, "cvta.param", each<keep, uint64_t>, "cvta.shared",
       each<keep, uint64_t>, "cvta.to.shared", each<keep, uint64_t>);
   return t;

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptx.device import InterpretedDevice
-from qwen_image_fast.ops import _linear
+from qwen_image_fast.ops import Int8Weight, _int8, _linear
 from qwen_image_fast.ops._library import DTYPE_CODES, pointer
 
 LINEAR = ("linear_qkv", "linear_gelu", "linear_gate_residual")
@@ -21,6 +21,22 @@ def assert_rounded_once(out: Tensor, exact: Tensor) -> None:
     assert out.isfinite().all(), f"{(~out.isfinite()).sum()} of {out.numel()} elements are not finite"
     error, allowed = (out.double() - exact).abs(), torch.finfo(out.dtype).eps * (exact.abs() + 1e-2)
     assert (error <= allowed).all(), f"{(error > allowed).sum()} of {out.numel()} elements are wrong"
+
+
+def int8_product(rows: int, depth: int, columns: int, dtype: torch.dtype, four: bool = False) -> tuple:
+    """Rows, weight and bias of a layer in 8 bits, or with weights in 4."""
+    draw = torch.Generator().manual_seed(rows + depth + columns)
+    values = torch.randint(-127, 128, (rows, depth), generator=draw, dtype=torch.int8)
+    if four:
+        weight = Int8Weight.of_floats(torch.randn(columns, depth, generator=draw), 1)
+    else:
+        numbers = torch.randint(-128, 128, (columns, depth), generator=draw, dtype=torch.int8)
+        weight = Int8Weight.of(numbers, torch.rand(columns, generator=draw), 1)
+    # Copies: what torch.empty made counts as not written until a kernel has had it.
+    copied = {name: getattr(weight, name).clone() for name in ("packed", "sums", "scales")}
+    weight = weight._replace(**copied)
+    bias = torch.randn(columns, generator=draw).to(dtype)
+    return (_int8.to_tiles(values), torch.rand(rows, generator=draw) / 1000), weight, bias
 
 
 def products(

@@ -91,6 +91,38 @@ Outcome multiply(Warp& w, const Instruction& i, uint32_t& lanes) {
   return Outcome::kNext;
 }
 
+// Unsigned bytes with signed ones.
+Outcome multiply_bytes(Warp& w, const Instruction& i, uint32_t& lanes) {
+  if (!meet_whole(w, i, lanes)) return Outcome::kBlocked;
+  uint8_t left[16][32];
+  int8_t right[8][32];
+  bool left_undefined[16] = {}, right_undefined[8] = {};
+  const auto read = [&](const Operand& o, int l, void* four, bool& undefined) {
+    const uint64_t word = w.value(o, l);
+    std::memcpy(four, &word, 4);
+    undefined = undefined || w.undefined[o.slot] >> l & 1;
+  };
+  for (int l = 0; l < kLanes; ++l) {
+    for (int n = 0; n < 4; ++n) {
+      const int row = l / 4 + n % 2 * 8;
+      read(i.operands[1].parts[n], l, &left[row][l % 4 * 4 + n / 2 * 16], left_undefined[row]);
+    }
+    for (int n = 0; n < 2; ++n)
+      read(i.operands[2].parts[n], l, &right[l / 4][l % 4 * 4 + n * 16], right_undefined[l / 4]);
+  }
+  for (int l = 0; l < kLanes; ++l)
+    for (int n = 0; n < 4; ++n) {
+      const int row = l / 4 + n / 2 * 8, column = l % 4 * 2 + n % 2;
+      const Operand& before = i.operands[3].parts[n];
+      uint32_t sum = static_cast<uint32_t>(w.value(before, l));
+      for (int k = 0; k < 32; ++k) sum += left[row][k] * right[column][k];
+      w.set(i.operands[0].parts[n].slot, l, sum,
+            left_undefined[row] || right_undefined[column] ||
+                (before.kind == Operand::kRegister && w.undefined[before.slot] >> l & 1));
+    }
+  return Outcome::kNext;
+}
+
 // ---- wgmma --------------------------------------------------------------------------------------------------------
 
 template <class F>
@@ -246,6 +278,7 @@ Forms matrix_forms() {
   return {{"ldmatrix.sync.aligned.*.shared.b16", move_matrices<true>, 1},
           {"stmatrix.sync.aligned.(x[124].m8n8|m8n8.x[124]).shared.b16", move_matrices<false>},
           {"mma.sync.aligned.m16n8k16.row.col.f32.(bf16.bf16|f16.f16).f32", multiply, 1},
+          {"mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32", multiply_bytes, 1},
           {"wgmma.mma_async.sync.aligned.m64n\\d+k16.f32.(bf16.bf16|f16.f16)", multiply_async},
           {"wgmma.fence.*", fence},
           {"wgmma.commit_group.*", commit},

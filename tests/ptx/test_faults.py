@@ -7,8 +7,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from ptx.cases import products
+from ptx.cases import int8_product, products
 from qwen_image_fast import doctor
+from qwen_image_fast.ops import linear_int8
+from qwen_image_fast.ops.linear_int8 import linear_int8_reference
 
 
 def plant(text: str, kernel: str, pattern: str, replacement: str, which: int | None = 0) -> str:
@@ -42,6 +44,13 @@ def linear_case(op: str, kernel: str):
         products(device, op, kernel, (140,), 584, 264, seed=seed, processors=2)
 
     return run
+
+
+def int8_case(device, seed: int) -> None:
+    device.module.be(seed=seed, step_limit=1 << 22)
+    rows, weight, bias = int8_product(20, 464, 20, torch.bfloat16)
+    found = linear_int8([rows], [weight], [bias], torch.bfloat16)[0]
+    assert torch.equal(found, linear_int8_reference([rows], [weight], [bias], torch.bfloat16)[0])
 
 
 NORM, GELU = judge("layer_norm_modulate", 21, 1024), judge("gelu_tanh", 5, 100)
@@ -130,6 +139,10 @@ OWN = {
         ATTENTION,
         "by a cp.async|before its cp.async",
     ),
+    "8-bit tiles of another group": Fault(
+        "linear_int8_cuda", r"cp\.async\.wait_group 1;", "cp.async.wait_group 2;", int8_case, "by a cp.async"
+    ),
+    "8-bit tiles of other threads": Fault("linear_int8_cuda", r"bar\.sync\s+0;", "", int8_case, UNORDERED),
     "an operation nobody knows": Fault(
         "gelu_tanh_cuda", r"ex2\.approx", "ex3.approx", GELU, r"line \d+ of \S+: `ex3.approx.f32` is not known", 0
     ),

@@ -63,4 +63,4 @@ def test_it_stays_small():
     from ptx import build
 
     lines = [len(p.read_text().splitlines()) for p in build.HERE.glob("*.[ch]*")]
-    assert max(lines) < 400 and sum(lines) < 2460, (max(lines), sum(lines))
+    assert max(lines) < 400 and sum(lines) < 2520, (max(lines), sum(lines))

@@ -6,14 +6,16 @@ import re
 import pytest
 import torch
 
-from ptx.cases import KERNELS, LINEAR, convolution, products
+from ptx.cases import KERNELS, LINEAR, convolution, int8_product, products
 from qwen_image_fast import doctor
 from qwen_image_fast.doctor_cases import as_tuple, functions, inputs
 from qwen_image_fast.ops import (
     channel_norm_silu,
     gate_residual_norm_modulate,
+    int8_rows,
     joint_attention,
     layer_norm_modulate,
+    linear_int8,
 )
 from qwen_image_fast.ops.channel_norm_silu import add_channel_norm_silu
 from qwen_image_fast.ops.joint_attention import bounded_attention
@@ -68,6 +70,11 @@ def test_every_instantiation(kernels):
                     x, gamma, bias = (a.detach() for a in args[:3])
                     for rest, norm in itertools.product((None, x), (None, gamma)):
                         assert add_channel_norm_silu(x, bias, rest, norm).isfinite().all()
+        for change, gelu in ((lambda t: t, True), (off_by_one, False)):
+            int8_rows(change(torch.randn(2, 64).to(dtype)), 64, gelu)
+        for four in (False, True):
+            rows, weight, bias = int8_product(3, 16, 5, dtype, four)
+            assert linear_int8([rows], [weight], [bias], dtype)[0].isfinite().all()
         if dtype != torch.float32:
             q = torch.randn(9, 2, 32, dtype=dtype, requires_grad=True)
             joint_attention(q, q, q, (4, 5)).float().sum().backward()

@@ -1,8 +1,8 @@
 """Linear layers that compute in 8 bits (W8A8, rotated): which they are, how they come from weights, how they are saved.
 
 A weight W becomes W H, rounded to integers with one scale for a row; so do activations, at every call
-(`ops.int8_rows`). Where there are no kernels, on GPUs, activations are rotated but not rounded: x H times integers that
-become the type of x for the call, with the scales on the result.
+(`ops.int8_rows`). On GPUs of a build without CUDA kernels activations are rotated but not rounded: x H times integers
+that become the type of x for the call, with the scales on the result.
 Gradients go to x alone, as those of the dequantised weight: g s W H for g of the result and scales s. The weight
 becomes floating point for that product and is not kept, nor is x.
 In 4 bits (`precision="int4"`) a weight is kept as codes with a scale for every 16 of them, which become such integers
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qwen_image_fast.ops import Int8Weight, _int4, _int8, int8_rows, linear_int8
+from qwen_image_fast.ops._library import has_kernels
 from qwen_image_fast.ops.linear_int8 import UNITS
 from qwen_image_fast.tensor_files import Entry
 from qwen_image_fast.weights.reading import read_entry
@@ -80,7 +81,7 @@ class _Product(torch.autograd.Function):
 
 
 class Int8Linear(nn.Linear):
-    """x W^T + b with W, and on the CPU x row by row, in 8 bits.
+    """x W^T + b with W, and x row by row, in 8 bits.
 
     Its `weight` cannot be read or changed: `int8` has the packed one, `dequantised` makes floats of it.
     """
@@ -121,7 +122,7 @@ class Int8Linear(nn.Linear):
 
     def computed(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x W^T + bias, without gradients."""
-        if not x.is_cpu:
+        if not has_kernels(x):
             return self.in_floats(x, bias)
         rows = int8_rows(x.reshape(-1, self.in_features), self.group)
         bias = None if bias is None else bias.to(x.dtype)

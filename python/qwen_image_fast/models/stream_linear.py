@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qwen_image_fast.models.hooks import is_bare
 from qwen_image_fast.models.int8_linear import Int8Linear
 from qwen_image_fast.ops import int8_rows, linear_int8
-from qwen_image_fast.ops._library import watched
+from qwen_image_fast.ops._library import has_kernels, watched
 from qwen_image_fast.ops._linear import fused, groups_streams
 from qwen_image_fast.ops.linear_amx import linear_amx, worthwhile
 from qwen_image_fast.ops.linear_gate_residual import linear_gate_residual
@@ -95,7 +95,7 @@ def in_8_bits(layers: Sequence[Any], x: Sequence[Tensor]) -> bool:
     """Whether all are layers in 8 bits with nothing besides, and no gradient is wanted of what they take."""
     return (
         all(type(layer) is Int8Linear and is_bare(layer) for layer in layers)
-        and all(t.is_cpu for t in x)
+        and all(map(has_kernels, x))
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in x))
     )
 

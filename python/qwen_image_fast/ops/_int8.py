@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from qwen_image_fast.ops import _library as lib
 from qwen_image_fast.ops._library import _C
@@ -12,6 +11,7 @@ from qwen_image_fast.ops._library import _C
 ROWS, DEPTH, COLUMNS = 16, 64, 16  # of a tile; csrc/kernels/int8_rows.h and linear_int8.h
 GROUPS = (1, 4, 16, 64, 256)
 SMALLEST = 1e-30  # of a row's largest magnitude, below which it is zero
+MOST_WIDTH = 24576  # on CUDA, where a row lies in shared memory
 
 
 def up(n: int, step: int) -> int:
@@ -66,8 +66,10 @@ def empty_packed(columns: int, depth: int) -> tuple[Tensor, Tensor]:
 
 
 def pack(weight: Tensor, places: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """int8 [columns, depth] as `linear_int8` reads it, in `places`, or in those of `empty_packed`."""
+    """int8 [columns, depth] as `linear_int8` reads it, in `places`, or in those of `empty_packed`; where it is."""
     columns, depth = weight.shape
+    if not weight.is_cpu:
+        return pack_by_torch(weight)
     weight = weight.contiguous()
     packed, sums = empty_packed(columns, depth) if places is None else places
     if weight.numel():
@@ -75,16 +77,16 @@ def pack(weight: Tensor, places: tuple[Tensor, Tensor] | None = None) -> tuple[T
     return packed, sums
 
 
+def pack_by_torch(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by torch's operators."""
+    columns, depth = weight.shape
+    whole = weight.new_zeros(up(columns, COLUMNS) * COLUMNS, up(depth, DEPTH) * DEPTH)
+    whole[:columns, :depth] = weight
+    tiles = whole.view(-1, COLUMNS, up(depth, DEPTH), DEPTH // 4, 4).permute(0, 2, 3, 1, 4)
+    return tiles.contiguous(), weight.sum(1, dtype=torch.int32)
+
+
 def unpack(packed: Tensor, columns: int, depth: int) -> Tensor:
     """int8 [columns, depth] of a packed weight."""
     flat = packed.permute(0, 3, 1, 2, 4).reshape(packed.shape[0] * COLUMNS, -1)
     return flat[:columns, :depth].contiguous()
-
-
-def check_place(op: str, x: Tensor) -> None:
-    """On the CPU; `meta` and fake tensors pass."""
-    if not (x.is_cpu or x.is_meta or isinstance(x, FakeTensor)):
-        raise NotImplementedError(
-            f"{op}: 8-bit layers have kernels for the CPU alone, got a tensor on {x.device}; load the model without "
-            "precision for another device"
-        )

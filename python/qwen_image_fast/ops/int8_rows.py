@@ -19,11 +19,11 @@ def int8_rows(x: Tensor, group: int, gelu: bool = False) -> tuple[Tensor, Tensor
     H = H4 x H4 x ... is symmetric and its own inverse: products with weights that were rotated likewise are those of x
     (arXiv 2512.03673). In float32, scale = max |r| / 127 over a rotated row r and value = r * (127 / max |r|), to the
     nearest integer. A row whose largest magnitude is below 1e-30 is zero, one that is not finite gets a scale that is
-    not.
+    not. CPUs and GPUs give the same bits.
 
     Args:
         x: [rows, width], float32, float16 or bfloat16; its rows contiguous, and with any stride between them.
-        group: 1 (no rotation), 4, 16, 64 or 256; divides the width.
+        group: 1 (no rotation), 4, 16, 64 or 256; divides the width, which is at most 24576 on CUDA.
         gelu: apply GELU in its tanh approximation first.
 
     Returns:
@@ -60,7 +60,9 @@ def _check(x: Tensor, group: int) -> None:
     if x.stride(1) != 1 and x.shape[1] > 1:
         lib.fail(_OP, "x", "be contiguous in its last dimension", x.stride())
     _int8.check_group(_OP, group, x.shape[1])
-    _int8.check_place(_OP, x)
+    if x.is_cuda and x.shape[1] > _int8.MOST_WIDTH:
+        lib.fail(_OP, "width", f"be at most {_int8.MOST_WIDTH} on CUDA", x.shape[1])
+    lib.check_device(_OP, x)
 
 
 def _forward(x: Tensor, group: int, gelu: bool) -> tuple[Tensor, Tensor]:

@@ -23,8 +23,8 @@ _unit: Choice[str] = Choice("int8_unit", UNITS[-1])
 class Int8Weight(NamedTuple):
     """A weight [columns, depth] as `linear_int8` reads it. The rows of x go to `int8_rows` with `group`.
 
-    packed: int8 [columns / 16, depth / 64, 16, 16, 4]; [columns, depth] where there are no kernels, on GPUs; of a
-    weight in 4 bits, which become 8 for the product, uint8 [columns / 16, depth / 64, 576] (_int4.py).
+    packed: int8 [columns / 16, depth / 64, 16, 16, 4]; [columns, depth] where this build has no kernels; of a weight in
+    4 bits, which become 8 for the product, uint8 [columns / 16, depth / 64, 576] (_int4.py).
     sums: int32 [columns], of its rows. scales: float32 [columns].
     """
 
@@ -43,8 +43,7 @@ class Int8Weight(NamedTuple):
             _int8.pack(values, (place.packed, place.sums))
             place.scales.copy_(scales)
             return place._replace(group=group)
-        packed, sums = _int8.pack(values) if values.is_cpu else (values, values.sum(1, dtype=torch.int32))
-        return cls(packed, sums, scales, values.shape[1], group)
+        return cls(*_int8.pack(values), scales, values.shape[1], group).laid_out()
 
     @classmethod
     def of_floats(cls, rotated: Tensor, group: int, place: Int8Weight | None = None) -> Int8Weight:
@@ -88,16 +87,16 @@ class Int8Weight(NamedTuple):
         return self._replace(packed=packed, sums=sums, scales=scales).laid_out()
 
     def laid_out(self) -> Int8Weight:
-        """Packed on the CPU, rows of numbers elsewhere; in 4 bits alike everywhere."""
-        if self.four or self.packed.is_cpu == (self.packed.dim() > 2) or self.packed.is_meta:
+        """Packed where there are kernels, rows of numbers elsewhere; in 4 bits alike everywhere."""
+        kernels = lib.has_kernels(self.packed)
+        if self.four or kernels == (self.packed.dim() > 2) or self.packed.is_meta:
             return self
-        packed = _int8.pack(self.packed)[0] if self.packed.is_cpu else self.values()
-        return self._replace(packed=packed)
+        return self._replace(packed=_int8.pack(self.packed)[0] if kernels else self.values())
 
 
 def int8_unit(name: str) -> contextlib.AbstractContextManager[None]:
-    """Choose the unit that multiplies, in this thread or asyncio task, as `reference` does: one of `UNITS`, by default
-    the last. All give the same bits; for tests and measurements."""
+    """Choose the unit of the CPU that multiplies, in this thread or asyncio task, as `reference` does: one of `UNITS`,
+    by default the last. All give the same bits, as do GPUs; for tests and measurements."""
     if name not in UNITS:
         raise ValueError(f"int8_unit: name must be one of {', '.join(UNITS)}, which this CPU has, got {name!r}")
     return _unit.of(name)
@@ -180,7 +179,10 @@ def _check(values, scales, packed, columns, sums, bias, residual, gate, offsets,
         if len(tensors) != len(values):
             lib.fail(_OP, name, f"hold {len(values)} tensors like rows", len(tensors))
     for i, (v, s, w, c, t, b) in enumerate(zip(values, scales, packed, columns, sums, bias)):
-        _int8.check_place(_OP, v)
+        lib.check_device(_OP, v)
+        place = v.get_device()
+        if any(tensor.get_device() != place for tensor in (s, w, c, t, *([b] if len(b) else []))):
+            lib.fail(_OP, "weight", f"be with its bias and the rows' scales on {v.device} like the rows", w.device)
         rows, width = len(s), len(t)
         if v.dtype != torch.uint8 or tuple(v.shape) != (
             _int8.up(rows, _int8.ROWS),
@@ -196,14 +198,17 @@ def _check(values, scales, packed, columns, sums, bias, residual, gate, offsets,
             lib.fail(_OP, "bias", f"be {dtype} ({width},)", f"{b.dtype} {tuple(b.shape)}")
         if residual:
             r, g = residual[i], gate[i]
-            if r.dtype != dtype or tuple(r.shape) != (rows, width) or not r.is_contiguous():
-                rule = f"be contiguous, {dtype} {(rows, width)}"
-                lib.fail(_OP, "residual", rule, f"{r.dtype} {tuple(r.shape)}, strides {r.stride()}")
+            if r.dtype != dtype or tuple(r.shape) != (rows, width) or not r.is_contiguous() or r.get_device() != place:
+                rule = f"be contiguous, {dtype} {(rows, width)} on {v.device}"
+                lib.fail(_OP, "residual", rule, f"{r.dtype} {tuple(r.shape)} on {r.device}, strides {r.stride()}")
             lib.check_vectors(_OP, r, offsets[i] if len(offsets[i]) else None, gate=g)
 
 
 def _forward(values, scales, packed, columns, sums, bias, residual, gate, offsets, dtype, unit) -> list[Tensor]:
     out = _fake(values, scales, packed, columns, sums, bias, residual, gate, offsets, dtype, unit)
+    cuda = lib.on_cuda(values[0])
+    if cuda:
+        values, packed = list(map(lib.aligned, values)), list(map(lib.aligned, packed))
     arguments = []
     for i, (v, s, w, c, t, b, y) in enumerate(zip(values, scales, packed, columns, sums, bias, out)):
         gated = (0, 0, 0, 0, 0)
@@ -216,7 +221,10 @@ def _forward(values, scales, packed, columns, sums, bias, residual, gate, offset
             arguments.append((x, by, y.data_ptr(), gated))
     if arguments:
         four = [w.dtype == torch.uint8 for w, s in zip(packed, scales) if len(s)]
-        _C.linear_int8(arguments, DTYPE_CODES[dtype], unit, *([four] if any(four) else []))
+        if cuda:
+            lib.launch(_OP, values[0], arguments, DTYPE_CODES[dtype], four)
+        else:
+            _C.linear_int8(arguments, DTYPE_CODES[dtype], unit, *([four] if any(four) else []))
     return out
 
 
