@@ -278,11 +278,11 @@ LEFT = """
 The drop-in's loop asks for one branch after another. Python queues each in {queue:.0f} ms, more than the GPU takes at
 512 pixels; `accelerate(pipe, cuda_graphs=True)` takes that away.
 
-Left as it is, of CUTLASS's linear layers, which gain nothing as long as
-cuBLASLt computes them, as it does until a measurement says otherwise: the bias and gate that `linear_gate_residual`
-reads before each of the eight parts of a tile, at most {reads:.1f} ms of a branch at 1024 pixels, if every part waits
-for them (all read at once would take 128 registers); its products in three stages, where the others have four; and two
-divisions of 64 bits for a tile, {divisions:.1f} ms if nothing hides them.
+Left as it is, of CUTLASS's linear layers, which gain nothing as long as cuBLASLt computes them, as it does until a
+measurement says otherwise: the bias and gate that `linear_gate_residual` reads before each of the eight parts of a
+tile, at most {reads:.1f} ms of a branch at 1024 pixels, if every part waits for them (all read at once would take 128
+registers). Its products have four stages now, as the others; and no tile divides numbers of 64 bits any more, which
+took {divisions:.1f} ms if nothing hid it.
 """
 KERNELS = """
 The kernels, in bfloat16 at 4096 tokens (channel_norm_silu: 512 x 512 pixels): registers of a thread, threads on a

@@ -227,15 +227,17 @@ class GroupedEpilogue : public Base {
 };
 
 // CUTLASS lets a store take the shared memory of the residual and counts the stores in the epilogue object to know when
-// to give it back. GroupedEpilogue has an object for each tile, so the two get memory of their own.
+// to give it back. GroupedEpilogue has an object for each tile, so the two get memory of their own: for two parts of
+// the residual, which come while one is worked on, so that the products have four stages as without a residual.
 template <class Epilogue>
 struct WithoutReuse;
 
 template <int StagesC, int StagesD, int Fragment, bool Reuse, bool Delay, class... Rest>
 struct WithoutReuse<cutlass::epilogue::collective::CollectiveEpilogue<
     cutlass::epilogue::Sm90TmaWarpSpecialized<StagesC, StagesD, Fragment, Reuse, Delay>, Rest...>> {
+  static constexpr int kStages = StagesC < 2 ? StagesC : 2;
   using type = cutlass::epilogue::collective::CollectiveEpilogue<
-      cutlass::epilogue::Sm90TmaWarpSpecialized<StagesC, StagesD, Fragment, false, Delay>, Rest...>;
+      cutlass::epilogue::Sm90TmaWarpSpecialized<kStages, StagesD, Fragment, false, Delay>, Rest...>;
 };
 
 }  // namespace gemm

@@ -23,17 +23,27 @@ struct LinearTiles {
   uint32_t rows[kMaxLinears];  // of tiles, per problem; the problems with many rows first
   uint32_t columns, large;     // columns of tiles; how many problems have many rows
   uint64_t large_tiles, small_tiles;
+  uint64_t inverse;  // of their sum: a division by it, which takes a hundred instructions, is a product; 0: it is none
 
   struct Place {
     uint32_t problem, row, column;
   };
 
-  uint64_t count() const { return large_tiles + small_tiles; }
+  QIF_HOST_DEVICE uint64_t count() const { return large_tiles + small_tiles; }
+
+  // n / count() for n up to count() * small_tiles.
+  QIF_HOST_DEVICE uint64_t of_all(uint64_t n) const {
+    if (!inverse) return n / count();
+#ifdef __CUDA_ARCH__
+    return __umul64hi(n, inverse);
+#else
+    return static_cast<uint64_t>(static_cast<unsigned __int128>(n) * inverse >> 64);
+#endif
+  }
 
   QIF_HOST_DEVICE Place find(uint64_t tile) const {
     // Of all tiles `small_tiles` are small, evenly spread: this is one where their count steps up.
-    const uint64_t all = large_tiles + small_tiles;
-    const uint64_t before = tile * small_tiles / all, after = (tile + 1) * small_tiles / all;
+    const uint64_t before = of_all(tile * small_tiles), after = of_all((tile + 1) * small_tiles);
     uint32_t problem = after > before ? large : 0;
     uint64_t rest = after > before ? before : tile - before;
     while (rest >= uint64_t{rows[problem]} * columns) rest -= uint64_t{rows[problem++]} * columns;
@@ -69,6 +79,9 @@ inline LinearTiles linear_tiles(const LinearGroup& group, int64_t tile_rows, int
     tiles.rows[i] = static_cast<uint32_t>((group.linear[order[i]].rows + tile_rows - 1) / tile_rows);
     (i < large ? tiles.large_tiles : tiles.small_tiles) += uint64_t{tiles.rows[i]} * tiles.columns;
   }
+  // The inverse is too large by less than count() / 2^64 of itself: exact for numbers below 2^64 / count().
+  const uint64_t all = tiles.count();
+  if (all > 1 && all < uint64_t{1} << 21) tiles.inverse = ~uint64_t{0} / all + 1;
   return tiles;
 }
 

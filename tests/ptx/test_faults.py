@@ -203,7 +203,7 @@ LINEAR = {
         r"(mbarrier\.init\S* \[%r\d+\]), %r\d+;",
         r"\1, 1;",
         GELU90,
-        "after its read by a wgmma|arrivals and waits",
+        "after its read by a wgmma|arrivals and waits|more arrivals than",
         1,
     ),
     "copies to one block alone": Fault(
