@@ -72,8 +72,8 @@ def variants_of(folder: Path, names: list[str], variant: str | None) -> dict[str
     having = [name for name in names if has_weights(folder / name, WEIGHTS[name], variant)]
     if not having and names:
         raise ValueError(
-            f"from_pretrained: variant must be one that {folder} has, got {variant!r}: no part has files like "
-            f"{WEIGHTS[names[0]]}.{variant}.safetensors"
+            f"from_pretrained: You are trying to load the model files of the `variant={variant}`, but no part of "
+            f"{folder} has any, such as {WEIGHTS[names[0]]}.{variant}.safetensors"
         )
     if others := [name for name in names if name not in having]:
         logger.warning("variant %s: read without it, for lack of such files: %s", variant, ", ".join(others))
