@@ -85,8 +85,13 @@ class StepGraphs:
     def start(self, transformer: Any) -> None:
         """Called once per sampling loop: drops graphs of another transformer, or of another state of it.
 
-        ValueError: several processes compute its passes together.
+        ValueError: several processes compute its passes together, or something of Python's has a say in every pass.
         """
+        if transformer.calls_modules():
+            raise ValueError(
+                "CUDA graphs: no step cache, attention processor or hook may be on the transformer, as a graph would "
+                "not run it: take it off, or disable_cuda_graphs"
+            )
         if getattr(transformer, "ranks", None) is not None:
             raise ValueError(
                 "CUDA graphs: the transformer's passes must be this process's alone: disable_parallel or "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -211,6 +212,9 @@ class Wave:
         self._offsets = [cumulative([len(t.latents) for t in group], device) for group in self._groups]
         self._first: list[int] = []
         self._taken = 0
+        self._caches = getattr(transformer, "is_cache_enabled", False)
+        if self._caches:
+            transformer._reset_stateful_cache()  # what is cached is of other rows
         self.retext()
 
     def retext(self) -> None:
@@ -228,7 +232,8 @@ class Wave:
         else:
             branches = len(self._branches) // len(self.tracks)
             added = None if residuals is None else [torch.cat([r] * branches) for r in residuals]
-            out = self.transformer.forward_packed(*inputs, added)
+            with self.transformer.cache_context(str(id(self))) if self._caches else nullcontext():
+                out = self.transformer.forward_packed(*inputs, added)
         first, second = 0, sum(self.lengths)
         after: list[Tensor] = []  # put in place together: what fails changes no sample
         for group, offsets in zip(self._groups, self._offsets):
@@ -313,6 +318,7 @@ def denoise(
     control: Callable[[Tensor], Residuals] | None = None,
     graphs: StepGraphs | None = None,
     on_step: StepCallback | None = None,
+    before_step: Callable[[float], None] = lambda timestep: None,
     progress: bool = True,
     bar_options: Mapping[str, Any] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
@@ -322,7 +328,7 @@ def denoise(
     Modulation vectors of all steps are computed first; `free_weights` then releases the weights that made them.
     `begin`: the first step that is taken. `control`: given the noise levels of the samples, float32 [steps, samples],
     the residuals of ControlNets. With `graphs`, the transformer's passes are captured and replayed, where no ControlNet
-    adds to them. `bar_options`: of tqdm, beside `progress`.
+    adds to them. `before_step`: told the timestep, 1000 * sigma. `bar_options`: of tqdm, beside `progress`.
     """
     tracks = start(
         transformer, scheduler, samples, steps=steps, sigmas=sigmas, begin=begin, guidance=guidance, rescale=rescale
@@ -343,6 +349,7 @@ def denoise(
         for i in range(begin, total):
             if interrupted():
                 break
+            before_step(float(levels[i, 0]) * 1000)
             wave.step(graphs, None if residuals is None else residuals(i, torch.cat([t.latents for t in tracks])))
             if on_step is not None:
                 changed = on_step(i - begin, float(levels[i, 0]) * 1000, [t.latents for t in tracks]) or Changed()

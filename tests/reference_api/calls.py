@@ -62,16 +62,8 @@ DIFFERENT = dict.fromkeys((
         "pipe.enable_model_cpu_offload(device=)", "pipe.enable_sequential_cpu_offload()",
         "pipe.enable_group_offload(onload_device=, offload_type=)", "pipe.remove_all_hooks()",
         "pipe.maybe_free_model_hooks()", "pipe.image_processor.postprocess(tensor, output_type=)",
-        "pipe.prepare_latents(...)", "pipe.check_inputs(...)", "model.attn_processors, set_attn_processor(processor)",
-        "model.set_attn_processor({...})", "model.set_attention_backend(name), reset_attention_backend()",
-        "model.enable_cache(FirstBlockCacheConfig), disable_cache()",
-        "model.enable_cache(PyramidAttentionBroadcastConfig), disable_cache()", "model.is_cache_enabled",
-        "model.cache_context(name)", "model.enable_layerwise_casting(storage_dtype=, compute_dtype=)",
-        "model.enable_group_offload(onload_device, offload_type=, num_blocks_per_group=)", "model.add_adapter(config)",
-        "model.save_lora_adapter(), unload_lora(), load_lora_adapter()",
-        "model.set_adapter(), set_adapters(), disable_adapters(), fuse_lora(), delete_adapters()",
-        "model.fuse_qkv_projections(), unfuse_qkv_projections()", "model.compile_repeated_blocks(fullgraph=)",
-        "model.register_to_config(...)",
+        "pipe.prepare_latents(...)", "pipe.check_inputs(...)",
+        "model.set_attention_backend(name), reset_attention_backend()",
     ), _ELSEWHERE)  # fmt: skip
 # Every image of a prompt draws its picture's latents from its own generator; diffusers draws them once.
 DIFFERENT |= {

@@ -8,6 +8,7 @@ hf-internal-testing is the model of the package, and the editing pipelines bring
 from __future__ import annotations
 
 import functools
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,20 @@ import transformers
 from reference import Processor, smaller_sizes
 
 import qwen_image_fast
+from qwen_image_fast.models.diffusers_hooks import CacheMixin
+from qwen_image_fast.models.peft_adapters import PeftAdapterMixin
+from qwen_image_fast.models.rope import QwenEmbedLayer3DRope
 from qwen_image_fast.models.vision import VisionProcessor
 
 # Of this tree, whichever package is counted.
 SHIPPED = Path(__file__).parents[2] / "python" / "qwen_image_fast" / "checkpoints" / "tiny"
 CLASSES = ("diffusers", "accelerated", "stand-alone")
 HUB = "hf-internal-testing/"
+# Classes that tests ask for by their places in diffusers, to see what a model can do and has.
+NAMESAKES = [
+    ("diffusers.loaders.peft", PeftAdapterMixin), ("diffusers.models.cache_utils", CacheMixin),
+    ("diffusers.models.transformers.transformer_qwenimage", QwenEmbedLayer3DRope),
+]  # fmt: skip
 
 
 def pytest_addoption(parser: Any) -> None:
@@ -35,6 +44,10 @@ def pytest_configure(config: Any) -> None:
     if classes == "stand-alone":
         for name in names:
             setattr(diffusers, name, getattr(qwen_image_fast, name))
+        # The public names stay diffusers' own, from which this package takes what its methods need.
+        assert diffusers.CacheMixin is not CacheMixin and diffusers.loaders.PeftAdapterMixin is not PeftAdapterMixin
+        for place, cls in NAMESAKES:
+            setattr(importlib.import_module(place), cls.__name__, cls)
         diffusers.utils.logging.get_logger = log_of(diffusers.utils.logging.get_logger)
     elif classes == "accelerated":
         for name in names:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,26 +27,28 @@ from qwen_image_fast.checkpoint import (
 )
 from qwen_image_fast.folders import read_json
 from qwen_image_fast.keywords import check_saving, check_visible, keyword_names, one_device, one_dtype, refuse
+from qwen_image_fast.models.hooks import computing_device, hook_of_diffusers
 from qwen_image_fast.models.int8_linear import check_place, check_precision, read_int8_layers
 from qwen_image_fast.models.streaming import refuse_moves
 from qwen_image_fast.weights.formats import Opened, check_part, open_weights
 from qwen_image_fast.weights.places import single_file
 
+logger = logging.getLogger(__name__)
+
 Model = TypeVar("Model", bound="PretrainedModel")
 
-_ADAPTERS = "pipe.load_lora_weights loads adapters, and a training run (docs/training.md) makes them"
-_ATTENTION = "attention is this package's own; accelerate(pipe) keeps diffusers' processors and backends"
+_ADAPTERS = "adapters go on the transformer"
+_ATTENTION = "attention is this package's own; accelerate(pipe) keeps diffusers' backends"
 _OFFLOAD = "from_pretrained(memory_limit=) of a pipeline streams what does not fit; see docs/memory.md"
-_FUSING = "the pipeline has fuse_lora, unfuse_lora and unload_lora_weights"
-_CACHE = "no step is left out; accelerate(pipe) keeps diffusers' caches"
-_CASTING = 'precision="int8" of from_pretrained takes less memory; accelerate(pipe) keeps that of diffusers'
-# Methods of diffusers' models without a counterpart here, and what to do instead.
+_CACHE = "step caches go on the transformer"
+_CASTING = "layers are cast in the transformer alone"
+# Methods of diffusers' models that a model may be without, and what to do instead.
 ELSEWHERE = {
     **dict.fromkeys(("add_adapter", "set_adapter", "load_lora_adapter", "save_lora_adapter"), _ADAPTERS),
-    **dict.fromkeys(("set_adapters", "delete_adapters", "disable_lora", "enable_lora"), "the pipeline has it"),
-    **dict.fromkeys(("fuse_lora", "unfuse_lora", "unload_lora"), _FUSING),
-    **dict.fromkeys(("attn_processors", "set_attn_processor", "set_attention_backend"), _ATTENTION),
-    **dict.fromkeys(("reset_attention_backend", "set_default_attn_processor"), _ATTENTION),
+    **dict.fromkeys(("set_adapters", "delete_adapters", "disable_lora", "enable_lora"), _ADAPTERS),
+    **dict.fromkeys(("fuse_lora", "unfuse_lora", "unload_lora"), _ADAPTERS),
+    **dict.fromkeys(("attn_processors", "set_attn_processor", "set_default_attn_processor"), _ATTENTION),
+    **dict.fromkeys(("set_attention_backend", "reset_attention_backend"), _ATTENTION),
     **dict.fromkeys(("enable_cache", "disable_cache", "is_cache_enabled", "cache_context"), _CACHE),
     "enable_group_offload": _OFFLOAD,
     "enable_layerwise_casting": _CASTING,
@@ -52,7 +56,6 @@ ELSEWHERE = {
     "fuse_qkv_projections": "projections run together where that is faster",
     "unfuse_qkv_projections": "projections run together where that is faster",
     "compile_repeated_blocks": "torch.compile(model) compiles the whole of it",
-    "register_to_config": "build a new model to change its configuration",
     "push_to_hub": "save_pretrained, then huggingface_hub.upload_folder",
 }
 
@@ -67,7 +70,7 @@ class Config(dict):
             raise AttributeError(f"config has no field {name!r}; fields: {', '.join(self)}") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"config is read-only: build a new model to change {name!r}")
+        raise AttributeError(f"config is read-only: register_to_config({name}=) changes what is saved")
 
 
 def record_config(init):
@@ -107,18 +110,28 @@ class PretrainedModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name in (config := self.__dict__.get("config", {})):
+                warnings.warn(f"{name} is a field of the configuration: model.config.{name}", FutureWarning, 2)
+                return config[name]
             if name not in ELSEWHERE:
                 raise
             text = f"{type(self).__name__} has no {name}: {ELSEWHERE[name]}"
             raise AttributeError(text, name=name, obj=self) from None
 
+    def register_to_config(self, **fields: Any) -> None:
+        """Change fields of `config`, which is what is saved; the model itself stays as it is."""
+        self.config = Config({**self.config, **fields})
+
     @property
     def dtype(self):
-        return next(self.parameters()).dtype
+        """Of the weights, while they are computed with."""
+        cast = hook_of_diffusers(self, "layerwise_casting")
+        return next(self.parameters()).dtype if cast is None else cast.compute_dtype
 
     @property
     def device(self):
-        return next(self.parameters()).device
+        """Of the weights, while they are computed with."""
+        return computing_device(self)
 
     def to(self, *args, **kwargs):
         """As `torch.nn.Module.to`. ValueError for a GPU where torch sees none, and for one with a model in 8 bits."""
@@ -319,9 +332,18 @@ class PretrainedModel(nn.Module):
         if self.streamed is not None:
             where = ", ".join(map(str, self.weight_files))
             raise ValueError(f"save_pretrained: weights that are streamed are not saved; they are those of {where}")
+        if self.__dict__.get("_hf_peft_config_loaded"):
+            raise ValueError(
+                "save_pretrained: adapters of PEFT are in the place of layers: save_lora_adapter saves them, and "
+                "unload_lora puts the layers back"
+            )
         if not is_main_process:
             return
-        config = json_bytes({"_class_name": type(self).__name__, **self.config})
+        known = inspect.signature(type(self).__init__).parameters
+        if left := [name for name in self.config if name not in known]:
+            logger.warning("save_pretrained: left out of config.json, as the model takes no %s", ", ".join(left))
+        fields = {name: value for name, value in self.config.items() if name in known}
+        config = json_bytes({"_class_name": type(self).__name__, **fields})
         save_state(
             self.state_dict(),
             save_directory,

@@ -12,7 +12,7 @@ from torch.nn.modules import module as nn_module
 
 logger = logging.getLogger(__name__)
 
-# Modules of a block of the stand-alone transformer that hold what it reads, and are not called.
+# Modules of a block of the stand-alone transformer that hold what its packed forward reads, and are not called.
 _UNCALLED = [
     tuple(name.split("."))
     for name in (
@@ -59,37 +59,50 @@ def at(module: Any, path: Sequence[str]) -> Any:
     return module
 
 
-def check_uncalled(model: Any) -> None:
-    """Warn, once, of a hook on a module of the stand-alone transformer that it does not call.
+def needs_calls(model: Any) -> bool:
+    """Whether something is on the stand-alone transformer that only runs where every module is called (called.py).
 
-    Raises:
-        ValueError: the hook brings weights, which would be read before they are there.
+    That is a hook on a block, or on a module that the packed forward reads without calling it, a forward in the place
+    of its own, as step caches and offloading put there, or an attention processor.
     """
-    if torch.compiler.is_compiling():
-        return
-    found: list[tuple[str, ...]] = [("norm_out",)] if _watched(model.norm_out) else []
-    for i, block in enumerate(model.transformer_blocks):
-        if _offloads(block):
-            found.append(("transformer_blocks", str(i)))
-        for path in _UNCALLED:
-            if _watched(at(block, path)):
-                found.append(("transformer_blocks", str(i), *path))
-    if any(_offloads(at(model, path)) for path in found):
-        raise ValueError(
-            "QwenImageTransformer2DModel: weights cannot be offloaded by hooks of diffusers or accelerate, as they are "
-            "read outside of the modules that have them; from_pretrained(memory_limit=) streams what does not fit"
-        )
-    if found and model.__dict__.get("_said") != found:
-        model.__dict__["_said"] = found
-        logger.warning("a hook on %s never runs: this model reads its weights and does not call it", ".".join(found[0]))
+    if _watched(model.norm_out) or own_forward(model.img_in) or own_forward(model.proj_out):
+        return True
+    for block in model.transformer_blocks:
+        if own_forward(block) or (has_hook(block) and not _sharded(block)) or block.attn.has_processor:
+            return True
+        if any(_watched(at(block, path)) for path in _UNCALLED):
+            return True
+    return False
+
+
+def _sharded(block: nn.Module) -> bool:
+    """By FSDP, whose own hooks on it serve either form; a user's beside them are run with `Stream`s."""
+    return any(cls.__name__ == "FSDPModule" for cls in type(block).__mro__)
 
 
 def _watched(module: nn.Module) -> bool:
     return own_forward(module) or has_hook(module)
 
 
-def _offloads(module: nn.Module) -> bool:
-    registry = module.__dict__.get("_diffusers_hook")
-    return getattr(module.__dict__.get("_hf_hook"), "offload", False) or (
-        registry is not None and any("offload" in name for name in registry.hooks)
-    )
+def hook_of_diffusers(model: nn.Module, name: str) -> Any:
+    """That of this name on a model, or on the first of its modules with parameters; None: there is none.
+
+    What moves or casts weights is on all modules, or on the model too.
+    """
+    for module in (model, _first(model)):
+        registry = module.__dict__.get("_diffusers_hook")
+        if registry is not None and (hook := registry.get_hook(name)) is not None:
+            return hook
+    return None
+
+
+def computing_device(model: nn.Module) -> torch.device:
+    """Where the weights of a model are while they are computed with."""
+    if (moved := hook_of_diffusers(model, "group_offloading")) is not None:
+        return torch.device(moved.group.onload_device)
+    place = getattr(_first(model).__dict__.get("_hf_hook"), "execution_device", None)  # accelerate's
+    return next(model.parameters()).device if place is None else torch.device(place)
+
+
+def _first(model: nn.Module) -> nn.Module:
+    return next((module for module in model.modules() if module._parameters), model)

@@ -25,6 +25,9 @@ class Modulation(NamedTuple):
 
     img, txt: per block [conditions, 6 * width]: shift, scale, gate of attention, then of the MLP.
     final: [conditions, 2 * width]: scale, shift of the output norm.
+
+    Where every module is called (`called.py`) it may hold what vectors are made of instead, [conditions, width]; of all
+    blocks there is one.
     """
 
     img: list[Tensor]
@@ -33,6 +36,10 @@ class Modulation(NamedTuple):
 
     def select(self, rows: slice | Tensor) -> Modulation:
         return Modulation([t[rows] for t in self.img], [t[rows] for t in self.txt], self.final[rows])
+
+    def of_block(self, i: int) -> tuple[Tensor, Tensor]:
+        """Of the image stream and of the text stream."""
+        return (self.img[0], self.txt[0]) if len(self.img) == 1 else (self.img[i], self.txt[i])
 
     def with_references(self, at_zero: Modulation) -> Modulation:
         """`zero_cond_t`: image vectors of each sample's target (these) and references (`at_zero`) side by side.
@@ -58,17 +65,15 @@ class ModulationTables:
         weight = model.proj_out.weight
         if self.freed and not unwatched(model):
             restore_modulation_weights(model)
+        if model.calls_modules():
+            restore_modulation_weights(model)
+            return _computed(model, model.device, model.dtype, levels, additional_t_cond)
         key = (tuple(levels), additional_t_cond, weight.dtype, weight.device, None if self.freed else versions(model))
         if self.freed and key not in self.tables:
             restore_modulation_weights(model)
             key = (*key[:-1], versions(model))
         if key not in self.tables or key[-1] == ():
-            timestep = torch.tensor(levels, dtype=torch.float32) * 1000
-            timestep = timestep.to(device=weight.device, dtype=weight.dtype) / 1000
-            condition = None
-            if additional_t_cond is not None:
-                condition = torch.full((len(levels),), additional_t_cond, device=weight.device)
-            table = model.modulation(timestep, condition)
+            table = _computed(model, weight.device, weight.dtype, levels, additional_t_cond)
             while len(self.tables) >= KEPT_TABLES:
                 self.tables.pop(next(iter(self.tables)))
         else:
@@ -80,6 +85,17 @@ class ModulationTables:
         """Keep one table, under a key that no longer asks for the weights."""
         self.tables = {(*key[:-1], None): t for key, t in self.tables.items() if t is table}
         self.freed = True
+
+
+def _computed(
+    model: Any, device: torch.device, dtype: torch.dtype, levels: Sequence[float], additional_t_cond: int | None
+) -> Modulation:
+    timestep = torch.tensor(levels, dtype=torch.float32) * 1000
+    timestep = timestep.to(device=device, dtype=dtype) / 1000
+    condition = None
+    if additional_t_cond is not None:
+        condition = torch.full((len(levels),), additional_t_cond, device=device)
+    return model.modulation(timestep, condition)
 
 
 def modulation_layers(model) -> dict[str, Any]:
@@ -135,7 +151,9 @@ def free_modulation_weights(model, table: Modulation) -> int:
     Another schedule reads them again from the folder the model came from; without a folder it raises.
     """
     tables = model.modulation_tables
-    if tables.freed or model.streamed is not None or not unwatched(model):  # a hook wants to see them used
+    if (
+        tables.freed or model.streamed is not None or model.calls_modules() or not unwatched(model)
+    ):  # a hook wants to see them used
         return 0
     for name, layer in table_layers(model).items():
         # An adapter of `lora.py`, which has a `mix`, reads the weights again before it changes.

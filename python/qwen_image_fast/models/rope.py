@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,3 +86,41 @@ def sample_rope(
     img = [image_rope(s, -1 if layer3d and k == last else k, axes_dim) for k, s in enumerate(shapes)]
     txt = torch.cat([rotation(positions, d) for d in axes_dim], dim=1)
     return torch.cat(img), txt
+
+
+class QwenEmbedRope:
+    """The table of a sample as complex numbers, called as diffusers' `transformer.pos_embed` is.
+
+    No module: the models build their tables with their layouts (packing.py), so that no hook on it would run.
+    """
+
+    layer3d = False
+
+    def __init__(self, axes_dim: Sequence[int]) -> None:
+        self.axes_dim = list(axes_dim)
+
+    def __call__(
+        self, video_fhw: Sequence, device: torch.device | str | None = None, max_txt_seq_len: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Of images and text, complex64 [tokens, sum(axes_dim) / 2] each.
+
+        Args:
+            video_fhw: (frames, height, width) of an image or of several in tokens; or a list of samples' lists, of
+                which the first counts.
+            max_txt_seq_len: text tokens.
+        """
+        if max_txt_seq_len is None:
+            raise ValueError("pos_embed: max_txt_seq_len must be given, got None")
+        shapes: Any = video_fhw
+        while not isinstance(shapes[0], int) and not isinstance(shapes[0][0], int):
+            shapes = shapes[0]
+        shapes = [shapes] if isinstance(shapes[0], int) else shapes
+        tables = sample_rope([tuple(s) for s in shapes], range(int(max_txt_seq_len)), self.axes_dim, self.layer3d)
+        img, txt = (torch.view_as_complex(table).to(device) for table in tables)
+        return img, txt
+
+
+class QwenEmbedLayer3DRope(QwenEmbedRope):
+    """Of the Layered model."""
+
+    layer3d = True

@@ -5,9 +5,10 @@ What it computes is in `transformer_forward.py`, which the diffusers drop-in sha
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,11 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_image_fast.models.base import PretrainedModel, record_config
-from qwen_image_fast.models.hooks import check_uncalled
-from qwen_image_fast.models.lora import scaled_adapters
-from qwen_image_fast.models.modulation import ModulationTables, restore_modulation_weights
+from qwen_image_fast.models.called import (
+    QwenDoubleStreamAttnProcessor2_0,
+    attend_by,
+    called_block,
+    called_forward,
+    called_modulation,
+    finished,
+)
+from qwen_image_fast.models.diffusers_hooks import AttentionMixin, CacheMixin, OffloadMixin
+from qwen_image_fast.models.hooks import needs_calls
+from qwen_image_fast.models.lora import lora_scale, scaled_adapters
+from qwen_image_fast.models.modulation import Modulation, ModulationTables, restore_modulation_weights
+from qwen_image_fast.models.packing import PackedLayout
+from qwen_image_fast.models.peft_adapters import PeftAdapterMixin
+from qwen_image_fast.models.rope import QwenEmbedLayer3DRope, QwenEmbedRope
 from qwen_image_fast.models.transformer_block import Stream, run_block
 from qwen_image_fast.models.transformer_forward import TransformerForward
+from qwen_image_fast.ops.gelu_tanh import gelu_tanh
+from qwen_image_fast.ops.layer_norm_modulate import layer_norm_modulate
 
 # Widths of frame, height and width in a head of every released model.
 RELEASED_ROPE = (16, 56, 56)
@@ -35,7 +50,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)  # autocast
+        return F.rms_norm(x, x.shape[-1:], weight, self.eps)
 
 
 def sinusoid(t: Tensor, dim: int = 256, scale: float = 1000.0) -> Tensor:
@@ -78,21 +94,53 @@ class QwenTimestepProjEmbeddings(nn.Module):
 
 
 class JointAttention(nn.Module):
-    """Projections and norms of both streams."""
+    """Projections and norms of both streams; `processor` computes with them if attention is called."""
+
+    # What processors and caches of diffusers ask of attention.
+    is_cross_attention = False
+    fused_projections = False
 
     def __init__(self, dim: int, head_dim: int, eps: float):
         super().__init__()
+        self.heads, self.inner_dim = dim // head_dim, dim
+        self.processor: Any = QwenDoubleStreamAttnProcessor2_0()
         for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
             self.add_module(name, RMSNorm(head_dim, eps))
         for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
             self.add_module(name, nn.Linear(dim, dim))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
+    @property
+    def has_processor(self) -> bool:
+        """Whether a user's own computes attention."""
+        return type(self.processor) is not QwenDoubleStreamAttnProcessor2_0
+
+    def get_processor(self) -> Any:
+        return self.processor
+
+    def set_processor(self, processor: Any) -> None:
+        """Let `processor(attn, hidden_states, encoder_hidden_states=, ...)` compute attention, one sample at a time."""
+        self._modules.pop("processor", None)  # one that is a module
+        self.processor = processor
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, layout: PackedLayout
+    ) -> tuple[Tensor, Tensor]:
+        """Both streams, [1, rows, width] of all samples, behind their output projections."""
+        if not self.has_processor:
+            return self.processor(self, hidden_states, encoder_hidden_states, layout)
+        return attend_by(self.processor, self, hidden_states, encoder_hidden_states, layout)
+
 
 class Projection(nn.Module):
+    """gelu_tanh(proj(x))."""
+
     def __init__(self, dim: int, dim_out: int):
         super().__init__()
         self.proj = nn.Linear(dim, dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gelu_tanh(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -101,6 +149,11 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.net = nn.ModuleList([Projection(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.net:
+            x = layer(x)
+        return x
 
 
 class QwenImageTransformerBlock(nn.Module):
@@ -114,8 +167,10 @@ class QwenImageTransformerBlock(nn.Module):
         self.img_mlp = FeedForward(dim)
         self.txt_mlp = FeedForward(dim)
 
-    def forward(self, *args: Any) -> tuple[Stream, Stream]:
-        return run_block(self, *args)
+    def forward(self, hidden_states: Any, encoder_hidden_states: Any, *args: Any, **named: Any) -> tuple[Any, Any]:
+        """Of streams: `run_block`. Of hidden states: `called_block`, where every module of a block is called."""
+        block = run_block if isinstance(hidden_states, Stream) else called_block
+        return block(self, hidden_states, encoder_hidden_states, *args, **named)  # type: ignore[operator]
 
 
 class ModulationOut(nn.Module):
@@ -125,8 +180,17 @@ class ModulationOut(nn.Module):
         super().__init__()
         self.linear = nn.Linear(dim, 2 * dim)
 
+    def forward(self, x: Tensor, temb: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """LN-modulate(x) for rows [rows, dim]. temb: [conditions, dim], or the vectors made of it; offsets: the first
+        row of each, None: they are alike."""
+        made = temb if temb.shape[-1] == 2 * x.shape[-1] else self.linear(F.silu(temb))
+        scale, shift = made.chunk(2, dim=-1)
+        return layer_norm_modulate(x, shift, scale, offsets)
 
-class QwenImageTransformer2DModel(TransformerForward, PretrainedModel):
+
+class QwenImageTransformer2DModel(
+    TransformerForward, CacheMixin, AttentionMixin, OffloadMixin, PeftAdapterMixin, PretrainedModel
+):
     """The MMDiT of Qwen-Image with diffusers' constructor, configuration and state-dict keys.
 
     Args:
@@ -142,6 +206,11 @@ class QwenImageTransformer2DModel(TransformerForward, PretrainedModel):
 
     part = "transformer"
     _supports_gradient_checkpointing = True
+    _repeated_blocks = ("QwenImageTransformerBlock",)
+    # Blocks are compiled, all in the one form that is the same for each of them.
+    blocks_compiled = False
+    # What runs within the hooks on the model itself.
+    _inside = False
 
     @record_config
     def __init__(
@@ -179,6 +248,7 @@ class QwenImageTransformer2DModel(TransformerForward, PretrainedModel):
         self.proj_out = nn.Linear(dim, patch_size * patch_size * self.out_channels)
         self.gradient_checkpointing = False
         self.modulation_tables = ModulationTables()
+        self.pos_embed = (QwenEmbedLayer3DRope if use_layer3d_rope else QwenEmbedRope)(axes_dims_rope)
 
     @classmethod
     def config_of_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -210,8 +280,86 @@ class QwenImageTransformer2DModel(TransformerForward, PretrainedModel):
             "use_layer3d_rope": layered,
         }
 
-    def check_hooks(self) -> None:
-        check_uncalled(self)
+    # ---- with every module called ---------------------------------------------------------------------------------
+
+    def calls_modules(self) -> bool:
+        """Whether the next forward calls every module, for what is on them (called.py)."""
+        if self.blocks_compiled or self.is_cache_enabled:
+            return True
+        if torch.compiler.is_compiling():  # no hook can be looked for
+            return any(block.attn.has_processor for block in self.transformer_blocks)
+        return needs_calls(self)
+
+    def within_hooks(self, work: Callable[[], Any]) -> Any:
+        """work() as this model's forward, where hooks that bring weights for it are on the model itself."""
+        forward: Any = self.forward
+        return work() if self._inside else forward(work)
+
+    @functools.wraps(TransformerForward.forward)
+    def forward(self, hidden_states: Any, *args: Any, **named: Any) -> Any:  # type: ignore[override]
+        if "forward" not in vars(self):
+            return super().forward(hidden_states, *args, **named)
+        before, self._inside = self._inside, True
+        try:
+            if callable(hidden_states):  # of `within_hooks`; a tensor is not
+                return hidden_states()
+            return super().forward(hidden_states, *args, **named)
+        finally:
+            self._inside = before
+
+    def _typed(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        if "forward" not in vars(self.img_in):
+            return super()._typed(hidden_states, encoder_hidden_states)
+        return hidden_states.to(self.dtype), encoder_hidden_states.to(self.dtype)
+
+    def embed_text(self, txt: Tensor) -> Tensor:
+        if "forward" not in vars(self):
+            return super().embed_text(txt)
+        return self.within_hooks(functools.partial(super().embed_text, txt))
+
+    def modulation(self, timestep: Tensor, additional_t_cond: Tensor | None = None) -> Modulation:
+        if not self.calls_modules():
+            return super().modulation(timestep, additional_t_cond)
+
+        def conditions() -> Modulation:
+            like = timestep.new_empty(0, dtype=self.dtype)
+            return called_modulation(self, self.time_text_embed(timestep.to(like.dtype), like, additional_t_cond))
+
+        return self.within_hooks(conditions) if "forward" in vars(self) else conditions()
+
+    def forward_packed(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        layout: PackedLayout,
+        modulation: Modulation,
+        controlnet_block_samples: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        inputs = img, txt, layout, modulation, controlnet_block_samples
+        if "forward" not in vars(self):
+            return super().forward_packed(*inputs)
+        return self.within_hooks(functools.partial(super().forward_packed, *inputs))
+
+    def forward_alone(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        layout: PackedLayout,
+        modulation: Modulation,
+        controlnet_block_samples: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        if self.calls_modules():
+            return called_forward(self, img, txt, layout, modulation, controlnet_block_samples)
+        return super().forward_alone(img, txt, layout, finished(self, modulation), controlnet_block_samples)
+
+    def compile_repeated_blocks(self, *args: Any, **options: Any) -> None:
+        """`torch.compile` each block, with these arguments; all are one graph, in which every module is called.
+
+        `torch.compile(model)` compiles the fused ops with the rest.
+        """
+        for block in self.transformer_blocks:
+            block.compile(*args, **options)
+        self.blocks_compiled = True
 
     def scaled(self, attention_kwargs: dict[str, Any] | None) -> AbstractContextManager:
         if attention_kwargs and self.gradient_checkpointing and torch.is_grad_enabled():
@@ -219,6 +367,8 @@ class QwenImageTransformer2DModel(TransformerForward, PretrainedModel):
                 "attention_kwargs must be None with gradient checkpointing, whose second computation would not know "
                 "the scale: weight the LoRAs by set_adapters"
             )
+        if self.has_peft_layers and attention_kwargs:
+            return self.peft_scaled(lora_scale(attention_kwargs))
         return scaled_adapters(self, attention_kwargs)
 
     def run_block(self, block: Any, *args: Any) -> tuple[Stream, Stream]:

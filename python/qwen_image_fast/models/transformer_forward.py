@@ -107,7 +107,6 @@ class TransformerForward:
             [image rows, patch_size^2 * out_channels]; with `layout.targets` only those rows, and of the others the last
             block computes keys and values alone.
         """
-        self.check_hooks()
         inputs = img, txt, layout, modulation, controlnet_block_samples
         return self.forward_alone(*inputs) if self.ranks is None else self.ranks.forward(self, *inputs)
 
@@ -154,8 +153,9 @@ class TransformerForward:
                 img_s = Stream(x, layer_norm_modulate(x, next_img[0], next_img[1], img_offsets))
         return self.proj_out(img_s.normed)
 
-    def check_hooks(self) -> None:
-        """Say which hooks would never run; the drop-in has decided that before."""
+    def calls_modules(self) -> bool:
+        """Whether a forward calls every module (called.py); the drop-in leaves that to diffusers' forward."""
+        return False
 
     def scaled(self, attention_kwargs: dict[str, Any] | None) -> AbstractContextManager:
         """Around a call with a scale for the LoRAs; the drop-in has put it on the adapters before."""

@@ -84,7 +84,7 @@ class Counterparts:
 
     @property
     def current_timestep(self) -> Tensor | None:
-        """1000 sigma of the step behind which a callback is called; None outside of one."""
+        """1000 sigma of the step that is taken, or behind which a callback is called; None outside of a call."""
         return self._current_timestep
 
     @property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -162,16 +163,27 @@ class GenerationPipeline(PromptPipeline):
             progress = progress and self.transformer.ranks.rank == 0
             check_same(self.transformer.ranks, samples, steps, call.true_cfg_scale)
         self._num_timesteps = steps - options.get("begin", 0)
-        with self._stage("denoise"):
+        with self._stage("denoise"), self._timestep():
             tokens = denoise(
                 self.transformer, self.scheduler, samples, steps=call.num_inference_steps, sigmas=call.sigmas,
                 guidance=call.true_cfg_scale, free_weights=self.free_modulation_weights,
-                graphs=self.cuda_graphs, on_step=on_step, progress=progress,
+                graphs=self.cuda_graphs, on_step=on_step, before_step=self._begin_step, progress=progress,
                 bar_options=self._progress_bar_config if progress else None,
                 interrupted=lambda: self.interrupt, **options,
             )  # fmt: skip
             self.check_result(tokens)
         return tokens
+
+    def _begin_step(self, timestep: float) -> None:
+        self._current_timestep = torch.tensor(timestep)
+
+    @contextmanager
+    def _timestep(self) -> Iterator[None]:
+        """Around the loop, in which there is a current timestep."""
+        try:
+            yield
+        finally:
+            self._current_timestep = None
 
     def check_result(self, tokens: list[Tensor]) -> None:
         """ValueError where latents are not finite, with the cause."""
@@ -193,9 +205,7 @@ class GenerationPipeline(PromptPipeline):
                 "latents": lambda: torch.stack(latents) if same else latents,
                 "prompt_embeds": lambda: pad_prompt_embeds(embeds)[0],
             }
-            self._current_timestep = torch.tensor(timestep)
-            changed = callback(self, step, self._current_timestep, {name: known[name]() for name in names})
-            self._current_timestep = None
+            changed = callback(self, step, torch.tensor(timestep), {name: known[name]() for name in names})
             changed = {} if changed is None else changed
             if not isinstance(changed, Mapping) or set(changed) - set(known):
                 got = sorted(map(str, set(changed) - set(known))) if isinstance(changed, Mapping) else type(changed)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qwen_image_fast.folders import nearest
 from qwen_image_fast.keywords import check_saving
+from qwen_image_fast.models.diffusers_hooks import check_layers_free
 from qwen_image_fast.models.lora import TEXT_ENCODER, adapters_of
 from qwen_image_fast.models.lora_files import locate_lora, parse_components, read_lora, write_lora
 from qwen_image_fast.models.lora_keys import component_config, shown
@@ -71,6 +72,7 @@ class LoraMixin:
             raise TypeError(_unknown(next(iter(unknown))))
         if use_safetensors is False:
             raise ValueError("load_lora_weights: use_safetensors must be True or None, as pickles are never read")
+        check_layers_free(self.transformer, "load_lora_weights")
         config: dict[str, Any] = {}
         if isinstance(source, Mapping):
             if weight_name is not None or subfolder is not None:
