@@ -75,6 +75,10 @@ DIFFERENT |= {
     f"{name}: pipe(prompt=[...], image=[...], generator=[...])": "differs by "
     for name in ("QwenImageEditPipeline", "QwenImageEditInpaintPipeline")
 }
+# A processor that names no mask sees the padding of texts in diffusers; here there is none.
+DIFFERENT |= dict.fromkeys(
+    ("model.attn_processors, set_attn_processor(processor)", "model.set_attn_processor({...})"), "differs by "
+)
 # diffusers gives layers of one picture to another where there are several.
 DIFFERENT |= {
     f"QwenImageLayeredPipeline: pipe({given})": "shapes "
