@@ -5,8 +5,8 @@ python -m benchmarks.data_engines --out results.json; --parts chooses, and parts
 
 equality: the planted records of `benchmarks.data_filters`; `digest` is of every file of the result, by name. The worker
 that meets the record in the middle ends itself, as `kill -9` does. speed: photographs whose short side is 512 px, by
-the command with `--workers` 1 on one core, with 1 on all, and with 2, in turns: one process uses a second core too, by
-the threads of its libraries. `seconds` are of the clock, and the load average says what else the machine did; `path`
+the command with `--workers` 1 and 2 in turns, and with 1 on one core, which shows whether threads of its libraries need
+a second one. `seconds` are of the clock, and the load average says what else the machine did; `path`
 are those of the processor, of the command's process and of one of its equal workers, which follow each other. memory:
 stages 1 to 3 on pictures of 64 px, in a process of its own, with duplicates, whose hashes are in memory, and without.
 """
@@ -162,12 +162,12 @@ def speed(count: int, rounds: int, folder: Path) -> dict[str, Any]:
             })  # fmt: skip
             print(way, runs[way][-1], flush=True)
             shutil.rmtree(folder / "out")
-    one, two = runs["1 process on one core"], runs["2 processes"]
+    one, two = runs["1 process"], runs["2 processes"]
     faster = {
         name: round(statistics.median(first[name] / then[name] for first, then in zip(one, two)), 2)
         for name in ("seconds", "path")
     }
-    return {"records": count, "short side": _SHORT_SIDE, "faster than on one core": faster, "runs": runs}
+    return {"records": count, "short side": _SHORT_SIDE, "faster": faster, "runs": runs}
 
 
 def small_records(count: int) -> Iterator[Record]:

