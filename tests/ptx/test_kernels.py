@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from ptx.cases import KERNELS, LINEAR, convolution, int8_product, products
+from ptx.cases import KERNELS, LINEAR, SEEDS, convolution, int8_product, products
 from qwen_image_fast import doctor
 from qwen_image_fast.doctor_cases import as_tuple, functions, inputs
 from qwen_image_fast.ops import (
@@ -23,7 +23,6 @@ from qwen_image_fast.ops.joint_attention import bounded_attention
 OWN = ["layer_norm_modulate", "gate_residual_norm_modulate", "qk_norm_rope", "gelu_tanh", "guided_step",
        "joint_attention", "channel_norm_silu"]  # fmt: skip
 SIXTEEN = [torch.bfloat16, torch.float16]
-SEEDS = range(1, 21)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN], ids=str)
@@ -112,11 +111,11 @@ def test_sums_in_front_of_a_norm_in_any_order(channels, kernels):
 def test_attention_of_lengths_on_the_device(kernels):
     """In any order: the bits of lengths that Python knows, with NaN in rows of no sample."""
     lens, more = (130, 0, 5), 70
-    q = torch.randn(135, 2, 32).bfloat16()
+    q = torch.randn(135, 1, 32).bfloat16()
     cu = torch.tensor([0, 130, 130, 135], dtype=torch.int32)
-    filled = torch.cat([q, q.new_full((more, 2, 32), float("nan"))])
+    filled = torch.cat([q, q.new_full((more, 1, 32), float("nan"))])
     expected = joint_attention(q, q, q, lens)
-    for seed in (1, 2):
+    for seed in SEEDS:
         kernels.module.be(seed=seed)
         assert torch.equal(bounded_attention(filled, filled, filled, cu, cu, 205, 205)[:135], expected)
 
