@@ -1,6 +1,7 @@
 """The stand-alone transformer with every module called: for hooks, caches, processors, adapters and moving weights."""
 
 import copy
+import functools
 import logging
 
 import pytest
@@ -345,6 +346,22 @@ def test_adapters_are_saved_for_either_package_and_for_pipelines(both, tmp_path)
     assert_same(run(ours), expected)
     with pytest.raises(ValueError, match="add_adapter: no LoRA of the pipeline may be active, got saved"):
         adapted(ours)
+
+
+def test_an_adapter_on_released_modulation_is_not_hidden(tiny_folder):
+    peft = pytest.importorskip("peft")
+    pipe = qwen_image_fast.QwenImagePipeline.from_pretrained(
+        tiny_folder, torch_dtype=torch.float32, free_modulation_weights=True
+    )
+    call = functools.partial(pipe, "A", height=32, width=32, num_inference_steps=1, true_cfg_scale=1.0, seed=1)
+    plain = call(output_type="latent").images[0]
+    assert pipe.transformer.modulation_tables.freed
+    pipe.transformer.add_adapter(peft.LoraConfig(r=4, target_modules=["img_mod.1"], init_lora_weights=False))
+    assert not pipe.transformer.modulation_tables.freed
+    with pytest.raises(ValueError, match=r"img_mod.1 must be a plain Linear, got .*; take the adapter on it off first"):
+        call()
+    pipe.transformer.unload_lora()
+    assert torch.equal(call(output_type="latent").images[0], plain)
 
 
 def test_adapters_are_weighted_by_a_call(both):

@@ -55,6 +55,15 @@ def test_the_twenty_pictures_of_a_lora_stay_and_a_dry_run_writes_nothing(tmp_pat
     assert code == 0 and "rejected by luma" in said and (tmp_path / "out" / "audit.parquet").exists()
 
 
+def test_a_result_inside_of_the_data_is_refused(tmp_path):
+    """Its rejected.png was a record of the next run."""
+    folder = set_of_a_person(tmp_path / "in")
+    for out in (folder, folder / "out", tmp_path / "in" / ".." / "in" / "out"):
+        code, said = filtered(folder, "--preset", "lora", "--out", out)
+        assert code == 2 and "--out must not be inside of the data" in said, said
+    assert not [path for path in folder.iterdir() if path.suffix != ".jpg"]
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_recipe_comes_over_its_preset(tmp_path, name):
     file = tmp_path / "recipe.yaml"

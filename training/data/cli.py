@@ -40,11 +40,25 @@ def filter_command(
 
     chosen = read_filter_recipe(recipe, overrides or (), preset)
     _say(of_filters(chosen, preset_recipe(preset), engine=engine), of_sources(chosen.sources))
+    if not dry_run:
+        _check_apart(chosen, out)
     carrier = engine_of(engine, chosen)
     try:
         _filter(chosen, out, workers, carrier) if not dry_run else _try(chosen, workers, carrier)
     finally:
         carrier.close()
+
+
+def _check_apart(chosen: FilterRecipe, out: Path) -> None:
+    """ValueError where the result lies in a source, which would have its rejected.png the next time."""
+    there = out.expanduser().resolve()
+    for source in chosen.sources:
+        folder = Path(source.path).expanduser()
+        if folder.is_dir() and there.is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"filter: --out must not be inside of the data, got {out} in {source.path}: its rejected.png would be "
+                "taken for data the next time; name another folder"
+            )
 
 
 def _filter(chosen: FilterRecipe, out: Path, workers: int, engine: Engine) -> None:

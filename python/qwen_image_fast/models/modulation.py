@@ -160,7 +160,7 @@ def free_modulation_weights(model, table: Modulation) -> int:
         if type(layer) is not nn.Linear and not hasattr(layer, "mix"):
             raise ValueError(
                 f"free_modulation_weights: {name} must be a plain Linear, got {type(layer).__name__}; "
-                "fuse or remove the adapter on it first"
+                "take the adapter on it off first, or load without free_modulation_weights"
             )
     freed = 0
     for layer in modulation_layers(model).values():

@@ -18,6 +18,7 @@ from qwen_image_fast.checkpoint import PICKLE_SUFFIXES
 from qwen_image_fast.extras import needed_for
 from qwen_image_fast.keywords import check_saving
 from qwen_image_fast.models.int8_linear import Int8Linear
+from qwen_image_fast.models.modulation import restore_modulation_weights
 
 
 def _mixin(where: str) -> Any:
@@ -158,3 +159,5 @@ def check_weights(model: Any, where: str) -> None:
         raise ValueError(
             f"{where}: no LoRA of the pipeline may be active, got {there}; pipe.unload_lora_weights() first"
         )
+    if model.modulation_tables.freed:
+        restore_modulation_weights(model)  # what was made of them would hide an adapter on them
