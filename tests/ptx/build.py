@@ -24,7 +24,9 @@ FLAGS = ("-std=c++17", "-O2", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-fno-m
 MODULES = {
     "kernels": (lambda s: s.parent != CUTLASS or s.stem == "conv2d", "bindings_cuda.cpp", ["QIF_CUTLASS_ALL"]),
     "linear": (
-        lambda s: s.stem.startswith("linear_"), "bindings_cutlass.cpp", ["QIF_CUTLASS_SM80", "QIF_CUTLASS_SM90"]
+        lambda s: s.parent == CUTLASS and s.stem != "conv2d",
+        "bindings_cutlass.cpp",
+        ["QIF_CUTLASS_SM80", "QIF_CUTLASS_SM90"],
     ),
 }  # fmt: skip
 
