@@ -1,6 +1,13 @@
 """Short runs of what comes after training, on the small model: coloured squares, rewarded by a function of pixels."""
 
+import base64
+import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import numpy as np
+from PIL import Image
 from trainer_helpers import small_recipe
 
 from qwen_image_fast.training.engine.trainer import Trainer
@@ -41,3 +48,33 @@ def post_task(recipe, folder):
 
 def start_post(recipe, folder, **options):
     return Trainer(recipe, post_task(recipe, folder), folder, **options)
+
+
+class JudgeServer(ThreadingHTTPServer):
+    """Scores a picture by its mean; from request `silent_from` on it says nothing until it is closed."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), JudgeHandler)
+        self.asked, self.silent_from, self.over = 0, 1000, threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class JudgeHandler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.server.asked >= self.server.silent_from:
+            self.server.over.wait()
+            return
+        self.server.asked += 1
+        (url,) = [part["image_url"]["url"] for part in asked["messages"][-1]["content"] if part["type"] == "image_url"]
+        with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as picture:
+            score = float(np.asarray(picture).mean())
+        content = json.dumps({"choices": [{"message": {"content": json.dumps({"score": score})}}]}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args: object) -> None:
+        pass

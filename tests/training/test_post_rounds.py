@@ -1,12 +1,13 @@
 """Runs of rounds: what they learn from, that they go on bit for bit, and what ends them."""
 
 import json
+import threading
 
 import numpy as np
 import post_helpers
 import pytest
 import torch
-from post_helpers import KINDS, post_recipe, post_task, start_post
+from post_helpers import KINDS, JudgeServer, post_recipe, post_task, start_post
 from trainer_helpers import log_of, weights
 
 from qwen_image_fast import QwenImagePipeline
@@ -20,6 +21,16 @@ from qwen_image_fast.training.tasks.post import PostTask
 
 class Killed(BaseException):
     """Stands for a kill: nothing in a run catches it."""
+
+
+@pytest.fixture
+def serve_judge():
+    server = JudgeServer()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield server
+    server.over.set()
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -150,6 +161,10 @@ def test_stages_of_several_kinds_are_one_run(folder, tmp_path):
         (lambda pictures: [1.0], "must give a number for each picture, got 1 for"),
         (lambda pictures: "good", "must give a number for each picture"),
         (lambda pictures: [0.25] * len(pictures), "the same for all pictures of 3 rounds"),
+        (
+            lambda pictures: {}["score"],
+            "post_helpers:bright raised KeyError: 'score' .line .* of .*mend it, then resume",
+        ),
     ],
 )
 def test_what_is_no_reward_ends_the_run(folder, tmp_path, monkeypatch, reward, sentence):
@@ -158,6 +173,39 @@ def test_what_is_no_reward_ends_the_run(folder, tmp_path, monkeypatch, reward, s
     with pytest.raises(TrainingStopped, match=sentence) as stopped:
         start_post(recipe, tmp_path / "run").run()
     assert "the last good checkpoint is" in str(stopped.value)
+
+
+def test_a_judge_that_hangs_and_then_answers(folder, tmp_path, serve_judge):
+    """It falls silent within the second round: the run ends with a sentence, and the resumed one, which asks for what
+    is missing alone, ends as one whose judge never hung."""
+    judge = {"model": "m", "endpoint": serve_judge.url, "timeout": 0.5, "attempts": 1, "parallel": 1, "high": 255}
+    recipe = post_recipe(folder, "nft", rewards=[{"kind": "judge", "options": judge}])
+    whole = start_post(recipe, tmp_path / "whole")
+    whole.run()
+    assert serve_judge.asked == 24
+    serve_judge.silent_from = 24 + 15
+    with pytest.raises(TrainingStopped, match="no score after 1 tries: .*resume when it answers; .*good checkpoint is"):
+        start_post(recipe, tmp_path / "run").run()
+    serve_judge.silent_from = 1000
+    known, serve_judge.asked = len((tmp_path / "run" / "judged.jsonl").read_text().splitlines()), 0
+    resumed = start_post(recipe, tmp_path / "run", resume=True)
+    resumed.run()
+    assert known == 15 and serve_judge.asked == 24 - known
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole).values(), weights(resumed).values()))
+
+
+def test_a_file_that_changed_is_said(folder, tmp_path):
+    """A resumed run learns from what the file says now; that it is not what it was stands in the log."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\nb\nc\n")
+    changes = {"data__source": None, "data__options": {}, "rollout__prompts": str(prompts), "steps": 3,
+               "checkpoint__every": 1, "data__buckets": [[32, 32]]}  # fmt: skip
+    start_post(post_recipe(folder, "nft", **changes), tmp_path / "run").run()
+    for text, told in (("a\nb\nc\n", 0), ("a\nb\nd\n", 1)):
+        prompts.write_text(text)
+        resumed = start_post(post_recipe(folder, "nft", **{**changes, "steps": 4}), tmp_path / "run",
+                             resume=True, allow_changes=True)  # fmt: skip
+        assert len([note for note in resumed.task.said() if "prompts.txt is not what it was" in note]) == told
 
 
 def test_another_reward_is_not_resumed_with(folder, tmp_path):

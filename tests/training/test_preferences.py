@@ -71,6 +71,7 @@ def test_sft_learns_from_the_chosen_ones(folder, tmp_path, pairs):
         ({"chosen": "good0.png", "rejected": "bad0.png"}, 'line 2 of .* must have a text "prompt", it has chosen'),
         ({"prompt": "p", "chosen": "good0.png"}, 'must have a text "rejected", it has prompt, chosen'),
         ({"prompt": "p", "chosen": "good0.png", "rejected": "gone.png"}, "there is no picture .*gone.png"),
+        ({"prompt": "p", "chosen": "good0.png", "rejected": "pairs.jsonl"}, "pairs.jsonl is no picture: cannot"),
         ({"prompt": "p", "chosen": "bad0.png", "rejected": "bad0.png"}, "must be two pictures"),
         (
             {"prompt": "p", "chosen": "good0.png", "rejected": "bad0.png", "references": ["bad1.png"]},
@@ -125,6 +126,10 @@ def test_prompts_of_a_file(folder, tmp_path):
         ('{"tag": "single_object"}', 'line 1 of .* must have a text "prompt", it has tag'),
         ('{"prompt": "p", "texts": "a"}', "texts must be a list of texts"),
         ('{"prompt"', "must be JSON"),
+        ('{"prompt": "p", "colours": {"text": 3}}', "colours must be such as"),
+        ('{"prompt": "p", "boxes": [[0, 0, 9]]}', "boxes must be lists of left, top, right and bottom in whole pixels"),
+        ('{"prompt": "p", "boxes": [[0, 0, 9, NaN]]}', "boxes must be lists of .* in whole pixels"),
+        ('{"prompt": "p", "boxes": [[9, 0, 9, 9]]}', "boxes must be lists of .* in whole pixels"),
         ("", "has no prompt"),
     ],
 )

@@ -69,6 +69,11 @@ def test_what_a_reward_cannot_judge():
     for kind, sentence in (("text", "quote a text"), ("colour", "with colours"), ("layout", "layout is known"),
                            ("edit", "target is known")):  # fmt: skip
         assert sentence in make_reward(RewardRecipe(kind)).refuses(bare)
+    mauve = Asked('"cat" in mauve', ("cat",), colours={"text": "mauve"})
+    for kind in ("text", "colour"):
+        assert "colours.text must be of red, " in make_reward(RewardRecipe(kind)).refuses(mauve)
+    for colours in ({"accent": "red"}, {"text": "red"}):  # no text is named
+        assert "of the ground or of a text" in make_reward(RewardRecipe("colour")).refuses(Asked("a", colours=colours))
     page = Asked('"cat" in red', ("cat",))
     assert Text(TextReward("band")).refuses(page) and Text().refuses(page) is None
 

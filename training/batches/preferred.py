@@ -9,7 +9,7 @@ from qwen_image_fast.training.batches.noise import noise_level
 from qwen_image_fast.training.randomness import epoch_position, generator, normal
 from qwen_image_fast.training.recipe.curriculum import Change
 from qwen_image_fast.training.recipe.post import PostRecipe
-from qwen_image_fast.training.sources.lines import PairLine, pair_lines, pictures_of
+from qwen_image_fast.training.sources.lines import PairLine, digest, pair_lines, pictures_of
 
 
 class PairBatches:
@@ -24,6 +24,7 @@ class PairBatches:
         self.recipe, self.channels, self.first = recipe, channels, first
         self.both = recipe.kind == "dpo"
         self.pairs: Sequence[PairLine] = pair_lines(recipe.pairs, both=self.both)
+        self.read = {recipe.pairs: digest(recipe.pairs)}
 
     def use(self, changes: Sequence[Change]) -> None:
         """There is no mixture that could change."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,26 @@ from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.rewards import RewardRecipe
 from qwen_image_fast.training.rewards.judge import Judge
 from qwen_image_fast.training.rewards.pixels import Colour, Layout
-from qwen_image_fast.training.rewards.reward import Asked, Reward
+from qwen_image_fast.training.rewards.reward import Asked, Reward, RewardError
 from qwen_image_fast.training.rewards.texts import Edit, Text
 
 
 class Function:
-    """A Python function of the user's: f(pictures, asked) -> a number for each."""
+    """A Python function of the user's: f(pictures, asked) -> a number for each; RewardError where it raises."""
 
     def __init__(self, name: str, function: Callable[..., Any]):
-        self.name, self.function = name, function
+        self.name, self.where, self.function = name, name, function
 
     def refuses(self, asked: Asked) -> str | None:
         return None
 
     def __call__(self, pictures: Sequence[np.ndarray], asked: Sequence[Asked]) -> Sequence[float]:
-        return self.function(list(pictures), list(asked))
+        try:
+            return self.function(list(pictures), list(asked))
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            what = f"{type(error).__name__}: {error} (line {at.lineno} of {at.filename})"
+            raise RewardError(f"reward function: {self.where} raised {what}; mend it, then resume") from error
 
 
 def make_reward(recipe: RewardRecipe, folder: Path | None = None) -> Reward:

@@ -8,7 +8,7 @@ import numpy as np
 
 from qwen_image_fast.training.evaluation.edit_checks import ink
 from qwen_image_fast.training.rewards.reward import Asked
-from qwen_image_fast.training.rewards.texts import colours_right
+from qwen_image_fast.training.rewards.texts import colours_right, unknown_colour
 
 _MARGIN = 1 / 16  # of the picture's height: a text may stand so far from where its rendering does
 _LEAST_INK = 0.05  # share of a text's box that must stand out from the ground
@@ -20,7 +20,9 @@ class Colour:
     name = "colour"
 
     def refuses(self, asked: Asked) -> str | None:
-        return None if asked.colours else "kind colour needs prompts with colours, which the synthesis has"
+        if not any(role == "ground" or (role.split()[0] == "text" and asked.texts) for role in asked.colours):
+            return "kind colour needs prompts with colours of the ground or of a text, which the synthesis has"
+        return unknown_colour(asked)
 
     def __call__(self, pictures: Sequence[np.ndarray], asked: Sequence[Asked]) -> list[float]:
         return [float(np.mean(colours_right(p, about) or [False])) for p, about in zip(pictures, asked)]

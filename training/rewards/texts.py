@@ -28,6 +28,14 @@ def likeness(read: str, wanted: str) -> float:
     return 1 - min(1.0, edit_distance(read, wanted) / len(wanted)) if wanted else float(not read)
 
 
+def unknown_colour(asked: Asked) -> str | None:
+    """Why a named colour of the ground, or of a text, can never be right: it is none of those that are told apart."""
+    for role, colour in asked.colours.items():
+        if (role == "ground" or role.split()[0] == "text") and colour not in COLOURS:
+            return f"colours.{role} must be of {', '.join(COLOURS)}, got {colour!r}"
+    return None
+
+
 class Text:
     """The mean likeness of the texts asked for, times `wrong_colour` where a named colour is wrong.
 
@@ -47,7 +55,7 @@ class Text:
             return "kind text needs prompts that quote a text, or name it in texts"
         if self.settings.layout == "band" and len(asked.boxes) != len(asked.texts):
             return "layout band needs prompts whose layout is known, which the synthesis has: layout page reads others"
-        return None
+        return unknown_colour(asked)
 
     def __call__(self, pictures: Sequence[np.ndarray], asked: Sequence[Asked]) -> list[float]:
         return [self._one(picture, about) for picture, about in zip(pictures, asked)]

@@ -15,7 +15,7 @@ from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.post import PostRecipe
 from qwen_image_fast.training.rewards.make import make_rewards
 from qwen_image_fast.training.rewards.reward import Asked, Reward, asked_of, language_of
-from qwen_image_fast.training.sources.lines import PromptLine, pair_lines, prompt_lines
+from qwen_image_fast.training.sources.lines import PromptLine, digest, pair_lines, prompt_lines
 from qwen_image_fast.training.synthesis.sample import EditSample, Sample, quoted_texts
 
 
@@ -53,7 +53,8 @@ class PromptBatches:
 
     def __init__(self, recipe: PostRecipe, source: FlowBatches | None, first: int = 0):
         self.recipe, self.source, self.first = recipe, source, first
-        self.lines = prompt_lines(recipe.rollout.prompts) if recipe.rollout.prompts else []
+        named = recipe.rollout.prompts
+        self.lines, self.read = (prompt_lines(named), {named: digest(named)}) if named else ([], {})
         held = min(recipe.guards.count, len(self.lines) // 2) if recipe.guards.every else 0
         # The last prompts of a file are looked at and never trained on.
         self.trained, self.held = self.lines[: len(self.lines) - held], self.lines[len(self.lines) - held :]

@@ -7,6 +7,7 @@ pairs     {"prompt": ..., "chosen": "a.png", "rejected": "b.png", "references": 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from qwen_image_fast.folders import read_text
 from qwen_image_fast.pictures import to_rgb
@@ -60,12 +62,14 @@ def prompt_lines(name: str) -> list[PromptLine]:
             raise RecipeError(f'{where} must have a text "prompt", it has {", ".join(fields) or "nothing"}')
         if not (texts is None or (isinstance(texts, list) and all(isinstance(t, str) and t for t in texts))):
             raise RecipeError(f"{where}: texts must be a list of texts, got {texts!r:.80}")
-        if not (colours is None or isinstance(colours, dict)):
+        if not (colours is None or (isinstance(colours, dict) and all(map(_word, [*colours, *colours.values()])))):
             raise RecipeError(f'{where}: colours must be such as {{"text": "red"}}, got {colours!r:.80}')
-        boxes = boxes or []
-        if not (isinstance(boxes, list) and all(isinstance(b, list) and len(b) == 4 for b in boxes)):
-            raise RecipeError(f"{where}: boxes must be lists of left, top, right and bottom, got {boxes!r:.80}")
-        places = tuple((int(a), int(b), int(c), int(d)) for a, b, c, d in boxes)
+        boxes = [] if boxes is None else boxes
+        if not (isinstance(boxes, list) and all(map(_is_box, boxes))):
+            raise RecipeError(
+                f"{where}: boxes must be lists of left, top, right and bottom in whole pixels, got {boxes!r:.80}"
+            )
+        places = tuple((a, b, c, d) for a, b, c, d in boxes)
         own = None if texts is None else tuple(texts)
         found.append(PromptLine(number, prompt, own, colours or {}, places, fields))
     if not found:
@@ -95,6 +99,10 @@ def pair_lines(name: str, *, both: bool) -> list[PairLine]:
         for path in paths:
             if not path.is_file():
                 raise RecipeError(f"{where}: there is no picture {path}")
+            try:
+                Image.open(path).close()  # its head alone
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                raise RecipeError(f"{where}: {path} is no picture: {error}") from error
         if rejected and paths[0].resolve() == paths[1].resolve():
             raise RecipeError(f"{where}: chosen and rejected must be two pictures, both are {paths[0]}")
         at = 2 if rejected else 1
@@ -108,6 +116,20 @@ def pair_lines(name: str, *, both: bool) -> list[PairLine]:
 def pictures_of(paths: Sequence[Path]) -> list[np.ndarray]:
     """uint8 [H, W, 3] each; ValueError where a file is damaged."""
     return [np.asarray(to_rgb(f"pairs: {path}", path)) for path in paths]
+
+
+def digest(name: str) -> str:
+    """Of what a file says."""
+    return hashlib.sha256(Path(name).expanduser().read_bytes()).hexdigest()[:16]
+
+
+def _word(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_box(box: Any) -> bool:
+    whole = isinstance(box, list) and len(box) == 4 and all(isinstance(v, int) and type(v) is not bool for v in box)
+    return whole and box[0] < box[2] and box[1] < box[3]
 
 
 def _lines(name: str, field: str) -> Iterator[tuple[int, str]]:

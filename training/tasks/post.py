@@ -328,7 +328,7 @@ class PostTask(FlowTask):
         found = {f"policies/{name}": t for name, t in self.policies.state().items()}
         found |= {f"round/{name}": t for name, t in tensors.items()}
         return found, {"round": record, "guards": self.guards.state(), "spreads": self.spreads,
-                       "latest": self.latest}  # fmt: skip
+                       "latest": self.latest, "read": self.giver.read}  # fmt: skip
 
     def load_state(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         if not record:
@@ -342,6 +342,12 @@ class PostTask(FlowTask):
         self.guards.load(record["guards"])
         self.latest = list(record["latest"])
         self.spreads = {name: list(values) for name, values in record["spreads"].items()}
+        # A record of before files were remembered has none.
+        self.notes += [
+            f"{name} is not what it was when the run was stopped: what follows is not what that run would have done"
+            for name, value in self.giver.read.items()
+            if record.get("read", {}).get(name, value) != value
+        ]
 
 
 def _matrix(drawn: dict[tuple[int, int], Any], prompts: Sequence[int], group: int) -> dict[str, np.ndarray]:
