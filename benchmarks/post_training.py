@@ -50,8 +50,12 @@ def learn(method: Method, model: str, seed: int, prompts: Path, run: Path, share
     return round(time.process_time() - start, 1)
 
 
+def prompts_a_leg(world: World, small: bool) -> int:
+    return 9 if small else world.prompts_a_leg
+
+
 def part(prompts: Path, number: int, count: int) -> Path:
-    """The prompts of a leg, in a file of their own."""
+    """The prompts of a leg, the same ones for every method, in a file of their own."""
     path = prompts.with_name(f"prompts-{number + 1}.jsonl")
     lines = prompts.read_text(encoding="utf-8").splitlines(keepends=True)
     path.write_text("".join(lines[number * count : (number + 1) * count]), encoding="utf-8")
@@ -79,11 +83,10 @@ def measured(world: World, model: str, folder: Path, judge: str, sets: Sequence[
 def run_of(world: World, name: str, seed: int, legs: int, work: Path, small: bool) -> list[dict[str, Any]]:
     """The legs of a method with a seed: seconds so far, and what is right after each."""
     model, seconds, found, share = MODEL, 0.0, [], 0.04 if small else 1.0
-    method = world.methods[name]
-    count = max(4, round(method.prompts * share)) if method.prompts else 0
+    method, count = world.methods[name], prompts_a_leg(world, small)
     for number in range(legs):
         folder = folder_of(work, name, seed, number)
-        prompts = part(work / "prompts.jsonl", number, count) if count else work / "prompts.jsonl"
+        prompts = part(work / "prompts.jsonl", number, count)
 
         def leg(run: Path = folder / "run", start: str = model, number: int = number, file: Path = prompts) -> float:
             shutil.rmtree(run, ignore_errors=True)  # of a call that was killed
@@ -125,8 +128,24 @@ def points(start: dict[str, Any], legs: Sequence[dict[str, Any]]) -> list[dict[s
     return found
 
 
+def against(world: World, ends: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Each method against the one that it is to beat, seed by seed and of all seeds together: held-out prompts that it
+    alone has right, that the other alone has, and a sign test. ends: what is right at the end, by seed.
+
+    Seeds share the prompts, so the test of all together takes for independent what is not quite.
+    """
+    found: dict[str, Any] = {}
+    name, judge = world.sets[0], world.judges[0]
+    for method in [method for method in ends if method != world.against and world.against in ends]:
+        pairs = [(sft[name][judge], own[name][judge]) for sft, own in zip(ends[world.against], ends[method])]
+        counts = [won_lost(sft, own) for sft, own in pairs]
+        counts.append((sum(won for won, _ in counts), sum(lost for _, lost in counts)))
+        found[method] = [{"won": won, "lost": lost, "p": round(sign_test(won, lost), 4)} for won, lost in counts]
+    return {f"against {world.against}: each seed, then all": found} if found else {}
+
+
 def plot(world: World, curves: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
-    """Shares over seconds: a thin line of each seed, a thick one of their mean."""
+    """Shares over seconds: the mean of the seeds, and from the lowest to the highest of them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -137,17 +156,20 @@ def plot(world: World, curves: dict[str, list[list[dict[str, Any]]]], path: Path
     low, high = next(iter(curves.values()))[0][0][key]["interval"]
     axes.axhspan(100 * low, 100 * high, color="0.93", label="95 % interval of the start")
     for number, (method, runs) in enumerate(curves.items()):
+        runs = [run for run in runs if len(run) == len(runs[0])]
         seconds = [[point["seconds"] for point in run] for run in runs]
         shares = [[100 * point[key]["right"] / point[key]["of"] for point in run] for run in runs]
-        colour = f"C{number}"
-        if len(runs) > 1:
-            for x, y in zip(seconds, shares):
-                axes.plot(x, y, color=colour, alpha=0.35, linewidth=1)
-        axes.plot(np.mean(seconds, 0), np.mean(shares, 0), color=colour, marker="o", linewidth=2, label=method)
+        x, y, colour = np.mean(seconds, 0), np.mean(shares, 0), f"C{number}"
+        # Bars beside each other: methods take about as long.
+        beside = x + (number - (len(curves) - 1) / 2) * 0.012 * x.max() * (x > 0)
+        reach = [y - np.min(shares, 0), np.max(shares, 0) - y]
+        axes.errorbar(
+            beside, y, yerr=reach, color=colour, marker="o", linewidth=2, elinewidth=1.2, capsize=3, label=method
+        )
     axes.set_xlabel("processor seconds of drawing, rewards and learning")
     axes.set_ylabel(world.learned)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(title="mean of seeds; bars: lowest to highest" if max(map(len, curves.values())) > 1 else None)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -184,17 +206,17 @@ def main() -> None:
     name = f"post-training-{options.world}"
     out = options.out or ROOT / f"benchmarks/results/{date}-{slug(machine['device'])}-{name}.json"
     work.mkdir(parents=True, exist_ok=True)
-    if not (work / "prompts.jsonl").is_file():
-        world.write_prompts(work / "prompts.jsonl", options.legs * (9 if small else world.prompts_a_leg))
+    world.write_prompts(work / "prompts.jsonl", options.legs * prompts_a_leg(world, small))
     start = measured(world, MODEL, work / "start", world.judges[0], world.sets, small)
     found: dict[str, list[list[dict[str, Any]]]] = {method: [] for method in methods}
 
     def write() -> dict[str, Any]:
         curves = {name: [points(start, run) for run in runs] for name, runs in found.items() if runs}
+        ends = {name: [run[-1]["right"] for run in runs] for name, runs in found.items()}
         report = {
             "date": date, "machine": machine, "model": "the shipped tiny one", "prompts": world.prompts,
             "reward": world.reward, "methods": {name: world.methods[name]._asdict() for name in curves},
-            "curves": curves,
+            "curves": curves, **against(world, ends),
         }  # fmt: skip
         atomic_write(out, lambda file: file.write(json_bytes(report)))
         plot(world, curves, options.picture or ROOT / f"docs/images/{name}.png")

@@ -125,5 +125,6 @@ WORLD = World(
     write_prompts=write_prompts,
     judged=read,
     sets=tuple(SETS),
+    against="SFT",
     judges=READERS,
 )

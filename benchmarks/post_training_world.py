@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 
 class Method(NamedTuple):
-    """recipe: its name. updates: of a leg. prompts: of a leg's only round; 0: rounds as the recipe has them, from all
-    prompts. changes: to the recipe."""
+    """recipe: its name. updates: of a leg. prompts: of a leg's only round; 0: rounds as the recipe has them, from the
+    leg's prompts. changes: to the recipe."""
 
     recipe: str
     updates: int
@@ -21,9 +21,11 @@ class Method(NamedTuple):
 @dataclass(frozen=True)
 class World:
     """learned: what is better at the end, for an axis. prompts, reward: said in the results. methods: by name.
-    prompts_a_leg: of the methods that have one round a leg. write_prompts(path, count): the file of `rollout.prompts`.
+    write_prompts(path, count): the file of `rollout.prompts`; more prompts begin with the same ones.
+    prompts_a_leg: how many of them a leg is given.
     judged(model, set, judge, small): by judge, which held-out pictures of the set are right. sets: the first is what is
-    learned, the others must not be lost. judges: the first after every leg, the others at the end, of the first set.
+    learned, the others must not be lost. against: the method that the others are to beat. judges: the first after every
+    leg, the others at the end, of the first set.
     """
 
     learned: str
@@ -34,4 +36,5 @@ class World:
     write_prompts: Callable[[Path, int], object]
     judged: Callable[[str, str, str, bool], dict[str, list[bool]]]
     sets: Sequence[str]
+    against: str
     judges: Sequence[str] = field(default=("",))

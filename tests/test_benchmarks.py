@@ -249,6 +249,12 @@ def test_points_of_post_training(tmp_path):
         "right": 3, "of": 4, "interval": 0, "won": 3, "lost": 1, "p": 0.625,
     }  # fmt: skip
     assert "DPO, seed 0: 10 s; zh, one: 3 of 4 (+3 -1, p = 0.625)" in post_training.table({"DPO": [[begin, end]]})
+    world = post_training.WORLDS["texts"]
+    right = {"SFT": ([True, False], [False, False]), "DPO": ([True, True], [True, False])}
+    seeds = {method: [{"zh": {world.judges[0]: one}} for one in own] for method, own in right.items()}
+    (found,) = post_training.against(world, seeds).values()
+    assert found == {"DPO": [{"won": 1, "lost": 0, "p": 1.0}] * 2 + [{"won": 2, "lost": 0, "p": 0.5}]}
+    assert post_training.against(world, {"DPO": []}) == {}
     assert post_training.once(tmp_path / "a.json", lambda: [1.5]) == [1.5]
     assert post_training.once(tmp_path / "a.json", lambda: [2.5]) == [1.5]
 
