@@ -33,7 +33,7 @@ class BlockPair:
         from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock as Diffusers
 
         from qwen_image_fast.models.packing import pack
-        from qwen_image_fast.models.transformer import QwenImageTransformerBlock
+        from qwen_image_fast.models.transformer_modules import QwenImageTransformerBlock
 
         shapes = ((1, *grid),) * (1 + references)
         self.width, self.rows, self.txt = heads * 128, len(shapes) * grid[0] * grid[1], txt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,11 +16,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from qwen_image_fast.graphs import StepGraphs
+from qwen_image_fast.models.hooks import users_hook
 from qwen_image_fast.models.modulation import Modulation, free_modulation_weights
 from qwen_image_fast.models.packing import cumulative, pack
 from qwen_image_fast.models.rope import ImageShape
+from qwen_image_fast.once import warn_once
 from qwen_image_fast.ops.guided_step import guided_step
 from qwen_image_fast.schedulers import calculate_shift
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -188,6 +193,12 @@ class Wave:
 
     def __init__(self, transformer, tracks: Sequence[Track]):
         self.transformer = transformer
+        if users_hook(transformer):
+            warn_once(
+                logger, transformer,
+                "hooks on the transformer itself do not run in a pipeline, which calls its packed forward: put them on "
+                "its blocks, or on layers"
+            )  # fmt: skip
         self.tracks = sorted(tracks, key=_combination)
         guided = [t for t in self.tracks if t.uncond is not None]
         self.lengths = [len(t.latents) for t in self.tracks]

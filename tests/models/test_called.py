@@ -1,7 +1,6 @@
 """The stand-alone transformer with every module called: for hooks, caches, processors, adapters and moving weights."""
 
 import copy
-import functools
 import logging
 
 import pytest
@@ -11,25 +10,14 @@ from torch import nn
 pytest.importorskip("diffusers")
 
 import diffusers
-from accelerate_harness import CONFIG, assert_same, inputs, run, small_transformer
+from accelerate_harness import assert_same, inputs, run
+from called_harness import latents, pair
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 
 import qwen_image_fast
-from qwen_image_fast import QwenImageTransformer2DModel
 from qwen_image_fast.graphs import StepGraphs
-from qwen_image_fast.models.lora import adapters_of
-from qwen_image_fast.models.lora_files import parse_lora, read_lora
 
 CPU = torch.device("cpu")
-CALL = {"prompt": '"HI" in red', "height": 48, "width": 32, "num_inference_steps": 4, "seed": 0, "progress": False}
-
-
-def pair(**changes):
-    """diffusers' model and the stand-alone one of the same weights."""
-    theirs = small_transformer(**changes)
-    ours = QwenImageTransformer2DModel(**{**CONFIG, **changes}).eval()
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
 
 
 @pytest.fixture
@@ -40,10 +28,6 @@ def both():
 @pytest.fixture
 def pipe(tiny_folder):
     return qwen_image_fast.QwenImagePipeline.from_pretrained(tiny_folder, torch_dtype=torch.float32)
-
-
-def latents(pipe, **change):
-    return pipe(**{**CALL, "output_type": "latent", **change}).images
 
 
 # ---- hooks -----------------------------------------------------------------------------------------------------------
@@ -99,6 +83,62 @@ def test_hooks(both, place, kind):
     for remove in removes:
         remove()
     assert torch.equal(run(ours), plain)
+
+
+@pytest.mark.parametrize("place", ["attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp.net.2"])
+@pytest.mark.parametrize("pipeline", [False, True], ids=["model", "pipeline"])
+def test_hooks_on_what_reaches_nothing(both, pipe, place, pipeline):
+    """In the last block, whose text stream ends there."""
+    model = pipe.transformer if pipeline else both[1]
+    compute = (lambda: latents(pipe)) if pipeline else (lambda: run(model))
+    plain, seen = compute(), []
+    hook = model.transformer_blocks[-1].get_submodule(place).register_forward_hook(lambda *_: seen.append(place))
+    assert_same(compute(), plain)
+    assert len(seen) == (4 if pipeline else 1)
+    hook.remove()
+    assert torch.equal(compute(), plain) and len(seen) == (4 if pipeline else 1)
+
+
+def test_a_pipeline_says_that_it_passes_the_model_itself_by(pipe, caplog):
+    said = "hooks on the transformer itself do not run in a pipeline"
+    latents(pipe)
+    assert said not in caplog.text
+    pipe.transformer.register_forward_hook(lambda *_: None)
+    for _ in range(2):
+        latents(pipe)
+    assert caplog.text.count(said) == 1
+
+
+class Twice(nn.Module):
+    """A module of a user's, around the one in whose place it is."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.own = own
+
+    def forward(self, x):
+        return changed(self.own(x))
+
+
+@pytest.mark.parametrize("place", ["attn.norm_q", "attn.norm_added_k", "img_mod", "txt_mod", "img_mlp", "txt_mlp"])
+def test_replaced_modules(both, place):
+    plain = run(both[1])
+    for model in both:
+        model.transformer_blocks[0].set_submodule(place, Twice(model.transformer_blocks[0].get_submodule(place)))
+    expected = run(both[0])
+    assert (expected - plain).abs().max() > 2e-4 * plain.std()
+    assert_same(run(both[1]), expected)
+
+
+@pytest.mark.parametrize("names", [["norm_q"], ["norm_added_k"], ["norm_q", "norm_k", "norm_added_q", "norm_added_k"]])
+def test_another_epsilon(both, names):
+    plain = run(both[1])
+    for model in both:
+        for name in names:
+            getattr(model.transformer_blocks[0].attn, name).eps = 0.5
+    expected = run(both[0])
+    assert (expected - plain).abs().max() > 2e-4 * plain.std()
+    assert_same(run(both[1]), expected)
 
 
 @pytest.mark.parametrize("place", ["attn.norm_q", "txt_mod", "img_mlp.net.0"])
@@ -274,6 +314,9 @@ def test_processors(both):
     assert torch.equal(run(both[1]), plain)
     with pytest.raises(ValueError, match="the number of processors must be that of the attention layers, 2, .* got 1"):
         both[1].set_attn_processor({names[0]: Weaker()})
+    with pytest.raises(TypeError, match="set_processor: processor must be callable, got int 3"):
+        both[1].set_attn_processor(3)
+    assert torch.equal(run(both[1]), plain)
 
 
 def test_fusing_is_said_to_do_nothing(both, caplog):
@@ -318,84 +361,6 @@ def test_what_cannot_move(tiny_folder):
             call()
 
 
-# ---- PEFT ------------------------------------------------------------------------------------------------------------
-
-
-def adapted(model, name="default", **how):
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    model.add_adapter(
-        peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "img_mod.1"], init_lora_weights=False), name
-    )
-    return model
-
-
-def test_adapters_are_saved_for_either_package_and_for_pipelines(both, tmp_path):
-    theirs, ours = both
-    plain = run(ours)
-    expected = run(adapted(theirs))
-    assert_same(run(adapted(ours)), expected)
-    ours.save_lora_adapter(tmp_path)
-    ours.unload_lora()
-    assert torch.equal(run(ours), plain)
-    theirs.unload_lora()
-    theirs.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
-    assert_same(run(theirs), expected)
-    state, config = read_lora(tmp_path)
-    adapters_of(ours).add("saved", parse_lora(state, ours, config))
-    assert_same(run(ours), expected)
-    with pytest.raises(ValueError, match="add_adapter: no LoRA of the pipeline may be active, got saved"):
-        adapted(ours)
-
-
-def test_an_adapter_on_released_modulation_is_not_hidden(tiny_folder):
-    peft = pytest.importorskip("peft")
-    pipe = qwen_image_fast.QwenImagePipeline.from_pretrained(
-        tiny_folder, torch_dtype=torch.float32, free_modulation_weights=True
-    )
-    call = functools.partial(pipe, "A", height=32, width=32, num_inference_steps=1, true_cfg_scale=1.0, seed=1)
-    plain = call(output_type="latent").images[0]
-    assert pipe.transformer.modulation_tables.freed
-    pipe.transformer.add_adapter(peft.LoraConfig(r=4, target_modules=["img_mod.1"], init_lora_weights=False))
-    assert not pipe.transformer.modulation_tables.freed
-    with pytest.raises(ValueError, match=r"img_mod.1 must be a plain Linear, got .*; take the adapter on it off first"):
-        call()
-    pipe.transformer.unload_lora()
-    assert torch.equal(call(output_type="latent").images[0], plain)
-
-
-def test_adapters_are_weighted_by_a_call(both):
-    theirs, ours = map(adapted, both)
-    for scale in (0.0, 0.5, 1.0):
-        assert_same(run(ours, attention_kwargs={"scale": scale}), run(theirs, attention_kwargs={"scale": scale}))
-
-
-def test_adapters_train(both):
-    for model in both:
-        model.requires_grad_(False)
-        adapted(model)(**inputs()).sample.square().mean().backward()
-    grads = [{n: p.grad for n, p in model.named_parameters() if p.requires_grad} for model in both]
-    assert grads[0].keys() == grads[1].keys()
-    for name, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-5, msg=name)
-
-
-def test_what_adapters_refuse(pipe, tmp_path):
-    model = pipe.transformer
-    for name in ("x.bin", "x.pt"):
-        with pytest.raises(ValueError, match="load_lora_adapter: the file must be safetensors, as pickles are never"):
-            model.load_lora_adapter(tmp_path, weight_name=name)
-    with pytest.raises(ValueError, match="save_lora_adapter: safe_serialization must be True"):
-        model.save_lora_adapter(tmp_path, safe_serialization=False)
-    adapted(model)
-    with pytest.raises(ValueError, match="save_pretrained: adapters of PEFT are in the place of layers"):
-        model.save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="load_lora_weights: adapters of PEFT are in the place of layers"):
-        pipe.load_lora_weights({})
-    model.unload_lora()
-    model.save_pretrained(tmp_path / "model")
-
-
 # ---- the rest --------------------------------------------------------------------------------------------------------
 
 
@@ -413,18 +378,6 @@ def test_the_table_of_positions(both):
         shapes = [[(1, 4, 3), (1, 3, 5), (1, 2, 2)]]
         for got, expected in zip(*(m.pos_embed(shapes, max_txt_seq_len=7, device=CPU) for m in (ours, theirs))):
             torch.testing.assert_close(got, expected)
-
-
-def test_the_configuration(both, tmp_path, caplog):
-    model = both[1]
-    model.register_to_config(patch_size=3, own=5)
-    assert model.config.own == 5 and model.config.patch_size == 3
-    with pytest.warns(FutureWarning, match="own is a field of the configuration: model.config.own"):
-        assert model.own == 5
-    model.register_to_config(patch_size=2)
-    model.save_pretrained(tmp_path)
-    assert "left out of config.json, as the model takes no own" in caplog.text
-    assert "own" not in QwenImageTransformer2DModel.from_pretrained(tmp_path).config
 
 
 def test_graphs_refuse(pipe):

@@ -297,3 +297,21 @@ def test_streams_apart(monkeypatch):
         got = ours(**inputs).sample
     assert calls
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_configuration(tmp_path, caplog):
+    model = QwenImageTransformer2DModel(**CONFIG)
+    model.register_to_config(patch_size=3, own=5)
+    assert model.config.own == 5 and model.config.patch_size == 3
+    for change in (lambda: model.config.update(own=6), lambda: model.config.pop("own"), lambda: model.config.clear()):
+        with pytest.raises(TypeError, match="config is read-only: register_to_config changes what is saved"):
+            change()
+    with pytest.raises(TypeError, match=r"config is read-only: register_to_config\(own=\) changes what is saved"):
+        model.config["own"] = 6
+    assert copy.deepcopy(model.config) == model.config and type(copy.deepcopy(model.config)) is type(model.config)
+    with pytest.warns(FutureWarning, match="own is a field of the configuration: model.config.own"):
+        assert model.own == 5
+    model.register_to_config(patch_size=2)
+    model.save_pretrained(tmp_path)
+    assert "left out of config.json, as the model takes no own" in caplog.text
+    assert "own" not in QwenImageTransformer2DModel.from_pretrained(tmp_path).config

@@ -128,7 +128,7 @@ def test_bfloat16_errs_at_most_twice_as_much(edit_folder, small, name):
 def test_a_mixed_batch_equals_single_runs(edit_folder, zero_cond_t):
     """Sizes, prompts and numbers of references differ; a neighbour's content changes nothing at all."""
     pipe = QwenImageEditPlusPipeline.from_pretrained(edit_folder)
-    pipe.transformer.config["zero_cond_t"] = zero_cond_t
+    pipe.transformer.register_to_config(zero_cond_t=zero_cond_t)
     images = [[picture(64, 48)], [], [picture(40, 80, 1), picture(33, 47, 2)]]
     prompts = [PROMPT, "a cat", "a much longer instruction about the second picture"]
     call = {"negative_prompt": "bad", "height": [None, 32, None], "width": [None, 48, None]}

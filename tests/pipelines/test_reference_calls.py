@@ -225,8 +225,7 @@ def switches(case, tmp_path):
 
 def what_is_not_there_says_what_is(case, tmp_path):
     for name, text in (
-        ("enable_model_cpu_offload", r"from_pretrained\(memory_limit=\) streams what does not fit; free_"),
-        ("enable_sequential_cpu_offload", r"diffusers' offloading works .* with accelerate\(pipe\)"),
+        ("enable_group_offload", r"enable_model_cpu_offload and from_pretrained\(memory_limit=\) stream what does"),
         ("push_to_hub", "upload_folder"),
     ):
         assert not hasattr(case.pipe, name)

@@ -18,7 +18,7 @@ from torch import nn
 
 from qwen_image_fast.drop_in.branches import share_work
 from qwen_image_fast.drop_in.graphs import add_graphs, check_graphs
-from qwen_image_fast.drop_in.memory import restore_parts, said, stream_parts, streaming_device
+from qwen_image_fast.drop_in.memory import said, stream_accelerated, streaming_device
 from qwen_image_fast.drop_in.obstacle import obstacle
 from qwen_image_fast.drop_in.pipeline import add_text_hook, remove_text_hook
 from qwen_image_fast.drop_in.precision import compute_in_8_bits, put_back
@@ -30,6 +30,7 @@ from qwen_image_fast.drop_in.vae_flops import decoding_flops
 from qwen_image_fast.extras import needed_for
 from qwen_image_fast.keywords import hinted
 from qwen_image_fast.models.int8_linear import check_precision
+from qwen_image_fast.models.streamed_parts import restore_parts
 from qwen_image_fast.models.vae_conv import Convolution
 from qwen_image_fast.parallel.ranks import start_ranks
 from qwen_image_fast.sizes import parse_bytes
@@ -104,7 +105,7 @@ def accelerate(
     if ranks is not None:
         share_work(parts, ranks, report)
     if memory_limit is not None:
-        report.replaced += said(stream_parts(_models(pipe, parts), limit, device))
+        report.replaced += said(stream_accelerated(_models(pipe, parts), limit, device))
     if cuda_graphs:
         add_graphs(parts, report)
     if getattr(pipe, "controlnet", None) is not None:

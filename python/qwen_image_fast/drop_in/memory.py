@@ -13,15 +13,10 @@ from torch import nn
 
 from qwen_image_fast.drop_in.obstacle import obstacle
 from qwen_image_fast.drop_in.swapped import Swapped
-from qwen_image_fast.models.streaming import refuse_moves, stream_layers, stream_tensors, units_of
-from qwen_image_fast.models.vae_conv import packed_bytes_of
+from qwen_image_fast.models.streamed_parts import is_streamed, plan_of, stream_parts
 from qwen_image_fast.sizes import gb
-from qwen_image_fast.weights.cuda_lane import CudaLane, CudaStreams
 from qwen_image_fast.weights.memory import CONTEXT
-from qwen_image_fast.weights.plan import PartSize, Plan, make_plan, working_bytes
-from qwen_image_fast.weights.ring import Ring
-
-CPU = torch.device("cpu")
+from qwen_image_fast.weights.plan import Plan
 
 
 def streaming_device() -> torch.device:
@@ -38,7 +33,7 @@ def streaming_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def stream_parts(parts: dict[str, nn.Module], limit: int, device: torch.device, base: int = CONTEXT) -> Plan:
+def stream_accelerated(parts: dict[str, nn.Module], limit: int, device: torch.device, base: int = CONTEXT) -> Plan:
     """Put the models of a pipeline on `device`, or as much of them as `limit` bytes hold.
 
     Args:
@@ -51,62 +46,11 @@ def stream_parts(parts: dict[str, nn.Module], limit: int, device: torch.device, 
     why = obstacle(transformer) if isinstance(transformer, Swapped) else "it could not be accelerated"
     if why:
         raise ValueError(f"accelerate: memory_limit needs the fast forward of the transformer: {why}")
-    if any(part.__dict__.get("streamed") is not None for part in parts.values()):
+    if any(map(is_streamed, parts.values())):
         raise ValueError("accelerate: memory_limit is in force already; restore(pipe) first")
-    sizes = [part_size(name, part) for name, part in parts.items()]
-    weight = transformer.img_in.weight
-    working = working_bytes(len(weight), len(transformer.transformer_blocks), weight.element_size())
-    plan = make_plan(sizes, limit, base, working)
-    if not plan.streams:
-        for part in parts.values():
-            part.to(device)
-        return plan
-    ring = Ring(plan.buffer, plan.buffers, CudaLane(CudaStreams(device)) if device.type == "cuda" else None)
-    for name, part in parts.items():
-        stays = {track: units for (own, track), units in plan.stays.items() if own == name}
-        streamed = stream_tensors(part, ring, stays if units(name, part) else {}, device)
-        if streamed.unit_of:
-            part.__dict__["streamed"] = streamed
-            refuse_moves(part)
-        if name == "text_encoder":
-            stream_layers(streamed, text_layers(part))
+    plan = plan_of(parts, limit, base)
+    stream_parts(parts, plan, device)
     return plan
-
-
-def restore_parts(parts: dict[str, nn.Module]) -> bool:
-    """All weights in memory of the host again; False if none is streamed."""
-    found = False
-    for part in parts.values():
-        streamed = part.__dict__.pop("streamed", None)
-        if streamed is not None:
-            streamed.end()
-            del part.__dict__["_apply"]
-            part.to(CPU)
-            found = True
-    return found
-
-
-def part_size(name: str, part: nn.Module) -> PartSize:
-    tensors = dict(part.named_parameters())
-    found = {track: [sum(tensors[n].nbytes for n in own) for own in us] for track, us in units(name, part).items()}
-    streamed = sum(map(sum, found.values()))
-    kept = sum(t.nbytes for t in (*tensors.values(), *part.buffers())) - streamed
-    if name == "vae":
-        value = next(iter(tensors.values())).element_size()
-        kept += packed_bytes_of({n: p.shape for n, p in tensors.items()}, value, cuda=True, encodes=True)
-    return PartSize(name, kept, found)
-
-
-def units(name: str, part: nn.Module) -> dict[str, list[list[str]]]:
-    """Of the parts that can be streamed."""
-    if name not in ("transformer", "text_encoder"):
-        return {}
-    return units_of({n: p.shape for n, p in part.named_parameters()})
-
-
-def text_layers(text_encoder: Any) -> Any:
-    """The decoder layers of Qwen2.5-VL."""
-    return text_encoder.model.language_model.layers
 
 
 def said(plan: Plan) -> list[str]:

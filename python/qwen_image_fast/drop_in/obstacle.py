@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_image_fast.models.hooks import at, has_hook, hooks_on_all_modules, own_forward
+from qwen_image_fast.models.hooks import at, has_hook, hooks_on_all_modules, left_out_and_watched, own_forward
 from qwen_image_fast.ops import _library
 
 _NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 # Names of diffusers' hooks by which weights are stored in another type.
 _CASTING = {"layerwise_casting", "peft_autocast_disable"}
-# What the last block does not call: the queries and the end of its text stream.
-_UNUSED = (("attn", "add_q_proj"), ("attn", "to_add_out"), ("txt_mlp", "net", "0", "proj"), ("txt_mlp", "net", "2"))
 
 
 def compute_dtype(hidden_states: Tensor) -> torch.dtype:
@@ -83,13 +81,12 @@ def _dropout(block: Any, i: int) -> str | None:
 
 def _in_last_block(model: Any) -> str | None:
     """A hook on a layer whose result would reach nothing, so that it is not computed."""
+    last = model.transformer_blocks[-1]
+    left_out = left_out_and_watched(last, lambda module: has_hook(module) or _own_forward(module))
+    if left_out is None:
+        return None
     i = len(model.transformer_blocks) - 1
-    for path in _UNUSED:
-        for name, module in at(model.transformer_blocks[i], path).named_modules():
-            if has_hook(module) or _own_forward(module):
-                where = ".".join(filter(None, ("transformer_blocks", str(i), *path, name)))
-                return f"{where} has a hook, and would not be called in the last block"
-    return None
+    return f"transformer_blocks.{i}.{left_out} has a hook, and would not be called in the last block"
 
 
 def _own_forward(module: nn.Module) -> bool:

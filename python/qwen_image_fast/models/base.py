@@ -72,6 +72,17 @@ class Config(dict):
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"config is read-only: register_to_config({name}=) changes what is saved")
 
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise TypeError(f"config is read-only: register_to_config({name}=) changes what is saved")
+
+    def _read_only(self, *args: Any, **fields: Any) -> Any:
+        raise TypeError("config is read-only: register_to_config changes what is saved")
+
+    __delitem__ = update = pop = popitem = clear = setdefault = _read_only  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple:  # a copy is made whole, as no field of it can be set
+        return Config, (dict(self),)
+
 
 def record_config(init):
     """Decorate `__init__` so that all its arguments, defaults included, are kept in `self.config`."""

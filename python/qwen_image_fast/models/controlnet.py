@@ -21,12 +21,12 @@ from qwen_image_fast.models.base import PretrainedModel, record_config
 from qwen_image_fast.models.modulation import Modulation
 from qwen_image_fast.models.outputs import Output
 from qwen_image_fast.models.packing import PackedLayout, pack_padded
-from qwen_image_fast.models.transformer import (
+from qwen_image_fast.models.transformer_block import BlockVectors, Stream, run_block
+from qwen_image_fast.models.transformer_modules import (
     QwenImageTransformerBlock,
     QwenTimestepProjEmbeddings,
     RMSNorm,
 )
-from qwen_image_fast.models.transformer_block import BlockVectors, Stream, run_block
 from qwen_image_fast.ops.layer_norm_modulate import layer_norm_modulate
 
 

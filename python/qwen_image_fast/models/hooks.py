@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,12 @@ _UNCALLED = [
         "txt_mlp.net.1",
     )
 ]  # fmt: skip
+
+# What reaches no result of a transformer, in its last block: the queries and the end of the text stream.
+_LEFT_OUT = [
+    tuple(name.split("."))
+    for name in ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+]
 
 # Where torch keeps the hooks on all modules; before torch 2.8 it has no function that looks at all of them.
 _GLOBAL_HOOKS = (
@@ -62,22 +68,39 @@ def at(module: Any, path: Sequence[str]) -> Any:
 def needs_calls(model: Any) -> bool:
     """Whether something is on the stand-alone transformer that only runs where every module is called (called.py).
 
-    That is a hook on a block, or on a module that the packed forward reads without calling it, a forward in the place
-    of its own, as step caches and offloading put there, or an attention processor.
+    That is a hook on a block, on a module that the packed forward reads without calling it, or on one whose result
+    reaches nothing; a forward in the place of its own, as step caches and offloading put there; an attention processor.
     """
     if _watched(model.norm_out) or own_forward(model.img_in) or own_forward(model.proj_out):
         return True
     for block in model.transformer_blocks:
-        if own_forward(block) or (has_hook(block) and not _sharded(block)) or block.attn.has_processor:
+        if own_forward(block) or users_hook(block) or block.attn.has_processor:
             return True
         if any(_watched(at(block, path)) for path in _UNCALLED):
             return True
-    return False
+    return left_out_and_watched(model.transformer_blocks[-1]) is not None
 
 
-def _sharded(block: nn.Module) -> bool:
+def left_out_and_watched(last: nn.Module, watched: Callable[[nn.Module], bool] | None = None) -> str | None:
+    """The first module of the last block that a packed forward leaves out, and on which something of the user's is.
+
+    watched: tells whether something is; default: any hook, or a forward in the place of the module's own.
+    """
+    for path in _LEFT_OUT:
+        for name, module in at(last, path).named_modules():
+            if (watched or _watched)(module):
+                return ".".join(filter(None, (*path, name)))
+    return None
+
+
+def users_hook(module: nn.Module) -> bool:
+    """Whether a hook is on a module that torch's sharding did not put there."""
+    return has_hook(module) and not _sharded(module)
+
+
+def _sharded(module: nn.Module) -> bool:
     """By FSDP, whose own hooks on it serve either form; a user's beside them are run with `Stream`s."""
-    return any(cls.__name__ == "FSDPModule" for cls in type(block).__mro__)
+    return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
 def _watched(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .int8_linear import Int8Linear
 from .lora_kinds import Adapter, Mix, adapted, mixed
 from .modulation import restore_modulation_weights, table_layers
+from .peft_adapters import PeftAdapters
 
 logger = logging.getLogger(__name__)
 
@@ -341,7 +342,12 @@ def lora_scale(attention_kwargs: Mapping[str, Any] | None) -> float:
 def scaled_adapters(model: Any, attention_kwargs: Mapping[str, Any] | None) -> AbstractContextManager:
     """Around a call of a model or of its pipeline."""
     scale = lora_scale(attention_kwargs) if attention_kwargs else 1.0
-    return nullcontext() if scale == 1.0 or model is None else adapters_of(model).scaled(scale)
+    return nullcontext() if scale == 1.0 or model is None else adapters_on(model).scaled(scale)
+
+
+def adapters_on(model: Any) -> LoraAdapters | PeftAdapters:
+    """The adapters that a transformer computes with: those of PEFT, where it has put some on it."""
+    return PeftAdapters(model) if getattr(model, "has_peft_layers", False) else adapters_of(model)
 
 
 def adapters_of(model: Any) -> LoraAdapters:

@@ -8,8 +8,8 @@ of them: `pipe.load_lora_weights` (lora.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -145,6 +145,63 @@ class PeftAdapterMixin:
             yield
         finally:
             unscale_lora_layers(self, scale)
+
+
+class PeftAdapters:
+    """Adapters that PEFT put into a transformer, to be handled as `lora.LoraAdapters` are: by a pipeline's methods."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @property
+    def loaded(self) -> dict[str, dict[str, Any]]:
+        """By name; their layers are PEFT's to know."""
+        return {name: {} for name in self.model.peft_config}
+
+    @property
+    def weights(self) -> list[str]:
+        """Names of the active adapters."""
+        names = self.model.active_adapters()
+        return [names] if isinstance(names, str) else list(names)
+
+    @property
+    def fused(self) -> set[str]:
+        return {name for layer in self.model.modules() for name in getattr(layer, "merged_adapters", ())}
+
+    def activate(self, weights: Mapping[str, float]) -> None:
+        """Make exactly these adapters active, each with its weight."""
+        self._check(weights)
+        self.model.set_adapters(list(weights), list(weights.values()))
+
+    def disable(self) -> None:
+        self.model.disable_lora()
+
+    def enable(self) -> None:
+        self.model.enable_lora()
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Forget adapters; with the last, plain layers are put back, in whose weights what was fused stays."""
+        self._check(names)
+        if self.loaded.keys() <= set(names):
+            self.model.unload_lora()
+        else:
+            self.model.delete_adapters(list(names))
+
+    def fuse(self, scale: float = 1.0, names: Sequence[str] | None = None) -> None:
+        self._check(names or ())
+        self.model.fuse_lora(scale, adapter_names=None if names is None else list(names))
+
+    def unfuse(self) -> None:
+        self.model.unfuse_lora()
+
+    def scaled(self, scale: float) -> AbstractContextManager[None]:
+        """The active adapters with `scale` times their weights."""
+        return self.model.peft_scaled(scale)
+
+    def _check(self, names: Iterable[str]) -> None:
+        if unknown := [name for name in names if name not in self.loaded]:
+            there = ", ".join(self.loaded)
+            raise ValueError(f"adapters must be of those that are there ({there}), got {', '.join(unknown)}")
 
 
 def check_weights(model: Any, where: str) -> None:

@@ -18,6 +18,7 @@ from qwen_image_fast.parallel.split import Split
 from qwen_image_fast.pipelines.counterparts import Counterparts
 from qwen_image_fast.pipelines.folder import PipelineFolder
 from qwen_image_fast.pipelines.lora import LoraMixin
+from qwen_image_fast.pipelines.offload import OffloadMixin
 from qwen_image_fast.pipelines.prompt_enhancer import PromptEnhancer
 
 # The library names of model_index.json, as diffusers writes them.
@@ -42,7 +43,7 @@ class QwenImagePipelineOutput(Output):
     prompts: list[str] | None = None
 
 
-class Pipeline(Counterparts, PipelineFolder, LoraMixin):
+class Pipeline(Counterparts, PipelineFolder, LoraMixin, OffloadMixin):
     """Components, `from_pretrained`, `save_pretrained`, `to`, and the seconds of each stage of the last call.
 
     A part may be None; what needs it says so.

@@ -17,21 +17,13 @@ from qwen_image_fast.models.base import Config
 
 logger = logging.getLogger(__name__)
 
-_OFFLOAD = (
-    "from_pretrained(memory_limit=) streams what does not fit; free_modulation_weights=True holds a third of the "
-    "transformer less, pipe.vae.set_memory_limit bounds what decoding takes; diffusers' offloading works on its own "
-    "pipeline with accelerate(pipe)"
-)
-_NO_HOOKS = "there are no hooks and no offloading to undo"
 ELSEWHERE = {
-    "enable_model_cpu_offload": _OFFLOAD,
-    "enable_sequential_cpu_offload": _OFFLOAD,
-    "enable_group_offload": _OFFLOAD,
-    "remove_all_hooks": _NO_HOOKS,
-    "maybe_free_model_hooks": _NO_HOOKS,
-    "reset_device_map": _NO_HOOKS,
+    "enable_group_offload": "enable_model_cpu_offload and from_pretrained(memory_limit=) stream what does not fit; "
+    "pipe.transformer.enable_group_offload is diffusers'",
+    "reset_device_map": "all parts are on pipe.device",
     "hf_device_map": "all parts are on pipe.device",
     "enable_lora_hotswap": "load_lora_weights(..., hotswap=True) needs no preparation",
+    "lora_state_dict": "load_lora_weights reads LoRA files of every format; safetensors.torch.load_file reads tensors",
     "push_to_hub": "save_pretrained, then huggingface_hub.upload_folder",
     "numpy_to_pil": 'pass output_type="pil"',
     "image_processor": "the call takes pictures as they are, and output_type says how they come back",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qwen_image_fast.folders import nearest
 from qwen_image_fast.keywords import check_saving
 from qwen_image_fast.models.diffusers_hooks import check_layers_free
-from qwen_image_fast.models.lora import TEXT_ENCODER, adapters_of
+from qwen_image_fast.models.lora import TEXT_ENCODER, adapters_of, adapters_on
 from qwen_image_fast.models.lora_files import locate_lora, parse_components, read_lora, write_lora
 from qwen_image_fast.models.lora_keys import component_config, shown
 from qwen_image_fast.models.lora_kinds import Adapter
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class LoraMixin:
-    """Adapters of the transformer and of the text encoder."""
+    """Adapters of the transformer and of the text encoder; or, where there are any, those that PEFT put there."""
 
     transformer: Any
     text_encoder: Any
@@ -157,32 +157,32 @@ class LoraMixin:
         weights = [adapter_weights] * len(names) if isinstance(adapter_weights, (int, float)) else list(adapter_weights)
         if len(weights) != len(names):
             raise ValueError(f"adapter_weights must be one for all or one for each of {len(names)}, got {len(weights)}")
-        adapters_of(self.transformer).activate({n: float(w) for n, w in zip(names, weights)})
+        adapters_on(self.transformer).activate({n: float(w) for n, w in zip(names, weights)})
 
     def get_active_adapters(self) -> list[str]:
-        return list(adapters_of(self.transformer).weights)
+        return list(adapters_on(self.transformer).weights)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """The loaded adapters of each model that has any, and of the transformer."""
-        loaded = adapters_of(self.transformer).loaded
+        loaded = adapters_on(self.transformer).loaded
         text = [name for name, layers in loaded.items() if any(path.startswith(TEXT_ENCODER) for path in layers)]
         return {"transformer": list(loaded), **({"text_encoder": text} if text else {})}
 
     def disable_lora(self) -> None:
         """No adapter is active, until `enable_lora` or `set_adapters`."""
-        adapters_of(self.transformer).disable()
+        adapters_on(self.transformer).disable()
 
     def enable_lora(self) -> None:
         """Make the adapters active again that were when `disable_lora` was called."""
-        adapters_of(self.transformer).enable()
+        adapters_on(self.transformer).enable()
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Forget adapters."""
-        adapters_of(self.transformer).remove([adapter_names] if isinstance(adapter_names, str) else adapter_names)
+        adapters_on(self.transformer).remove([adapter_names] if isinstance(adapter_names, str) else adapter_names)
 
     def unload_lora_weights(self) -> None:
         """Forget all adapters; what is fused stays fused."""
-        adapters = adapters_of(self.transformer)
+        adapters = adapters_on(self.transformer)
         adapters.remove(list(adapters.loaded))
 
     def fuse_lora(
@@ -199,17 +199,17 @@ class LoraMixin:
             safe_fusing: also for that; files with NaN are refused in any case.
         """
         _check_components(components)
-        adapters_of(self.transformer).fuse(lora_scale, adapter_names)
+        adapters_on(self.transformer).fuse(lora_scale, adapter_names)
 
     def unfuse_lora(self, components: Sequence[str] = ("transformer",)) -> None:
         """Take fused adapters out of the weights again, up to rounding; load the model again for the same bits."""
         _check_components(components)
-        adapters_of(self.transformer).unfuse()
+        adapters_on(self.transformer).unfuse()
 
     @property
     def fused_loras(self) -> set[str]:
         """The adapters that `fuse_lora` put into the weights."""
-        return set(adapters_of(self.transformer).fused)
+        return set(adapters_on(self.transformer).fused)
 
     @property
     def num_fused_loras(self) -> int:

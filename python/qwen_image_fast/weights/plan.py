@@ -96,18 +96,19 @@ class Plan:
         return rows
 
 
-def make_plan(parts: Sequence[PartSize], limit: int, base: int, working: int) -> Plan:
-    """What stays under `limit`; all of it where that fits.
+def make_plan(parts: Sequence[PartSize], limit: int | None, base: int, working: int) -> Plan:
+    """What stays under `limit`; all of it where that fits. None: the least limit.
 
     Raises:
         ValueError: not even two buffers fit beside what is kept.
     """
-    whole = Plan(limit, base, working, parts)
-    if whole.peak <= limit:
-        return whole
     kept = base + working + sum(part.kept for part in parts)
     buffer = max((size for part in parts for sizes in part.units.values() for size in sizes), default=0)
     least = kept + 2 * buffer
+    limit = least if limit is None else limit
+    whole = Plan(limit, base, working, parts)
+    if whole.peak <= limit:
+        return whole
     if limit < least or not buffer:
         needed = least if buffer else whole.peak
         raise ValueError(
