@@ -15,7 +15,7 @@ from huggingface_hub import errors
 
 from qwen_image_fast.checkpoint import save_state
 from qwen_image_fast.files import atomic_write
-from qwen_image_fast.folders import SHIPPED, resolve_folder
+from qwen_image_fast.folders import SHIPPED, nearest, nearest_file, resolve_folder
 
 
 @pytest.fixture
@@ -66,6 +66,17 @@ def test_the_nearest_name_is_offered(tmp_path, monkeypatch, name, meant):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
     with pytest.raises(FileNotFoundError, match=rf"^there is no folder {name}, .*; did you mean {meant}\?$"):
         resolve_folder(name)
+
+
+def test_what_was_named_is_not_offered(tmp_path, monkeypatch):
+    """A folder that is there, where another one is wanted."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("pictures", "pictures2"):
+        (tmp_path / name).mkdir()
+    assert nearest_file("pictures") == nearest_file("pictures/") == "; did you mean pictures2?"
+    assert nearest_file(tmp_path / "pictures2") == f"; did you mean {tmp_path}/pictures?"
+    (tmp_path / "pictures2").rmdir()
+    assert nearest_file("pictures") == nearest("tiny", ["tiny"]) == ""
 
 
 def test_the_nearest_name_of_a_hub_repository_that_is_none(tmp_path, monkeypatch):

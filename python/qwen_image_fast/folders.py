@@ -91,15 +91,16 @@ def resolve_folder(
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
     """The end of a sentence that offers what `name` may have been meant to be; empty where nothing is near."""
-    near = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.7)
+    near = difflib.get_close_matches(name, [other for other in candidates if other != name], n=1, cutoff=0.7)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def nearest_file(path: PathLike) -> str:
-    """As `nearest`, of what lies beside a file that is not there, written as `path` is."""
+    """As `nearest`, of what lies beside a file that is not there, or is of another kind; written as `path` is."""
     path = Path(path).expanduser()
     try:
-        beside = {name: str(path.parent / name) for name in sorted(os.listdir(path.parent)) if name[0] != "."}
+        there = [name for name in sorted(os.listdir(path.parent)) if name[0] != "." and name != path.name]
+        beside = {name: str(path.parent / name) for name in there}
     except OSError:
         return ""
     near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.7)
