@@ -6,7 +6,7 @@ import pytest
 from source_helpers import files, picture
 from trainer_helpers import small_recipe
 
-from qwen_image_fast.training.batches.batches import to_buckets
+from qwen_image_fast.training.batches.batches import FlowBatches, to_buckets
 from qwen_image_fast.training.recipe.curriculum import one_stage
 from qwen_image_fast.training.recipe.data import DataRecipe
 from qwen_image_fast.training.recipe.fields import RecipeError
@@ -84,6 +84,24 @@ def test_what_is_cut_off_is_said_and_written(tmp_path, folder):
     recipe.data.upscale = True
     said = "\n".join(said_of(one_stage(recipe), sources_of(one_stage(recipe)), tmp_path / "run"))
     assert f"warning: 3 are enlarged, up to 1.6 times ({tmp_path}/f/c.png): they look soft" in said
+
+
+def test_what_is_smaller_than_a_token_is_left_out(tmp_path, folder):
+    """Unless it may be enlarged."""
+    for name, size in {"a": (1, 1), "b": (64, 64), "c": (8, 64)}.items():
+        picture((1, 2, size[1]), size).save(files(tmp_path / "f", {f"{name}.txt": name}) / f"{name}.png")
+    recipe = small_recipe(folder, data__source=str(tmp_path / "f"), data__options={}, data__buckets=BUCKETS)
+    run = one_stage(recipe)
+    said = "\n".join(said_of(run, sources_of(run), tmp_path / "run"))
+    assert f"{tmp_path}/f/a.png will be left out: it is 1 x 1 pixels, less than 16 on a side; data.upscale=true" in said
+    assert "(2 pictures are too small)" in said and "enlarged," not in said
+    made = FlowBatches(recipe, None, 16, sources=sources_of(run)).batch(0, 0)
+    assert {raw.caption for raw in made} == {"b"}
+    assert any(why.startswith("too_small: it is 1 x 1 pixels") for _, _, why in made.rejected)
+    recipe.data.upscale = True
+    said = "\n".join(said_of(run, sources_of(run), tmp_path / "run"))
+    assert "left out" not in said and f"up to 64.0 times ({tmp_path}/f/a.png)" in said
+    assert {raw.caption for raw in FlowBatches(recipe, None, 16, sources=sources_of(run)).batch(0, 0)} > {"b"}
 
 
 def test_edits_of_different_sizes_are_said(tmp_path, folder):

@@ -20,7 +20,7 @@ from qwen_image_fast.training.recipe.curriculum import Change, Curriculum, one_s
 from qwen_image_fast.training.recipe.data import TASKS, DataRecipe, PartRecipe, part_key
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.flow import FlowRecipe
-from qwen_image_fast.training.sources.buckets import fit, size_for, sizes_for, token_weights
+from qwen_image_fast.training.sources.buckets import fit, size_for, sizes_for, token_weights, too_small
 from qwen_image_fast.training.sources.sample import Sample, Source
 
 # What a reconstruction sample asks for.
@@ -228,7 +228,11 @@ class FlowBatches:
         return task, *made, part
 
     def _whole(self, sample: Sample) -> Sample:
-        """A sample some of whose loss counts; `Rejected` where all the white of its mask would be cut off."""
+        """A sample some of whose loss counts; `Rejected` where all the white of its mask would be cut off, or a picture
+        would be enlarged although it must not."""
+        shapes = [image.shape for image in (sample.image, *sample.references)]
+        if fault := too_small(shapes, self.recipe.data.upscale):
+            raise Rejected(sample.origin, f"too_small: {fault}")
         if sample.mask is not None and not self.recipe.data.mask_floor:
             data = self.recipe.data
             size = size_for(sample.image.shape[0], sample.image.shape[1], data.sizes, data.upscale)
@@ -249,7 +253,7 @@ class FlowBatches:
             def make(_: int, place: int) -> Sample:
                 return source.held_out(place, True)
 
-        made = [usable(make, self.validation_seed, i) for i in range(count)]
+        made = [usable(lambda s, place: self._whole(make(s, place)), self.validation_seed, i) for i in range(count)]
         return [sample for sample, _ in made], [why for _, rejected in made for why in rejected]
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -46,6 +46,15 @@ def size_for(height: int, width: int, buckets: Sequence[Sequence[int]], upscale:
     scale = min(height / bucket[0], width / bucket[1], 1.0)
     small = [max(_GRID, int(side * scale + 1e-9) // _GRID * _GRID) for side in bucket]
     return small[0], small[1]
+
+
+def too_small(shapes: Iterable[Sequence[int]], upscale: bool) -> str:
+    """What is wrong with pictures of (height, width), a sentence; empty where all cover a token, the smallest size that
+    they could be trained at without being enlarged."""
+    least = min(shapes, key=lambda shape: min(shape[:2]))
+    if upscale or min(least[:2]) >= _GRID:
+        return ""
+    return f"it is {least[0]} x {least[1]} pixels, less than {_GRID} on a side; data.upscale=true enlarges it"
 
 
 def sizes_for(

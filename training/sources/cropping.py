@@ -10,7 +10,8 @@ from pathlib import Path
 
 from qwen_image_fast.files import atomic_write
 from qwen_image_fast.training.recipe.data import DataRecipe
-from qwen_image_fast.training.sources.buckets import covering, sizes_for
+from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.sources.buckets import covering, sizes_for, too_small
 from qwen_image_fast.training.sources.examples import Examples
 
 TABLE = "pictures.csv"
@@ -43,9 +44,28 @@ def cuts_of(source: Examples, data: DataRecipe) -> list[Cut]:
         if seen.fault:
             continue
         shapes = [shape for shape in seen.sizes if shape is not None]
+        if too_small(shapes, data.upscale):
+            continue
         for number, (shape, size) in enumerate(zip(shapes, sizes_for(shapes, data.sizes, data.upscale))):
             found.append(Cut(seen.origin, f"reference {number}" if number else "target", shape, size))
     return found
+
+
+def left_out(source: Examples, data: DataRecipe) -> Iterator[str]:
+    """A sentence about pictures of a source that are too small to be trained at.
+
+    Raises:
+        RecipeError: all are.
+    """
+    good = [(seen, [shape for shape in seen.sizes if shape is not None]) for seen in source.seen if not seen.fault]
+    small = [(seen.origin, fault) for seen, shapes in good if (fault := too_small(shapes, data.upscale))]
+    if not small:
+        return
+    origin, fault = small[0]
+    if len(small) == len(good):
+        raise RecipeError(f"recipe: data.source {source.name} has no picture that can be used: {origin}: {fault}")
+    others = f" ({len(small)} pictures are too small)" if len(small) > 1 else ""
+    yield f"{origin} will be left out: {fault}{others}"
 
 
 def sentences(cuts: Sequence[Cut], data: DataRecipe) -> Iterator[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 from qwen_image_fast.training.recipe.curriculum import Curriculum
 from qwen_image_fast.training.recipe.data import DataRecipe, part_key
-from qwen_image_fast.training.sources.cropping import cuts_of, sentences, write_table
+from qwen_image_fast.training.recipe.vae import VaeRecipe
+from qwen_image_fast.training.sources.cropping import cuts_of, left_out, sentences, write_table
 from qwen_image_fast.training.sources.examples import Examples
 from qwen_image_fast.training.sources.make import make_sources
 from qwen_image_fast.training.sources.sample import Source
@@ -30,9 +32,14 @@ def said_of(run: Curriculum, sources: dict[str, Source], folder: Path) -> Iterat
     stages, said = [], set()
     for stage in run.stages:
         data = stage.recipe.data
+        if isinstance(stage.recipe, VaeRecipe):  # its batches have one size, so it enlarges them always
+            data = dataclasses.replace(data, upscale=True)
+        small = [
+            about for part in data.parts if (key := part_key(part)) in files for about in left_out(files[key], data)
+        ]
         cuts = [cut for part in data.parts if (key := part_key(part)) in files for cut in cuts_of(files[key], data)]
         stages.append((stage.name, cuts))
-        for sentence in sentences(cuts, data):
+        for sentence in [*small, *sentences(cuts, data)]:
             if sentence not in said:
                 said.add(sentence)
                 yield sentence if len(run.stages) == 1 else f"{stage.name}: {sentence}"
