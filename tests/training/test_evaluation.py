@@ -2,10 +2,15 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from qwen_image_fast import QwenImagePipeline
+from qwen_image_fast.cli import app
+from qwen_image_fast.training.evaluation import evaluate_text, ocr
 from qwen_image_fast.training.evaluation.cases import cases_of_file, held_out_cases, held_out_edits, psnr_outside
 from qwen_image_fast.training.evaluation.colour_metrics import ground_colour, text_colour
 from qwen_image_fast.training.evaluation.text_metrics import edit_distance, score, summarise
@@ -144,3 +149,17 @@ class TestWithReader:
     def test_pictures_of_another_type_are_refused(self, reader):
         with pytest.raises(ValueError, match="must be uint8"):
             reader.read(np.zeros((8, 8, 3), np.float32))
+
+
+def test_a_lora_is_on_the_model_that_is_read(tmp_path, monkeypatch):
+    loaded = []
+    pipe = types.SimpleNamespace(load_lora_weights=loaded.append)
+    white = np.full((32, 32, 3), 255, np.uint8)
+    monkeypatch.setattr(QwenImagePipeline, "from_pretrained", lambda *args, **kwargs: pipe)
+    monkeypatch.setattr(evaluate_text, "drawn_by", lambda *args, **kwargs: lambda cases, first: [white] * len(cases))
+    monkeypatch.setattr(ocr, "Reader", lambda: types.SimpleNamespace(read=lambda image: []))
+    words = ["evaluate", "text", "--count", "1", "--out", str(tmp_path / "out"), "--lora"]
+    result = CliRunner().invoke(app, [*words, str(tmp_path)])
+    assert result.exit_code == 0 and loaded == [tmp_path], result.output
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["settings"]["lora"] == str(tmp_path)
+    assert CliRunner().invoke(app, [*words, str(tmp_path / "none")]).exit_code == 2

@@ -55,6 +55,9 @@ def text_command(
     guidance: Guidance = 1.0,
     seed: Seed = 0,
     batch: Batch = 16,
+    lora: Annotated[
+        Path | None, typer.Option(help="a LoRA on the model, such as RUN/model: what it has unlearned", exists=True)
+    ] = None,
 ) -> None:
     """Draw texts, read them back, and count: exact match, CVTG-2K's word accuracy and NED, LongText-Bench's score."""
     typer.echo(f"{model}: loading torch and the reader", err=True)
@@ -69,11 +72,13 @@ def text_command(
     cases = cases_of_file(prompts) if prompts else [c for r in recipes for c in held_out_cases(r, count, seed)]
     with claimed(out, "results.json"):
         reader, pipe = Reader(), QwenImagePipeline.from_pretrained(model)
+        if lora is not None:
+            pipe.load_lora_weights(lora)
         draw = report.drawn_by(pipe, seed=seed, height=size, width=size, **_sampling(steps, guidance))
         results = list(tqdm(report.evaluate(draw, cases, recipes[0], reader, batch), total=len(cases), unit="picture"))
         settings = {"prompts": str(prompts or "held-out synthetic captions"), "letters": letters, "lines": lines,
                     "words_only": words_only, "other_captions": other_captions, "size": size, "steps": steps,
-                    "guidance": guidance, "seed": seed}  # fmt: skip
+                    "guidance": guidance, "seed": seed, "lora": str(lora or "none")}  # fmt: skip
         totals = report.write_report(results, out, settings)
     print(report.table(totals))
     for language, values in totals.items():
