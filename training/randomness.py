@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:  # what looks at data draws too, before torch is loaded
+    import torch
 
 
 def key(*parts: int | str) -> int:
@@ -26,6 +29,8 @@ def generator(seed: int, purpose: str, *, step: int = 0, sample: int = 0) -> np.
 
 def normal(shape: tuple[int, ...], seed: int, purpose: str, *, step: int = 0, sample: int = 0) -> torch.Tensor:
     """Standard normal values, float32 on the CPU."""
+    import torch
+
     values = generator(seed, purpose, step=step, sample=sample).standard_normal(shape, dtype=np.float32)
     return torch.from_numpy(values)
 

@@ -40,6 +40,7 @@ from qwen_image_fast.training.recipe.names import (
     find_recipe,
 )
 from qwen_image_fast.training.recipe.post import PostRecipe
+from qwen_image_fast.training.recipe.resume import check_resume
 from qwen_image_fast.training.recipe.vae import VaeRecipe
 from qwen_image_fast.training.rollout.prompts import check_collecting
 from qwen_image_fast.training.sources.sample import Source
@@ -58,18 +59,24 @@ def make_task(
     source: Source | None = None,
     parallel: Parallel | None = None,
     say: Callable[[str], Any] = lambda sentence: None,
+    sources: dict[str, Source] | None = None,
+    loading: Callable[[], Any] = lambda: None,
 ) -> Task:
     """What a run trains; `source` instead of those it names, which are looked at before any model is loaded. say: is
-    told what the run will need."""
-    main = parallel is None or parallel.main
-    sources = looked_at(run, folder, say if main else lambda sentence: None) if source is None else {}
+    told what the run will need. sources: those of `sources_of`, where they are there already. loading: is called
+    when all that can be known before is known, and the models are loaded."""
+    sources = looked_at(run, folder, say, sources) if source is None else {}
     recipe = run.stages[0].recipe
+    if isinstance(recipe, FlowRecipe) and not recipe.lora.rank:
+        say(_all_learn(recipe))
     if parallel is not None:
         assert isinstance(recipe, FlowRecipe)  # checked
+        loading()
         return FlowTask(recipe, folder, source, run, parallel, sources)
     if isinstance(recipe, VaeRecipe):
         if len(run.stages) > 1:
             raise RecipeError("recipe: stages must be of kind flow")
+        loading()
         return VaeTask(recipe, source or next(iter(sources.values())))
     device, left = pick_device(recipe.device), []
     for stage in run.stages:
@@ -82,6 +89,7 @@ def make_task(
     for stage in run.stages:
         if isinstance(stage.recipe, PostRecipe):
             check_collecting(stage.recipe, folder)
+    loading()
     kind = PostTask if any(isinstance(stage.recipe, PostRecipe) for stage in run.stages) else FlowTask
     return kind(recipe, folder, source, run, sources=sources, memory_limit=min(left, default=None))
 
@@ -90,9 +98,16 @@ def _to_stderr(sentence: str) -> None:
     tqdm.write(sentence, sys.stderr)
 
 
-def looked_at(run: Curriculum, folder: Path, say: Callable[[str], Any]) -> dict[str, Source]:
-    """The sources of a run; `say` is told what is in them."""
-    sources = sources_of(run)
+def _all_learn(recipe: FlowRecipe) -> str:
+    what = "the transformer and of the condition encoder" if recipe.model.train_text_encoder else "the transformer"
+    return f"all weights of {what} learn, no LoRA is made: lora.rank is 0; lora.rank=16 is a LoRA"
+
+
+def looked_at(
+    run: Curriculum, folder: Path, say: Callable[[str], Any], sources: dict[str, Source] | None = None
+) -> dict[str, Source]:
+    """The sources of a run, made here unless they are given; `say` is told what is in them."""
+    sources = sources_of(run) if sources is None else sources
     for about in said_of(run, sources, folder):
         say(about)
     return sources
@@ -106,11 +121,13 @@ def train(
     resume: bool = False,
     allow_changes: bool = False,
     source: Source | None = None,
+    sources: dict[str, Source] | None = None,
     terminal: Terminal | None = None,
 ) -> Trainer:
     """Train to the end, on all processes that torchrun started.
 
     What the recipe names is looked for before anything is loaded. `terminal`: where it is followed, already shown.
+    `sources`: of the recipe, by `sources_of`, where they were looked at already.
 
     Errors: RecipeError, FileExistsError for a folder in use, TrainingStopped, also where another rank dies, OSError;
     Interrupted where it was asked to end.
@@ -120,22 +137,32 @@ def train(
     check_start(run)
     if source is None:
         check_data(run)
-    if not resume:
+    if resume:
+        check_resume(run, folder, allow_changes)
+    else:
         check_unused(folder)
     main = int(os.environ.get("RANK", "0")) == 0
     with (
         claimed(folder) if main else nullcontext(),
         nullcontext(terminal) if terminal is not None else Terminal(run.name, main) as shown,
     ):
-        return _train(run, folder, source, {"resume": resume, "allow_changes": allow_changes, "terminal": shown})
+        options: dict[str, Any] = {"resume": resume, "allow_changes": allow_changes, "terminal": shown}
+        return _train(run, folder, source, sources, options)
 
 
-def _train(run: Curriculum, folder: Path, source: Source | None, options: dict[str, Any]) -> Trainer:
+def _train(
+    run: Curriculum, folder: Path, source: Source | None, sources: dict[str, Source] | None, options: dict[str, Any]
+) -> Trainer:
     first, terminal = run.stages[0].recipe, options["terminal"]
     sizes = sizes_of(first.parallel, world_size())
-    terminal.stage(f"loading {described(run)}")
+
+    def task(parallel: Parallel | None = None) -> Task:
+        return make_task(
+            run, folder, source, parallel, terminal.say, sources, lambda: terminal.stage(f"loading {described(run)}")
+        )
+
     if sizes.world == 1:
-        trainer = Trainer(run, make_task(run, folder, source, say=terminal.say), folder, **options)
+        trainer = Trainer(run, task(), folder, **options)
         trainer.run()
         return trainer
     check_torch()
@@ -150,9 +177,7 @@ def _train(run: Curriculum, folder: Path, source: Source | None, options: dict[s
     watch = Watch(parallel.rank, sizes.world, lambda: made[0].last_checkpoint() if made else "nothing was trained")
     watch.start()
     try:
-        trainer = Trainer(
-            run, make_task(run, folder, source, parallel, terminal.say), folder, parallel=parallel, **options
-        )
+        trainer = Trainer(run, task(parallel), folder, parallel=parallel, **options)
         made.append(trainer)
         trainer.run()
     except Interrupted:  # of all ranks alike
@@ -168,12 +193,19 @@ def _train(run: Curriculum, folder: Path, source: Source | None, options: dict[s
     return trainer
 
 
-def cache_latents(recipe_path: str | Path, overrides: Any, folder: str | Path, count: int) -> None:
+def cache_latents(
+    recipe_path: str | Path,
+    overrides: Any,
+    folder: str | Path,
+    count: int,
+    sources: dict[str, Source] | None = None,
+) -> None:
     """Write the first `count` samples of a flow recipe, encoded by its VAE, as a latent cache, and behind them those of
     validation.
 
     The VAE computes in the type of the recipe's model, in `producers.count` processes where the backend is that. Files
-    that cannot be used are said, and listed in `rejected.jsonl`; others stand for them, as in training."""
+    that cannot be used are said, and listed in `rejected.jsonl`; others stand for them, as in training.
+    `sources`: as in `train`."""
     run, folder = read_curriculum(find_recipe(recipe_path), overrides), Path(folder).expanduser()
     recipe = run.stages[0].recipe
     if len(run.stages) > 1 or not isinstance(recipe, FlowRecipe) or recipe.data.cache:
@@ -181,11 +213,11 @@ def cache_latents(recipe_path: str | Path, overrides: Any, folder: str | Path, c
     check_models(run)
     check_data(run)
     with claimed(folder, META):
-        _cache_latents(recipe, folder, count)
+        _cache_latents(recipe, folder, count, sources)
 
 
-def _cache_latents(recipe: FlowRecipe, folder: Path, count: int) -> None:
-    task = FlowTask(recipe, folder, sources=looked_at(one_stage(recipe), folder, _to_stderr))
+def _cache_latents(recipe: FlowRecipe, folder: Path, count: int, sources: dict[str, Source] | None) -> None:
+    task = FlowTask(recipe, folder, sources=looked_at(one_stage(recipe), folder, _to_stderr, sources))
     maker = task.batches
     pixels = any(recipe.data.tasks.get(name) for name in ("ti2i", "recon"))
     workers = recipe.producers.count if recipe.producers.backend == "processes" else 0

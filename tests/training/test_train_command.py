@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from data_pictures import noise
+from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -56,7 +57,9 @@ def test_pictures_become_a_lora_that_generate_uses(small):
     assert result.exit_code == 0, result.output
     assert result.stdout == "run/model\n"
     said = result.stderr.splitlines()
-    assert said[0] == "lora: loading torch and small" and "memory about" in result.stderr
+    stages = [line for line in said if line.startswith("lora: ") and "steps of" not in line]
+    assert stages == ["lora: looking at pictures", "lora: loading torch", "lora: loading small"]
+    assert said[0] == stages[0] and "memory about" in result.stderr and "all weights" not in result.stderr
     assert any(re.match(r"step 1 of 4", line) for line in said)
     loras = sorted(path.name for path in (small / "run" / "loras").iterdir())
     assert loras == ["step-00000002.safetensors", "step-00000004.safetensors"]
@@ -97,7 +100,9 @@ def test_what_a_run_made_is_exported_and_compared(small):
 
 def test_whole_weights_are_exported_from_a_checkpoint(small):
     words = ["lora.rank=0", "checkpoint.keep=5", "log.sample_every=0", "log.validate_every=0"]
-    assert train(*words).exit_code == 0
+    trained = train(*words)
+    assert trained.exit_code == 0
+    assert "all weights of the transformer learn, no LoRA is made: lora.rank is 0; lora.rank=16 is a" in trained.stderr
     for step in (2, 4):
         assert run("train", "export", "run", "--step", step, "--out", f"out{step}").exit_code == 0
     files = [load_file(small / name / "transformer" / TRANSFORMER) for name in ("out2", "out4", "run/model")]
@@ -154,6 +159,32 @@ def test_an_interrupted_run_says_how_to_go_on(small, monkeypatch, number):
 
 
 @pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("lora.rank=4", "lora.rank must stay 2, got 4"),
+        ("lora.ranks={to_q: 1}", "lora.ranks.to_q must stay None, got 1"),
+        ("lora.kind=dora", "lora.kind must stay 'lora', got 'dora'"),
+        ("lora.targets=[to_q]", "lora.targets must stay ['to_q', 'to_k', 'to_v', 'to_out.0', 'add_q_proj',"),
+        ("optimizer.name=muon", "optimizer.name must stay 'adamw', got 'muon'"),
+    ],
+)
+def test_what_a_checkpoint_cannot_go_on_with_is_refused_by_its_field(small, monkeypatch, field, text):
+    """No shape of a tensor, and before anything is loaded."""
+    quick = ["log.sample_every=0", "log.validate_every=0", "steps=1", "checkpoint.every=1"]
+    assert train(*quick).exit_code == 0
+    monkeypatch.setattr(FlowTask, "__init__", lambda *args, **kwargs: pytest.fail("loads a model"))
+    for words, end in (([], "--allow-changes goes on so"), (["--allow-changes"], "begin a new run in another folder")):
+        result = train(*quick, field, "--resume", *words)
+        last = result.stderr.splitlines()[-1]
+        assert result.exit_code == 2 and last.startswith("error: resume: ") and end in last, result.output
+        assert len(result.stderr.splitlines()) == 1 and (text if words else field.partition("=")[0]) in last
+    monkeypatch.undo()
+    monkeypatch.chdir(small)
+    more = train(*quick, "steps=2", "optimizer.lr=1e-4", "lora.alpha=3", "--resume", "--allow-changes")
+    assert more.exit_code == 0 and "goes on after step 1" in more.stderr, more.output
+
+
+@pytest.mark.parametrize(
     ("words", "text"),
     [
         ([], "no recipe is named: lora and edit-lora begin your own work, --list prints all"),
@@ -175,6 +206,8 @@ def test_an_interrupted_run_says_how_to_go_on(small, monkeypatch, number):
         (["edit-lora", "--images", "pictures"], "edit-lora learns from pairs: give --pairs instead of --images"),
         (["curriculum/tiny", "--images", "pictures"], "--images has no effect on curriculum/tiny: its"),
         (["lora", "--model", "small", "--images", "empty"], "empty, which has none"),
+        (["lora", "--model", "small", "--images", "specks"],
+         "specks has no picture that can be used: specks/1.png: it is 1 x 1 pixels, less than 16 on a side;"),
         (["lora", "--model", "small", "--images", "pictures", "lora.targets=[to_x]"],
          "ends of names of linear layers, with * for any letters, got 'to_x'; there are add_k_proj, add_q_proj,"),
         (["lora", "--model", "small", "--images", "pictures", "lora.rank=33"], "lora.rank must be at most 32, the"),
@@ -184,12 +217,16 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(small, monkeypatch, 
     from qwen_image_fast.pipelines.text_to_image import QwenImagePipeline
 
     (small / "empty").mkdir()
+    (small / "specks").mkdir()
+    Image.new("RGB", (1, 1)).save(small / "specks" / "1.png")
+    (small / "specks" / "1.txt").write_text("a speck")
     (small / "other").mkdir()
     (small / "other" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     monkeypatch.setattr(QwenImagePipeline, "from_pretrained", lambda *args, **kwargs: pytest.fail("loads a model"))
     result = run("train", *words)
     last = result.stderr.splitlines()[-1]
     assert result.exit_code == 2 and last.startswith("error: ") and text in last, result.output
+    assert "loading small" not in result.stderr
 
 
 def test_recipes_are_listed_and_shown(small):
@@ -210,12 +247,17 @@ def test_recipes_are_listed_and_shown(small):
         (["train", "lora", "--model", "small", "--images", "picture", "--preset", "24gb"], "did you mean pictures?"),
         (["train", "export", "picture"], "picture must be the folder of a run of `train`, it has no checkpoints; did"),
         (["train", "compare", "pictures"], "pictures must be the folder of a run of `train`, it has no log.jsonl"),
+        (["train", "lora", "--model", "small", "--images", "bare"], "every picture needs its caption, bare/1.png has"),
+        (["cache-latents", "lora", "model.folder=small", "data.source=bare"], "every picture needs its caption, bare/"),
     ],
 )
 def test_what_needs_no_torch_to_be_refused_does_not_load_it(small, words, text):
+    (small / "bare").mkdir()
+    (small / "bare" / "1.png").write_bytes(noise(1))
     code = "import sys; from qwen_image_fast.__main__ import main; sys.modules['torch'] = None; main()"
     path = {"PYTHONPATH": os.pathsep.join(sys.path)}
     found = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, env={**os.environ, **path}
     )
     assert found.returncode == 2 and text in found.stderr.splitlines()[-1], found.stderr
+    assert "loading torch" not in found.stderr or "--preset" in words

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import re
 import signal
 import time
 from collections.abc import Iterator
@@ -35,8 +34,9 @@ from qwen_image_fast.training.producer.backend import Ticket
 from qwen_image_fast.training.producer.store import Store
 from qwen_image_fast.training.producer.store import start as start_producers
 from qwen_image_fast.training.recipe.curriculum import Carry, Change, Curriculum, one_stage
-from qwen_image_fast.training.recipe.fields import RecipeError, differences
+from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.names import check_unused
+from qwen_image_fast.training.recipe.resume import check_changes
 from qwen_image_fast.training.recipe.run import RunRecipe
 from qwen_image_fast.training.tasks.flops import peak_flops
 from qwen_image_fast.training.tasks.task import Collects, Task
@@ -101,22 +101,18 @@ class Trainer:
 
     def _restore(self, path: Path, allow_changes: bool) -> None:
         state = self._blank(path) if self.parallel else checkpoints.load(path)
-        # Where the parts of a model are does not change what it learns.
-        changed = [
-            change
-            for change in differences(state.recipe, self.run_of.described())
-            if not re.match(r"([^:]*\.)?parallel[.:]", change)
-        ]
-        if changed and not allow_changes:
-            raise ValueError(
-                f"resume: the recipe is not the one of {path}: {'; '.join(changed)}; --allow-changes goes on so"
-            )
-        if self.parallel is not None:
-            from qwen_image_fast.training.parallel.checkpoints import load_parts, named
+        changed = check_changes(self.run_of, state.recipe, state.step, path, allow_changes)
+        try:
+            if self.parallel is not None:
+                from qwen_image_fast.training.parallel.checkpoints import load_parts, named
 
-            load_parts(path, named(state, self.parameters), self.parallel)
-        else:
-            checkpoints.check_names(self.optimizer.masters, state, path)
+                load_parts(path, named(state, self.parameters), self.parallel)
+            else:
+                checkpoints.check_names(self.optimizer.masters, state, path)
+        except ValueError as error:
+            if not changed:
+                raise
+            raise ValueError(f"{error}; the recipe was changed: {'; '.join(changed)}") from error
         with torch.no_grad():
             for name, master in self.optimizer.masters.items():
                 master.copy_(state.weights[name])

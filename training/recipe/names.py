@@ -73,6 +73,12 @@ def described(run: Curriculum) -> str:
     return ", ".join(named.values()) or "a new VAE"
 
 
+def files_of(run: Curriculum) -> str:
+    """The files that a run learns from, for a person; empty where everything is drawn, or cached."""
+    parts = [part for stage in run.stages if stage.recipe.names_data for part in stage.recipe.data.parts]
+    return ", ".join(dict.fromkeys(part.source for part in parts if part.source not in ("", *DRAWN)))
+
+
 def check_models(run: Curriculum) -> None:
     """RecipeError where a model is named that is not there; names of hub repositories are believed."""
     for field, name in models_of(run).items():

@@ -61,6 +61,10 @@ def train(
             print_recipe(recipe, changes)
             return
         chosen = checked(recipe, changes, data=not plan, run_folder=None if plan or resume else out)
+        if resume and not plan:
+            from qwen_image_fast.training.recipe.resume import check_resume
+
+            check_resume(chosen, out.expanduser(), allow_changes)
         if plan:
             err.print(f"{chosen.name}: loading torch to count the weights", markup=False, soft_wrap=True)
             from rich.console import Console
@@ -69,16 +73,29 @@ def train(
 
             print_plan(chosen, gpus, memory, gpu, Console(width=None if sys.stdout.isatty() else 120))
             return
-        from qwen_image_fast.training.recipe.names import described
+        from qwen_image_fast.training.recipe.names import files_of
         from qwen_image_fast.training.terminal import Terminal
 
         with Terminal(chosen.name, show=int(os.environ.get("RANK", "0")) == 0) as terminal:
-            terminal.stage(f"loading torch and {described(chosen)}")
+            if files := files_of(chosen):
+                terminal.stage(f"looking at {files}")
+            from qwen_image_fast.training.sources.survey import sources_of
+
+            sources = sources_of(chosen)
+            terminal.stage("loading torch")
             from qwen_image_fast.training.engine.interrupts import Interrupted
             from qwen_image_fast.training.run import train as run
 
             try:
-                run(recipe, changes, out, resume=resume, allow_changes=allow_changes, terminal=terminal)
+                run(
+                    recipe,
+                    changes,
+                    out,
+                    resume=resume,
+                    allow_changes=allow_changes,
+                    sources=sources,
+                    terminal=terminal,
+                )
             except Interrupted as end:
                 options = {
                     "--images": images,

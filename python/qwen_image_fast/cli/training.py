@@ -77,13 +77,18 @@ def cache_latents(
 ) -> None:
     """Encode a recipe's samples once, for its field data.cache."""
     with explained():
-        from qwen_image_fast.training.recipe.names import described
+        from qwen_image_fast.training.recipe.names import described, files_of
 
         chosen = checked(recipe, overrides)
+        if files := files_of(chosen):
+            err.print(f"{chosen.name}: looking at {files}", markup=False, soft_wrap=True)
+        from qwen_image_fast.training.sources.survey import sources_of
+
+        sources = sources_of(chosen)
         err.print(f"{chosen.name}: loading torch and {described(chosen)}", markup=False, soft_wrap=True)
         from qwen_image_fast.training.run import cache_latents as run
 
-        run(recipe, overrides or (), out, count)
+        run(recipe, overrides or (), out, count, sources)
     print(out)
 
 

@@ -6,17 +6,19 @@ import io
 import threading
 import warnings
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
-from qwen_image_fast.ops import PictureStatistics, picture_statistics
 from qwen_image_fast.pictures import to_rgb
 
 from ...evaluation.ocr import Line
 from ..faults import sentence
 from ..record import Record
+
+if TYPE_CHECKING:
+    from qwen_image_fast.ops import PictureStatistics
 
 WORK_SIDE = 512
 _ORIENTATION = 0x0112
@@ -79,6 +81,8 @@ class Picture:
     @cached_property
     def statistics(self) -> PictureStatistics:
         """Of `work`."""
+        from qwen_image_fast.ops import picture_statistics  # loads torch, which looking at files does without
+
         return picture_statistics(self.work)
 
     @cached_property
