@@ -21,16 +21,17 @@ class Terminal:
     """Between `with` and its end.
 
     Args:
-        name: of the run. show: whether anything is said; of several ranks the first one speaks.
+        name: of the run. show: whether anything is said; of several ranks the first one speaks. lines: lines that begin
+            with the name, and no bar: of several runs that share a terminal.
     """
 
-    def __init__(self, name: str, show: bool = True):
-        self.name, self.show = name, show
+    def __init__(self, name: str, show: bool = True, lines: bool = False):
+        self.name, self.show, self.begins = name, show, f"{name}: " if lines else ""
         self.console = Console(stderr=True, quiet=not show)
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"),
             TimeElapsedColumn(), TextColumn("{task.fields[left]}"), console=self.console,
-            disable=not self.console.is_terminal,
+            disable=lines or not self.console.is_terminal,
         )  # fmt: skip
         self.bar = self.progress.add_task(name, total=None, line="", left="")
         self.handler = _Notes(self)
@@ -101,6 +102,8 @@ class Terminal:
 
     def say(self, sentence: str) -> None:
         self.said = time.monotonic()
+        if not sentence.startswith(self.begins):
+            sentence = self.begins + sentence
         self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 

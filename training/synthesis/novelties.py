@@ -7,12 +7,14 @@ edge of a picture.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from .colours import COLOURS, TINY_GROUND_COLOURS, TINY_TEXT_COLOURS, contrast
+from .editing import make_edit
 from .generator import make
 from .recipe import SynthesisRecipe
 from .sample import article
@@ -71,11 +73,8 @@ def sigil_colours(seed: int = 0) -> list[tuple[str, str]]:
 
 def write_sigils(folder: Path, count: int = 12, size: int = 128) -> list[tuple[str, str]]:
     """Write the first `count` of `sigil_colours` with their captions; returns the others."""
-    folder.mkdir(parents=True, exist_ok=True)
     pairs = sigil_colours()
-    for i, (colour, ground) in enumerate(pairs[:count]):
-        Image.fromarray(sigil(colour, ground, size)).save(folder / f"{i:02d}.png")
-        (folder / f"{i:02d}.txt").write_text(sigil_caption(colour, ground), encoding="utf-8")
+    _write(folder, [({"": sigil(*colours, size)}, sigil_caption(*colours)) for colours in pairs[:count]])
     return pairs[count:]
 
 
@@ -108,11 +107,28 @@ def frame_edits(recipe: SynthesisRecipe, count: int, seed: int = 0) -> list[tupl
 
 def write_frames(folder: Path, edits: list[tuple[np.ndarray, np.ndarray, str, str]]) -> None:
     """Write edits of `frame_edits` as NAME.before.png, NAME.after.png and NAME.txt."""
+    _write(folder, [({".before": before, ".after": after}, text) for before, after, text, _ in edits])
+
+
+def write_known(folder: Path, recipe: SynthesisRecipe, count: int, seed: int = 0) -> None:
+    """Write `count` pictures of a recipe with their captions: what the model could before."""
+    samples = [make(recipe, seed, i) for i in range(count)]
+    _write(folder, [({"": sample.image}, sample.caption) for sample in samples])
+
+
+def write_known_edits(folder: Path, recipe: SynthesisRecipe, count: int, seed: int = 0) -> None:
+    """Write `count` edits of a recipe as `write_frames` does."""
+    edits = [make_edit(recipe, seed, i) for i in range(count)]
+    _write(folder, [({".before": edit.source, ".after": edit.target}, edit.instruction) for edit in edits])
+
+
+def _write(folder: Path, samples: Sequence[tuple[Mapping[str, np.ndarray], str]]) -> None:
+    """Numbered pictures, by what their names have behind the number, and the text that goes with them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for i, (before, after, instruction, _) in enumerate(edits):
-        for side, picture in (("before", before), ("after", after)):
-            Image.fromarray(picture).save(folder / f"{i:02d}.{side}.png")
-        (folder / f"{i:02d}.txt").write_text(instruction, encoding="utf-8")
+    for i, (pictures, text) in enumerate(samples):
+        for behind, picture in pictures.items():
+            Image.fromarray(picture).save(folder / f"{i:03d}{behind}.png")
+        (folder / f"{i:03d}.txt").write_text(text, encoding="utf-8")
 
 
 def _frame(size: int) -> tuple[int, int]:
