@@ -86,6 +86,21 @@ def test_editing(edit_folder, small):
     assert abs(edited() - expected).max() < 2 / 255  # the VAE computes in strips now
 
 
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_groups(pipe, kind, tmp_path):
+    pytest.importorskip("diffusers")
+    expected = picture(pipe)
+    with pytest.raises(ValueError, match="exclude_modules must be of transformer, text_encoder, vae, got scheduler"):
+        pipe.enable_group_offload(CPU, exclude_modules="scheduler")
+    with pytest.raises(TypeError, match="use_streams is not an argument; did you mean use_stream"):
+        pipe.enable_group_offload(CPU, use_streams=True)
+    pipe.enable_group_offload(CPU, CPU, kind, num_blocks_per_group=1, offload_to_disk_path=tmp_path)
+    for part in (pipe.transformer, pipe.text_encoder):
+        assert any(hasattr(module, "_diffusers_hook") for module in part.modules())
+    assert len(list(tmp_path.glob("*.safetensors"))) >= 7  # five blocks, and the rest of either
+    torch.testing.assert_close(picture(pipe), expected, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_refused(pipe, tiny_folder, method, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

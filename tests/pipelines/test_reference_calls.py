@@ -225,7 +225,7 @@ def switches(case, tmp_path):
 
 def what_is_not_there_says_what_is(case, tmp_path):
     for name, text in (
-        ("enable_group_offload", r"enable_model_cpu_offload and from_pretrained\(memory_limit=\) stream what does"),
+        ("prepare_latents", "the call draws noise from generator= or seed="),
         ("push_to_hub", "upload_folder"),
     ):
         assert not hasattr(case.pipe, name)

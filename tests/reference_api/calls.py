@@ -60,7 +60,6 @@ _ELSEWHERE = "AttributeError: "
 # `accelerate` none does.
 DIFFERENT = {"pipe.enable_sequential_cpu_offload()": "ValueError: enable_sequential_cpu_offload: "}
 DIFFERENT |= dict.fromkeys((
-        "pipe.enable_group_offload(onload_device=, offload_type=)",
         "pipe.image_processor.postprocess(tensor, output_type=)", "pipe.prepare_latents(...)", "pipe.check_inputs(...)",
         "model.set_attention_backend(name), reset_attention_backend()",
     ), _ELSEWHERE)  # fmt: skip

@@ -18,8 +18,6 @@ from qwen_image_fast.models.base import Config
 logger = logging.getLogger(__name__)
 
 ELSEWHERE = {
-    "enable_group_offload": "enable_model_cpu_offload and from_pretrained(memory_limit=) stream what does not fit; "
-    "pipe.transformer.enable_group_offload is diffusers'",
     "reset_device_map": "all parts are on pipe.device",
     "hf_device_map": "all parts are on pipe.device",
     "enable_lora_hotswap": "load_lora_weights(..., hotswap=True) needs no preparation",
