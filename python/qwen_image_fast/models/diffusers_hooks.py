@@ -141,16 +141,11 @@ class OffloadMixin:
         `from_pretrained(memory_limit=)` takes as little memory and keeps the fused ops. ValueError: weights are
         streamed or in 8 bits, or the pipeline's LoRAs are on them.
         """
-        with needed_for("enable_group_offload", "from_pretrained(memory_limit=)"):
-            import accelerate  # noqa: F401  diffusers' hooks move inputs with it
-            from diffusers.hooks import apply_group_offloading
         check_weights(self, "enable_group_offload")
-        model: Any = self
-        apply_group_offloading(
-            model, torch.device(onload_device), torch.device(offload_device), offload_type, num_blocks_per_group,
-            non_blocking=non_blocking, use_stream=use_stream, record_stream=record_stream,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            offload_to_disk_path=None if offload_to_disk_path is None else os.fspath(offload_to_disk_path),
+        offload_groups(
+            self, torch.device(onload_device), torch.device(offload_device), offload_type=offload_type,
+            num_blocks_per_group=num_blocks_per_group, non_blocking=non_blocking, use_stream=use_stream,
+            record_stream=record_stream, low_cpu_mem_usage=low_cpu_mem_usage, offload_to_disk_path=offload_to_disk_path,
         )  # fmt: skip
 
     def enable_layerwise_casting(
@@ -177,6 +172,21 @@ class OffloadMixin:
         skipped = tuple({*skipped, *self._skip_layerwise_casting_patterns})
         compute_dtype = model.dtype if compute_dtype is None else compute_dtype
         apply_layerwise_casting(model, storage_dtype, compute_dtype, skipped, skip_modules_classes, non_blocking)
+
+
+def offload_groups(
+    model: Any,
+    onload: torch.device,
+    offload: torch.device,
+    offload_to_disk_path: str | os.PathLike | None = None,
+    **given: Any,
+) -> None:
+    """diffusers' group offloading of any model; `given`: its other arguments."""
+    with needed_for("enable_group_offload", "from_pretrained(memory_limit=)"):
+        import accelerate  # noqa: F401  diffusers' hooks move inputs with it
+        from diffusers.hooks import apply_group_offloading
+    path = None if offload_to_disk_path is None else os.fspath(offload_to_disk_path)
+    apply_group_offloading(model, onload, offload, offload_to_disk_path=path, **given)
 
 
 def check_layers_free(model: Any, where: str) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from qwen_image_fast.extras import needed_for
 from qwen_image_fast.keywords import check_visible, refuse
+from qwen_image_fast.models.diffusers_hooks import offload_groups
 from qwen_image_fast.models.int8_linear import Int8Linear
 from qwen_image_fast.models.lora import adapters_of
 from qwen_image_fast.models.modulation import restore_modulation_weights
@@ -84,9 +84,7 @@ class OffloadMixin:
             elif name == "transformer":
                 part.enable_group_offload(onload, offload, **given)
             else:
-                with needed_for("enable_group_offload", "from_pretrained(memory_limit=)"):
-                    from diffusers.hooks import apply_group_offloading
-                apply_group_offloading(part, onload, offload, **given)
+                offload_groups(part, onload, offload, **given)
 
     def remove_all_hooks(self) -> None:
         """Undo offloading: all weights are in the host's memory again."""
