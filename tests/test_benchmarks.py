@@ -266,6 +266,11 @@ def test_points_of_post_training(tmp_path):
 def test_post_training_compares(world, method, judged, count, tmp_path, monkeypatch):
     """One method, too short to learn: a second call draws nothing."""
     pytest.importorskip("rapidocr")
+    fonts = pytest.importorskip(
+        "qwen_image_fast.training.synthesis.fonts", reason="fontTools reads what glyphs there are"
+    )
+    if world == "texts" and not any(face.is_chinese for face in fonts.find_fonts()):
+        pytest.skip("no Chinese font: install Debian's fonts-wqy-microhei")
     from benchmarks import post_training
 
     out, picture = tmp_path / "found.json", tmp_path / "curves.png"
