@@ -104,6 +104,10 @@ def folder_of(work: Path, method: str, seed: int, number: int) -> Path:
     return work / f"{slug(method)}-{seed}-{number}"
 
 
+def finished(world: World, method: str, seed: int, leg: int, work: Path) -> bool:
+    return (folder_of(work, method, seed, leg) / f"{world.sets[-1]}-{slug(world.judges[0])}.json").is_file()
+
+
 def add_judges(world: World, right: dict[str, Any], model: str, folder: Path, small: bool) -> None:
     """To what is right of a model what the other judges, much slower, say of the same pictures."""
     first = world.sets[0]
@@ -151,7 +155,7 @@ def plot(world: World, curves: dict[str, list[list[dict[str, Any]]]], path: Path
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.6))
+    figure, axes = plt.subplots(figsize=(9.6, 4.6))
     key = f"{world.sets[0]}, {world.judges[0]}"
     low, high = next(iter(curves.values()))[0][0][key]["interval"]
     axes.axhspan(100 * low, 100 * high, color="0.93", label="95 % interval of the start")
@@ -163,13 +167,15 @@ def plot(world: World, curves: dict[str, list[list[dict[str, Any]]]], path: Path
         # Bars beside each other: methods take about as long.
         beside = x + (number - (len(curves) - 1) / 2) * 0.012 * x.max() * (x > 0)
         reach = [y - np.min(shares, 0), np.max(shares, 0) - y]
+        label = f"{method} ({len(runs)} seed{'s' * (len(runs) > 1)})"
         axes.errorbar(
-            beside, y, yerr=reach, color=colour, marker="o", linewidth=2, elinewidth=1.2, capsize=3, label=method
+            beside, y, yerr=reach, color=colour, marker="o", linewidth=2, elinewidth=1.2, capsize=3, label=label
         )
     axes.set_xlabel("processor seconds of drawing, rewards and learning")
     axes.set_ylabel(world.learned)
     axes.grid(alpha=0.3)
-    axes.legend(title="mean of seeds; bars: lowest to highest" if max(map(len, curves.values())) > 1 else None)
+    title = "mean of the seeds;\nbars: lowest to highest" if max(map(len, curves.values())) > 1 else None
+    axes.legend(title=title, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -194,6 +200,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--legs", type=int, default=2)
     parser.add_argument("--methods", nargs="*", help="default: all")
+    parser.add_argument("--finished", action="store_true", help="report what is finished, and run nothing")
     parser.add_argument("--small", action="store_true", help="too short to learn anything")
     parser.add_argument("--out", type=Path, help="JSON of the results")
     parser.add_argument("--picture", type=Path)
@@ -212,7 +219,7 @@ def main() -> None:
 
     def write() -> dict[str, Any]:
         curves = {name: [points(start, run) for run in runs] for name, runs in found.items() if runs}
-        ends = {name: [run[-1]["right"] for run in runs] for name, runs in found.items()}
+        ends = {name: [run[-1]["right"] for run in runs] for name, runs in found.items() if runs}
         report = {
             "date": date, "machine": machine, "model": "the shipped tiny one", "prompts": world.prompts,
             "reward": world.reward, "methods": {name: world.methods[name]._asdict() for name in curves},
@@ -224,11 +231,13 @@ def main() -> None:
 
     for seed in range(options.seeds):
         for method in methods:
+            if options.finished and not (len(found[method]) == seed and finished(world, method, seed, last, work)):
+                continue
             found[method].append(run_of(world, method, seed, options.legs, work, small))
             write()
     add_judges(world, start, MODEL, work / "start", small)
-    for seed in range(options.seeds):
-        for method in methods:
+    for method in methods:
+        for seed in range(len(found[method])):
             folder = folder_of(work, method, seed, last)
             add_judges(world, found[method][seed][last]["right"], str(folder / "run/model"), folder, small)
     print(table(write()))

@@ -286,6 +286,9 @@ def test_post_training_compares(world, method, judged, count, tmp_path, monkeypa
     monkeypatch.setitem(post_training.WORLDS, world, dataclasses.replace(post_training.WORLDS[world], judged=None))
     post_training.main()
     assert json.loads(out.read_text()) == found
+    monkeypatch.setattr("sys.argv", [*call, "--seeds", "2", "--finished"])
+    post_training.main()  # of the second seed nothing is there
+    assert json.loads(out.read_text()) == found
 
 
 def test_a_method_of_another_world_is_refused(monkeypatch, capsys):
