@@ -203,12 +203,16 @@ def test_doctor_says_what_the_build_can_do_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Gpu)
     monkeypatch.setattr(doctor, "describe_attention", lambda device: ("cudnn", device, "any"))
     monkeypatch.setattr(doctor, "describe_linear", lambda device: device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(doctor._eight_bits, "capability_of", lambda device: (9, 0))
     assert "Some GPU, 80 GB, sm_90, built without CUDA: build" in doctor.environment()["CUDA"]
     info["cuda_architectures"] = ["sm_80"]
     assert "no kernels for it: build from source with QIF_CUDA_ARCHITECTURES=90" in doctor.environment()["CUDA"]
     info["cuda_architectures"] = ["sm_80", "sm_90a"]
     assert "this build has kernels for it" in doctor.environment()["CUDA"]
     assert doctor.environment()["attention, mixed lengths"] == "cuda"
+    said = "on a GPU int8 at 2 times the peak of bfloat16 on sm_90"
+    assert doctor.environment()["8-bit products"].endswith(said)
 
 
 def test_doctor_says_why_torch_sees_no_gpu(monkeypatch):

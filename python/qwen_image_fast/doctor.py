@@ -25,6 +25,7 @@ from torch import Tensor
 
 from qwen_image_fast import _C, doctor_libraries, ops
 from qwen_image_fast.doctor_cases import ALLOWED, CASES, CPU_ONLY, as_tuple, functions, inputs
+from qwen_image_fast.ops import _eight_bits
 from qwen_image_fast.ops._linear import describe_linear
 from qwen_image_fast.ops.joint_attention import describe_attention
 
@@ -50,7 +51,7 @@ def environment() -> dict[str, str]:
         "qwen-image-fast": f"{info['version']}, built with {info['compiler']}, {info['openmp_threads']} OpenMP threads",
         "CPU kernels": f"{', '.join(info['cpu_kernels'])} compiled; {info['cpu_in_use']} in use",
         "8-bit products": f"{', '.join(info['int8_units'])} on this CPU; {info['int8_units'][-1]} in use; on a GPU "
-        + ("tensor cores" if info["cuda_architectures"] else "none, as this build has no CUDA kernels"),
+        + (_of_8_bits() if info["cuda_architectures"] else "none, as this build has no CUDA kernels"),
         "CUDA kernels": architectures,
         "CUDA": _cuda(),
     }
@@ -59,6 +60,13 @@ def environment() -> dict[str, str]:
     found["lengths of text of a CUDA graph"] = attention[2]
     found["linear layers"] = describe_linear("cuda" if torch.cuda.is_available() else "cpu")
     return found | {name: _version(name, _installed(name)) for name in PACKAGES}
+
+
+def _of_8_bits() -> str:
+    """What the tensor cores of the GPU are for, by the table of peaks."""
+    if not torch.cuda.is_available():
+        return "tensor cores"
+    return _eight_bits.describe(_eight_bits.capability_of(torch.cuda.current_device()))
 
 
 def _threads() -> str:

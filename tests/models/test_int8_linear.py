@@ -15,6 +15,8 @@ from qwen_image_fast.models.lora import LoraInt8Linear, adapters_of
 from qwen_image_fast.models.lora_kinds import Adapter, Pair
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
+from qwen_image_fast.ops import _eight_bits
+from qwen_image_fast.ops.fp8_rows import fp8_rows
 from qwen_image_fast.tensor_files import read_header
 from qwen_image_fast.weights.scales import rotate
 
@@ -202,6 +204,52 @@ def test_a_pipeline(trained):
     call = {"height": 128, "width": 128, "num_inference_steps": 2, "true_cfg_scale": 1.0, "output_type": "latent"}
     exact, small = (torch.as_tensor(pipe("a red circle", seed=1, progress=False, **call).images) for pipe in pipes)
     assert 0 < distance(small, exact) < 0.05
+
+
+@pytest.mark.parametrize(
+    "precision, scale", [("int8", "weight_scale"), ("int4", "weight_s_channel"), ("int4", "weight_s_rel")]
+)
+def test_scales_of_a_file_that_are_not_numbers(tmp_path, precision, scale):
+    """With a precision its numbers are taken as they are, not decoded, where scales are looked at."""
+    load, layer = QwenImageTransformer2DModel.from_pretrained, "transformer_blocks.0.attn.to_q"
+    state = load(SHIPPED, subfolder="transformer", precision=precision).state_dict()
+    state[f"{layer}.{scale}"].view(-1)[5] = float("nan")
+    path = write_safetensors(tmp_path / "model.safetensors", state)
+    with pytest.raises(ValueError, match=f"{layer}.weight must hold finite numbers"):
+        QwenImageTransformer2DModel.from_single_file(path, config=SHIPPED, precision=precision)
+
+
+@pytest.mark.parametrize(
+    "capability, number, words",
+    [
+        ((8, 0), "int8", "int8 at 2 times the peak of bfloat16 on sm_80"),
+        ((8, 6), "int8", "int8 at 4 times"),
+        ((8, 9), "int8", "int8 at 4 times"),
+        ((9, 0), "int8", "int8 at 2 times"),
+        ((10, 0), "int8", "int8 at 2 times"),
+        (
+            (10, 3),
+            "float8",
+            "int8 at 0.067 times the peak of bfloat16 on sm_103, which prefers float8, and",
+        ),
+        ((12, 0), "int8", "int8 at 4 times"),
+        ((12, 1), "int8", "int8; no figures of sm_121"),
+    ],
+)
+def test_the_numbers_that_a_gpu_prefers(capability, number, words, monkeypatch, caplog):
+    """One table says it; where it is not integers, whoever asks for them is told."""
+    assert _eight_bits.preferred(capability) == number and _eight_bits.describe(capability).startswith(words)
+    asked = []
+    monkeypatch.setattr(_eight_bits, "capability_of", lambda index: asked.append(index) or capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for device in ("cpu", "cuda", "cuda:3"):
+        check_precision("from_pretrained", "int8", device)
+    x = torch.randn(16, 512, generator=torch.Generator().manual_seed(0))
+    (values, scales), step = fp8_rows(x), x.abs().amax(1, keepdim=True) / 127
+    errors = [(y - x).norm() for y in ((x / step).round() * step, values.float() * scales[:, None])]
+    assert errors[1] > 2 * errors[0]  # why it is integers where both have one rate
+    assert asked == [1, 3] and caplog.text.count("prefers float8") == (2 if number == "float8" else 0)
 
 
 def test_what_is_refused(tmp_path, trained, monkeypatch):

@@ -15,6 +15,7 @@ used as they are.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -24,12 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from qwen_image_fast.ops import Int8Weight, _int4, _int8, int8_rows, linear_int8
+from qwen_image_fast.ops import Int8Weight, _eight_bits, _int4, _int8, int8_rows, linear_int8
 from qwen_image_fast.ops._library import has_kernels
 from qwen_image_fast.ops.linear_int8 import UNITS
 from qwen_image_fast.tensor_files import Entry
 from qwen_image_fast.weights.reading import read_entry
 from qwen_image_fast.weights.stored import StoredWeight, Weight, is_quantised
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = ("int8", "int4")
 PLACES = ("cpu", "cuda")
@@ -206,8 +209,10 @@ def of_file(
     where: str, codes: Tensor, times: Tensor, scales: Tensor, codebook: Tensor, group: int,
     place: Int8Weight | None = None,
 ) -> Int8Weight:  # fmt: skip
-    """A weight in 4 bits from a file's tensors; ValueError where they are of another tool's codebook."""
+    """A weight in 4 bits from a file's tensors; ValueError where they are damaged or of another tool's codebook."""
     levels, whole = (codebook.float() * (1 << _int4.SHIFT)).tolist(), times.float()
+    if not bool(whole.isfinite().all()):
+        raise ValueError(f"{where.rstrip('.')}.weight must hold finite numbers, got NaN or infinity: download it again")
     if levels != [float(level) for level in _int4.LEVELS] or bool((whole != whole.round().clamp(0, 120)).any()):
         raise ValueError(
             f"{where.rstrip('.')} is in 4 bits of another codebook: load it without precision, which decodes it"
@@ -251,6 +256,11 @@ def check_precision(where: str, precision: str | None, device: str | torch.devic
             f"{where}: precision must be None on this CPU, which has none of the instructions for 8-bit products "
             "(AVX2, VNNI, AMX): it would be slower than without"
         )
+    if torch.device(device).type == "cuda" and torch.cuda.is_available():
+        index = torch.device(device).index
+        capability = _eight_bits.capability_of(torch.cuda.current_device() if index is None else index)
+        if _eight_bits.preferred(capability) != "int8":
+            logger.warning("%s: precision=%r: %s", where, precision, _eight_bits.describe(capability))
 
 
 def precisions(paths: Iterable[str], precision: str) -> dict[str, str]:
