@@ -15,7 +15,7 @@ LAYERS = [
     {"checkpoint", "models"},
     {"parallel"},
     {"chat", "schedulers", "model_defaults", "request", "request_fields"},
-    {"graphs", "sampling", "quantize", "quantize_report"},
+    {"graphs", "sampling", "quantize", "quantize_modulation", "quantize_report"},
     {"pipelines"},
     {"tiny", "drop_in", "inspect_file", "inspect_model", "png_metadata", "output_files"}
     | {"doctor", "doctor_cases", "doctor_libraries", "doctor_picture"},

@@ -168,3 +168,52 @@ def test_the_command(tmp_path):
     ):
         result = run(app, words)
         assert result.exit_code == 2 and text in result.output.replace("\n", " "), result.output
+
+
+def test_the_command_without_modulation_weights(tmp_path):
+    run, out = CliRunner().invoke, tmp_path / "out"
+    words = ["quantize", "tiny", "-o", str(out), "--drop-modulation"]
+    result = run(app, [*words, "--steps", "2", "--size", "64x64", "--size", "128x64"])
+    assert result.exit_code == 0, result.output
+    assert "without modulation weights, for 2 steps of 64x64, 128x64\n" in result.stdout
+    assert result.stdout.count("velocity at sigma") == 4
+    file = out / "diffusion_pytorch_model.safetensors"
+    assert json.loads(read_metadata(file)[METADATA])["modulation"] == "2 steps of 64x64, 128x64"
+    draw = ["generate", "a red circle", "--model", "tiny", "--transformer", str(file), "--precision", "int8", "-o"]
+    call = ["--size", "64x64", "--seed", "0", "--cfg", "1"]
+    result = run(app, [*draw, str(tmp_path / "a.png"), *call, "--steps", "2"])
+    assert result.exit_code == 0 and (tmp_path / "a.png").exists(), result.output
+    result = run(app, [*draw, str(tmp_path / "b.png"), *call, "--steps", "3"])
+    assert result.exit_code != 0 and not (tmp_path / "b.png").exists()
+    assert "its vectors are for 2 steps of 64x64, 128x64; " in result.stderr.replace("\n", " ")
+    # Work that was stopped before its report goes on with the file only if that is the same.
+    (out / "quantization.json").unlink()
+    result = run(app, [*words, "--lightning", "4", "--no-check"])
+    assert result.exit_code == 0 and "for 4 steps of any size with Lightning\n" in result.stdout, result.output
+    default = run(app, ["quantize", "tiny", "-o", str(tmp_path / "usual"), "--drop-modulation", "--no-check", "--json"])
+    assert json.loads(default.stdout)["modulation"] == "20 steps of 128x128"
+    again = run(app, ["quantize", str(out), "-o", str(tmp_path / "again")])
+    assert again.exit_code == 2 and "is quantised already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--steps", "4"], "--steps has no effect without --drop-modulation"),
+        (["--size", "64x64"], "--size has no effect without --drop-modulation"),
+        (["--lightning", "4"], "--lightning has no effect without --drop-modulation"),
+        (["--drop-modulation", "--lightning", "5"], "--lightning must be 4 or 8, got 5"),
+        (["--drop-modulation", "--size", "large"], "--size must be WIDTHxHEIGHT"),
+        (["--drop-modulation", "--size", "8x64"], "--size must be at least 16x16, got 8x64"),
+        (["--drop-modulation", "--pictures", "2"], "--pictures draws by a schedule of its own"),
+    ],
+)
+def test_schedules_that_are_refused(tmp_path, words, sentence):
+    result = CliRunner().invoke(app, ["quantize", "tiny", "-o", str(tmp_path / "out"), *words])
+    assert result.exit_code == 2 and sentence in result.stderr.replace("\n", " "), result.output
+
+
+def test_a_transformer_alone_has_no_schedule(tmp_path):
+    words = ["quantize", str(SHIPPED / "transformer"), "-o", str(tmp_path / "out"), "--drop-modulation"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and "MODEL is a transformer alone" in result.stderr.replace("\n", " ")

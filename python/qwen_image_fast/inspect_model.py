@@ -23,6 +23,7 @@ from rich.text import Text
 
 from qwen_image_fast.checkpoint import BASE_NAME, find_weights
 from qwen_image_fast.folders import local_folder, read_json, resolve_folder
+from qwen_image_fast.models.stored_modulation import SCHEDULES, named, schedules_of_file
 from qwen_image_fast.pipelines.residence import plan_for, used_weights
 from qwen_image_fast.tensor_files import DTYPES, Entry, read_header
 from qwen_image_fast.weights.formats import Opened, open_weights, parts_in
@@ -34,6 +35,7 @@ GB = 10**9
 MARGIN_GB = 3.0
 
 MODULATION, HEAD, VISION = "modulation", "language-model head", "vision tower"
+KEPT = "modulation vectors"  # of a file without the weights
 # Groups of tensors by name: the first pattern that matches; what none matches is the last group.
 GROUPS: dict[str, tuple[dict[str, str], str]] = {
     "transformer": (
@@ -81,6 +83,7 @@ class Part:
     runs: str = ""
     bf16: int = 0
     groups: dict[str, int] = field(default_factory=dict)
+    schedules: str = ""  # those of which a file has modulation vectors instead of weights
     weights: dict[str, Weight] = field(default_factory=dict, compare=False, repr=False)  # where they lie, which differs
     problem: str | None = None
 
@@ -240,12 +243,16 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _count(part: Part, opened: Opened) -> None:
     patterns, rest = GROUPS.get(GROUPS_OF_CLASS.get(part.class_name, ""), ({}, ""))
+    if stored := opened.weights.get(SCHEDULES):
+        local = isinstance(stored, Entry) and stored.path.is_file()
+        part.schedules = named(schedules_of_file(opened.weights)) if local else "what its file says"
+        patterns = {KEPT: r"\.vectors$|^modulation_schedules$", **patterns}
     disk: Counter[str] = Counter()
     groups: Counter[str] = Counter({group: 0 for group in (*patterns, rest) if group})
     for name, weight in opened.weights.items():
         count = math.prod(weight.shape)
         size = 2 * count if is_floating(weight) else weight.nbytes
-        part.parameters += count
+        part.parameters += 0 if stored and re.search(patterns[KEPT], name) else count
         part.bf16 += size
         disk[weight.kind] += weight.nbytes
         if patterns:
@@ -271,6 +278,7 @@ def as_json(model: Model, margin_gb: float = MARGIN_GB) -> dict[str, Any]:
             "bf16_bytes": part.bf16,
             "bf16_bytes_loaded": model.needed(part),
             "bf16_bytes_of_groups": part.groups,
+            **({"modulation_vectors_for": part.schedules} if part.schedules else {}),
             "config": part.config,
         }
         for part in model.parts
@@ -341,6 +349,7 @@ def _short(config: Mapping[str, Any]) -> dict[str, Any]:
 def _groups_table(part: Part) -> Table:
     notes = {
         MODULATION: "can be freed once the schedule is known: its vectors are then a table",
+        KEPT: f"instead of the weights, for {part.schedules}, no other schedule",
         HEAD: "not needed, not loaded",
         VISION: "needed only where pictures are an input",
     }

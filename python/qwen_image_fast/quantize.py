@@ -7,6 +7,7 @@ that a file under its final name is whole.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -26,8 +27,10 @@ from qwen_image_fast.models.int8_linear import (
     refuse_quantised,
 )
 from qwen_image_fast.models.lora_kinds import Adapter
+from qwen_image_fast.models.stored_modulation import SCHEDULES, StoredSchedule, named, schedule_bytes
 from qwen_image_fast.ops import _int8
-from qwen_image_fast.tensor_files import DTYPE_NAMES
+from qwen_image_fast.quantize_modulation import Vectors
+from qwen_image_fast.tensor_files import DTYPE_NAMES, read_metadata
 from qwen_image_fast.weights.formats import Opened
 from qwen_image_fast.weights.reading import read_weights
 from qwen_image_fast.weights.stored import Weight
@@ -64,7 +67,7 @@ class Output:
 
 def quantize(
     opened: Opened, out: Path, loras: Loras = (), about: Mapping[str, Any] | None = None, said: Said | None = None,
-    precision: str = "int8",
+    precision: str = "int8", schedules: Sequence[StoredSchedule] = (),
 ) -> dict[str, float]:  # fmt: skip
     """Write the transformer in `opened` to the file `out` in 8 bits, or in 4.
 
@@ -74,6 +77,7 @@ def quantize(
         about: what the metadata say besides, of the model and the LoRAs; they, and sizes and times of the model's
             files, tell whether a file that was left unfinished is of the same work.
         said: told how many weights are done.
+        schedules: leave the modulation weights out, and write the vectors that they make for these.
 
     Returns:
         The relative root mean square error of each such weight, on some of its rows.
@@ -81,28 +85,54 @@ def quantize(
     Raises:
         ValueError: weights with a quantisation of their own, or that are not finite.
     """
-    weights = opened.weights
+    weights: Mapping[str, Weight] = opened.weights
     refuse_quantised({name.removesuffix(".weight"): w for name, w in weights.items() if _in_8_bits(name)})
-    notes_of_file = {"precision": precision, "rotation": "ConvRot", **(about or {})}
+    vectors, said_of_them = None, b""
+    if schedules:
+        vectors = Vectors(weights, schedules, functools.partial(_read, opened.weights, loras))
+        weights = {name: weight for name, weight in weights.items() if name not in vectors.left_out()}
+        said_of_them = schedule_bytes(schedules).numpy().tobytes()
     bits = precisions((name.removesuffix(".weight") for name in weights if _in_8_bits(name)), precision)
-    output = Output(dict(_like(weights, bits)), {"format": "pt", METADATA: json.dumps(notes_of_file)})
+    like = dict(_like(weights, bits)) | dict(vectors.like() if vectors else ())
+    like |= {SCHEDULES: (torch.uint8, (len(said_of_them),))} if schedules else {}
+    output = Output(like, {"format": "pt", METADATA: json.dumps(notes_of(precision, about, schedules))})
     part, journal = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.journal")
-    errors = _continue(part, journal, output, _fingerprint(output, weights))
+    errors = _continue(part, journal, output, _fingerprint(output, opened.weights, said_of_them))
     done = set(errors)
+    made = [name for name, _ in vectors.like()] if vectors else []
     with open(part, "r+b") as file, open(journal, "a", encoding="utf-8") as notes:
-        for name, weight in weights.items():
+        if schedules:
+            output.write(file, SCHEDULES, schedule_bytes(schedules))
+        for name in [*weights, *made]:
             if name not in done:
-                error = _convert(name, weight, file, output, loras, bits)
+                error = None
+                if vectors is not None and name not in weights:
+                    output.write(file, name, vectors.make(name))
+                else:
+                    error = _convert(name, opened.weights, file, output, loras, bits)
                 file.flush()
                 os.fsync(file.fileno())
                 notes.write(json.dumps([name, error]) + "\n")
                 notes.flush()
                 errors[name] = error
             if said is not None:
-                said(len(errors), len(weights))
+                said(len(errors), len(weights) + len(made))
     os.replace(part, out)
     journal.unlink()
     return {name.removesuffix(".weight"): error for name, error in errors.items() if error is not None}
+
+
+def notes_of(
+    precision: str, about: Mapping[str, Any] | None = None, schedules: Sequence[StoredSchedule] = ()
+) -> dict[str, Any]:
+    """What the header says of the file, for `quantize` of these arguments."""
+    of_modulation = {"modulation": named(schedules)} if schedules else {}
+    return {"precision": precision, "rotation": "ConvRot", **(about or {}), **of_modulation}
+
+
+def notes_in(file: Path) -> dict[str, Any]:
+    """What the header of a file says."""
+    return json.loads(read_metadata(file).get(METADATA, "{}"))
 
 
 def _in_8_bits(name: str) -> bool:
@@ -125,18 +155,25 @@ def _like(
             yield name, (getattr(weight, "dtype", torch.bfloat16), weight.shape)
 
 
-def _convert(
-    name: str, weight: Weight, file: Any, output: Output, loras: Loras, bits: Mapping[str, str]
-) -> float | None:
-    """Read, merge, round and write one weight; returns its error."""
-    value = read_weights({name: weight}, None, torch.device("cpu"))[name]
+def _read(weights: Mapping[str, Weight], loras: Loras, name: str) -> Tensor:
+    """One weight with the LoRAs merged. ValueError: it is not finite."""
+    value = read_weights({name: weights[name]}, None, torch.device("cpu"))[name]
     path, _, kind = name.rpartition(".")
     value = _merged(value, kind, [(layers[path], share) for layers, share in loras if path in layers])
     if not bool(torch.isfinite(value).all()):
         raise ValueError(f"{name} must hold finite numbers, got NaN or infinity: download the file again")
+    return value
+
+
+def _convert(
+    name: str, weights: Mapping[str, Weight], file: Any, output: Output, loras: Loras, bits: Mapping[str, str]
+) -> float | None:
+    """Read, merge, round and write one weight; returns its error."""
+    value = _read(weights, loras, name)
     if not _in_8_bits(name):
         output.write(file, name, value)
         return None
+    path = name.removesuffix(".weight")
     small = quantised(value, precision=bits[path])
     for suffix, tensor in comfy_tensors(small).items():
         output.write(file, f"{path}.{suffix}", tensor)
@@ -157,13 +194,13 @@ def _merged(value: Tensor, kind: str, adapters: Sequence[tuple[Adapter, float]])
     return total.to(value.dtype) if adapters else value
 
 
-def _fingerprint(output: Output, weights: Mapping[str, Weight]) -> str:
+def _fingerprint(output: Output, weights: Mapping[str, Weight], more: bytes) -> str:
     """Of what is made of what: the same only for the same work."""
     files: set[Path] = set()
     for weight in weights.values():
         files |= {entry.path for entry in _entries(weight)}
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files)]
-    return hashlib.sha256(output.header + json.dumps(stats).encode()).hexdigest()
+    return hashlib.sha256(output.header + json.dumps(stats).encode() + more).hexdigest()
 
 
 def _entries(weight: Any) -> Iterable[Any]:

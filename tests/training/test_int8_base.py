@@ -1,19 +1,24 @@
 """Adapters on a base in 8 bits: what they learn, that a run goes on bit by bit, and where they work afterwards."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from trainer_helpers import log_of, small_recipe, start, weights
 
-from qwen_image_fast import QwenImagePipeline
+from qwen_image_fast import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from qwen_image_fast.models.int8_linear import Int8Linear
 from qwen_image_fast.pipelines import residence
+from qwen_image_fast.quantize import quantize
+from qwen_image_fast.quantize_modulation import schedules_for
 from qwen_image_fast.training.adapters import AdapterLinear
 from qwen_image_fast.training.engine import memory
 from qwen_image_fast.training.engine.trainer import Trainer
 from qwen_image_fast.training.recipe.curriculum import one_stage
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.run import make_task
+from qwen_image_fast.weights.formats import open_weights
 
 WORKING = 10**8
 
@@ -85,6 +90,17 @@ def test_with_a_limit_the_modulation_is_read_when_it_is_used(folder, tmp_path, m
     run = Trainer(task.run, task, tmp_path / "task")
     run.run()
     assert all(torch.equal(w, weights(run)[n]) for n, w in weights(whole).items())
+
+
+def test_a_start_without_modulation_weights(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "start")
+    file = tmp_path / "start" / "transformer" / "diffusion_pytorch_model.safetensors"
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    quantize(open_weights([file], "transformer"), tmp_path / "small.safetensors",
+             schedules=schedules_for(scheduler, [2], [(32, 32)]))  # fmt: skip
+    (tmp_path / "small.safetensors").replace(file)
+    with pytest.raises(ValueError, match="the modulation weights must be there, which training needs at every noise"):
+        start(on_int8(tmp_path / "start"), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qwen_image_fast.checkpoint import find_weights, save_state
 from qwen_image_fast.folders import SHIPPED
 from qwen_image_fast.model_defaults import GENERATION_FILE
+from qwen_image_fast.models.stored_modulation import refuse_training
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.parallel.ulysses import split_layout
 from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
@@ -40,6 +41,7 @@ from qwen_image_fast.training.tasks.flow_samples import samples, sampling
 from qwen_image_fast.training.tasks.task import Drawn, Losses
 from qwen_image_fast.training.trainable import choose_trainable
 from qwen_image_fast.training.velocity import FlowSample, forward, interpolated, packed, velocities
+from qwen_image_fast.weights.formats import open_weights
 
 
 def flow_losses(
@@ -131,6 +133,9 @@ class FlowTask:
             sources = sources_of(self.run) if source is None else {}
         self.device = parallel.device if parallel else pick_device(recipe.device)
         self.folder = model_folder(recipe.model.start) if recipe.model.start else folder / "start"
+        if recipe.model.start:
+            start = open_weights(find_weights(self.folder / "transformer"), "transformer")
+            refuse_training(start.weights, f"model.start={recipe.model.start}")
         self.vae_folder = vae_folder(recipe.model.vae) if recipe.model.vae else self.folder / "vae"
         self.store: EncodedStore | None = None
         if recipe.data.encoded:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -28,6 +29,14 @@ def quantize_command(
     lora: Annotated[list[str] | None, typer.Option(help="A LoRA's file, =WEIGHT; merged first; several times.")] = None,
     check: Annotated[bool, typer.Option(help="Compare velocities; needs the memory of both.")] = True,
     pictures: Annotated[int, typer.Option(min=0, help="Pictures with text to draw by both, read and compare.")] = 0,
+    drop_modulation: Annotated[
+        bool, typer.Option("--drop-modulation", help="Leave its weights out; what they make for these schedules stays.")
+    ] = False,
+    steps: Annotated[
+        list[int] | None, typer.Option(min=1, max=1000, help="Of a schedule that stays; several times.")
+    ] = None,
+    size: Annotated[list[str] | None, typer.Option(help="Of the pictures, WIDTHxHEIGHT; several times.")] = None,
+    lightning: Annotated[list[int] | None, typer.Option(help="4 or 8: Lightning's schedule stays, too.")] = None,
     as_json: JSON = False,
 ) -> None:
     """Write a transformer in 8 or 4 bits, in ComfyUI's layout; an interrupted run goes on where it stopped."""
@@ -37,8 +46,16 @@ def quantize_command(
         local_folder(model)
     if pictures and not check:
         raise CommandError("--pictures has no effect with --no-check")
+    if wrong := [n for n in lightning or () if n not in (4, 8)]:
+        raise CommandError(f"--lightning must be 4 or 8, got {wrong[0]}")
+    for option, given in (("--steps", steps), ("--size", size), ("--lightning", lightning)):
+        if given and not drop_modulation:
+            raise CommandError(f"{option} has no effect without --drop-modulation")
+    if pictures and drop_modulation:
+        raise CommandError("--pictures draws by a schedule of its own: quantise once without --drop-modulation for it")
+    kept = Kept(steps or [], size or [], lightning or []) if drop_modulation else None
     with failing(BAD_INPUT, FileNotFoundError, NotADirectoryError, FileExistsError, ValueError):
-        report = _quantize(model, out, lora or [], check, pictures, not as_json, precision)
+        report = _quantize(model, out, lora or [], check, pictures, not as_json, precision, kept)
     if as_json:
         print_json(report)
         return
@@ -46,6 +63,8 @@ def quantize_command(
     console.print(f"{out}: {report['layers']} layers in {bits}, errors of weights up to {report['largest_error']:.4f}")
     for sigma, error in report.get("velocity_errors", {}).items():
         console.print(f"velocity at sigma {sigma}: {error:.4f}", highlight=False)
+    if report["modulation"]:
+        console.print(f"without modulation weights, for {report['modulation']}", highlight=False, soft_wrap=True)
     for line in report["said"]:
         console.print(line, highlight=False)
     [file] = sorted(out.glob("*.safetensors"))
@@ -63,8 +82,16 @@ def quantize_command(
     console.print(f"use it: {shlex.join(words)}", highlight=False, markup=False, soft_wrap=True)
 
 
+class Kept(NamedTuple):
+    """Whose modulation vectors are written instead of the weights; no steps or sizes: the model's own."""
+
+    steps: list[int]
+    sizes: list[str]
+    lightning: list[int]
+
+
 def _quantize(
-    model: str, out: Path, loras: list[str], check: bool, pictures: int, show: bool, precision: str
+    model: str, out: Path, loras: list[str], check: bool, pictures: int, show: bool, precision: str, kept: Kept | None
 ) -> dict[str, Any]:
     if show:
         err.print(f"{model}: loading torch", markup=False, soft_wrap=True)
@@ -73,8 +100,10 @@ def _quantize(
 
     from qwen_image_fast import quantize_report
     from qwen_image_fast.checkpoint import check_fit, find_weights, json_bytes, read_config
+    from qwen_image_fast.models.stored_modulation import hold_vectors
+    from qwen_image_fast.models.stored_modulation import named as names_of
     from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
-    from qwen_image_fast.quantize import quantize
+    from qwen_image_fast.quantize import notes_in, notes_of, quantize
     from qwen_image_fast.weights.formats import check_part, open_weights
 
     folder = resolve_folder(model)
@@ -85,8 +114,10 @@ def _quantize(
     config |= {"zero_cond_t": True} if opened.zero_cond_t else {}
     with torch.device("meta"):
         layers = QwenImageTransformer2DModel.from_config(config)
+    hold_vectors(layers, opened.weights, opened.dtype(None))
     check_fit(layers, opened.weights)
     adapters, named = _loras(loras, layers)
+    schedules = [] if kept is None else _schedules(kept, folder, config)
     with claimed(out, RESULT), tqdm(desc="quantise", unit="weight", disable=not show) as bar:
 
         def said(done: int, of: int) -> None:
@@ -94,9 +125,9 @@ def _quantize(
             bar.update(0)
 
         file = out / "diffusion_pytorch_model.safetensors"
-        if not file.exists():
-            about = {"model": model, "loras": named, "version": __version__}
-            errors = quantize(opened, file, adapters, about, said, precision)
+        about = {"model": model, "loras": named, "version": __version__}
+        if not file.exists() or notes_in(file) != notes_of(precision, about, schedules):
+            errors = quantize(opened, file, adapters, about, said, precision, schedules)
             atomic_write(out / "errors.json", lambda f: f.write(json_bytes(errors)))
         errors = json.loads((out / "errors.json").read_text(encoding="utf-8"))
         bar.close()
@@ -104,13 +135,42 @@ def _quantize(
         report = {
             "model": model, "precision": precision, "loras": named, "layers": len(errors), "bytes": file.stat().st_size,
             "largest_error": max(errors.values()), "errors_by_kind": quantize_report.errors_by_kind(errors),
-            "errors": errors, "said": [],
+            "errors": errors, "modulation": names_of(schedules) or None, "said": [],
         }  # fmt: skip
         if check:
             _check(report, folder, place, out, loras, pictures)
         atomic_write(out / RESULT, lambda f: f.write(json_bytes(report)))
         (out / "errors.json").unlink()
     return report
+
+
+def _schedules(kept: Kept, folder: Path, config: Mapping[str, Any]) -> list[Any]:
+    """ValueError for a model whose schedules are not known."""
+    from qwen_image_fast.model_defaults import generation_of, model_class
+    from qwen_image_fast.quantize_modulation import schedules_for
+    from qwen_image_fast.request import Text
+    from qwen_image_fast.request_fields import RequestError, parse_size
+    from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler
+
+    if not (folder / "scheduler").is_dir():
+        raise ValueError(
+            "--drop-modulation needs the pipeline's folder, for its scheduler; MODEL is a transformer alone"
+        )
+    if config.get("use_additional_t_cond"):
+        raise ValueError("--drop-modulation is not for the Layered model, whose schedule each picture decides")
+    own, fields = generation_of(folder, model_class(folder, str(folder))), Text.model_fields
+    usual = own.width or fields["width"].default, own.height or fields["height"].default
+    try:
+        sizes = [parse_size(text, usual) for text in kept.sizes]
+    except RequestError as error:
+        raise ValueError(error.named(lambda name: f"--{name}")) from error
+    for width, height in sizes:
+        if min(width, height) < 16:
+            raise ValueError(f"--size must be at least 16x16, got {width}x{height}")
+    # Where Lightning alone is asked for, nothing else is kept.
+    steps = kept.steps or ([] if kept.lightning and not sizes else [own.steps or fields["steps"].default])
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    return schedules_for(scheduler, steps, sizes or [usual], kept.lightning, bool(config.get("zero_cond_t")))
 
 
 def _loras(names: list[str], layers: Any) -> tuple[list[tuple[Any, float]], list[dict[str, Any]]]:

@@ -29,6 +29,7 @@ from qwen_image_fast.folders import read_json
 from qwen_image_fast.keywords import check_saving, check_visible, keyword_names, one_device, one_dtype, refuse
 from qwen_image_fast.models.hooks import computing_device, hook_of_diffusers
 from qwen_image_fast.models.int8_linear import check_place, check_precision, read_int8_layers
+from qwen_image_fast.models.stored_modulation import hold_vectors
 from qwen_image_fast.models.streaming import refuse_moves
 from qwen_image_fast.weights.formats import Opened, check_part, open_weights
 from qwen_image_fast.weights.places import single_file
@@ -301,6 +302,7 @@ class PretrainedModel(nn.Module):
         """`loader`: what gives the model its weights; what it returns is the model's `streamed`."""
         opened = opened or open_weights(files, cls.part)
         model = cls.empty({**config, **({"zero_cond_t": True} if opened.zero_cond_t else {})})
+        hold_vectors(model, opened.weights, opened.dtype(dtype))
         convert = None if precision is None else functools.partial(read_int8_layers, device=device, precision=precision)
         model.streamed = loader(model, opened, dtype=dtype, device=device, part=cls.part, convert=convert)
         if model.streamed is not None:
@@ -322,6 +324,7 @@ class PretrainedModel(nn.Module):
         """
         config = cls._config_of(None, opened, {}) if config is None else config
         model = cls.empty({**config, **({"zero_cond_t": True} if opened.zero_cond_t else {})})
+        hold_vectors(model, opened.weights, opened.dtype(None))
         check_fit(model, opened.weights)
 
     def save_pretrained(

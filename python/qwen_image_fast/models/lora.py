@@ -23,6 +23,7 @@ from .int8_linear import Int8Linear
 from .lora_kinds import Adapter, Mix, adapted, mixed
 from .modulation import restore_modulation_weights, table_layers
 from .peft_adapters import PeftAdapters
+from .stored_modulation import refuse_changes
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ class LoraAdapters:
             raise ValueError(
                 f"load_lora_weights: adapter_name must be new, got {name!r}, which is loaded; hotswap=True replaces it"
             )
+        refuse_changes(self.model, layers.keys(), "load_lora_weights")
         self.loaded[name] = dict(layers)
         self.activate({**self.weights, name: 1.0})
 
@@ -106,6 +108,7 @@ class LoraAdapters:
         """Put another adapter in the place of a loaded one, with its weight."""
         self._check([name], self.loaded)
         self._check_not_fused([name])
+        refuse_changes(self.model, layers.keys(), "load_lora_weights")
         weights, resting = self.weights, self.resting
         self.activate({n: w for n, w in weights.items() if n != name})
         self.loaded[name] = dict(layers)

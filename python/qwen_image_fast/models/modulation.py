@@ -90,12 +90,16 @@ class ModulationTables:
 def _computed(
     model: Any, device: torch.device, dtype: torch.dtype, levels: Sequence[float], additional_t_cond: int | None
 ) -> Modulation:
-    timestep = torch.tensor(levels, dtype=torch.float32) * 1000
-    timestep = timestep.to(device=device, dtype=dtype) / 1000
+    timestep = model_timesteps(levels, dtype, device)
     condition = None
     if additional_t_cond is not None:
         condition = torch.full((len(levels),), additional_t_cond, device=device)
     return model.modulation(timestep, condition)
+
+
+def model_timesteps(levels: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a model of `dtype` is given for noise levels, as diffusers' loop gives it."""
+    return (torch.tensor(levels, dtype=torch.float32) * 1000).to(device=device, dtype=dtype) / 1000
 
 
 def modulation_layers(model) -> dict[str, Any]:
@@ -151,9 +155,9 @@ def free_modulation_weights(model, table: Modulation) -> int:
     Another schedule reads them again from the folder the model came from; without a folder it raises.
     """
     tables = model.modulation_tables
-    if (
-        tables.freed or model.streamed is not None or model.calls_modules() or not unwatched(model)
-    ):  # a hook wants to see them used
+    there = model.norm_out.linear.weight is not None  # else their vectors are stored instead
+    # A hook wants to see them used.
+    if tables.freed or not there or model.streamed is not None or model.calls_modules() or not unwatched(model):
         return 0
     for name, layer in table_layers(model).items():
         # An adapter of `lora.py`, which has a `mix`, reads the weights again before it changes.

@@ -19,6 +19,7 @@ from qwen_image_fast.extras import needed_for
 from qwen_image_fast.keywords import check_saving
 from qwen_image_fast.models.int8_linear import Int8Linear
 from qwen_image_fast.models.modulation import restore_modulation_weights
+from qwen_image_fast.models.stored_modulation import is_stored
 
 
 def _mixin(where: str) -> Any:
@@ -210,6 +211,8 @@ def check_weights(model: Any, where: str) -> None:
         raise ValueError(f"{where}: weights must stay in memory, and are streamed; load without memory_limit")
     if any(isinstance(module, Int8Linear) for module in model.modules()):
         raise ValueError(f"{where}: layers must be floating point, got some in 8 bits; load without precision=")
+    if is_stored(model):
+        raise ValueError(f"{where}: modulation weights must be there, and were left out of this transformer's file")
     lora = model.__dict__.get("_lora")
     if lora is not None and lora.weights:
         there = ", ".join(lora.weights)

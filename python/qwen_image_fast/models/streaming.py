@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 # Names of the units' matrices, with the number of the unit.
 TRACKS = {
-    "modulation": r"transformer_blocks\.(\d+)\.(img|txt)_mod\..*",
-    "blocks": r"transformer_blocks\.(\d+)\..*",
+    "modulation": r"transformer_blocks\.(\d+)\.(img|txt)_mod\.1\..*",
+    "blocks": r"transformer_blocks\.(\d+)\.(?!(?:img|txt)_mod\.).*",
     "layers": r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\..*",
 }
 SLOW = 0.8  # of the rate that plans count on

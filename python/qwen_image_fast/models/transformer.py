@@ -23,6 +23,7 @@ from qwen_image_fast.models.modulation import Modulation, ModulationTables, rest
 from qwen_image_fast.models.packing import PackedLayout
 from qwen_image_fast.models.peft_adapters import PeftAdapterMixin
 from qwen_image_fast.models.rope import QwenEmbedLayer3DRope, QwenEmbedRope
+from qwen_image_fast.models.stored_modulation import is_stored, stored_modulation
 from qwen_image_fast.models.transformer_block import Stream
 from qwen_image_fast.models.transformer_forward import TransformerForward
 from qwen_image_fast.models.transformer_modules import (
@@ -167,6 +168,8 @@ class QwenImageTransformer2DModel(
         return self.within_hooks(functools.partial(super().embed_text, txt))
 
     def modulation(self, timestep: Tensor, additional_t_cond: Tensor | None = None) -> Modulation:
+        if is_stored(self):
+            return stored_modulation(self, timestep)
         if not self.calls_modules():
             return super().modulation(timestep, additional_t_cond)
 
