@@ -1,7 +1,9 @@
 """What making a picture takes of memory beside the weights, from sizes alone. Imports no torch.
 
 Counted is what lives at the same time: while noise is removed, `TENSORS` tensors of [rows, width] and the modulation
-vectors of all steps; while the VAE decodes, one picture after another, its activations. The larger of both is the peak.
+vectors of all steps; while the VAE decodes, one picture after another, its activations. The larger of both is the peak,
+on top of the transformed weights that the VAE makes at the first picture and keeps. A plan (weights/plan.py) counts the
+same.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def decoding_bytes(vae: Mapping[str, Any], height: int, width: int, itemsize: in
 
 class PictureMemory(NamedTuple):
     """What decides how much a model takes. vae: of its configuration; strips: it decodes by strips of its own choice,
-    which take little; tiles: by `enable_tiling`."""
+    which take little; tiles: by `enable_tiling`; kept: bytes of transformed weights that the VAE has yet to make."""
 
     width: int
     blocks: int
@@ -58,6 +60,7 @@ class PictureMemory(NamedTuple):
     vae: dict[str, Any]
     strips: bool = False
     tiles: bool = False
+    kept: int = 0
 
     @classmethod
     def of(
@@ -67,6 +70,7 @@ class PictureMemory(NamedTuple):
         itemsize: int,
         strips: bool = False,
         tiles: bool = False,
+        kept: int = 0,
     ):
         """Of two configurations, and of the bytes of a value."""
         names = {"base_dim": 96, "dim_mult": (1, 2, 4, 4), "num_res_blocks": 2, "input_channels": 3}
@@ -78,6 +82,7 @@ class PictureMemory(NamedTuple):
             {n: vae.get(n, usual) for n, usual in names.items()},
             strips,
             tiles,
+            kept,
         )
 
     def needed(self, size: tuple[int, int], rows: int, steps: int) -> int:
@@ -89,7 +94,7 @@ class PictureMemory(NamedTuple):
             decoding += TILED_IMAGES * self.itemsize * self.vae["input_channels"] * size[0] * size[1]
         else:
             decoding = decoding_bytes(self.vae, height, width, self.itemsize, strip)
-        return max(denoising_bytes(self.width, self.blocks, self.itemsize, rows, steps), decoding)
+        return self.kept + max(denoising_bytes(self.width, self.blocks, self.itemsize, rows, steps), decoding)
 
     def largest(self, free: int, size: tuple[int, int], rows: int, steps: int) -> int:
         """Side of the largest square picture, in pixels, for which `free` bytes are enough; 0: none. `rows` are those

@@ -5,6 +5,7 @@ import os
 import time
 
 import pytest
+import torch
 from http_harness import Running
 from typer.testing import CliRunner
 
@@ -124,3 +125,35 @@ def test_the_command_says_so_before_the_model_is_loaded(words, free, more, monke
     assert result.exit_code == 1, result.stderr
     assert "a picture of 8192x8192 takes about" in result.stderr and f"{free}.0 GB free" in result.stderr
     assert more in result.stderr
+
+
+@pytest.mark.parametrize("less", [0, 1])
+def test_the_command_counts_what_the_vae_keeps_as_a_plan_does(less, monkeypatch):
+    """The transformed weights of its decoder, on top of activations; a byte less and the picture is refused."""
+    from qwen_image_fast import QwenImagePipeline
+    from qwen_image_fast.checkpoint import find_weights, read_config
+    from qwen_image_fast.cli import app
+    from qwen_image_fast.folders import SHIPPED
+    from qwen_image_fast.pipelines import residence
+    from qwen_image_fast.weights import memory
+    from qwen_image_fast.weights.formats import open_weights
+
+    vae = open_weights(find_weights(SHIPPED / "vae"), "vae").weights
+    device = torch.device("cpu")
+    with monkeypatch.context() as patched:
+        plans = []
+        for packed in (None, 0):
+            if packed is not None:
+                patched.setattr(residence, "packed_bytes_of", lambda *_: 0)
+            plans.append(residence.plan_for({"vae": vae}, {"vae": torch.bfloat16}, device, 10**12, pictures=False))
+    kept = plans[0].parts[0].kept - plans[1].parts[0].kept
+    assert kept > 0
+    configs = [read_config(SHIPPED / part) for part in ("transformer", "vae")]
+    tokens = 2 * (16 * 16 + 512)
+    without = PictureMemory.of(*configs, 2).needed((256, 256), tokens, 2)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: without + kept - less)
+    monkeypatch.setattr(QwenImagePipeline, "from_pretrained", lambda *_, **__: 1 / 0)
+    words = ["generate", "a fox", "--model", "tiny", "--device", "cpu", "--dtype", "bfloat16", "--size", "256x256"]
+    result = CliRunner().invoke(app, [*words, "--steps", "2"])
+    refused = "a picture of 256x256 takes about" in result.stderr
+    assert refused if less else isinstance(result.exception, ZeroDivisionError) or "division" in result.stderr

@@ -205,16 +205,17 @@ def _load(request: Request, opened: Mapping[str, Any], class_name: str, run: Run
     from qwen_image_fast.cli.room import check_room
 
     device = common.device_name(run.device)
-    check_before_loading(request, opened, getattr(q, class_name))
+    pipeline = getattr(q, class_name)
+    check_before_loading(request, opened, pipeline)
     small = device != "cpu" or request.precision
     dtype = request.dtype if request.dtype != "auto" else "bfloat16" if small else "float32"
-    check_room(request, opened, device, common.torch_dtype(dtype).itemsize, run.batch, run.memory is not None)
     place = {"torch_dtype": common.torch_dtype(dtype), "device": device}
+    check_room(request, opened, pipeline, device, place["torch_dtype"], run.batch, run.memory is not None)
     parts: dict[str, Any] = {n: f for n in ("transformer", "text_encoder", "vae") if (f := getattr(request, n))}
     if request.kind == "controlnet":
         with failing(BAD_INPUT, FileNotFoundError, NotADirectoryError):
             parts["controlnet"] = q.QwenImageControlNetModel.from_pretrained(request.net, **place)  # type: ignore[attr-defined]
-    load = getattr(q, class_name).from_pretrained
+    load = pipeline.from_pretrained
     if request.precision is not None:
         from qwen_image_fast.models.int8_linear import check_precision
 

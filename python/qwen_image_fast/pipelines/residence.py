@@ -162,11 +162,16 @@ def plan_for(
     streams = {"transformer"} if captions else {"transformer", "text_encoder"}
     sizes = [part_size(name, own, dtypes[name], device, name in streams, precision) for name, own in used.items()]
     if "vae" in used:
-        shapes, value = {n: w.shape for n, w in used["vae"].items()}, dtypes["vae"] or torch.bfloat16
-        packed = packed_bytes_of(shapes, value.itemsize, device.type == "cuda", pictures)
+        packed = packed_of(used["vae"], dtypes["vae"] or torch.bfloat16, device, pictures)
         sizes = [s if s.name != "vae" else replace(s, kept=s.kept + packed) for s in sizes]
     base = resident_bytes() if device.type == "cpu" else CONTEXT
     return make_plan(sizes, limit, base, working_of(used.get("transformer", {}), dtypes.get("transformer")))
+
+
+def packed_of(vae: Mapping[str, Any], dtype: torch.dtype, device: torch.device, pictures: bool) -> int:
+    """What a VAE of these weights keeps of transformed ones after its first picture; `pictures`: it encodes some."""
+    shapes = {name: weight.shape for name, weight in vae.items()}
+    return packed_bytes_of(shapes, dtype.itemsize, device.type == "cuda", pictures)
 
 
 def working_of(weights: Mapping[str, Weight], dtype: torch.dtype | None) -> int:

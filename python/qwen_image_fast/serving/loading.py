@@ -12,9 +12,11 @@ import qwen_image_fast
 from qwen_image_fast.folders import resolve_folder
 from qwen_image_fast.model_defaults import generation_of, model_class
 from qwen_image_fast.models.stored_modulation import is_stored
+from qwen_image_fast.models.vae_conv import packed_bytes
 from qwen_image_fast.parallel.leader import Leader
 from qwen_image_fast.parallel.tiles import TileLeader
 from qwen_image_fast.picture_memory import PictureMemory
+from qwen_image_fast.pipelines.residence import packed_of
 from qwen_image_fast.request import Request, make
 from qwen_image_fast.serving.adapters import Registered
 from qwen_image_fast.serving.engine import Engine, Limits
@@ -72,6 +74,8 @@ def load(
         engine.submit(Task(_First.ID, make("text", {"prompt": "a red circle", "model": model.name, "size": "64x64",
                                                     "steps": 2, "cfg": 1.0, "seed": 0})))  # fmt: skip
         first.wait()
+    vae = pipe.vae  # the first picture made its decoder's transformed weights, if there was one
+    packed = packed_of(dict(vae.named_parameters()), vae.dtype, pipe.device, True) - packed_bytes(vae)
     about = {
         "class": name,
         "generation": generation.model_dump(exclude_none=True),
@@ -84,7 +88,9 @@ def load(
         "threads": torch.get_num_threads(),
         "parallel": str(model.split),
         "memory": tuple(
-            PictureMemory.of(pipe.transformer.config, pipe.vae.config, pipe.dtype.itemsize, tiles=model.vae_tiling)
+            PictureMemory.of(
+                pipe.transformer.config, vae.config, pipe.dtype.itemsize, tiles=model.vae_tiling, kept=max(0, packed)
+            )
         ),
         "free": free_bytes(pipe.device),
     }
