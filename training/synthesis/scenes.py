@@ -161,7 +161,8 @@ def render(world: World, camera: Camera, size: tuple[int, int]) -> View:
     palette = [COLOURS[name].rgb for name in (world.backdrop, world.ground, *(one.colour for one in world.solids))]
     light = np.where(ids == BACKDROP, 1.0, _AMBIENT + (1 - _AMBIENT) * lit)
     pixels = np.asarray(palette, np.float64)[ids + 1] * light[:, None]
-    pixels = pixels.reshape(height, _SAMPLES, width, _SAMPLES, 3).mean((1, 3))
+    pixels = pixels.reshape(height, _SAMPLES, width, _SAMPLES, 3)
+    pixels = sum(pixels[:, y, :, x] for y in range(_SAMPLES) for x in range(_SAMPLES)) / _SAMPLES**2
     centres = _rays(camera, axes, size, 1)
     depth, what, _ = _cast(world, origin, centres)
     depth = depth * (centres @ axes[2])
@@ -194,7 +195,7 @@ def _rays(camera: Camera, axes: np.ndarray, size: tuple[int, int], samples: int)
     down = ((height * samples - 1) / 2 - np.arange(height * samples)) * scale
     grid = np.stack([*np.broadcast_arrays(across[None], down[:, None]), np.ones((len(down), len(across)))], -1)
     rays = grid.reshape(-1, 3) @ axes
-    return rays / np.linalg.norm(rays, axis=1, keepdims=True)
+    return rays / np.sqrt(rays[:, 0] ** 2 + rays[:, 1] ** 2 + rays[:, 2] ** 2)[:, None]
 
 
 def _cast(world: World, origin: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -208,13 +209,24 @@ def _cast(world: World, origin: np.ndarray, rays: np.ndarray) -> tuple[np.ndarra
         meets = (ahead > 0) & (at[:, 0] ** 2 + at[:, 2] ** 2 <= 1)
     distance = np.where(meets, ahead, np.inf)
     ids = np.where(meets, GROUND, BACKDROP).astype(np.int8)
-    normals = np.where(meets[:, None], (0.0, 1.0, 0.0), 0.0)
+    normals = np.zeros_like(rays)
+    normals[:, 1] = meets
     for number, solid in enumerate(world.solids, 1):
-        reached, normal = (_ball if solid.shape == "ball" else _cube)(solid, origin, rays)
-        nearer = reached < distance
-        distance, ids = np.where(nearer, reached, distance), np.where(nearer, number, ids).astype(np.int8)
-        normals = np.where(nearer[:, None], normal, normals)
+        near = _near(solid, origin, rays)
+        starts = origin if origin.ndim == 1 else origin[near]
+        reached, normal = (_ball if solid.shape == "ball" else _cube)(solid, starts, rays[near])
+        nearer = reached < distance[near]
+        seen = near[nearer]
+        distance[seen], ids[seen], normals[seen] = reached[nearer], number, normal[nearer]
     return distance, ids, normals
+
+
+def _near(solid: Solid, origin: np.ndarray, rays: np.ndarray) -> np.ndarray:
+    """Indices of the rays whose lines meet the ball around the solid: few of a picture's, and no other can meet it."""
+    offset = np.array([solid.x, solid.size, solid.z]) - origin
+    along = offset[..., 0] * rays[:, 0] + offset[..., 1] * rays[:, 1] + offset[..., 2] * rays[:, 2]
+    around = solid.size * (1.0 if solid.shape == "ball" else math.sqrt(3)) + 1e-6
+    return np.flatnonzero((offset**2).sum(-1) - along**2 <= around**2)
 
 
 def _ball(solid: Solid, origin: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -239,7 +251,7 @@ def _cube(solid: Solid, origin: np.ndarray, rays: np.ndarray) -> tuple[np.ndarra
         first, second = (-solid.size - start) / way, (solid.size - start) / way
     enters, leaves = np.fmin(first, second), np.fmax(first, second)
     face = enters.argmax(1)
-    distance = enters.max(1)
+    distance = np.take_along_axis(enters, face[:, None], 1)[:, 0]
     distance = np.where((distance > 0) & (distance <= leaves.min(1)), distance, np.inf)
     normal = -np.sign(np.take_along_axis(way, face[:, None], 1)) * turn[face]
     return distance, normal
