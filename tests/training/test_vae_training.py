@@ -1,5 +1,8 @@
 """Training the VAE: an initialisation that does not collapse, the decoder alone, and the latents' statistics."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from trainer_helpers import small_recipe
@@ -8,6 +11,8 @@ from qwen_image_fast import AutoencoderKLQwenImage
 from qwen_image_fast.tiny import tiny_configs
 from qwen_image_fast.training.batches.latents import encode_images
 from qwen_image_fast.training.engine.trainer import Trainer
+from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.sources.sample import Sample
 from qwen_image_fast.training.tasks.vae import VaeTask, balance, edge_loss, initialise
 
 
@@ -97,6 +102,32 @@ def test_decoder_tuning_leaves_the_encoder(run, tmp_path):
     after = AutoencoderKLQwenImage.from_pretrained(tmp_path / "model")
     assert after.config == AutoencoderKLQwenImage.from_pretrained(folder / "model").config
     assert {"perceptual", "balance", "psnr"} <= trainer.train_step([task.maker.batch(9, 0)]).keys()
+
+
+def test_pictures_after_edits_come_by_the_share_of_their_task():
+    """An edit of the source is taken whole: what it makes, not what it starts from."""
+
+    class Source:
+        def sample(self, seed, index):
+            return Sample(np.zeros((16, 16, 3), np.uint8), "")
+
+        def edit(self, seed, index):
+            return Sample(np.full((16, 16, 3), 255, np.uint8), "", (np.zeros((16, 16, 3), np.uint8),))
+
+    def shares(tasks):
+        task = VaeTask(recipe(data__tasks=tasks, data__buckets=[[16, 16]]), Source())
+        images, _ = task.maker.images(0, range(200))
+        return np.mean([image.mean() for image in images]) / 255
+
+    assert shares({"t2i": 1.0}) == 0 and shares({"ti2i": 1.0}) == 1
+    assert shares({"t2i": 0.4, "ti2i": 0.6}) == pytest.approx(0.6, abs=0.1)
+
+
+def test_a_source_without_edits_is_refused_for_them():
+    task = VaeTask(recipe(data__source="squares", data__tasks={"ti2i": 1.0}))
+    task.maker.source = SimpleNamespace(sample=None)
+    with pytest.raises(RecipeError, match=r"data.tasks must not have ti2i: the source squares has no edits"):
+        task.maker.images(0, range(2))
 
 
 def test_the_balance_equalises_gradients():

@@ -23,8 +23,10 @@ class VaeLossRecipe:
 
 @dataclass
 class VaeRecipe(RunRecipe):
-    """mode: scratch, a new VAE, or decoder, that of `folder`, its encoder frozen. folder: a VAE, or a pipeline's.
-    base_dim: width of a new VAE.
+    """mode: scratch, all of a VAE: a new one or, where it is named, that of `folder`; or decoder, that of `folder`, its
+    encoder frozen. folder: a VAE, or a pipeline's. base_dim: width of a new VAE.
+
+    data.tasks: t2i, pictures of the source; ti2i, those that its edits make.
 
     crop: side in pixels of the random square of each image that is used, a multiple of 8; 0: the whole image.
     statistics: images of which the latents' mean and deviation are measured at the end ("scratch").

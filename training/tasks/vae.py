@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.models.vae_blocks import CausalConv3d, ResidualBlock
 from qwen_image_fast.tiny import tiny_configs
+from qwen_image_fast.training.batches.batches import choose
 from qwen_image_fast.training.batches.latents import to_pixels
 from qwen_image_fast.training.batches.replace import usable
 from qwen_image_fast.training.randomness import generator, key, normal
 from qwen_image_fast.training.recipe.curriculum import Change
+from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.recipe.names import vae_folder
 from qwen_image_fast.training.recipe.vae import VaeRecipe
 from qwen_image_fast.training.sources.buckets import fit, nearest_bucket
@@ -121,7 +123,7 @@ class VaeBatches:
     ) -> tuple[list[np.ndarray], list[tuple[int, str, str]]]:
         """uint8 [H, W, 3], all in the bucket of the first one; with `crop` a random square of that side of each. And
         index, origin and reason of those that others stand for."""
-        return self._cut([usable(self.source.sample, seed, i) for i in indices], seed, indices, step)
+        return self._cut([usable(self._make(seed, i), seed, i) for i in indices], seed, indices, step)
 
     def held_out(self, seed: int, indices: Sequence[int]) -> tuple[list[np.ndarray], list[tuple[int, str, str]]]:
         """`images` that training never sees; where pictures of files are trained on and none is held out, some of
@@ -131,6 +133,16 @@ class VaeBatches:
             return self.images(seed, indices)
         made = [usable(lambda _, place: source.held_out(place, False), seed, i) for i in indices]
         return self._cut(made, seed, indices, 0)
+
+    def _make(self, seed: int, index: int) -> Callable[[int, int], Sample]:
+        """What draws a sample: a picture of the source or, by the share of ti2i in `data.tasks`, one after an edit."""
+        tasks, source = self.recipe.data.tasks, self.source
+        if not tasks.get("ti2i") or choose(generator(seed, "task", sample=index), tasks) != "ti2i":
+            return source.sample
+        if not hasattr(source, "edit"):
+            named = self.recipe.data.source
+            raise RecipeError(f"recipe: data.tasks must not have ti2i: the source {named} has no edits")
+        return source.edit
 
     def _cut(
         self, made: Sequence[tuple[Sample, list[tuple[str, str]]]], seed: int, indices: Sequence[int], step: int
