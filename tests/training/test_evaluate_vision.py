@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from qwen_image_fast.training.evaluation import evaluate_vision as report
@@ -42,6 +43,16 @@ def test_the_depth_of_a_ball(x, z):
     position, (_, _, forward) = CAMERA.axes()
     nearest = (np.array([x, 0.3, z]) - position) @ forward - 0.3
     assert view.depth[view.ids == 1].min() == pytest.approx(nearest, abs=1e-3)
+
+
+@pytest.mark.parametrize("shape", ["ball", "box"])
+def test_the_rays_that_are_cast_at_a_solid_are_all_that_meet_it(shape):
+    solid, (position, axes) = Solid(shape, "red", 0.3, -0.2, 0.25, 0.4), CAMERA.axes()
+    rays = scenes._rays(CAMERA, axes, (96, 96), 1)
+    distance, _ = (scenes._ball if shape == "ball" else scenes._cube)(solid, position, rays)
+    met = set(np.flatnonzero(np.isfinite(distance)))
+    near = set(scenes._near(solid, position, rays))
+    assert met and met <= near and len(near) < len(rays) / 4
 
 
 @pytest.mark.parametrize("turn", [0.0, 0.4, 1.2])
@@ -164,6 +175,12 @@ def test_right_answers_score_best_and_trivial_ones_are_beside_them(tmp_path):
     assert 0.5 < totals["edges"]["trivial"]["F"] < 1 and totals["segment"]["trivial"]["IoU"] < 0.5
     assert json.loads((tmp_path / "results.json").read_text())["summary"]["edges"]["trivial answer"]
     assert "source, answer, right answer" in (tmp_path / "report.html").read_text()
+    with Image.open(tmp_path / "answers.png") as shown:
+        pixels = np.asarray(shown)
+    first = tasks[0].pair  # source, answer and right answer, the last two alike here
+    for place, wanted in enumerate((first.source, first.target, first.target)):
+        left = 8 + place * 68
+        assert np.array_equal(pixels[24 : 24 + 64, left : left + 64], wanted)
 
 
 def test_the_command(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from qwen_image_fast.checkpoint import json_bytes
 from qwen_image_fast.files import atomic_write
@@ -187,7 +188,7 @@ def _number(name: str, value: float) -> str:
 
 
 def write_report(answers: Sequence[Answer], folder: Path, model: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """`results.json` and `report.html` (source, answer, right answer) in a folder; returns the summary."""
+    """`results.json`, `report.html` and `answers.png` (source, answer, right answer) in a folder; the summary."""
     folder.mkdir(parents=True, exist_ok=True)
     totals = summary(answers)
     rows = [
@@ -201,8 +202,27 @@ def write_report(answers: Sequence[Answer], folder: Path, model: str, settings: 
     told = [", ".join(f"{name}: {value}" for name, value in settings.items())]
     pages = {heading: figures[:_SHOWN] for heading, figures in shown.items()}
     write_page(folder / "report.html", f"Vision tasks of {model}", told, table(totals), pages)
+    atomic_write(folder / "answers.png", lambda file: sheet(answers).save(file, "PNG"))
     atomic_write(folder / "results.json", lambda file: file.write(json_bytes(content)))
     return totals
+
+
+def sheet(answers: Sequence[Answer], across: int = 3, gap: int = 8) -> Image.Image:
+    """The first few answers of each kind, a kind a row: under the instruction the source, the answer, the right one."""
+    rows: dict[str, list[Answer]] = {}
+    for one in answers:
+        rows.setdefault(one.task.pair.kind, []).append(one)
+    height, width = answers[0].image.shape[:2]
+    step, pitch = 3 * width + 3 * gap, height + 3 * gap
+    made = Image.new("RGB", (min(across, max(map(len, rows.values()))) * step + gap, len(rows) * pitch + gap), "white")
+    draw, font = ImageDraw.Draw(made), ImageFont.load_default(12)
+    for row, own in enumerate(rows.values()):
+        for column, one in enumerate(own[:across]):
+            left, top = gap + column * step, gap + row * pitch
+            draw.text((left, top - 2), one.task.pair.instruction, fill="black", font=font)
+            for place, picture in enumerate((one.task.pair.source, one.image, one.task.pair.target)):
+                made.paste(Image.fromarray(picture), (left + place * (width + gap // 2), top + 2 * gap))
+    return made
 
 
 def _figure(answer: Answer) -> Failure:
