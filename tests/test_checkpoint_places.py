@@ -43,7 +43,7 @@ def test_paths_never_reach_the_hub(name, monkeypatch):
 def test_the_model_of_the_package(tmp_path, monkeypatch):
     """By its name, unless a folder is called so; `~` is the home folder."""
     monkeypatch.chdir(tmp_path)
-    assert resolve_folder("tiny") == SHIPPED
+    assert resolve_folder("tiny") == SHIPPED and resolve_folder("tiny-vision") == SHIPPED.parent / "tiny-vision"
     (tmp_path / "tiny").mkdir()
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve_folder("tiny") == Path("tiny") and resolve_folder("~/tiny") == tmp_path / "tiny"

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 PathLike = str | os.PathLike
-# The trained tiny model that comes with the package, in the layout of `QwenImageEditPlusPipeline`; called "tiny".
-SHIPPED = Path(__file__).parent / "checkpoints" / "tiny"
+# The trained models that come with the package, in the layout of `QwenImageEditPlusPipeline`, by name.
+PACKAGED = {name: Path(__file__).parent / "checkpoints" / name for name in ("tiny", "tiny-vision")}
+SHIPPED = PACKAGED["tiny"]
 DOWNLOAD_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -21,7 +22,8 @@ def local_folder(name_or_path: PathLike) -> Path | None:
     """The folder of a model's name without asking the hub; None: it is the name of a hub repository.
 
     The one place that knows what a model may be called, for the pipelines, the command line and training: a folder,
-    `~` for the home folder, "tiny" for the model of the package (where no folder is called so), owner/model.
+    `~` for the home folder, "tiny" and "tiny-vision" for the models of the package (where no folder is called so),
+    owner/model.
 
     Raises:
         FileNotFoundError, NotADirectoryError: it is none of these; the sentence names the nearest that is.
@@ -32,11 +34,11 @@ def local_folder(name_or_path: PathLike) -> Path | None:
         return path
     if path.exists():
         raise NotADirectoryError(f"{path} is a file; name the folder that holds it")
-    if name == "tiny":
-        return SHIPPED
+    if name in PACKAGED:
+        return PACKAGED[name]
     if HUB_NAME.fullmatch(name):
         return None
-    near = ("" if "/" in name else nearest(name, ["tiny"])) or nearest_file(path)
+    near = ("" if "/" in name else nearest(name, PACKAGED)) or nearest_file(path)
     raise FileNotFoundError(f"there is no folder {name}, and it is not a hub name like owner/model{near}")
 
 

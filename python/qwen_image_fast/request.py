@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from qwen_image_fast.files import not_text
+from qwen_image_fast.folders import PACKAGED
 from qwen_image_fast.model_defaults import Generation
 from qwen_image_fast.request_fields import (
     LARGEST,
@@ -38,6 +39,7 @@ Opened = Mapping[str, Any]  # by field: the opened picture, or the list of them
 
 MODEL = "Folder or hub name"
 TINY = f"{MODEL}; tiny: the model that comes with the package."
+TINY_EDITS = f"{TINY[:-1]}; tiny-vision: that for tasks of vision."
 ONE_SIDE = "Of the result; default: that of the last picture, or what keeps its ratio."
 WEIGHT = "The weights' type; auto: bfloat16 on a GPU or in 8 bits, else float32."
 FILE = "in a file: GGUF, ComfyUI's and others"
@@ -222,7 +224,7 @@ class Edit(Resized):
     mask: OnePicture | None = about(None, "Change only what is white in this picture.", argument="mask_image")
     strength: float = about(1.0, "With a mask: share of the steps that is taken.", argument="strength", gt=0, le=1)
     megapixel: bool = about(False, "Resize to about a megapixel, as diffusers.")
-    model: str = about("Qwen/Qwen-Image-Edit-2511", TINY)
+    model: str = about("Qwen/Qwen-Image-Edit-2511", TINY_EDITS)
 
     models: ClassVar[Sequence[str]] = EDITING
     purpose: ClassVar[str] = "edit"
@@ -288,8 +290,9 @@ class ControlNet(Prompted, Counted):
 
     def pipeline(self, model_class: str) -> str:
         super().pipeline(model_class)
-        if self.model == "tiny" and self.net == type(self).model_fields["net"].default:
-            raise RequestError("there is no ControlNet for tiny: name a {model} such as Qwen/Qwen-Image, or a {net}")
+        if self.model in PACKAGED and self.net == type(self).model_fields["net"].default:
+            what = f"there is no ControlNet for {self.model}"
+            raise RequestError(what + ": name a {model} such as Qwen/Qwen-Image, or a {net}")
         return "QwenImageControlNetPipeline" if self.mask is None else "QwenImageControlNetInpaintPipeline"
 
     def size(self, opened: Opened) -> tuple[int, int]:

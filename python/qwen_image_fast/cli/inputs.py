@@ -14,7 +14,15 @@ from PIL import Image
 
 from qwen_image_fast.cli.errors import BAD_INPUT, FAILED, CommandError, failing
 from qwen_image_fast.cli.options import flag
-from qwen_image_fast.folders import HUB_NAME, local_folder, nearest_file, newest_lora, read_text, resolve_folder
+from qwen_image_fast.folders import (
+    HUB_NAME,
+    PACKAGED,
+    local_folder,
+    nearest_file,
+    newest_lora,
+    read_text,
+    resolve_folder,
+)
 from qwen_image_fast.model_defaults import GENERATION_FILE
 from qwen_image_fast.pictures import decode, to_mask
 from qwen_image_fast.request import Request
@@ -81,7 +89,7 @@ def settled(
 def _absolute(name: str) -> str:
     with failing(BAD_INPUT, FileNotFoundError, NotADirectoryError):
         folder = local_folder(name)
-    return name if folder is None or (name == "tiny" and not Path(name).is_dir()) else str(folder.resolve())
+    return name if folder is None or (name in PACKAGED and not Path(name).is_dir()) else str(folder.resolve())
 
 
 def weight_file(name: str) -> str:
