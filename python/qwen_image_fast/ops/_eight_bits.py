@@ -20,15 +20,16 @@ class Rates(NamedTuple):
     float8: float
 
 
-# The one table. Of each capability NVIDIA's figures of one card, halved where they are stated for sparse matrices.
+# The one table. Of each capability what NVIDIA publishes of one card, halved where it is stated for sparse matrices; only
+# which of two is larger decides.
 RATES = {
-    (8, 0): Rates(312, 624, 0),  # A100 datasheet
-    (8, 6): Rates(71, 284, 0),  # GeForce RTX 3090, GA102 whitepaper
-    (8, 9): Rates(165, 661, 330),  # GeForce RTX 4090, Ada whitepaper
-    (9, 0): Rates(989, 1979, 1979),  # H100 and H200 SXM datasheets
-    (10, 0): Rates(2250, 4500, 4500),  # HGX B200 datasheet
-    (10, 3): Rates(2250, 150, 4500),  # HGX B300 datasheet: Blackwell Ultra keeps few units for integers
-    (12, 0): Rates(210, 838, 419),  # GeForce RTX 5090, RTX Blackwell whitepaper
+    (8, 0): Rates(312, 624, 0),  # A100
+    (8, 6): Rates(71, 284, 0),  # GeForce RTX 3090
+    (8, 9): Rates(165, 661, 330),  # GeForce RTX 4090
+    (9, 0): Rates(989, 1979, 1979),  # H100 and H200 SXM
+    (10, 0): Rates(2250, 4500, 4500),  # B200
+    (10, 3): Rates(2250, 150, 4500),  # B300, of which only the order matters: it keeps few units for integers
+    (12, 0): Rates(210, 838, 419),  # GeForce RTX 5090
 }
 
 
