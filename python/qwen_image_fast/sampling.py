@@ -245,6 +245,7 @@ class Wave:
             added = None if residuals is None else [torch.cat([r] * branches) for r in residuals]
             with self.transformer.cache_context(str(id(self))) if self._caches else nullcontext():
                 out = self.transformer.forward_packed(*inputs, added)
+        out = out.to(img.dtype)  # autocast
         first, second = 0, sum(self.lengths)
         after: list[Tensor] = []  # put in place together: what fails changes no sample
         for group, offsets in zip(self._groups, self._offsets):

@@ -36,13 +36,15 @@ def pipe(tiny_folder):
 PLACES = [
     "attn", "attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k", "attn.to_q", "attn.to_add_out",
     "img_mod", "img_mod.0", "img_mod.1", "txt_mod", "txt_mod.0", "img_mlp", "img_mlp.net.0", "img_mlp.net.1", "txt_mlp",
-    "txt_mlp.net.1", "txt_mlp.net.2",
+    "txt_mlp.net.1", "txt_mlp.net.2", "attn.to_out.1",
 ]  # fmt: skip
 PLACES = [
     *(f"transformer_blocks.0.{place}" for place in PLACES),
     "transformer_blocks.0",
     "norm_out",
     "norm_out.linear",
+    "norm_out.silu",
+    "time_text_embed.timestep_embedder.act",
     "proj_out",
     "txt_norm",
 ]
@@ -107,38 +109,6 @@ def test_a_pipeline_says_that_it_passes_the_model_itself_by(pipe, caplog):
     for _ in range(2):
         latents(pipe)
     assert caplog.text.count(said) == 1
-
-
-class Twice(nn.Module):
-    """A module of a user's, around the one in whose place it is."""
-
-    def __init__(self, own):
-        super().__init__()
-        self.own = own
-
-    def forward(self, x):
-        return changed(self.own(x))
-
-
-@pytest.mark.parametrize("place", ["attn.norm_q", "attn.norm_added_k", "img_mod", "txt_mod", "img_mlp", "txt_mlp"])
-def test_replaced_modules(both, place):
-    plain = run(both[1])
-    for model in both:
-        model.transformer_blocks[0].set_submodule(place, Twice(model.transformer_blocks[0].get_submodule(place)))
-    expected = run(both[0])
-    assert (expected - plain).abs().max() > 2e-4 * plain.std()
-    assert_same(run(both[1]), expected)
-
-
-@pytest.mark.parametrize("names", [["norm_q"], ["norm_added_k"], ["norm_q", "norm_k", "norm_added_q", "norm_added_k"]])
-def test_another_epsilon(both, names):
-    plain = run(both[1])
-    for model in both:
-        for name in names:
-            getattr(model.transformer_blocks[0].attn, name).eps = 0.5
-    expected = run(both[0])
-    assert (expected - plain).abs().max() > 2e-4 * plain.std()
-    assert_same(run(both[1]), expected)
 
 
 @pytest.mark.parametrize("place", ["attn.norm_q", "txt_mod", "img_mlp.net.0"])

@@ -8,10 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwen_image_fast.models.hooks import at, has_hook, hooks_on_all_modules, left_out_and_watched, own_forward
+from qwen_image_fast.models.hooks import (
+    at,
+    has_hook,
+    hooks_on_all_modules,
+    left_out_and_watched,
+    own_forward,
+    some_weight,
+)
 from qwen_image_fast.ops import _library
 
 _NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+EPS = 1e-6  # of every norm without weights
 # Names of diffusers' hooks by which weights are stored in another type.
 _CASTING = {"layerwise_casting", "peft_autocast_disable"}
 
@@ -29,7 +37,7 @@ def obstacle(model: Any, hidden_states: Tensor | None = None) -> str | None:
     layers at the end of the last block. So these must be diffusers' own, without hooks: group and sequential
     offloading, step caches and context parallelism hook them.
     """
-    place = model.proj_out.weight if hidden_states is None else hidden_states
+    place = some_weight(model) if hidden_states is None else hidden_states
     try:
         if not _library.use_reference():
             _library.check_device("accelerate", place)
@@ -44,6 +52,8 @@ def obstacle(model: Any, hidden_states: Tensor | None = None) -> str | None:
     if known.registry._active_backend != known.native:
         return f"the attention backend {known.registry._active_backend} was chosen"
     if (why := _unlike(model, known.top, "")) is not None:
+        return why
+    if (why := _positions(model)) is not None:
         return why
     custom = model._gradient_checkpointing_func if model.gradient_checkpointing else None
     if custom is not None and "enable_gradient_checkpointing" not in getattr(custom, "__qualname__", ""):
@@ -106,6 +116,26 @@ def _unlike(root: nn.Module, expected: dict[tuple[str, ...], tuple[type, ...]], 
             return f"{'.'.join((prefix, *path)).lstrip('.')} has a hook (offloading, a step cache or the like)"
         if has_hook(module):
             return f"{'.'.join((prefix, *path)).lstrip('.')} has a hook"
+        if (why := _other_settings(module)) is not None:
+            return f"{'.'.join((prefix, *path)).lstrip('.')} has {why}"
+    return None
+
+
+def _other_settings(module: Any) -> str | None:
+    """Of a module that is gone past: what of it the fast forward does not read."""
+    if type(module) is nn.LayerNorm and (module.eps != EPS or module.weight is not None or module.bias is not None):
+        return "another epsilon, or weights"
+    if getattr(module, "approximate", "tanh") != "tanh":
+        return f"the form {module.approximate} of GELU"
+    return None
+
+
+def _positions(model: Any) -> str | None:
+    """What of the table of positions is not as the configuration says."""
+    table, config = model.pos_embed, model.config
+    expected = (10000, list(config.axes_dims_rope), True)
+    if (table.theta, list(table.axes_dim), table.scale_rope) != expected:
+        return "pos_embed has other settings than the configuration"
     return None
 
 

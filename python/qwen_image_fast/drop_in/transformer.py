@@ -100,7 +100,8 @@ class FastTransformer(Swapped, TransformerForward):
         return why is None
 
     def _check_inputs(self, hidden_states, encoder_hidden_states, timestep, img_shapes, guidance):
-        if self.img_in.weight.dtype != hidden_states.dtype:  # a quantised weight, or one stored in another type
+        # Of a quantised weight, or one stored in another type.
+        if getattr(self.img_in, "weight", hidden_states).dtype != hidden_states.dtype:
             return batch_size(hidden_states, encoder_hidden_states, timestep), hidden_states.shape[1]
         return super()._check_inputs(hidden_states, encoder_hidden_states, timestep, img_shapes, guidance)
 

@@ -16,8 +16,8 @@ logger = logging.getLogger(__name__)
 _UNCALLED = [
     tuple(name.split("."))
     for name in (
-        "attn", "attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k", "img_mod", "img_mod.0",
-        "img_mlp", "img_mlp.net.0", "img_mlp.net.1", "txt_mod", "txt_mod.0", "txt_mlp", "txt_mlp.net.0",
+        "attn", "attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k", "attn.to_out.1", "img_mod",
+        "img_mod.0", "img_mlp", "img_mlp.net.0", "img_mlp.net.1", "txt_mod", "txt_mod.0", "txt_mlp", "txt_mlp.net.0",
         "txt_mlp.net.1",
     )
 ]  # fmt: skip
@@ -50,6 +50,12 @@ def is_bare(*modules: nn.Module) -> bool:
     return not hooks_on_all_modules() and not any(has_hook(m) or "forward" in vars(m) for m in modules)
 
 
+def some_weight(model: Any) -> torch.Tensor:
+    """A weight whose type and place are those of a transformer's: of `proj_out`, unless that was replaced."""
+    weight = getattr(model.proj_out, "weight", None)
+    return weight if weight is not None else next(p for p in model.parameters() if p.is_floating_point())
+
+
 def own_forward(module: nn.Module) -> bool:
     """Whether its forward was replaced on the object; what a hook left behind when it was removed is none."""
     forward = module.__dict__.get("forward")
@@ -71,7 +77,9 @@ def needs_calls(model: Any) -> bool:
     That is a hook on a block, on a module that the packed forward reads without calling it, or on one whose result
     reaches nothing; a forward in the place of its own, as step caches and offloading put there; an attention processor.
     """
-    if _watched(model.norm_out) or own_forward(model.img_in) or own_forward(model.proj_out):
+    if _watched(model.norm_out) or _watched(at(model.norm_out, ["silu"])):
+        return True
+    if own_forward(model.img_in) or own_forward(model.proj_out):
         return True
     for block in model.transformer_blocks:
         if own_forward(block) or users_hook(block) or block.attn.has_processor:
@@ -87,7 +95,10 @@ def left_out_and_watched(last: nn.Module, watched: Callable[[nn.Module], bool] |
     watched: tells whether something is; default: any hook, or a forward in the place of the module's own.
     """
     for path in _LEFT_OUT:
-        for name, module in at(last, path).named_modules():
+        left_out = at(last, path)
+        if left_out is None:
+            return ".".join(path)
+        for name, module in left_out.named_modules():
             if (watched or _watched)(module):
                 return ".".join(filter(None, (*path, name)))
     return None
@@ -103,8 +114,9 @@ def _sharded(module: nn.Module) -> bool:
     return any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
 
 
-def _watched(module: nn.Module) -> bool:
-    return own_forward(module) or has_hook(module)
+def _watched(module: nn.Module | None) -> bool:
+    """None: the module is gone, as one above it was replaced."""
+    return module is None or own_forward(module) or has_hook(module)
 
 
 def hook_of_diffusers(model: nn.Module, name: str) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen_image_fast.checkpoint import load_state_into
-from qwen_image_fast.models.hooks import is_bare
+from qwen_image_fast.models.hooks import at, is_bare, some_weight
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Schedules whose tables are kept, the least recently used one leaving first.
@@ -62,13 +62,15 @@ class ModulationTables:
 
         A level goes the way of the reference: 1000 * level in float32, rounded to the model's dtype, divided by 1000.
         """
-        weight = model.proj_out.weight
+        weight = some_weight(model)
         if self.freed and not unwatched(model):
             restore_modulation_weights(model)
         if model.calls_modules():
             restore_modulation_weights(model)
             return _computed(model, model.device, model.dtype, levels, additional_t_cond)
-        key = (tuple(levels), additional_t_cond, weight.dtype, weight.device, None if self.freed else versions(model))
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        key = (tuple(levels), additional_t_cond, dtype, weight.device, None if self.freed else versions(model))
         if self.freed and key not in self.tables:
             restore_modulation_weights(model)
             key = (*key[:-1], versions(model))
@@ -128,7 +130,10 @@ def versions(model) -> tuple:
 
     Identity and version of each, and a checksum of their values: a write through `.data` leaves no other trace.
     """
-    if any(type(layer) is not nn.Linear for layer in table_layers(model).values()) or not unwatched(model):
+    act = at(model, ("time_text_embed", "timestep_embedder", "act"))
+    if type(act) is not nn.SiLU or any(type(layer) is not nn.Linear for layer in table_layers(model).values()):
+        return ()
+    if not unwatched(model):
         return ()
     tensors = [p for layer in modulation_layers(model).values() for p in layer.parameters()]
     tensors += list(model.time_text_embed.parameters())
@@ -185,7 +190,7 @@ def restore_modulation_weights(model) -> None:
             "the modulation weights were released after the first schedule (free_modulation_weights=True) and this "
             "transformer was not loaded from a folder: use the same steps and size, or load it again"
         )
-    weight = model.proj_out.weight
+    weight = some_weight(model)
     holder = nn.Module()
     for name, layer in modulation_layers(model).items():
         owner = holder

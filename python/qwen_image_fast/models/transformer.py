@@ -130,6 +130,14 @@ class QwenImageTransformer2DModel(
             "use_layer3d_rope": layered,
         }
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "pos_embed" and name in vars(self):
+            raise AttributeError(
+                "pos_embed must stay, as positions are part of the packed layout; diffusers' own model with accelerate "
+                "calls another"
+            )
+        super().__setattr__(name, value)
+
     # ---- with every module called ---------------------------------------------------------------------------------
 
     def calls_modules(self) -> bool:
@@ -138,7 +146,12 @@ class QwenImageTransformer2DModel(
             return True
         if torch.compiler.is_compiling():  # no hook can be looked for
             return any(block.attn.has_processor for block in self.transformer_blocks)
-        return needs_calls(self) or any(map(is_changed, self.transformer_blocks))
+        return (
+            needs_calls(self)
+            or type(self.norm_out) is not ModulationOut
+            or type(self.norm_out.silu) is not nn.SiLU
+            or any(map(is_changed, self.transformer_blocks))
+        )
 
     def within_hooks(self, work: Callable[[], Any]) -> Any:
         """work() as this model's forward, where hooks that bring weights for it are on the model itself."""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from qwen_image_fast.models.hooks import some_weight
 from qwen_image_fast.models.modulation import Modulation
 from qwen_image_fast.models.outputs import Output
 from qwen_image_fast.models.packing import KnownLayout, PackedLayout, normalize_shapes, pack_padded
@@ -59,7 +60,7 @@ class TransformerForward:
 
     def modulation(self, timestep: Tensor, additional_t_cond: Tensor | None = None) -> Modulation:
         """The vectors of every block at the noise levels `timestep`, [conditions] in [0, 1], in the model's dtype."""
-        like = timestep.new_empty(0, dtype=self.proj_out.weight.dtype)
+        like = timestep.new_empty(0, dtype=some_weight(self).dtype)
         temb = F.silu(self.time_text_embed(timestep.to(like.dtype), like, additional_t_cond))
         return self.block_modulation(temb)
 
@@ -246,7 +247,7 @@ class TransformerForward:
 
     def _typed(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """In the type of the weights."""
-        dtype = self.img_in.weight.dtype
+        dtype = some_weight(self).dtype
         return hidden_states.to(dtype), encoder_hidden_states.to(dtype)
 
     def modulation_of(self, timestep: Tensor, additional_t_cond: Tensor | None) -> Modulation:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_image_fast.models.called import QwenDoubleStreamAttnProcessor2_0, attend_by, called_block
+from qwen_image_fast.models.hooks import at
 from qwen_image_fast.models.packing import PackedLayout
 from qwen_image_fast.models.transformer_block import Stream, run_block
 from qwen_image_fast.ops.gelu_tanh import gelu_tanh
@@ -45,10 +46,11 @@ class TimestepEmbedding(nn.Module):
     def __init__(self, dim_in: int, dim: int):
         super().__init__()
         self.linear_1 = nn.Linear(dim_in, dim)
+        self.act = nn.SiLU()
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
+        return self.linear_2(self.act(self.linear_1(x)))
 
 
 class QwenTimestepProjEmbeddings(nn.Module):
@@ -85,7 +87,7 @@ class JointAttention(nn.Module):
             self.add_module(name, RMSNorm(head_dim, eps))
         for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
             self.add_module(name, nn.Linear(dim, dim))
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)])
 
     @property
     def has_processor(self) -> bool:
@@ -126,11 +128,11 @@ class Projection(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """net.2(gelu_tanh(net.0.proj(x))), four times as wide inside; net.1 is the reference's unused dropout."""
+    """net.2(gelu_tanh(net.0.proj(x))), four times as wide inside; net.1 is a dropout of nothing."""
 
     def __init__(self, dim: int):
         super().__init__()
-        self.net = nn.ModuleList([Projection(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+        self.net = nn.ModuleList([Projection(dim, 4 * dim), nn.Dropout(0.0), nn.Linear(4 * dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.net:
@@ -156,17 +158,23 @@ class QwenImageTransformerBlock(nn.Module):
 
 
 # Of a block: what the packed forward reads in the place of calling it.
-_READ: dict[str, type[nn.Module]] = {
-    "img_mod": nn.Sequential, "txt_mod": nn.Sequential, "img_mlp": FeedForward, "txt_mlp": FeedForward,
+_READ: dict[tuple[str, ...], type[nn.Module]] = {
+    ("img_mod",): nn.Sequential, ("img_mod", "0"): nn.SiLU, ("txt_mod",): nn.Sequential, ("txt_mod", "0"): nn.SiLU,
+    ("img_mlp",): FeedForward, ("img_mlp", "net", "0"): Projection, ("txt_mlp",): FeedForward,
+    ("txt_mlp", "net", "0"): Projection,
 }  # fmt: skip
+_DROPOUTS = (("attn", "to_out", "1"), ("img_mlp", "net", "1"), ("txt_mlp", "net", "1"))
 
 
 def is_changed(block: Any) -> bool:
-    """Whether a module that is read was replaced, or one of its norms has an epsilon of its own."""
+    """Whether a module that is not called was replaced, has an epsilon of its own, or drops values."""
     norms = [getattr(block.attn, name) for name in _NORMS]
     if any(type(norm) is not RMSNorm or norm.eps != norms[0].eps for norm in norms):
         return True
-    return any(type(getattr(block, name)) is not kind for name, kind in _READ.items())
+    if any(type(at(block, path)) is not kind for path, kind in _READ.items()):
+        return True
+    dropouts: list[Any] = [at(block, path) for path in _DROPOUTS]
+    return any(type(layer) is not nn.Dropout or (layer.training and layer.p > 0) for layer in dropouts)
 
 
 class ModulationOut(nn.Module):
@@ -174,11 +182,12 @@ class ModulationOut(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
+        self.silu = nn.SiLU()
         self.linear = nn.Linear(dim, 2 * dim)
 
     def forward(self, x: Tensor, temb: Tensor, offsets: Tensor | None = None) -> Tensor:
         """LN-modulate(x) for rows [rows, dim]. temb: [conditions, dim], or the vectors made of it; offsets: the first
         row of each, None: they are alike."""
-        made = temb if temb.shape[-1] == 2 * x.shape[-1] else self.linear(F.silu(temb))
+        made = temb if temb.shape[-1] == 2 * x.shape[-1] else self.linear(self.silu(temb))
         scale, shift = made.chunk(2, dim=-1)
         return layer_norm_modulate(x, shift, scale, offsets)

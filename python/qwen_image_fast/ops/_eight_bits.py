@@ -20,8 +20,8 @@ class Rates(NamedTuple):
     float8: float
 
 
-# The one table. Of each capability what NVIDIA publishes of one card, halved where it is stated for sparse matrices; only
-# which of two is larger decides.
+# The one table. Of each capability what NVIDIA publishes of one card, halved where it is stated for sparse matrices;
+# which of two is larger decides, and nothing else.
 RATES = {
     (8, 0): Rates(312, 624, 0),  # A100
     (8, 6): Rates(71, 284, 0),  # GeForce RTX 3090
