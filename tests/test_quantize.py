@@ -79,6 +79,29 @@ def test_a_file_in_4_bits(tmp_path):
         read(file, precision="int8")
 
 
+def test_a_file_in_float8(tmp_path):
+    """A scale for each weight, whose largest number is 448; read as floating point, half as large as bfloat16."""
+    file = tmp_path / "model.safetensors"
+    errors = quantize(opened(), file, precision="fp8")
+    assert len(errors) == 60 and all(0.01 < error < 0.04 for error in errors.values())
+    exact = QwenImageTransformer2DModel.from_pretrained(SHIPPED, subfolder="transformer", torch_dtype=torch.float32)
+    weight, model = exact.get_submodule(LAYER).weight, read(file, torch_dtype=torch.float32)
+    scale = weight.abs().max() / 448
+    wanted = (weight / scale).to(torch.float8_e4m3fn).float() * scale
+    assert torch.equal(model.get_submodule(LAYER).weight, wanted)
+    entries = read_header(file)
+    assert entries[f"{LAYER}.weight"].dtype == torch.float8_e4m3fn and entries[f"{LAYER}.weight_scale"].shape == ()
+    assert entries[f"{LAYER}.weight"].nbytes == weight.numel()
+    told = json.loads(read_metadata(file)[METADATA])
+    assert told["precision"] == "fp8" and "rotation" not in told
+    with pytest.raises(ValueError, match="is quantised already"):
+        read(file, precision="int8")
+
+
+def test_zero_weights_in_float8():
+    assert not module.to_float8(torch.zeros(2, 3))["weight"].float().any()
+
+
 @pytest.mark.parametrize("cut", [False, True])
 def test_going_on(tmp_path, monkeypatch, whole, cut):
     """Only what is missing is made again; a line that was cut off counts as missing."""
@@ -161,6 +184,9 @@ def test_the_command(tmp_path):
     assert run(app, ["quantize", "tiny", "-o", str(tmp_path / "said"), "--no-check"]).stdout.endswith(
         f"--transformer {tmp_path}/said/diffusion_pytorch_model.safetensors --precision int8\n"
     )
+    float8 = run(app, ["quantize", "tiny", "-o", str(tmp_path / "fp8"), "--precision", "fp8"])
+    assert "60 layers in float8, errors of weights up to 0.02" in float8.stdout.replace("\n", " "), float8.output
+    assert float8.stdout.count("velocity at sigma") == 4 and float8.stdout.endswith("pytorch_model.safetensors\n")
     for words, text in (
         (["quantize", "tiny", "--out", str(out / "x"), "--precision", "int2"], "--precision must be int8"),
         (["quantize", "tniy", "--out", str(out / "x")], "did you mean tiny"),

@@ -33,8 +33,10 @@ from qwen_image_fast.quantize_modulation import Vectors
 from qwen_image_fast.tensor_files import DTYPE_NAMES, read_metadata
 from qwen_image_fast.weights.formats import Opened
 from qwen_image_fast.weights.reading import read_weights
+from qwen_image_fast.weights.scales import floats, to_float8
 from qwen_image_fast.weights.stored import Weight
 
+FP8 = "fp8"  # float8 e4m3 with one scale a weight: a smaller file, which is computed with in floating point
 METADATA = "qwen_image_fast"  # in the file's header, a json: precision, rotation, and what is said of it
 ROWS = 64  # of a weight, evenly spread, of which its error is measured
 
@@ -69,7 +71,7 @@ def quantize(
     opened: Opened, out: Path, loras: Loras = (), about: Mapping[str, Any] | None = None, said: Said | None = None,
     precision: str = "int8", schedules: Sequence[StoredSchedule] = (),
 ) -> dict[str, float]:  # fmt: skip
-    """Write the transformer in `opened` to the file `out` in 8 bits, or in 4.
+    """Write the transformer in `opened` to the file `out` in 8 bits, in 4, or in float8.
 
     Args:
         opened: floating-point weights under our names.
@@ -92,7 +94,8 @@ def quantize(
         vectors = Vectors(weights, schedules, functools.partial(_read, opened.weights, loras))
         weights = {name: weight for name, weight in weights.items() if name not in vectors.left_out()}
         said_of_them = schedule_bytes(schedules).numpy().tobytes()
-    bits = precisions((name.removesuffix(".weight") for name in weights if _in_8_bits(name)), precision)
+    paths = [name.removesuffix(".weight") for name in weights if _in_8_bits(name)]
+    bits = dict.fromkeys(paths, precision) if precision == FP8 else precisions(paths, precision)
     like = dict(_like(weights, bits)) | dict(vectors.like() if vectors else ())
     like |= {SCHEDULES: (torch.uint8, (len(said_of_them),))} if schedules else {}
     output = Output(like, {"format": "pt", METADATA: json.dumps(notes_of(precision, about, schedules))})
@@ -127,7 +130,8 @@ def notes_of(
 ) -> dict[str, Any]:
     """What the header says of the file, for `quantize` of these arguments."""
     of_modulation = {"modulation": named(schedules)} if schedules else {}
-    return {"precision": precision, "rotation": "ConvRot", **(about or {}), **of_modulation}
+    rotation = {} if precision == FP8 else {"rotation": "ConvRot"}
+    return {"precision": precision, **rotation, **(about or {}), **of_modulation}
 
 
 def notes_in(file: Path) -> dict[str, Any]:
@@ -147,9 +151,9 @@ def _like(
         if _in_8_bits(name):
             rows, width = weight.shape
             path = name.removesuffix(".weight")
-            one = quantised(torch.zeros(1, width), precision=bits[path])  # of one row, whose tensors say the others
-            for suffix, tensor in comfy_tensors(one).items():
-                shape = tuple(tensor.shape) if suffix in SHARED else (rows, *tensor.shape[1:])
+            for suffix, tensor in _rounded(torch.zeros(1, width), bits[path])[0].items():  # one row says the others
+                whole = suffix in SHARED or not tensor.dim()
+                shape = tuple(tensor.shape) if whole else (rows, *tensor.shape[1:])
                 yield f"{path}.{suffix}", (tensor.dtype, shape)
         else:
             yield name, (getattr(weight, "dtype", torch.bfloat16), weight.shape)
@@ -174,13 +178,24 @@ def _convert(
         output.write(file, name, value)
         return None
     path = name.removesuffix(".weight")
-    small = quantised(value, precision=bits[path])
-    for suffix, tensor in comfy_tensors(small).items():
+    tensors, error = _rounded(value, bits[path])
+    for suffix, tensor in tensors.items():
         output.write(file, f"{path}.{suffix}", tensor)
+    return error
+
+
+def _rounded(value: Tensor, bits: str) -> tuple[dict[str, Tensor], float]:
+    """What the file holds of a weight, and its relative root mean square error on some of its rows."""
     step = max(1, len(value) // ROWS)
-    rotated = _int8.rotated(value[::step].float(), small.group)
-    error = small.values()[::step].float() * small.scales[::step, None] - rotated
-    return (error.norm() / rotated.norm().clamp_min(1e-30)).item()
+    some = value[::step].float()
+    if bits == FP8:
+        tensors = to_float8(value)
+        made = floats(tensors["weight"][::step].contiguous()) * tensors["weight_scale"]
+    else:
+        small = quantised(value, precision=bits)
+        tensors, some = comfy_tensors(small), _int8.rotated(some, small.group)
+        made = small.values()[::step].float() * small.scales[::step, None]
+    return tensors, ((made - some).norm() / some.norm().clamp_min(1e-30)).item()
 
 
 def _merged(value: Tensor, kind: str, adapters: Sequence[tuple[Adapter, float]]) -> Tensor:

@@ -56,6 +56,18 @@ def floats(q: Tensor) -> Tensor:
     return q.to(torch.float32, copy=True)
 
 
+def to_float8(weight: Tensor) -> dict[str, Tensor]:
+    """What a file holds of a weight in float8 e4m3 with one scale, by suffix: the largest number becomes 448.
+
+    weight: [out, in], finite. `weight_scale` is float32 and has no dimension; `per_tensor` reads it.
+    """
+    largest = weight.float().abs().max()
+    scale = torch.where(largest > 0, largest / torch.finfo(torch.float8_e4m3fn).max, torch.ones_like(largest))
+    codes = (weight.float() / scale).to(torch.float8_e4m3fn)
+    config = torch.frombuffer(bytearray(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    return {"weight": codes, "weight_scale": scale, "comfy_quant": config}
+
+
 def per_tensor(parts: Mapping[str, Tensor], first: int, dtype: torch.dtype) -> Tensor:
     return floats(parts["weight"]).to(dtype) * parts["scale"].view(()).to(dtype)
 
