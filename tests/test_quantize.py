@@ -185,7 +185,7 @@ def test_the_command(tmp_path):
         f"--transformer {tmp_path}/said/diffusion_pytorch_model.safetensors --precision int8\n"
     )
     float8 = run(app, ["quantize", "tiny", "-o", str(tmp_path / "fp8"), "--precision", "fp8"])
-    assert "60 layers in float8, errors of weights up to 0.02" in float8.stdout.replace("\n", " "), float8.output
+    assert "60 layers in float8, errors of weights up to 0.02" in " ".join(float8.stdout.split()), float8.output
     assert float8.stdout.count("velocity at sigma") == 4 and float8.stdout.endswith("pytorch_model.safetensors\n")
     for words, text in (
         (["quantize", "tiny", "--out", str(out / "x"), "--precision", "int2"], "--precision must be int8"),
