@@ -20,16 +20,6 @@ from qwen_image_fast.graphs import StepGraphs
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def both():
-    return pair()
-
-
-@pytest.fixture
-def pipe(tiny_folder):
-    return qwen_image_fast.QwenImagePipeline.from_pretrained(tiny_folder, torch_dtype=torch.float32)
-
-
 # ---- hooks -----------------------------------------------------------------------------------------------------------
 
 # Modules that the packed forward does not call, by their names in a block; the rest by that in the model.

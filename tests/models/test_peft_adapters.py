@@ -10,21 +10,11 @@ pytest.importorskip("diffusers")
 
 import peft
 from accelerate_harness import assert_same, inputs, run
-from called_harness import latents, pair
+from called_harness import latents
 
 import qwen_image_fast
 from qwen_image_fast.models.lora import adapters_of
 from qwen_image_fast.models.lora_files import parse_lora, read_lora
-
-
-@pytest.fixture
-def both():
-    return pair()
-
-
-@pytest.fixture
-def pipe(tiny_folder):
-    return qwen_image_fast.QwenImagePipeline.from_pretrained(tiny_folder, torch_dtype=torch.float32)
 
 
 def adapted(model, name="default", **how):

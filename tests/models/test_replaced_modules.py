@@ -9,19 +9,9 @@ from torch import nn
 
 pytest.importorskip("diffusers")
 
-from called_harness import CALL, latents, pair
+from called_harness import CALL, latents
 
 import qwen_image_fast
-
-
-@pytest.fixture
-def both():
-    return pair()
-
-
-@pytest.fixture
-def pipe(tiny_folder):
-    return qwen_image_fast.QwenImagePipeline.from_pretrained(tiny_folder, torch_dtype=torch.float32)
 
 
 class Around(nn.Module):

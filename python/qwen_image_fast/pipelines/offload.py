@@ -102,14 +102,11 @@ class OffloadMixin:
     def maybe_free_model_hooks(self) -> None:
         """For diffusers' scripts: nothing is left to bring back, as no model waits as a whole."""
 
-    @property
-    def _modules(self) -> list[Any]:
-        raise NotImplementedError
-
     def _offloadable(self) -> dict[str, Any]:
+        pipe: Any = self  # a pipeline, which may have ControlNets besides
         named = {"transformer": self.transformer, "text_encoder": self.text_encoder, "vae": self.vae}
         known = {id(part) for part in named.values()}
-        others = [part for part in self._modules if id(part) not in known]
+        others = [part for part in pipe._modules if id(part) not in known]
         return {n: p for n, p in named.items() if p is not None} | {f"part {i}": p for i, p in enumerate(others)}
 
     def _offload(self, where: str, gpu_id: int | None, device: str | torch.device | None, least: bool) -> None:
