@@ -23,7 +23,7 @@ COMMANDS = {
     "serve": ("cli.serve:serve", "Serve pictures over HTTP by OpenAI's images API."),
     "quantize": (
         "cli.quantize:quantize_command",
-        "Write a transformer in 8 or 4 bits, in ComfyUI's layout; an interrupted run goes on where it stopped.",
+        "Write a transformer in 8 or 4 bits or in float8, in ComfyUI's layout; an interrupted run goes on.",
     ),
     "train": (
         "cli.train:train",
