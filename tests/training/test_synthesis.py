@@ -273,7 +273,7 @@ def test_a_language_without_a_font_says_what_to_do():
     dejavu = next(face for face in fonts.find_fonts() if not face.is_chinese)
     recipe = only("pure", languages=("zh",), fonts=(dejavu.path,), system_fonts=False)
     with pytest.raises(
-        FontError, match="no font has the glyphs 的一是.*--fonts a folder with a Chinese font, such as Deb"
+        FontError, match="no font has the glyphs 的一是.*install a Chinese font, such as Debian.*give --fonts a folder"
     ):
         make(recipe, 0, 0)
 

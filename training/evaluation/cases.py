@@ -14,7 +14,8 @@ from typing import TypeVar
 import numpy as np
 
 from qwen_image_fast.training.synthesis.editing import make_edit
-from qwen_image_fast.training.synthesis.generator import Undrawable, make
+from qwen_image_fast.training.synthesis.fonts import FontError
+from qwen_image_fast.training.synthesis.generator import Undrawable, describe
 from qwen_image_fast.training.synthesis.photos import UnreadablePhoto
 from qwen_image_fast.training.synthesis.recipe import SynthesisRecipe
 from qwen_image_fast.training.synthesis.sample import EditSample, quoted_texts
@@ -33,9 +34,14 @@ class TextCase:
 
 
 def held_out_cases(recipe: SynthesisRecipe, count: int, seed: int = 0) -> list[TextCase]:
-    """Captions of the synthesis recipe whose words training never shows."""
+    """Captions of the synthesis recipe whose words training never shows.
+
+    Raises:
+        fonts.FontError: a language has no font, and what a caption says depends on it: its texts may be too long for
+            one, or a recipe has several, places that are not the middle, paragraphs, turns, media or layouts.
+    """
     unseen = dataclasses.replace(recipe, split="held_out", shapes=0.0, scenes=0.0)
-    made = _first(count, _drawn(make, unseen, seed, 10 * count), "samples")
+    made = _first(count, _drawn(describe, unseen, seed, 10 * count), "samples")
     return [TextCase(sample.caption, sample.lines, sample.language, sample.colours) for sample in made]
 
 
@@ -47,7 +53,10 @@ def held_out_edits(recipe: SynthesisRecipe, count: int, kind: str, seed: int = 0
 
 
 def _first(count: int, made: Iterator[Made], what: str) -> list[Made]:
-    found = list(itertools.islice(made, count))
+    try:
+        found = list(itertools.islice(made, count))
+    except FontError as error:
+        raise FontError(f"evaluate: {what} of these settings need a font: {error}") from error
     if len(found) < count:
         raise ValueError(f"evaluate: the recipe makes too few {what}: {len(found)} instead of {count}")
     return found

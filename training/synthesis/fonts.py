@@ -58,6 +58,10 @@ class FontError(ValueError):
     """No font can draw what was asked for; the message says what is missing and where to get it."""
 
 
+class FontDecides(Exception):
+    """What a sample says cannot be told without the font that it is drawn with."""
+
+
 @dataclass(frozen=True, order=True)
 class Face:
     """One face of a font file. `index` is its number inside a collection (.ttc), else 0."""
@@ -169,7 +173,8 @@ def faces_of_language(faces: Sequence[Face], language: str, probe: str) -> tuple
         shown = least if len(least) <= 12 else f"{least[:12]}… ({len(least)} characters)"
         kind, package = ("Chinese", "fonts-wqy-microhei") if language == "zh" else ("Latin", "fonts-dejavu-core")
         raise FontError(
-            f"no font has the glyphs {shown}: give --fonts a folder with a {kind} font, such as Debian's {package}"
+            f"no font has the glyphs {shown}: install a {kind} font, such as Debian's {package}, or give --fonts a "
+            "folder with one"
         )
     if language == "en":
         return tuple(face for face in fitting if not face.is_chinese) or fitting

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import multiprocessing
@@ -13,8 +14,9 @@ from typing import Any, TypeVar
 
 from . import complex as complex_layouts
 from . import compositional, pure, scenes, shapes
+from .fonts import FontDecides
 from .recipe import STRATEGIES, SynthesisRecipe
-from .sample import Sample
+from .sample import Description, Sample
 
 Made = TypeVar("Made")
 
@@ -46,6 +48,18 @@ def make(recipe: SynthesisRecipe, seed: int, index: int) -> Sample:
         Undrawable: 200 draws in a row were dropped.
     """
     return retried(recipe, seed, index, _make_once)
+
+
+def describe(recipe: SynthesisRecipe, seed: int, index: int) -> Description:
+    """What `make` tells of the same sample, without its picture: of pure texts that fit in any font, without a font.
+
+    Raises:
+        as `make`; `fonts.FontError` only where what is told depends on the font.
+    """
+    with contextlib.suppress(FontDecides):
+        return retried(recipe, seed, index, _describe_once)
+    made = make(recipe, seed, index)
+    return Description(made.caption, made.lines, made.language, made.colours)
 
 
 def retried(
@@ -143,3 +157,11 @@ def _make_once(
     recipe: SynthesisRecipe, rng: random.Random, strategy: str, size: tuple[int, int], language: str
 ) -> Sample | None:
     return _MAKERS[strategy](recipe, rng, size, language)
+
+
+def _describe_once(
+    recipe: SynthesisRecipe, rng: random.Random, strategy: str, size: tuple[int, int], language: str
+) -> Description | None:
+    if strategy != "pure":
+        raise FontDecides
+    return pure.describe(recipe, rng, size, language)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
 
 from .canvas import Ground, Scene, TextElement, element_box, fit_paragraph, fit_size, inside, render_scene
 from .colours import COLOURS, readable_on
-from .fonts import Face, faces_for
+from .fonts import Face, FontDecides, faces_for
 from .recipe import SynthesisRecipe
-from .sample import Sample, article, quotable, quote
+from .sample import Description, Sample, article, quotable, quote
 
 _NATURAL = {
     "en": (
@@ -24,6 +25,7 @@ _NATURAL = {
         "在{ground}背景上显示{texts}{turn}",
     ),
 }
+_GAP = (0.3, 0.45)  # between texts, in font sizes
 
 
 def plan(recipe: SynthesisRecipe, rng: random.Random, size: tuple[int, int], language: str) -> Scene | None:
@@ -39,23 +41,55 @@ def make(recipe: SynthesisRecipe, rng: random.Random, size: tuple[int, int], lan
     if scene is None:
         return None
     texts = [element for element in scene.elements if isinstance(element, TextElement)]
+    told = _told(recipe, rng, scene.ground, texts, language)
+    boxes = tuple(element_box(element) for element in texts)
+    return Sample(render_scene(scene), told.caption, told.lines, language, told.colours, boxes, "pure")
+
+
+def describe(recipe: SynthesisRecipe, rng: random.Random, size: tuple[int, int], language: str) -> Description | None:
+    """What `make` would tell of the sample that it makes of the same random numbers, without a font; None: dropped.
+
+    Raises:
+        FontDecides: whether the texts fit, or what else is drawn, is another thing with each font.
+    """
+    if rng.random() < recipe.paragraph or recipe.fonts_per_language != 1 or not recipe.centred:
+        raise FontDecides
+    drawn = _drawn_texts(recipe, rng, size, language, (None,))
+    if drawn is None:
+        return None
+    ground, elements, room = drawn
+    if not _surely_fit(recipe, elements, room, size, language):
+        raise FontDecides
+    if len(elements) > 1:
+        rng.uniform(*_GAP)
+    return _told(recipe, rng, ground, elements, language)
+
+
+def _surely_fit(
+    recipe: SynthesisRecipe, elements: list[TextElement], room: tuple[int, int], size: tuple[int, int], language: str
+) -> bool:
+    """Whether upright texts fit in any font: no glyph of a legible one is wider than 1.25 or higher than 1.5 sizes."""
+    count, least, height = len(elements), recipe.legible(language), _height_of_one(room[1], len(elements))
+    gaps = (count - 1) * round(_GAP[1] * recipe.largest())
+    return (
+        not any(element.angle for element in elements)
+        and max(len(element.text) for element in elements) * 1.25 * least <= room[0]
+        and 1.5 * least <= height
+        and count * height + gaps <= size[1] - 2
+    )
+
+
+def _told(
+    recipe: SynthesisRecipe, rng: random.Random, ground: Ground, texts: list[TextElement], language: str
+) -> Description:
     natural = rng.random() < recipe.natural
     # Without this field nothing is drawn for it, so that recipes from before give the pictures that they gave.
     other = recipe.other_captions > 0 and rng.random() < recipe.other_captions
     told_in = {"en": "zh", "zh": "en"}[language] if other else language
-    colours = {"ground": scene.ground.colour, "text": texts[0].colour}
+    colours = {"ground": ground.colour, "text": texts[0].colour}
     colours |= {f"text {i}": element.colour for i, element in enumerate(texts) if i}
-    return Sample(
-        image=render_scene(scene),
-        caption=_natural_caption(rng, scene.ground, texts, told_in)
-        if natural
-        else fixed_caption(scene.ground, texts, told_in),
-        lines=tuple(element.text for element in texts),
-        language=language,
-        colours=colours,
-        boxes=tuple(element_box(element) for element in texts),
-        strategy="pure",
-    )
+    caption = _natural_caption(rng, ground, texts, told_in) if natural else fixed_caption(ground, texts, told_in)
+    return Description(caption, tuple(element.text for element in texts), language, colours)
 
 
 def draw_ground(recipe: SynthesisRecipe, rng: random.Random) -> Ground:
@@ -64,35 +98,43 @@ def draw_ground(recipe: SynthesisRecipe, rng: random.Random) -> Ground:
 
 
 def _plan_texts(recipe: SynthesisRecipe, rng: random.Random, size: tuple[int, int], language: str) -> Scene | None:
-    ground, face = draw_ground(recipe, rng), rng.choice(recipe.faces(language))
+    drawn = _drawn_texts(recipe, rng, size, language, recipe.faces(language))
+    if drawn is None:
+        return None
+    ground, elements, (width, height) = drawn
+    box = width, _height_of_one(height, len(elements))
+    sizes = [
+        fit_size(one.lines, one.face, box, angle=one.angle, smallest=recipe.legible(language), largest=recipe.largest())
+        for one in elements
+    ]
+    if None in sizes:
+        return None
+    font_size = min(s for s in sizes if s is not None)
+    return _stacked(recipe, rng, size, ground, [dataclasses.replace(one, size=font_size) for one in elements])
+
+
+def _drawn_texts(
+    recipe: SynthesisRecipe, rng: random.Random, size: tuple[int, int], language: str, faces: Sequence[Face | None]
+) -> tuple[Ground, list[TextElement], tuple[int, int]] | None:
+    """The ground, texts that have neither size nor place yet, and the room for them; a face None has all glyphs."""
+    ground, face = draw_ground(recipe, rng), rng.choice(faces)
     count = rng.randint(1, recipe.max_lines)
     words, longest = recipe.words(), recipe.longest(language)
     texts = [words.text(rng, language, longest) for _ in range(count)]
-    if len(set(texts)) < count or not faces_for((face,), "".join(texts)):
+    if len(set(texts)) < count or (face is not None and not faces_for((face,), "".join(texts))):
         return None
     readable = readable_on(ground.colour, recipe.text_colours)
     colours = [rng.choice(readable)] * count
     if count > 1 and rng.random() < 0.4:
         colours = [rng.choice(readable) for _ in texts]
     angle = round(rng.uniform(-recipe.rotation, recipe.rotation), 1) if count == 1 and rng.random() < 0.5 else 0.0
+    elements = [TextElement(t, (t,), face or Face(""), 0, c, 0, 0, angle) for t, c in zip(texts, colours)]
+    return ground, elements, _room(recipe, rng, size)
 
-    width, height = _room(recipe, rng, size)
-    sizes = [
-        fit_size(
-            (text,),
-            face,
-            (width, int(height / (1.4 * count - 0.4))),
-            angle=angle,
-            smallest=recipe.legible(language),
-            largest=recipe.largest(),
-        )
-        for text in texts
-    ]
-    if None in sizes:
-        return None
-    font_size = min(s for s in sizes if s is not None)
-    elements = [TextElement(t, (t,), face, font_size, c, 0, 0, angle) for t, c in zip(texts, colours)]
-    return _stacked(recipe, rng, size, ground, elements)
+
+def _height_of_one(height: int, count: int) -> int:
+    """Of texts one above the other, with room for what is between them."""
+    return int(height / (1.4 * count - 0.4))
 
 
 def _stacked(
@@ -100,7 +142,7 @@ def _stacked(
 ) -> Scene | None:
     """Place the texts one above the other, aligned, inside the canvas."""
     extents = [element.mask().size for element in elements]
-    gap = round(elements[0].size * rng.uniform(0.3, 0.45)) if len(elements) > 1 else 0
+    gap = round(elements[0].size * rng.uniform(*_GAP)) if len(elements) > 1 else 0
     height = sum(h for _, h in extents) + gap * (len(elements) - 1)
     width = max(w for w, _ in extents)
     left, top = (size[0] - width) // 2, (size[1] - height) // 2

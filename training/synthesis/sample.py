@@ -40,6 +40,16 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Description:
+    """What a `Sample` tells, without its picture and without places."""
+
+    caption: str
+    lines: tuple[str, ...]
+    language: str
+    colours: dict[str, str]
+
+
+@dataclass(frozen=True)
 class EditSample:
     """A pair of pictures that differ by what an instruction says.
 
