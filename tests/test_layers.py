@@ -17,7 +17,7 @@ LAYERS = [
     {"chat", "schedulers", "model_defaults", "request", "request_fields"},
     {"graphs", "sampling", "quantize", "quantize_modulation", "quantize_report"},
     {"pipelines"},
-    {"tiny", "drop_in", "inspect_file", "inspect_model", "png_metadata", "output_files"}
+    {"tiny", "drop_in", "inspect_file", "inspect_model", "png_metadata", "output_files", "request_schedule"}
     | {"doctor", "doctor_cases", "doctor_libraries", "doctor_picture"},
     {"serving"},
     {"training"},

@@ -21,16 +21,22 @@ from qwen_image_fast.pipelines.conditions import VAE_AREA, check_effect
 from qwen_image_fast.pipelines.control import check_family, check_masked
 from qwen_image_fast.pipelines.images import area_size
 from qwen_image_fast.request import Request
+from qwen_image_fast.request_schedule import StoredLevels
+from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler
 from qwen_image_fast.weights.formats import check_part, open_weights
 
 
-def check_before_loading(request: Request, opened: Mapping[str, Any], pipeline: Any) -> None:
-    """CommandError for what the pipeline, of that class, would refuse only once it is loaded."""
+def check_before_loading(request: Request, opened: Mapping[str, Any], pipeline: Any, dtype: Any) -> None:
+    """CommandError for what the pipeline, of that class and torch's dtype, would refuse only once it is loaded."""
     if "mask" in opened:
         _check_mask(request, opened)
     for name in ("transformer", "text_encoder", "vae"):
         given = getattr(request, name) or []
         check_files(name, [given] if isinstance(given, str) else given)
+    if (stored := check_vectors(request.model, request.transformer, dtype)) is not None:
+        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(request.model, subfolder="scheduler")
+        with _about(*_transformer(request.model, request.transformer)):
+            stored.check(request, opened, scheduler)
     if request.kind != "controlnet" and not request.lora:
         return
     transformer = QwenImageTransformer2DModel.empty(read_config(part_folder(request.model, "transformer")))
@@ -54,6 +60,21 @@ def check_files(name: str, given: Iterable[str]) -> None:
     if files and all(file.is_file() for file in files):
         with _about(name, " and ".join(map(str, files))):
             check_part(open_weights(files, name), files, name)
+
+
+def check_vectors(model: str, transformer: str | None, dtype: Any) -> StoredLevels | None:
+    """What a transformer has instead of modulation weights, of which the type must be theirs; None: it has them."""
+    with _about(*_transformer(model, transformer)):
+        files = [] if transformer is None else [Path(transformer)]
+        stored = StoredLevels.of_files(part_folder(model, "transformer"), files)
+        if stored is not None:
+            stored.check_dtype(dtype)
+        return stored
+
+
+def _transformer(model: str, transformer: str | None) -> tuple[str, str]:
+    """The option that names it, and its value."""
+    return ("model", model) if transformer is None else ("transformer", transformer)
 
 
 def check_net(net: str, masked: bool | None, transformer: Any, option: str = "net") -> None:

@@ -206,10 +206,10 @@ def _load(request: Request, opened: Mapping[str, Any], class_name: str, run: Run
 
     device = common.device_name(run.device)
     pipeline = getattr(q, class_name)
-    check_before_loading(request, opened, pipeline)
     small = device != "cpu" or request.precision
     dtype = request.dtype if request.dtype != "auto" else "bfloat16" if small else "float32"
     place = {"torch_dtype": common.torch_dtype(dtype), "device": device}
+    check_before_loading(request, opened, pipeline, place["torch_dtype"])
     check_room(request, opened, pipeline, device, place["torch_dtype"], run.batch, run.memory is not None)
     parts: dict[str, Any] = {n: f for n in ("transformer", "text_encoder", "vae") if (f := getattr(request, n))}
     if request.kind == "controlnet":

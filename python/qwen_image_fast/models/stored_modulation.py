@@ -78,7 +78,7 @@ def hold_vectors(model: Any, weights: Mapping[str, Weight], dtype: torch.dtype |
     if not schedules:
         return
     stored: torch.dtype = getattr(weights.get("proj_out.weight"), "dtype", DTYPE)
-    _check_dtype(dtype or stored)
+    check_dtype(dtype or stored)
     rows = sum(len(s.timesteps) for s in schedules)
     for module, layer in holders(model).values():
         module.register_buffer(VECTORS, torch.empty(rows, layer.out_features, dtype=DTYPE, device="meta"))
@@ -87,7 +87,8 @@ def hold_vectors(model: Any, weights: Mapping[str, Weight], dtype: torch.dtype |
     model.register_buffer(SCHEDULES, torch.empty(weights[SCHEDULES].shape, dtype=torch.uint8, device="meta"))
 
 
-def _check_dtype(dtype: torch.dtype) -> None:
+def check_dtype(dtype: torch.dtype) -> None:
+    """ValueError for a transformer of vectors in another type than theirs."""
     if dtype != DTYPE:
         raise ValueError(
             f"the transformer's dtype must be bfloat16, in which its modulation vectors are stored, got {dtype}: "
@@ -110,7 +111,7 @@ def stored_modulation(model: Any, timestep: Tensor) -> Modulation:
         ValueError: a timestep that is not stored, a model that was cast, or a hook on what is not called.
     """
     vectors = {name: module.vectors for name, (module, _) in holders(model).items()}
-    _check_dtype(vectors["norm_out"].dtype)
+    check_dtype(vectors["norm_out"].dtype)
     if not unwatched(model):
         raise ValueError(
             "a hook on the modulation layers would see no call: their weights were left out of this transformer; take "

@@ -19,6 +19,7 @@ import torch
 from qwen_image_fast.models.modulation import Modulation
 from qwen_image_fast.pipelines.base import Pipeline
 from qwen_image_fast.request import Request
+from qwen_image_fast.request_schedule import StoredLevels
 from qwen_image_fast.sampling import Wave, start
 from qwen_image_fast.serving import alike
 from qwen_image_fast.serving.adapters import Composition, Registered
@@ -66,6 +67,7 @@ class Engine:
         self.pipe, self.on_event, self.limits = pipe, on_event, limits or Limits()
         self.pipelines = pipelines or (lambda request: pipe)
         self.loras = loras
+        self.stored = StoredLevels.of_model(pipe.transformer)
         self.cost = StepCost.of(pipe.transformer.config)
         self._small = self.cost.step(self.limits.wave_tokens // 8)
         with torch.inference_mode():
@@ -93,6 +95,13 @@ class Engine:
         self._thread.start()
 
     def submit(self, task: Task) -> None:
+        """A schedule that the transformer has no modulation vectors for has failed at once, before it waits."""
+        if self.stored is not None:
+            try:
+                self.stored.check(task.request, task.opened, self.pipe.scheduler)
+            except ValueError as error:
+                self.on_event(Failed(task.id, str(error), "invalid"))
+                return
         work = Work(task, self.cost.request(task.request, task.opened))
         with self._changed:
             if self._ended:
