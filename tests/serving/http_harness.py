@@ -54,8 +54,9 @@ class Running:
         kind = options.pop("start", None) or type("Inside", (Inside,), {"models": models})
         self.socket = listen("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
+        model = {"wave_tokens": options.pop("wave_tokens", 2048), **options.pop("model", {})}
         self.settings = Settings(
-            model=Model(name="tiny", names=["gpt-image-2"], wave_tokens=options.pop("wave_tokens", 2048)),
+            model=Model(name="tiny", names=["gpt-image-2"], **model),
             port=self.port, limits=limits, **options,
         )  # fmt: skip
         self.server = Server(self.settings, kind)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -34,7 +33,8 @@ def serve(
         list[str] | None, typer.Option(help="NAME=FOLDER: a ControlNet that requests may name.")
     ] = None,
     transformer: Annotated[str | None, typer.Option(help="The transformer's weights, in a file.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto: bfloat16 on a GPU, else float32.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto: bfloat16 on a GPU or in 8 bits, else float32.")] = "auto",
+    precision: Annotated[str | None, typer.Option(help="The transformer in 8 or 4 bits: int8 or int4.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU, if we have kernels.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Of the model, on the CPU.")] = None,
     wave_tokens: Annotated[int | None, typer.Option(min=64, help="Of one step of all that share it.")] = None,
@@ -101,6 +101,8 @@ def serve(
         raise CommandError(f"--threads must be at most {cores}, the processors of this machine, got {threads}")
     if dtype != "auto":
         common.check_dtype(dtype)
+    if precision not in (None, "int8", "int4"):
+        raise CommandError(f"--precision must be int8 or int4, got {precision}")
     origins = [origin.lower() for origin in cors_origin or []]
     for origin in origins:
         if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
@@ -125,12 +127,13 @@ def serve(
     err.print(f"{address}  {model} is being loaded", highlight=False, soft_wrap=True)
     _check_files(model, cls, transformer, loras, nets)
     chosen = device if device == "cpu" else common.device_name(device)
-    dtype = dtype if dtype != "auto" else "float32" if chosen == "cpu" else "bfloat16"
+    dtype = dtype if dtype != "auto" else "bfloat16" if chosen != "cpu" or precision else "float32"
+    _check_numbers(model, transformer, chosen, dtype, precision)
     split = Split() if parallel is None else _split(parallel, chosen, folder)
     copied = ("transformer", "vae") if vae_tiling else ("transformer",)
-    _check_memory(folder, chosen, dtype, split.ranks, copied)
+    _check_memory(folder, cls, transformer, chosen, dtype, precision, split.ranks, copied)
     told: dict[str, Any] = {"wave_tokens": wave_tokens or (2048 if chosen == "cpu" else 8192)}
-    told |= {"guidance": split.guidance, "ulysses": split.ulysses, "vae_tiling": vae_tiling}
+    told |= {"guidance": split.guidance, "ulysses": split.ulysses, "vae_tiling": vae_tiling, "precision": precision}
     served = settings.Model(
         name=model, names=name or [], loras=loras, controlnets=nets, transformer=transformer, device=chosen,
         dtype=dtype, threads=threads, **told,
@@ -238,27 +241,48 @@ def _parse(parallel: str, gpus: int | None, folder: Path) -> Split:
         return parse_split("--parallel", parallel, gpus, config["num_attention_heads"])
 
 
-def _check_memory(folder: Path, device: str, dtype: str, ranks: int, copied: tuple[str, ...]) -> None:
-    """CommandError where the weights alone are more than there is, before they are read. ranks: processes that read the
-    parts `copied`, each for itself."""
-    sizes: list[tuple[int, int]] = []
-    for path in folder.rglob("*.safetensors"):
-        copies = ranks if device == "cpu" and path.parent.name in copied else 1
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length < 2**27 else {}
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                wide = {"F64": 8, "F32": 4}.get(entry["dtype"], 2 if entry["dtype"] in ("F16", "BF16") else 1)
-                sizes.append((copies * (end - begin) // wide, wide))
-    needed = sum(count * (4 if dtype == "float32" else 2) for count, _ in sizes)
+def _check_numbers(model: str, transformer: str | None, device: str, dtype: str, precision: str | None) -> None:
+    """CommandError where the transformer's large layers, or its modulation vectors, cannot be in these types."""
+    from qwen_image_fast.cli.checks import check_vectors
+    from qwen_image_fast.models.int8_linear import check_precision
+
+    with failing(BAD_INPUT, ValueError):
+        check_precision("--precision", precision, device)
+    check_vectors(model, transformer, common.torch_dtype(dtype))
+
+
+def _check_memory(
+    folder: Path, cls: str, transformer: str | None, device: str, dtype: str, precision: str | None, ranks: int,
+    copied: tuple[str, ...],
+) -> None:  # fmt: skip
+    """CommandError where the weights alone are more than there is, before they are read; those that are here.
+
+    ranks: processes that read the parts `copied`, each for itself.
+    """
+    import torch
+
+    import qwen_image_fast
+    from qwen_image_fast.checkpoint import has_weights
+    from qwen_image_fast.pipelines.parts import WEIGHTS
+    from qwen_image_fast.pipelines.residence import part_size, stored_weights
+
+    pipeline = getattr(qwen_image_fast, cls)
+    files = {} if transformer is None else {"transformer": [Path(transformer)]}
+    files = {name: paths for name, paths in files.items() if all(map(Path.is_file, paths))}
+    read = [n for n, base in WEIGHTS.items() if n in pipeline.parts and has_weights(folder / n, base)]
+    needed = 0
+    with failing(BAD_INPUT, ValueError):
+        stored = stored_weights(pipeline, folder, [n for n in read if n not in files], files, {})
+        for name, of in stored.items():
+            size = part_size(name, of.used, common.torch_dtype(dtype), torch.device(device), False, precision)
+            needed += size.kept * (ranks if device == "cpu" and name in copied else 1)
     free = _free(device)
     if needed > free:
         where = "this machine" if device == "cpu" else device
         raise CommandError(
-            f"the weights take {needed / 2**30:.1f} GiB in {dtype}, and {where} has {free / 2**30:.1f} GiB free", FAILED
-        )
+            f"the weights take {needed / 2**30:.1f} GiB in {dtype}{f' and {precision}' if precision else ''}, and "
+            f"{where} has {free / 2**30:.1f} GiB free", FAILED
+        )  # fmt: skip
 
 
 def _free(device: str) -> int:

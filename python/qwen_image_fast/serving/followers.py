@@ -65,7 +65,7 @@ def follow(model: Model, place: Place, lines: Lines) -> None:
     parts |= {"transformer": model.transformer} if model.transformer else {}
     pipe = qwen_image_fast.QwenImagePipeline.from_pretrained(
         model.name, torch_dtype=getattr(torch, model.dtype), device=device_of(model, place), text_encoder=None,
-        tokenizer=None, **parts,
+        tokenizer=None, precision=model.precision, **parts,
     )  # fmt: skip
     use_threads(model, pipe.transformer)
     loras = Registered(pipe, model.loras)

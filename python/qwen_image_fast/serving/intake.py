@@ -196,7 +196,7 @@ class Intake:
             "steps": steps, "cfg": fields.true_cfg_scale,
             "seed": random.SystemRandom().randrange(2**31) if fields.seed is None else fields.seed,
             "lora": [{"name": name, "scale": scale} for name, scale in weights.items()] or None,
-            "dtype": model.dtype,
+            "dtype": model.dtype, "precision": model.precision,
         }  # fmt: skip
         for name in ("strength", "lightning", "max_sequence_length", "resolution", "layers"):
             value, own = getattr(fields, name, None), "count" if name == "layers" else name

@@ -40,7 +40,8 @@ def load(
     folder = resolve_folder(model.name)
     name = model_class(folder, model.name)
     generation = generation_of(folder, name)
-    parts = {"transformer": model.transformer} if model.transformer else {}
+    parts: dict[str, Any] = {"precision": model.precision}
+    parts |= {"transformer": model.transformer} if model.transformer else {}
     pipe = getattr(qwen_image_fast, name).from_pretrained(
         model.name, torch_dtype=getattr(torch, model.dtype), device=model.device, **parts
     )

@@ -8,7 +8,7 @@ import ipaddress
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -39,6 +39,7 @@ class Model(BaseModel):
     transformer: str | None = None
     device: str = "cpu"
     dtype: str = "float32"
+    precision: Literal["int8", "int4"] | None = None  # of the transformer's large layers
     threads: Annotated[int | None, Field(ge=1)] = None
     wave_tokens: Annotated[int, Field(ge=64)] = 2048
     vae_tiling: bool = False

@@ -1,0 +1,148 @@
+"""Quantised files in a server: the pictures of `generate`, and schedules that a file does not have."""
+
+import base64
+import threading
+
+import numpy as np
+import openai
+import pytest
+from http_harness import Running
+from PIL import Image
+from serving_harness import picture, png
+from typer.testing import CliRunner
+
+from qwen_image_fast.cli import app
+from qwen_image_fast.png_metadata import read_parameters
+from qwen_image_fast.serving.loading import load
+from qwen_image_fast.serving.messages import Alive, Ready
+from qwen_image_fast.serving.settings import Model
+
+PROMPT = "a red circle on the left of a blue square"
+FILE = "diffusion_pytorch_model.safetensors"
+OWN = ["--drop-modulation", "--steps", 3, "--size", "64x64", "--size", "96x64"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def run(*words):
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of `quantize`: int8 without modulation weights, and int4 with them."""
+    found = tmp_path_factory.mktemp("quantised")
+    run("quantize", "tiny", "--out", found / "int8", "--no-check", *OWN)
+    run("quantize", "tiny", "--out", found / "int4", "--no-check", "--precision", "int4")
+    return found
+
+
+class Loaded:
+    """What stands for the engine's process: the model read by the same code, in this one."""
+
+    def __init__(self, model, on_event, on_end):
+        self.engine, about = load(model, on_event)
+        self.submit, self.cancel = self.engine.submit, self.engine.cancel
+        on_event(Ready(about))
+        self.ended = threading.Event()
+        threading.Thread(target=self.live, args=(on_event,), daemon=True).start()
+
+    def live(self, on_event):
+        while not self.ended.wait(1):
+            on_event(Alive({"host": 1}, *self.engine.load, self.engine.rate))
+
+    def end(self):
+        self.ended.set()
+        self.engine.end()
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def served(request, folder):
+    model = {"transformer": str(folder / request.param / FILE), "precision": request.param, "dtype": "bfloat16"}
+    server = Running(None, start=Loaded, model=model)
+    yield server
+    server.end()
+
+
+def drawn(server, **more):
+    body = {"num_inference_steps": 3, "seed": 5, **more.pop("extra", {})}
+    answer = server.client().images.generate(prompt=PROMPT, **{"size": "64x64", **more}, extra_body=body)
+    return [base64.b64decode(one.b64_json) for one in answer.data]
+
+
+def pixels(file):
+    return np.asarray(Image.open(file))
+
+
+def test_the_picture_is_that_of_generate(served, folder, tmp_path):
+    precision = served.settings.model.precision
+    for size, count in (("64x64", 2), ("96x64", 1)):
+        found = drawn(served, size=size, n=count)
+        run("generate", PROMPT, "--model", "tiny", "--transformer", folder / precision / FILE, "--seed", 5,
+            "--precision", precision, "--steps", 3, "--size", size, "--images", count,
+            "--output", f"{tmp_path}/{size}/")  # fmt: skip
+        wanted = sorted((tmp_path / size).iterdir())
+        assert len(found) == len(wanted) == count
+        for k, (png_bytes, path) in enumerate(zip(found, wanted)):
+            (tmp_path / f"{k}.png").write_bytes(png_bytes)
+            assert (pixels(tmp_path / f"{k}.png") == pixels(path)).all()
+            assert read_parameters(tmp_path / f"{k}.png")["precision"] == precision
+
+
+def test_another_schedule(served):
+    """Refused by name where its vectors are not there, alone or among others, and the server goes on."""
+    before = drawn(served)
+    lines = ("3 steps of 64x64, 96x64", "not for 4 steps of 64x64: take such a schedule, or make a file for this one")
+    fast = {"num_inference_steps": None, "lightning": 4}
+    ways = [{"extra": {"num_inference_steps": 4}}, {"size": "512x512"}, {"extra": fast}]
+    if served.settings.model.precision == "int4":
+        for more in ways:
+            assert len(drawn(served, **more)) == 1
+        return
+    for k, more in enumerate(ways):
+        with pytest.raises(openai.BadRequestError) as refused:
+            drawn(served, **more)
+        error = refused.value.body
+        assert error.keys() == {"message", "type", "param", "code"}
+        assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_request")
+        assert "the modulation weights were left out of this transformer" in error["message"]
+        assert k or all(line in error["message"] for line in lines)
+    edit = {"prompt": "make it green", "size": "auto", "num_inference_steps": "7", "seed": "1"}
+    answer = served.http.post("/v1/images/edits", data=edit, files={"image": png(picture(64, 64))})
+    assert answer.status_code == 400 and "not for 7 steps of 64x64" in answer.json()["error"]["message"]
+    streamed = {"prompt": PROMPT, "size": "64x64", "num_inference_steps": 9, "stream": True}
+    with served.http.stream("POST", "/v1/images/generations", json=streamed) as stream:
+        assert "not for 9 steps of 64x64" in "".join(stream.iter_text())
+    assert served.http.get("/readyz").status_code == 200
+    assert drawn(served) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--precision", "int3"], "--precision must be int8 or int4, got int3"),
+        (["--precision", "int4"], "is quantised already"),
+        (
+            ["--dtype", "float32"],
+            "the transformer's dtype must be bfloat16, in which its modulation vectors are stored",
+        ),
+    ],
+)
+def test_what_cannot_be_served(folder, words, sentence, monkeypatch):
+    monkeypatch.setattr("qwen_image_fast.serving.run.run", None)
+    monkeypatch.setattr("qwen_image_fast.serving.logs.to_stderr", None)
+    file = folder / "int8" / FILE
+    result = CliRunner().invoke(app, ["serve", "--model", "tiny", "--port", "0", "--transformer", str(file), *words])
+    assert result.exit_code == 2 and sentence in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_command_passes_it_on(folder, monkeypatch):
+    found = {}
+    monkeypatch.setattr("qwen_image_fast.serving.run.run", lambda settings, *_: found.update(model=settings.model))
+    monkeypatch.setattr("qwen_image_fast.serving.logs.to_stderr", lambda: None)
+    file = folder / "int4" / FILE
+    run("serve", "--model", "tiny", "--port", "0", "--transformer", file, "--precision", "int4", "--device", "cpu")
+    wanted = {"precision": "int4", "dtype": "bfloat16", "transformer": str(file)}
+    assert isinstance(found["model"], Model) and found["model"].model_dump(include=wanted.keys()) == wanted
