@@ -157,41 +157,74 @@ def tiny_command(
 def vision_command(
     model: Model = "tiny",
     out: Out = Path("outputs/evaluate-vision"),
-    tasks: Annotated[str, typer.Option(help="all, or some of depth,segment,view,edges,colourise")] = "all",
-    count: Annotated[int, typer.Option(help="pictures of each task", min=1)] = 50,
+    data: Annotated[
+        Path | None, typer.Option(help="own pictures and their truth, a folder with metadata.jsonl; else drawn scenes")
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="all, or some of depth,segment,view,edges,colourise; of --data the first three")
+    ] = "all",
+    count: Annotated[
+        int | None, typer.Option(help="pictures of each task; default: 50, of --data all", min=1)
+    ] = None,
     language: Annotated[str, typer.Option(help="of the instructions: en or zh")] = "en",
-    size: Size = 128,
+    size: Annotated[
+        int | None,
+        typer.Option(help="height and width in pixels, default 128; of --data the longest side, larger pictures are "
+                          "reduced to it; default: none is", min=32),
+    ] = None,
+    depth_answers: Annotated[
+        str | None, typer.Option(help="what the model draws for a depth of --data: inverse (default) or linear depth")
+    ] = None,
     steps: Steps = 20,
     guidance: Guidance = 1.0,
     seed: Seed = 0,
     batch: Batch = 16,
-) -> None:
-    """Depth, segmentation, views, edges and colours by instruction, on scenes whose truth is known; beside every score
-    that of an answer which needs no model."""
-    typer.echo(f"{model}: loading torch", err=True)
+) -> None:  # fmt: skip
+    """Depth, segmentation, views, edges and colours by instruction, on scenes whose truth is known or on one's own
+    pictures (--data); beside every score that of an answer which needs no model."""
+    from qwen_image_fast.training.synthesis.recipe import VISION
+
+    known = ("depth", "segment", "view") if data else VISION
+    wanted = known if tasks == "all" else tuple(task.strip() for task in tasks.split(","))
+    if unknown := [task for task in wanted if task not in known]:
+        raise typer.BadParameter(f"--tasks must be of {', '.join(known)}, got {', '.join(unknown)}")
+    if language not in ("en", "zh"):
+        raise typer.BadParameter(f"--language must be en or zh, got {language}")
+    if depth_answers not in (None, "inverse", "linear"):
+        raise typer.BadParameter(f"--depth-answers must be inverse or linear, got {depth_answers}")
+    if depth_answers and not data:
+        raise typer.BadParameter("--depth-answers must come with --data: a depth of scenes is inverse")
+    typer.echo(f"{data}: checking the examples" if data else f"{model}: loading torch", err=True)
     from tqdm import tqdm
 
     from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
     from qwen_image_fast.training.evaluation import evaluate_vision as report
     from qwen_image_fast.training.evaluation.evaluate_edit import edited_by
     from qwen_image_fast.training.evaluation.page import markdown
-    from qwen_image_fast.training.evaluation.tiny_models import through
-    from qwen_image_fast.training.synthesis.recipe import VISION
+    from qwen_image_fast.training.evaluation.tiny_models import each_through, through
+    from qwen_image_fast.training.evaluation.vision_data import Examples
 
-    wanted = VISION if tasks == "all" else tuple(task.strip() for task in tasks.split(","))
-    if unknown := [task for task in wanted if task not in VISION]:
-        raise typer.BadParameter(f"--tasks must be of {', '.join(VISION)}, got {', '.join(unknown)}")
-    if language not in ("en", "zh"):
-        raise typer.BadParameter(f"--language must be en or zh, got {language}")
+    settings: dict[str, Any] = {"tasks": ",".join(wanted)}
+    asked: Any
+    if data:
+        try:
+            asked = Examples(data.expanduser(), wanted, count, language, size, depth_answers or "inverse")
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        settings |= {"data": str(data), "examples": asked.digest, "count": len(asked), "language": language,
+                     "size": size or "of the picture", "depth answers": depth_answers or "inverse"}  # fmt: skip
+    else:
+        count, size = count or 50, size or 128
+        settings |= {"count": count, "language": language, "size": size}
     with claimed(out, "results.json"):
-        asked = [task for kind in wanted for task in report.held_out_tasks(kind, count, size, language, seed)]
+        if not data:
+            asked = [task for kind in wanted for task in report.held_out_tasks(kind, count, size, language, seed)]
         pipe = QwenImageEditPlusPipeline.from_pretrained(model)
         edit = edited_by(pipe, seed=seed, **_sampling(steps, guidance))
-        found = report.evaluate(edit, asked, lambda pictures: through(pipe.vae, pictures), batch)
-        answers = list(tqdm(found, total=len(asked), unit="picture"))
-        settings = {"tasks": ",".join(wanted), "count": count, "language": language, "size": size, "steps": steps,
-                    "guidance": guidance, "seed": seed}  # fmt: skip
-        totals = report.write_report(answers, out, model, settings)
+        again = each_through if data else through
+        found = report.evaluate(edit, asked, lambda pictures: again(pipe.vae, pictures), batch)
+        settings |= {"steps": steps, "guidance": guidance, "seed": seed}
+        totals = report.write_report(tqdm(found, total=len(asked), unit="picture"), out, model, settings)
     print(markdown(report.table(totals)))
     print(f"results.json and report.html are in {out}")
 

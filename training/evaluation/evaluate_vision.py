@@ -1,9 +1,10 @@
 """`qwen-image-fast evaluate vision`: depth, segmentation, views, edges and colours by instruction, on scenes whose
-truth is known; beside every score that of an answer which needs no model."""
+truth is known or on pictures with theirs; beside every score that of an answer which needs no model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from PIL import Image, ImageDraw, ImageFont
 from qwen_image_fast.checkpoint import json_bytes
 from qwen_image_fast.files import atomic_write
 from qwen_image_fast.training.evaluation.cases import psnr_outside
-from qwen_image_fast.training.evaluation.edit_checks import grown
 from qwen_image_fast.training.evaluation.page import Failure, write_page
+from qwen_image_fast.training.evaluation.vision_data import Given, resized
+from qwen_image_fast.training.evaluation.vision_metrics import depth_scores, edge_f_score, intersection_over_union
+from qwen_image_fast.training.synthesis.fonts import FontError, find_fonts, load, missing_glyphs
 from qwen_image_fast.training.synthesis.generator import MOST_ATTEMPTS, generator_of
 from qwen_image_fast.training.synthesis.recipe import tiny
 from qwen_image_fast.training.synthesis.sample import EditSample
-from qwen_image_fast.training.synthesis.scenes import BACKDROP, FAR, GROUND, NEAR
+from qwen_image_fast.training.synthesis.scenes import BACKDROP, GROUND
 from qwen_image_fast.training.synthesis.vision import Task, outlines, task
 
 TRIVIAL = {
@@ -28,6 +31,8 @@ TRIVIAL = {
 }  # fmt: skip
 _STEP = 24.0  # of luma, from a pixel to the next
 _SHOWN = 12  # answers of a kind on the page
+_CELL = 256  # largest side of a picture on the sheet
+_CEILING = "right, through its VAE"
 Scores = dict[str, float]
 
 
@@ -36,7 +41,7 @@ class Answer:
     """What was made of a task, uint8 as its target, and the scores of it, of the trivial answer, and of the right one
     after the model's own VAE (empty: not measured)."""
 
-    task: Task
+    task: Task | Given
     image: np.ndarray
     scores: Scores
     trivial: Scores
@@ -56,30 +61,37 @@ def held_out_tasks(kind: str, count: int, size: int = 128, language: str = "en",
 
 def evaluate(
     edit: Callable[[Sequence[EditSample], int], Sequence[np.ndarray]],
-    tasks: Sequence[Task],
+    tasks: Sequence[Task] | Sequence[Given],
     through_vae: Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]] | None = None,
     batch: int = 16,
 ) -> Iterator[Answer]:
     """Let the tasks be done and judge them, in order.
 
     Args:
-        edit: (pairs, number of the first) -> a uint8 picture for each. through_vae: of pictures.
+        edit: (pairs, number of the first) -> a uint8 picture for each. through_vae: of pictures, each of the size of
+            the answer.
     """
     for start in range(0, len(tasks), batch):
         part = tasks[start : start + batch]
         made = edit([one.pair for one in part], start)
-        again = through_vae([one.pair.target for one in part]) if through_vae else [None] * len(part)
-        for one, image, right in zip(part, made, again):
-            ceiling = {} if right is None else scores(one, right)
+        again: Sequence[np.ndarray | None] = [None] * len(part)
+        if through_vae:
+            right = [resized(one.pair.target, image.shape[:2]) for one, image in zip(part, made)]
+            again = through_vae(right)
+        for one, image, kept in zip(part, made, again):
+            ceiling = {} if kept is None else scores(one, kept)
             yield Answer(one, image, scores(one, image), scores(one, trivial(one)), ceiling)
 
 
-def scores(asked: Task, image: np.ndarray) -> Scores:
+def scores(asked: Task | Given, image: np.ndarray) -> Scores:
     """Of an answer, uint8 [H, W, 3].
 
     depth: `depth_scores` of all that is not backdrop, and AbsRel of the solids alone. segment: IoU of what is not black
     with the solids asked for, and the mean of theirs by colour. edges: `edge_f_score`. view, colourise: PSNR in dB.
+    Of given pictures see `Given.scores`.
     """
+    if isinstance(asked, Given):
+        return asked.scores(image)
     pair, ids, truth = asked.pair, asked.view.ids, asked.view.depth
     if pair.kind == "depth":
         inverse = image.astype(np.float64).mean(2)
@@ -93,44 +105,9 @@ def scores(asked: Task, image: np.ndarray) -> Scores:
     return {"PSNR": psnr_outside(image, pair.target, np.zeros(ids.shape, bool))}
 
 
-def depth_scores(
-    inverse: np.ndarray, truth: np.ndarray, valid: np.ndarray, aligned_on: np.ndarray | None = None
-) -> tuple[float, float]:
-    """AbsRel, the mean of |d - d*| / d*, and δ1, the share with max(d / d*, d* / d) < 1.25.
-
-    Args:
-        inverse: depth [H, W] up to scale and shift, larger where nearer: d = 1 / (s inverse + t), s and t by least
-            squares on 1 / d*, and clipped to [NEAR, FAR].
-        truth: d*. valid: which pixels count. aligned_on: those that s and t are found on; None: the same.
-    """
-    where = valid if aligned_on is None else aligned_on
-    wanted = 1 / truth[where].astype(np.float64)
-    basis = np.stack([inverse[where], np.ones(wanted.size)], 1)
-    scale, shift = np.linalg.lstsq(basis, wanted, rcond=None)[0]
-    depth = 1 / np.clip(scale * inverse[valid] + shift, 1 / FAR, 1 / NEAR)
-    right = truth[valid].astype(np.float64)
-    ratio = np.maximum(depth / right, right / depth)
-    return float(np.mean(np.abs(depth - right) / right)), float(np.mean(ratio < 1.25))
-
-
-def intersection_over_union(made: np.ndarray, wanted: np.ndarray) -> float:
-    """Of two masks; 1 where both are empty."""
-    union = (made | wanted).sum()
-    return float((made & wanted).sum() / union) if union else 1.0
-
-
-def edge_f_score(made: np.ndarray, wanted: np.ndarray) -> float:
-    """2 P R / (P + R): the share of what was made that is within a pixel of what is wanted, and the reverse."""
-    if not made.any() or not wanted.any():
-        return float(made.any() == wanted.any())
-    precision = (made & grown(wanted, 1)).sum() / made.sum()
-    recall = (wanted & grown(made, 1)).sum() / wanted.sum()
-    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
-
-
-def trivial(asked: Task) -> np.ndarray:
+def trivial(asked: Task | Given) -> np.ndarray:
     """An answer that needs no model, see TRIVIAL."""
-    source = asked.pair.source
+    source = asked.picture if isinstance(asked, Given) else asked.pair.source
     if asked.pair.kind == "depth":
         height, width = source.shape[:2]
         ramp = np.linspace(0, 255, height)[:, None, None]
@@ -155,16 +132,24 @@ def _segment_scores(asked: Task, image: np.ndarray) -> Scores:
     return {"IoU": intersection_over_union(nearest > 0, ids > GROUND), "IoU by solid": float(np.mean(each))}
 
 
-def summary(answers: Sequence[Answer]) -> dict[str, dict[str, Any]]:
+def summary(answers: Iterable[Answer]) -> dict[str, dict[str, Any]]:
     """By kind: how many, and the mean of each score."""
+    return _summary([_row(one) for one in answers])
+
+
+def _row(one: Answer) -> dict[str, Any]:
+    pair, named = one.task.pair, {"image": one.task.name} if isinstance(one.task, Given) else {}
+    return {"task": pair.kind, "instruction": pair.instruction, **named, "scores": one.scores, "trivial": one.trivial,
+            _CEILING: one.ceiling}  # fmt: skip
+
+
+def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
-    for kind in dict.fromkeys(one.task.pair.kind for one in answers):
-        own = [one for one in answers if one.task.pair.kind == kind]
-        out[kind] = {
-            "pictures": len(own), "trivial answer": TRIVIAL[kind], "model": _means([one.scores for one in own]),
-            "trivial": _means([one.trivial for one in own]),
-            "right, through its VAE": _means([one.ceiling for one in own]),
-        }  # fmt: skip
+    for kind in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == kind]
+        means = {name: _means([row[of] for row in own])
+                 for name, of in (("model", "scores"), ("trivial", "trivial"), (_CEILING, _CEILING))}  # fmt: skip
+        out[kind] = {"pictures": len(own), "trivial answer": TRIVIAL[kind], **means}
     return out
 
 
@@ -177,7 +162,7 @@ def table(totals: dict[str, dict[str, Any]]) -> list[list[str]]:
     rows = [["task", "score", "model", "trivial answer", "which", "the right one through its VAE"]]
     for kind, v in totals.items():
         for name, value in v["model"].items():
-            ceiling = v["right, through its VAE"].get(name)
+            ceiling = v[_CEILING].get(name)
             cells = [_number(name, value), _number(name, v["trivial"][name]), v["trivial answer"]]
             rows.append([kind, name, *cells, "" if ceiling is None else _number(name, ceiling)])
     return rows
@@ -187,22 +172,25 @@ def _number(name: str, value: float) -> str:
     return f"{value:.1f} dB" if name == "PSNR" else f"{value:.3f}"
 
 
-def write_report(answers: Sequence[Answer], folder: Path, model: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """`results.json`, `report.html` and `answers.png` (source, answer, right answer) in a folder; the summary."""
+def write_report(answers: Iterable[Answer], folder: Path, model: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """`results.json`, `report.html` and `answers.png` (source, answer, right answer) in a folder; the summary.
+
+    Of the answers, taken one by one, only those that are shown are kept.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    totals = summary(answers)
-    rows = [
-        {"task": one.task.pair.kind, "instruction": one.task.pair.instruction, "scores": one.scores,
-         "trivial": one.trivial, "right, through its VAE": one.ceiling}
-        for one in answers
-    ]  # fmt: skip
+    rows, shown = list[dict[str, Any]](), dict[str, list[Answer]]()
+    for one in answers:
+        rows.append(_row(one))
+        own = shown.setdefault(one.task.pair.kind, [])
+        if len(own) < _SHOWN:
+            own.append(one)
+    totals = _summary(rows)
     content = {"model": model, "settings": settings, "summary": totals, "pictures": rows}
-    shown = {f"{kind}: source, answer, right answer": [_figure(one) for one in answers if one.task.pair.kind == kind]
-             for kind in totals}  # fmt: skip
     told = [", ".join(f"{name}: {value}" for name, value in settings.items())]
-    pages = {heading: figures[:_SHOWN] for heading, figures in shown.items()}
+    pages = {f"{kind}: source, answer, right answer": [_figure(one) for one in own] for kind, own in shown.items()}
     write_page(folder / "report.html", f"Vision tasks of {model}", told, table(totals), pages)
-    atomic_write(folder / "answers.png", lambda file: sheet(answers).save(file, "PNG"))
+    image = sheet([one for own in shown.values() for one in own])
+    atomic_write(folder / "answers.png", lambda file: image.save(file, "PNG"))
     atomic_write(folder / "results.json", lambda file: file.write(json_bytes(content)))
     return totals
 
@@ -212,17 +200,29 @@ def sheet(answers: Sequence[Answer], across: int = 3, gap: int = 8) -> Image.Ima
     rows: dict[str, list[Answer]] = {}
     for one in answers:
         rows.setdefault(one.task.pair.kind, []).append(one)
-    height, width = answers[0].image.shape[:2]
+    shown = [one for own in rows.values() for one in own[:across]]
+    height, width = (min(_CELL, max(one.task.pair.source.shape[axis] for one in shown)) for axis in (0, 1))
     step, pitch = 3 * width + 3 * gap, height + 3 * gap
     made = Image.new("RGB", (min(across, max(map(len, rows.values()))) * step + gap, len(rows) * pitch + gap), "white")
-    draw, font = ImageDraw.Draw(made), ImageFont.load_default(12)
+    draw, font = ImageDraw.Draw(made), _font("".join(one.task.pair.instruction for one in shown))
     for row, own in enumerate(rows.values()):
         for column, one in enumerate(own[:across]):
             left, top = gap + column * step, gap + row * pitch
             draw.text((left, top - 2), one.task.pair.instruction, fill="black", font=font)
             for place, picture in enumerate((one.task.pair.source, one.image, one.task.pair.target)):
-                made.paste(Image.fromarray(picture), (left + place * (width + gap // 2), top + 2 * gap))
+                fitted = Image.fromarray(picture)
+                fitted.thumbnail((width, height))
+                made.paste(fitted, (left + place * (width + gap // 2), top + 2 * gap))
     return made
+
+
+def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own, or where that has not all letters one of the machine that has."""
+    if not text.isascii():
+        with contextlib.suppress(FontError, ImportError):
+            faces = find_fonts()
+            return load(min(faces, key=lambda face: len(missing_glyphs(face, text))), 12)
+    return ImageFont.load_default(12)
 
 
 def _figure(answer: Answer) -> Failure:

@@ -112,5 +112,15 @@ def through(vae: Any, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [_bytes(image) for image in ((made + 1) / 2).clamp(0, 1).cpu().numpy()]
 
 
+def each_through(vae: Any, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """As `through`, of pictures of any sizes: each is filled up to multiples of 16 pixels with its edge, and cut."""
+    made = []
+    for picture in pictures:
+        height, width = picture.shape[:2]
+        filled = np.pad(picture, ((0, -height % 16), (0, -width % 16), (0, 0)), mode="edge")
+        made.append(through(vae, [filled])[0][:height, :width])
+    return made
+
+
 def _bytes(image: np.ndarray) -> np.ndarray:
     return (np.asarray(image) * 255).round().astype(np.uint8)

@@ -22,7 +22,8 @@ from .recipe import SynthesisRecipe
 from .sample import EditSample
 from .scenes import FAR, NEAR, View, World
 
-_INSTRUCTIONS = {
+# Kind → instructions in English and Chinese.
+INSTRUCTIONS = {
     "depth": (("show the depth", "estimate the depth of the picture"), ("画出深度", "估计图片的深度")),
     "segment": (("segment {what}", "cut out {what}"), ("分割{what}", "抠出{what}")),
     "view": (("turn {degrees} degrees to the {side}",), ("向{side}转{degrees}度",)),
@@ -77,7 +78,7 @@ def task(recipe: SynthesisRecipe, rng: random.Random, size: tuple[int, int], lan
         target = _white(outlines(view.ids))
     else:
         source, target = grey(view.image), view.image
-    english, chinese = _INSTRUCTIONS[kind]
+    english, chinese = INSTRUCTIONS[kind]
     instruction = rng.choice(chinese if language == "zh" else english).format(**words)
     mask = np.ones(view.ids.shape, bool)
     pair = EditSample(source, target, instruction, mask, kind, language, (), (), "scenes")
