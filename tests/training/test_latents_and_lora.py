@@ -12,6 +12,7 @@ from qwen_image_fast.models.lora import adapters_of
 from qwen_image_fast.models.lora_files import parse_lora, read_lora
 from qwen_image_fast.models.lora_keys import component_config, split_components
 from qwen_image_fast.models.text_encoder import T2I_DROP, T2I_TEMPLATE, encode_prompts
+from qwen_image_fast.training.batches.batches import RawSample
 from qwen_image_fast.training.batches.latents import LatentCache, encode_images
 from qwen_image_fast.training.lora import PEFT_WEIGHTS, WEIGHTS, add_lora, load_lora, lora_state, save_lora
 from qwen_image_fast.training.producer.encode import encode_captions
@@ -30,6 +31,30 @@ def test_captions_in_one_batch_equal_captions_alone(folder, tmp_path):
         expected = encode_prompts(task.text_encoder, task.pipe.tokenizer, captions, max_sequence_length=256)
     for a, b in zip(rows, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_longer_than_the_limit_is_said_once(folder, tmp_path, caplog):
+    """A caption is cut; an edit's instruction is not, as no pipeline cuts it."""
+    task = FlowTask(small_recipe(folder, data__tasks={"ti2i": 1.0}), tmp_path)
+    picture = np.zeros((32, 32, 3), np.uint8)
+
+    def states(images, limit):
+        raw = RawSample(0, "t2i", "make it red and round", images, [], images[1:], torch.zeros(0), 0.0)
+        with torch.no_grad():
+            (found,) = task.encoders.texts([raw], limit)
+        said = list(caplog.messages)
+        caplog.clear()
+        return found, said
+
+    whole, nothing = states([picture], 256)
+    cut, said = states([picture], 3)
+    assert not nothing and len(cut) == 3 < len(whole)
+    assert len(said) == 1 and said[0].startswith("the caption 'make it red and round' is cut: its last ")
+    whole, nothing = states([picture, picture], 256)
+    same, said = states([picture, picture], 3)
+    assert not nothing and torch.equal(whole, same)
+    assert len(said) == 1 and "tokens, more than model.max_text_tokens, 3: an edit's is not cut" in said[0]
+    assert states([picture, picture], 3)[1] == []
 
 
 def test_training_from_a_cache(folder, tmp_path):

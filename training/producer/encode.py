@@ -91,12 +91,20 @@ class Encoders:
             states = encode_captions(self.text_encoder, self.tokenizer, captions, T2I_TEMPLATE, T2I_DROP, limit)
             out.update(zip(plain, states))
         if edits:
+            self._say_long([batch[i].caption for i in edits], limit)
             states = encode_edit_prompts(
                 self.text_encoder, self.tokenizer, self.processor,
                 [batch[i].caption for i in edits], [batch[i].pictures for i in edits], one_batch=True,
             )  # fmt: skip
             out.update(zip(edits, states))
         return [out[i] for i in range(len(batch))]
+
+    def _say_long(self, instructions: Sequence[str], limit: int) -> None:
+        """Instructions of edits are whole, as the pipelines take them: plans of memory count on the limit."""
+        for instruction, row in zip(instructions, self.tokenizer(list(instructions))["input_ids"]):
+            if len(row) > limit:
+                what = "the instruction %.40r has %d tokens, more than model.max_text_tokens, %d: an edit's is not cut"
+                warn_once(logger, self.text_encoder, what, instruction, len(row), limit)
 
 
 class EncodingMaker:

@@ -22,7 +22,8 @@ class ModelRecipe:
     vae: a VAE, or a pipeline's, instead of that of `folder`. dtype: of the weights in the forward pass; "auto" is
     bfloat16 on CUDA, float32 on the CPU. The optimiser's weights are always float32. train_text_encoder: whether it
     learns too, as that of tiny did. max_text_tokens: of a caption, which is cut behind them; an edit's instruction is
-    never cut. gradient_checkpointing: less memory for a third more time. compile: by torch.compile.
+    never cut, a longer one is named in a warning. gradient_checkpointing: less memory for a third more time. compile:
+    by torch.compile.
 
     precision: "int8" or "int4", the large frozen weights below adapters in 8 or 4 bits, an approximation; empty: in
     `dtype`. memory:
