@@ -236,6 +236,21 @@ def test_parts_of_the_error_of_fewer_bits(tmp_path, monkeypatch, capsys):
     assert 0 < eight < four < all_blocks < 0.2 and "4 bits, all blocks, in bfloat16" in capsys.readouterr().out
 
 
+def test_texts_of_fewer_bits(tmp_path, monkeypatch):
+    pytest.importorskip("rapidocr")
+    from benchmarks import precision_texts
+
+    monkeypatch.setattr(precision_texts, "STEPS", 2)
+    monkeypatch.setattr(sys, "argv", ["precision_texts", "--count", "2", "--out", str(tmp_path / "x.json")])
+    precision_texts.main()
+    found = json.loads((tmp_path / "x.json").read_text())["by_precision"]
+    assert list(found) == ["bfloat16", "int8", "int4"] and found["int8"]["bar"] < found["int4"]["bar"]
+    assert 25 < found["int4"]["psnr"]["median"] < found["int8"]["psnr"]["median"] < 99
+    for name in precision_texts.BARS:
+        lost = {m: found["bfloat16"]["read"][m] - found[name]["read"][m] for m in precision_texts.METRICS}
+        assert found[name]["lost"] == lost and found[name]["reached"] == (max(lost.values()) <= found[name]["bar"])
+
+
 def test_points_of_post_training(tmp_path):
     """Won, lost and the share by hand; what a call has made is read and not made again."""
     pytest.importorskip("rapidocr")
