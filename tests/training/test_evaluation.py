@@ -11,7 +11,13 @@ from typer.testing import CliRunner
 from qwen_image_fast import QwenImagePipeline
 from qwen_image_fast.cli import app
 from qwen_image_fast.training.evaluation import evaluate_text, ocr
-from qwen_image_fast.training.evaluation.cases import cases_of_file, held_out_cases, held_out_edits, psnr_outside
+from qwen_image_fast.training.evaluation.cases import (
+    TextCase,
+    cases_of_file,
+    held_out_cases,
+    held_out_edits,
+    psnr_outside,
+)
 from qwen_image_fast.training.evaluation.colour_metrics import ground_colour, text_colour
 from qwen_image_fast.training.evaluation.text_metrics import edit_distance, score, summarise
 from qwen_image_fast.training.synthesis.generator import make
@@ -149,6 +155,54 @@ class TestWithReader:
     def test_pictures_of_another_type_are_refused(self, reader):
         with pytest.raises(ValueError, match="must be uint8"):
             reader.read(np.zeros((8, 8, 3), np.float32))
+
+
+class TestAgainst:
+    """Two runs on the same prompts: what won and lost, by hand; results that cannot be compared are refused."""
+
+    CASES = tuple(TextCase(f'"{word}" in red', (word,), language)
+                  for word, language in (("ab", "en"), ("cd", "en"), ("ef", "en"), ("你好", "zh")))  # fmt: skip
+
+    def results(self, *exact):
+        return [evaluate_text.Result(case, np.zeros((8, 8, 3), np.uint8), case.texts if right else (),
+                                     score(case.texts, case.texts if right else (), case.language), None)
+                for case, right in zip(self.CASES, exact)]  # fmt: skip
+
+    def test_won_and_lost_by_language(self, tmp_path):
+        first = evaluate_text.write_report(self.results(True, False, False, True), tmp_path, {})
+        assert "against" not in first["en"] and "| 33.3% | 6% to 79% |" in evaluate_text.table(first)
+        before = evaluate_text.results_before(tmp_path, self.CASES)
+        totals = evaluate_text.write_report(self.results(True, True, True, False), tmp_path / "now", {}, before)
+        assert totals["en"]["against"] == {"path": str(tmp_path), "won": 2, "lost": 0, "p": 0.5}
+        assert totals["zh"]["against"] == {"path": str(tmp_path), "won": 0, "lost": 1, "p": 1.0}
+        assert evaluate_text.read_results(tmp_path / "now")["summary"]["en"]["against"]["won"] == 2
+
+    def test_other_prompts_and_other_files(self, tmp_path):
+        evaluate_text.write_report(self.results(True, False, False, True), tmp_path, {})
+        with pytest.raises(ValueError, match="--against must be of the same prompts, got 4 others in"):
+            evaluate_text.results_before(tmp_path / "results.json", self.CASES[:3])
+        for text in ("{oops", '{"pictures": [{"task": "depth"}], "settings": {}}', "[]"):
+            (tmp_path / "other.json").write_text(text)
+            with pytest.raises(ValueError, match="--against must be results of evaluate text, got"):
+                evaluate_text.results_before(tmp_path / "other.json", self.CASES)
+        with pytest.raises(ValueError, match="--against must be results"):
+            evaluate_text.results_before(tmp_path / "none", self.CASES)
+
+
+def test_the_command_compares_with_a_run_before(tmp_path, monkeypatch):
+    white = np.full((32, 32, 3), 255, np.uint8)
+    monkeypatch.setattr(QwenImagePipeline, "from_pretrained", lambda *args, **kwargs: types.SimpleNamespace())
+    monkeypatch.setattr(evaluate_text, "drawn_by", lambda *args, **kwargs: lambda cases, first: [white] * len(cases))
+    monkeypatch.setattr(ocr, "Reader", lambda: types.SimpleNamespace(read=lambda image: []))
+    words = ["evaluate", "text", "--count", "2", "--out"]
+    assert CliRunner().invoke(app, [*words, str(tmp_path / "first")]).exit_code == 0
+    options = ["--steps", "8", "--against", str(tmp_path / "first")]
+    result = CliRunner().invoke(app, [*words, str(tmp_path / "second"), *options])
+    assert result.exit_code == 0, result.output
+    assert "en: 0 won, 0 lost, sign test p 1" in result.stdout and "first: steps" in result.stdout
+    monkeypatch.setattr(QwenImagePipeline, "from_pretrained", lambda *args, **kwargs: pytest.fail("was read"))
+    result = CliRunner().invoke(app, [*words, str(tmp_path / "third"), "--seed", "5", *options])
+    assert result.exit_code == 2 and not (tmp_path / "third").exists()
 
 
 def test_a_lora_is_on_the_model_that_is_read(tmp_path, monkeypatch):

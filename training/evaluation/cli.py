@@ -58,6 +58,9 @@ def text_command(
     lora: Annotated[
         Path | None, typer.Option(help="a LoRA on the model, such as RUN/model: what it has unlearned", exists=True)
     ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="folder of a run before with the same prompts: won, lost, and a sign test")
+    ] = None,
 ) -> None:
     """Draw texts, read them back, and count: exact match, CVTG-2K's word accuracy and NED, LongText-Bench's score."""
     typer.echo(f"{model}: loading torch and the reader", err=True)
@@ -70,6 +73,12 @@ def text_command(
 
     recipes = [_recipe(name, letters, lines, words_only, float(other_captions)) for name in languages.split(",")]
     cases = cases_of_file(prompts) if prompts else [c for r in recipes for c in held_out_cases(r, count, seed)]
+    before = None
+    if against is not None:
+        try:
+            before = report.results_before(against.expanduser(), cases)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
     with claimed(out, "results.json"):
         reader, pipe = Reader(), QwenImagePipeline.from_pretrained(model)
         if lora is not None:
@@ -79,9 +88,14 @@ def text_command(
         settings = {"prompts": str(prompts or "held-out synthetic captions"), "letters": letters, "lines": lines,
                     "words_only": words_only, "other_captions": other_captions, "size": size, "steps": steps,
                     "guidance": guidance, "seed": seed, "lora": str(lora or "none")}  # fmt: skip
-        totals = report.write_report(results, out, settings)
+        totals = report.write_report(results, out, settings, before)
     print(report.table(totals))
+    if before and (changed := [k for k, v in settings.items() if before["settings"].get(k) != v]):
+        print(f"settings that differ from those of {against}: {', '.join(changed)}")
     for language, values in totals.items():
+        if found := values.get("against"):
+            share = f"{found['won']} won, {found['lost']} lost, sign test p {found['p']:.3g}"
+            print(f"exact against {against}, {language}: {share}")
         lengths = ", ".join(f"{n}: {right}/{of}" for n, (right, of) in values["exact_by_length"].items())
         print(f"exact by length of the longest text, {language}: {lengths}")
     print(f"results.json and pictures are in {out}")

@@ -15,7 +15,9 @@ from qwen_image_fast.checkpoint import json_bytes
 from qwen_image_fast.files import atomic_write
 from qwen_image_fast.training.evaluation.cases import TextCase
 from qwen_image_fast.training.evaluation.colour_metrics import ground_colour, text_colour
+from qwen_image_fast.training.evaluation.intervals import wilson
 from qwen_image_fast.training.evaluation.ocr import Reader
+from qwen_image_fast.training.evaluation.paired import sign_test, won_lost
 from qwen_image_fast.training.evaluation.text_metrics import TextScore, score, summarise
 from qwen_image_fast.training.synthesis.fonts import Face, find_fonts
 from qwen_image_fast.training.synthesis.preview import contact_sheet
@@ -73,7 +75,8 @@ def judge(case: TextCase, image: np.ndarray, recipe: SynthesisRecipe, reader: Re
 
 
 def summary(results: Sequence[Result]) -> dict[str, Any]:
-    """Metrics by language: those of `TextSummary`, colour accuracy, and exact match by the length of the text."""
+    """Metrics by language: those of `TextSummary`, the 95 % interval of the exact ones, colour accuracy, and exact
+    match by the length of the text."""
     out: dict[str, Any] = {}
     for language in sorted({r.case.language for r in results}):
         own = [r for r in results if r.case.language == language]
@@ -82,16 +85,24 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
         for r in own:
             lengths.setdefault(max(map(len, r.case.texts)), []).append(r.score.exact)
         out[language] = dataclasses.asdict(summarise([r.score for r in own])) | {
+            "exact_interval": list(wilson(sum(r.score.exact for r in own), len(own))),
             "colour_accuracy": sum(judged) / len(judged) if judged else None,
             "exact_by_length": {n: [sum(v), len(v)] for n, v in sorted(lengths.items())},
         }
     return out
 
 
-def write_report(results: Sequence[Result], folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """`results.json`, `samples.png` and, where there are some, `failures.png` in a folder; returns the summary."""
+def write_report(
+    results: Sequence[Result], folder: Path, settings: dict[str, Any], before: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """`results.json`, `samples.png` and, where there are some, `failures.png` in a folder; returns the summary.
+
+    before: of `results_before`; each language of the summary then has what `compared` finds as `against`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     totals = summary(results)
+    for language, found in (compared(before, results) if before else {}).items():
+        totals[language]["against"] = found
     rows = [
         {"prompt": r.case.prompt, "texts": r.case.texts, "read": r.read, "exact": r.score.exact,
          "colours_right": r.colours_right}
@@ -121,13 +132,15 @@ def _sheet(results: Sequence[Result], path: Path, faces: Sequence[Face]) -> None
 def table(totals: dict[str, Any]) -> str:
     """The summary as a Markdown table."""
     rows = [
-        "| language | pictures | text exact | word accuracy | NED | text score | colours |",
-        "|---|---|---|---|---|---|---|",
+        "| language | pictures | text exact | 95 % interval | word accuracy | NED | text score | colours |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for language, values in totals.items():
         colours = "" if values["colour_accuracy"] is None else f"{values['colour_accuracy']:.1%}"
+        low, high = values["exact_interval"]
         rows.append(
-            f"| {language} | {values['pictures']} | {values['exact']:.1%} | {values['word_accuracy']:.1%} "
+            f"| {language} | {values['pictures']} | {values['exact']:.1%} | {low:.0%} to {high:.0%} "
+            f"| {values['word_accuracy']:.1%} "
             f"| {values['ned']:.3f} | {values['text_score']:.1%} | {colours} |"
         )
     return "\n".join(rows)
@@ -147,3 +160,37 @@ def drawn_by(pipe: Any, **arguments: Any) -> Callable[[Sequence[TextCase], int],
 def read_results(folder: Path) -> dict[str, Any]:
     """What `write_report` wrote."""
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def results_before(path: Path, cases: Sequence[TextCase]) -> dict[str, Any]:
+    """The results of a run before, of the same prompts.
+
+    Args:
+        path: its `results.json`, or the folder with it.
+
+    Raises:
+        ValueError: it is none of `evaluate text`, or of other prompts.
+    """
+    try:
+        file = path / "results.json" if path.is_dir() else path
+        content = json.loads(file.read_text(encoding="utf-8"))
+        told = [(row["prompt"], tuple(row["texts"]), bool(row["exact"])) for row in content["pictures"]]
+        settings = dict(content["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"evaluate text: --against must be results of evaluate text, got {path}") from error
+    if [one[:2] for one in told] != [(case.prompt, case.texts) for case in cases]:
+        raise ValueError(
+            f"evaluate text: --against must be of the same prompts, got {len(told)} others in {path}; give the same "
+            "--count, --languages, --seed and what else chooses them"
+        )
+    return {"path": str(path), "settings": settings, "exact": [one[2] for one in told]}
+
+
+def compared(before: dict[str, Any], results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """By language: how many pictures became exact, how many no longer are, and the p of the sign test on these."""
+    out = {}
+    for language in sorted({r.case.language for r in results}):
+        pairs = [(was, r.score.exact) for was, r in zip(before["exact"], results) if r.case.language == language]
+        won, lost = won_lost([was for was, _ in pairs], [now for _, now in pairs])
+        out[language] = {"path": before["path"], "won": won, "lost": lost, "p": sign_test(won, lost)}
+    return out
