@@ -75,7 +75,9 @@ def test_a_file_in_4_bits(tmp_path):
         assert low < error < high, path
     assert json.loads(read_metadata(file)[METADATA])["precision"] == "int4"
     assert model.get_submodule(LAYER).int8.packed.nbytes == 192 * 192 * 9 // 16
-    with pytest.raises(ValueError, match="is quantised already, .* as int4 groups of 16"):
+    with pytest.raises(
+        ValueError, match="is quantised already, .* as int4 groups of 16.*: load it with precision='int4' "
+    ):
         read(file, precision="int8")
 
 
@@ -154,7 +156,9 @@ def test_what_is_refused(tmp_path):
     state = QwenImageTransformer2DModel.from_pretrained(SHIPPED, subfolder="transformer").state_dict()
     tensors, _ = as_q8_0(state, "")
     path = write_gguf(tmp_path / "model.gguf", tensors, {"general.architecture": "qwen_image"})
-    with pytest.raises(ValueError, match="model.gguf is quantised already, .* as GGUF Q8_0: load it"):
+    with pytest.raises(
+        ValueError, match="model.gguf is quantised already, .* as GGUF Q8_0: quantise the file in float"
+    ):
         quantize(open_weights([path], "transformer"), tmp_path / "x.safetensors")
     state[f"{LAYER}.weight"][0, 0] = float("inf")
     save_file(state, tmp_path / "bad.safetensors")
@@ -211,7 +215,9 @@ def test_the_command_without_modulation_weights(tmp_path):
     assert result.exit_code == 0 and (tmp_path / "a.png").exists(), result.output
     result = run(app, [*draw, str(tmp_path / "b.png"), *call, "--steps", "3"])
     assert result.exit_code != 0 and not (tmp_path / "b.png").exists()
-    assert "its vectors are for 2 steps of 64x64, 128x64; " in result.stderr.replace("\n", " ")
+    assert "its vectors are for 2 steps of 64x64, 128x64, not for 3 steps of 64x64: " in result.stderr.replace(
+        "\n", " "
+    )
     # Work that was stopped before its report goes on with the file only if that is the same.
     (out / "quantization.json").unlink()
     result = run(app, [*words, "--lightning", "4", "--no-check"])

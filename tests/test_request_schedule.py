@@ -10,6 +10,7 @@ from qwen_image_fast.models.modulation import ModulationTables, model_timesteps
 from qwen_image_fast.request import make
 from qwen_image_fast.request_schedule import StoredLevels, timesteps_of
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler
+from qwen_image_fast.weights.formats import open_weights
 
 PICTURE, OTHER = Image.new("RGB", (90, 61), "red"), Image.new("RGB", (64, 48), "blue")
 MASK = Image.new("RGB", PICTURE.size, "white")
@@ -61,10 +62,10 @@ def test_they_are_what_the_pipeline_asks_for(pipe, name, at_zero, monkeypatch):
     assert got == tuple(wanted.tolist()) and len(got) == request.steps + at_zero
 
 
-def test_weights_have_every_schedule(tmp_path):
-    assert StoredLevels.of_files(SHIPPED / "transformer") is None
-    assert StoredLevels.of_files(SHIPPED / "transformer", [tmp_path / "on-the-hub.safetensors"]) is None
-    assert StoredLevels.of_files(SHIPPED / "scheduler") is None
+def test_weights_have_every_schedule(pipe):
+    file = SHIPPED / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert StoredLevels.of_file(open_weights([file], "transformer"), {}) is None
+    assert StoredLevels.of_model(pipe.transformer) is None
 
 
 def test_the_scheduler_stays_as_it_is():

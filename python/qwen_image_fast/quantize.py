@@ -88,7 +88,8 @@ def quantize(
         ValueError: weights with a quantisation of their own, or that are not finite.
     """
     weights: Mapping[str, Weight] = opened.weights
-    refuse_quantised({name.removesuffix(".weight"): w for name, w in weights.items() if _in_8_bits(name)})
+    layers = {name.removesuffix(".weight"): w for name, w in weights.items() if _in_8_bits(name)}
+    refuse_quantised(layers, "quantise the file in floating point that it was made of")
     vectors, said_of_them = None, b""
     if schedules:
         vectors = Vectors(weights, schedules, functools.partial(_read, opened.weights, loras))

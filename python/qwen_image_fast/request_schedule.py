@@ -4,18 +4,15 @@ their vectors: known from the header of its file, before a model is loaded."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from qwen_image_fast.checkpoint import find_weights, has_weights, read_config
 from qwen_image_fast.models.modulation import model_timesteps
 from qwen_image_fast.models.stored_modulation import (
     DTYPE,
     SCHEDULES,
     StoredSchedule,
-    check_dtype,
     is_stored,
     named,
     schedules_in,
@@ -27,7 +24,7 @@ from qwen_image_fast.request import Request
 from qwen_image_fast.request_fields import tokens_of
 from qwen_image_fast.sampling import noise_levels, schedule_shift
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler, named_schedule
-from qwen_image_fast.weights.formats import open_weights
+from qwen_image_fast.weights.formats import Opened
 
 
 class StoredLevels(NamedTuple):
@@ -44,18 +41,10 @@ class StoredLevels(NamedTuple):
         return cls(schedules_in(getattr(transformer, SCHEDULES)), bool(transformer.config.zero_cond_t))
 
     @classmethod
-    def of_files(cls, folder: Path, files: Sequence[Path] = ()) -> StoredLevels | None:
-        """Of the transformer's folder, and of the files that are given instead of its weights; by their headers.
-
-        None: they have the weights, or are not here. ValueError: a damaged file.
-        """
-        files = files or (find_weights(folder) if has_weights(folder) else [])
-        if not files or not all(file.is_file() for file in files):
-            return None
-        opened = open_weights(files, "transformer")
-        if not (schedules := schedules_of_file(opened.weights)):
-            return None
-        return cls(schedules, opened.zero_cond_t or bool(read_config(folder).get("zero_cond_t")))
+    def of_file(cls, opened: Opened, config: Mapping[str, Any]) -> StoredLevels | None:
+        """Of an opened file, and the transformer's configuration. None: it has the weights."""
+        schedules = schedules_of_file(opened.weights)
+        return cls(schedules, opened.zero_cond_t or bool(config.get("zero_cond_t"))) if schedules else None
 
     def check(self, request: Request, opened: Mapping[str, Any], scheduler: FlowMatchEulerDiscreteScheduler) -> None:
         """ValueError, which names what there is, where a noise level of the request is not stored.
@@ -77,10 +66,6 @@ class StoredLevels(NamedTuple):
             f"{named(self.schedules)}, not for {asked}: take such a schedule, or make a file for this one, by "
             f"`qwen-image-fast quantize --drop-modulation {again}`"
         )
-
-    def check_dtype(self, dtype: torch.dtype) -> None:
-        """ValueError where a model of this type could not have the vectors."""
-        check_dtype(dtype)
 
 
 def drawn_size(request: Request, opened: Mapping[str, Any]) -> tuple[int, int]:

@@ -207,7 +207,8 @@ def test_a_pipeline(trained):
 
 
 @pytest.mark.parametrize(
-    "precision, scale", [("int8", "weight_scale"), ("int4", "weight_s_channel"), ("int4", "weight_s_rel")]
+    "precision, scale",
+    [("int8", "weight_scale"), ("int4", "weight_s_channel"), ("int4", "weight_s_rel"), ("int4", "weight_codebook")],
 )
 def test_scales_of_a_file_that_are_not_numbers(tmp_path, precision, scale):
     """With a precision its numbers are taken as they are, not decoded, where scales are looked at."""
@@ -215,7 +216,7 @@ def test_scales_of_a_file_that_are_not_numbers(tmp_path, precision, scale):
     state = load(SHIPPED, subfolder="transformer", precision=precision).state_dict()
     state[f"{layer}.{scale}"].view(-1)[5] = float("nan")
     path = write_safetensors(tmp_path / "model.safetensors", state)
-    with pytest.raises(ValueError, match=f"{layer}.weight must hold finite numbers"):
+    with pytest.raises(ValueError, match=f"{layer}.weight must hold finite numbers, .*: {path} is damaged"):
         QwenImageTransformer2DModel.from_single_file(path, config=SHIPPED, precision=precision)
 
 
@@ -258,6 +259,12 @@ def test_what_is_refused(tmp_path, trained, monkeypatch):
         load(tmp_path / "nowhere", precision="int3")  # before anything is looked for
     with pytest.raises(ValueError, match="precision must be None on xpu: layers in 8 bits compute on cpu and cuda"):
         check_precision("from_pretrained", "int8", "xpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(int8_linear, "UNITS", int8_linear.UNITS[:1])
+        with pytest.raises(
+            ValueError, match="precision must be None on this CPU, which has none of the instructions for"
+        ):
+            load(SHIPPED, subfolder="transformer", precision="int8")
     with pytest.raises(ValueError, match="precision must be None for a AutoencoderKLQwenImage, got 'int8'"):
         AutoencoderKLQwenImage.from_pretrained(SHIPPED, subfolder="vae", precision="int8")
     with pytest.raises(ValueError, match="precision must be None with a transformer that is loaded already"):

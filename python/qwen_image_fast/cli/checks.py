@@ -7,13 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwen_image_fast.checkpoint import find_weights, pretrained_folder, read_config, weight_patterns
+from qwen_image_fast.checkpoint import find_weights, has_weights, pretrained_folder, read_config, weight_patterns
 from qwen_image_fast.cli.errors import BAD_INPUT, CommandError, sentence_of
 from qwen_image_fast.cli.options import flag
 from qwen_image_fast.folders import read_json
 from qwen_image_fast.models.controlnet import QwenImageControlNetModel
+from qwen_image_fast.models.int8_linear import layers_in
 from qwen_image_fast.models.lora_files import locate_lora, parse_components, read_lora
 from qwen_image_fast.models.lora_keys import split_components
+from qwen_image_fast.models.stored_modulation import check_dtype
 from qwen_image_fast.models.text_encoder import empty_text_encoder
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.pictures import to_mask
@@ -33,7 +35,7 @@ def check_before_loading(request: Request, opened: Mapping[str, Any], pipeline: 
     for name in ("transformer", "text_encoder", "vae"):
         given = getattr(request, name) or []
         check_files(name, [given] if isinstance(given, str) else given)
-    if (stored := check_vectors(request.model, request.transformer, dtype)) is not None:
+    if (stored := check_numbers(request.model, request.transformer, dtype, request.precision)) is not None:
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(request.model, subfolder="scheduler")
         with _about(*_transformer(request.model, request.transformer)):
             stored.check(request, opened, scheduler)
@@ -62,13 +64,20 @@ def check_files(name: str, given: Iterable[str]) -> None:
             check_part(open_weights(files, name), files, name)
 
 
-def check_vectors(model: str, transformer: str | None, dtype: Any) -> StoredLevels | None:
-    """What a transformer has instead of modulation weights, of which the type must be theirs; None: it has them."""
+def check_numbers(model: str, transformer: str | None, dtype: Any, precision: str | None) -> StoredLevels | None:
+    """The transformer's weights must be such that its large layers can be in this precision, and modulation vectors in
+    torch's dtype. Returns what it has instead of modulation weights; None: it has them, or is not here."""
     with _about(*_transformer(model, transformer)):
-        files = [] if transformer is None else [Path(transformer)]
-        stored = StoredLevels.of_files(part_folder(model, "transformer"), files)
-        if stored is not None:
-            stored.check_dtype(dtype)
+        folder = part_folder(model, "transformer")
+        here = find_weights(folder) if transformer is None and has_weights(folder) else []
+        files = here if transformer is None else [Path(transformer)]
+        if not files or not all(file.is_file() for file in files):
+            return None
+        opened = open_weights(files, "transformer")
+        if precision is not None:
+            layers_in(precision, opened.weights)
+        if (stored := StoredLevels.of_file(opened, read_config(folder))) is not None:
+            check_dtype(dtype)
         return stored
 
 

@@ -243,12 +243,12 @@ def _parse(parallel: str, gpus: int | None, folder: Path) -> Split:
 
 def _check_numbers(model: str, transformer: str | None, device: str, dtype: str, precision: str | None) -> None:
     """CommandError where the transformer's large layers, or its modulation vectors, cannot be in these types."""
-    from qwen_image_fast.cli.checks import check_vectors
+    from qwen_image_fast.cli.checks import check_numbers
     from qwen_image_fast.models.int8_linear import check_precision
 
     with failing(BAD_INPUT, ValueError):
         check_precision("--precision", precision, device)
-    check_vectors(model, transformer, common.torch_dtype(dtype))
+    check_numbers(model, transformer, common.torch_dtype(dtype), precision)
 
 
 def _check_memory(

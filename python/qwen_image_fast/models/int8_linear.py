@@ -327,15 +327,19 @@ def bits_of(precision: str, weights: Mapping[str, Weight]) -> dict[str, str]:
     return {path: stored[path][0] if stored[path] else made[path] for path in weights}
 
 
-def refuse_quantised(stored: Mapping[str, Weight]) -> None:
-    """ValueError where one of these weights, by layer, is quantised."""
+def refuse_quantised(stored: Mapping[str, Weight], instead: str = "") -> None:
+    """ValueError where one of these weights, by layer, is quantised. instead: what to do; default: as it is loaded."""
     for path, weight in stored.items():
         if is_quantised(weight):
-            file = weight.parts["weight"].entry.path if isinstance(weight, StoredWeight) else "the file"
-            raise ValueError(
-                f"{file} is quantised already, {path} as {weight.kind}: load it without precision, or take a file in "
-                "floating point"
-            )
+            own = next((kind for kind in PRECISIONS if _is_in(kind, weight)), None)
+            known = "" if own is None else f"with precision={own!r} (--precision {own}), or "
+            instead = instead or f"load it {known}without precision, or take a file in floating point"
+            raise ValueError(f"{_file_of(weight)} is quantised already, {path} as {weight.kind}: {instead}")
+
+
+def _file_of(weight: Weight) -> str:
+    entry = weight.parts["weight"].entry if isinstance(weight, StoredWeight) else weight
+    return str(entry.path) if isinstance(entry, Entry) else "the file"
 
 
 def _is_in(precision: str, weight: Weight) -> bool:
@@ -354,14 +358,23 @@ def _read(path: str, weight: Any, place: Int8Weight, precision: str) -> Int8Weig
     if isinstance(weight, Entry):
         value = read_entry(weight)
         found = quantised(value.float() if value.dtype == torch.float64 else value, place, precision)
+        _check_finite(path, weight, found.scales)
     elif precision == "int4":
         codes, times, scales, levels = (
             read_entry(weight.parts[part].entry) for part in ("weight", "s_rel", "s_channel", "codebook")
         )
+        _check_finite(path, weight, times.float(), scales, levels)
         found = of_file(path, codes, times, scales, levels, weight.rotation_of_4, place)
     else:
         values, scales = (read_entry(weight.parts[part].entry) for part in ("weight", "scale"))
+        _check_finite(path, weight, scales)
         found = Int8Weight.of(values, scales, weight.rotation, place)
-    if not bool(torch.isfinite(found.scales).all()):
-        raise ValueError(f"{path}.weight must hold finite numbers, got NaN or infinity: download the file again")
     return found
+
+
+def _check_finite(path: str, weight: Weight, *scales: Tensor) -> None:
+    if not all(bool(torch.isfinite(scale).all()) for scale in scales):
+        raise ValueError(
+            f"{path}.weight must hold finite numbers, got NaN or infinity: {_file_of(weight)} is damaged, download or "
+            "convert it again"
+        )
