@@ -37,7 +37,9 @@ def model_class(folder: Path, name: str) -> str:
         FileNotFoundError: there is no index. ValueError: it is damaged.
     """
     if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"{name} is not a pipeline's folder: it has no model_index.json")
+        alone = folder / "diffusion_pytorch_model.safetensors"
+        hint = f"; a transformer alone goes with a pipeline's folder: --transformer {alone}" if alone.is_file() else ""
+        raise FileNotFoundError(f"{name} is not a pipeline's folder: it has no model_index.json{hint}")
     return str(read_json(folder / "model_index.json").get("_class_name"))
 
 

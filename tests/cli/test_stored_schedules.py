@@ -3,8 +3,10 @@
 import shutil
 
 import pytest
+import torch
 from cli_harness import refused
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import qwen_image_fast as q
@@ -80,6 +82,28 @@ def test_a_folder_with_such_a_transformer(file, here, unread, tmp_path):
     result = run("generate", "x", "--model", folder, "--size", "64x64", "--steps", "9", "--precision", "int8")
     refused(
         result, 2, f"--model {folder}: the modulation weights were left out of this transformer, and {KNOWN} 9 steps"
+    )
+
+
+@pytest.mark.parametrize("command", ["generate", "serve"])
+def test_a_lora_on_modulation(file, here, unread, command):
+    layer = "transformer.transformer_blocks.0.img_mod.1"
+    pair = {f"{layer}.lora_A.weight": torch.ones(2, 192), f"{layer}.lora_B.weight": torch.ones(6 * 192, 2)}
+    save_file(pair, "lora.safetensors")
+    words = ["x", "--size", "64x64", "--steps", 3] if command == "generate" else ["--port", 0]
+    given = ["--model", "tiny", "--transformer", file, "--precision", "int8", "--lora", "lora.safetensors"]
+    result = run(command, *words, *given)
+    assert result.exit_code == 2 and "Traceback" not in result.stderr
+    said = "transformer_blocks.0.img_mod.1 cannot be changed, since the modulation weights were left out of this transf"
+    assert said in result.stderr, result.stderr
+
+
+def test_the_folder_of_a_transformer_alone(file, here):
+    result = run("generate", "x", "--model", file.parent)
+    refused(
+        result,
+        2,
+        f"it has no model_index.json; a transformer alone goes with a pipeline's folder: --transformer {file}",
     )
 
 

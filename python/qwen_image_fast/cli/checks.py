@@ -15,7 +15,7 @@ from qwen_image_fast.models.controlnet import QwenImageControlNetModel
 from qwen_image_fast.models.int8_linear import layers_in
 from qwen_image_fast.models.lora_files import locate_lora, parse_components, read_lora
 from qwen_image_fast.models.lora_keys import split_components
-from qwen_image_fast.models.stored_modulation import check_dtype
+from qwen_image_fast.models.stored_modulation import DTYPE, check_dtype, hold_vectors, refuse_changes
 from qwen_image_fast.models.text_encoder import empty_text_encoder
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.pictures import to_mask
@@ -25,7 +25,7 @@ from qwen_image_fast.pipelines.images import area_size
 from qwen_image_fast.request import Request
 from qwen_image_fast.request_schedule import StoredLevels
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler
-from qwen_image_fast.weights.formats import check_part, open_weights
+from qwen_image_fast.weights.formats import Opened, check_part, open_weights
 
 
 def check_before_loading(request: Request, opened: Mapping[str, Any], pipeline: Any, dtype: Any) -> None:
@@ -41,7 +41,7 @@ def check_before_loading(request: Request, opened: Mapping[str, Any], pipeline: 
             stored.check(request, opened, scheduler)
     if request.kind != "controlnet" and not request.lora:
         return
-    transformer = QwenImageTransformer2DModel.empty(read_config(part_folder(request.model, "transformer")))
+    transformer = empty_transformer(request.model, request.transformer)
     if request.kind == "controlnet":
         check_net(request.net, "mask" in opened, transformer)  # type: ignore[attr-defined]
     check_loras([lora.name for lora in request.lora], request.model, transformer, pipeline)
@@ -68,17 +68,31 @@ def check_numbers(model: str, transformer: str | None, dtype: Any, precision: st
     """The transformer's weights must be such that its large layers can be in this precision, and modulation vectors in
     torch's dtype. Returns what it has instead of modulation weights; None: it has them, or is not here."""
     with _about(*_transformer(model, transformer)):
-        folder = part_folder(model, "transformer")
-        here = find_weights(folder) if transformer is None and has_weights(folder) else []
-        files = here if transformer is None else [Path(transformer)]
-        if not files or not all(file.is_file() for file in files):
+        if (opened := _opened(model, transformer)) is None:
             return None
-        opened = open_weights(files, "transformer")
         if precision is not None:
             layers_in(precision, opened.weights)
-        if (stored := StoredLevels.of_file(opened, read_config(folder))) is not None:
+        stored = StoredLevels.of_file(opened, read_config(part_folder(model, "transformer")))
+        if stored is not None:
             check_dtype(dtype)
         return stored
+
+
+def empty_transformer(model: str, transformer: str | None) -> Any:
+    """On the meta device; with modulation vectors where its file has these."""
+    empty = QwenImageTransformer2DModel.empty(read_config(part_folder(model, "transformer")))
+    with _about(*_transformer(model, transformer)):
+        if (opened := _opened(model, transformer)) is not None:
+            hold_vectors(empty, opened.weights, DTYPE)
+    return empty
+
+
+def _opened(model: str, transformer: str | None) -> Opened | None:
+    """The transformer's weights, of the folder or in a file; None: they are not on this disk."""
+    folder = part_folder(model, "transformer")
+    here = find_weights(folder) if transformer is None and has_weights(folder) else []
+    files = here if transformer is None else [Path(transformer)]
+    return open_weights(files, "transformer") if files and all(file.is_file() for file in files) else None
 
 
 def _transformer(model: str, transformer: str | None) -> tuple[str, str]:
@@ -110,7 +124,8 @@ def check_loras(names: Iterable[str], model: str, transformer: Any, pipeline: An
             state, config = read_lora(*locate_lora(name, None, None, {"revision": None}))
             if encoder is None and split_components(state)[1] and not pipeline.writes_captions:
                 encoder = empty_text_encoder(part_folder(model, "text_encoder"), pipeline.uses_vision)
-            parse_components(state, config, transformer, encoder)
+            own, _, _ = parse_components(state, config, transformer, encoder)
+            refuse_changes(transformer, own.keys(), "load_lora_weights")
 
 
 def part_folder(model: str, name: str) -> Path:

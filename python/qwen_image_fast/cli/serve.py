@@ -193,12 +193,10 @@ def _check_files(model: str, cls: str, transformer: str | None, loras: dict[str,
     """CommandError for files and folders that hold something else, or of another transformer."""
     if transformer or loras or nets:
         import qwen_image_fast
-        from qwen_image_fast.checkpoint import read_config
         from qwen_image_fast.cli import checks
-        from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 
-        own = QwenImageTransformer2DModel.empty(read_config(checks.part_folder(model, "transformer")))
         checks.check_files("transformer", [transformer] if transformer else [])
+        own = checks.empty_transformer(model, transformer)
         checks.check_loras(loras.values(), model, own, getattr(qwen_image_fast, cls))
         for source in nets.values():
             checks.check_net(source, None, own, "controlnet")
