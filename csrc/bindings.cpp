@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "bindings_cuda.h"
+#include "kernels/joint_attention_amx.h"
 #include "params.h"
 
 namespace py = pybind11;
@@ -152,6 +154,15 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release release;
     return amx_products(p.data(), static_cast<int64_t>(p.size()));
   });
+  m.def("joint_attention_amx",
+        [](Address q, Address k, Address v, Address out, Address lse, const std::array<int64_t, 3>& strides,
+           const std::vector<int64_t>& q_lens, const std::vector<int64_t>& k_lens, int64_t heads, int64_t head_dim) {
+          const AmxAttention p{pointer(q), pointer(k), pointer(v), pointer(out), pointer<float>(lse),
+                               strides[0], strides[1], strides[2], q_lens,       k_lens,
+                               heads,      head_dim};
+          py::gil_scoped_release release;
+          return joint_attention_amx(p);
+        });
 #endif
 #if defined(QIF_CUDA_ARCHITECTURES)
   define_cuda(m);

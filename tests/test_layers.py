@@ -44,7 +44,7 @@ TRAINING = [
     {"evaluation.cli", "data.cli"},
 ]
 # What ops share; the rest of ops/ is one op a file.
-SHARED = ("_choices", "_eight_bits", "_int4", "_int8", "_library", "_linear", "fp8_rows")
+SHARED = ("_attention_amx", "_choices", "_eight_bits", "_int4", "_int8", "_library", "_linear", "fp8_rows")
 FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 
 

@@ -1,22 +1,21 @@
 #include "kernels/linear_amx.h"
 
-#include <immintrin.h>
 #include <omp.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <vector>
+
+#include "common/amx.h"
 
 // A tile holds 16 rows of 64 bytes. Of `a`: 16 of its rows, 32 numbers of the depth. Of `b`: 16 pairs along the depth,
 // 16 of its rows. Matrices are packed in tiles, filled up with zeros to whole pairs of tiles.
 namespace qif {
 
 namespace {
+
+using namespace amx;
 
 constexpr int64_t kRows = 16, kDepth = 32, kTile = 1024, kStep = 3 * kTile;
 // A task is a block of results; it goes through the depth in chunks. What a chunk needs of both matrices lies in a
@@ -25,41 +24,9 @@ constexpr int64_t kBlockRows = 256, kBlockColumns = 256, kBlockDepth = 512;
 // Matrices are packed in pieces of at most this size: 14 MB of `a`, 9 MB of `b`.
 constexpr int64_t kPieceRows = 1152, kPieceColumns = 768, kPieceDepth = 2048;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The smallest multiple of 32 that cuts n into at most `blocks` blocks.
 int64_t even_block(int64_t n, int64_t blocks) {
   return std::max<int64_t>(1, ceil_div(n, std::max<int64_t>(1, blocks) * 32)) * 32;
-}
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// 16 x 16 numbers of four bytes, transposed.
-inline void transpose(const char* from, char* to) {
-  __m512i r[16], t[16];
-  for (int i = 0; i < 16; i++) r[i] = _mm512_load_si512(from + 64 * i);
-  for (int i = 0; i < 8; i++) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 4; i++)
-    for (int k = 0; k < 2; k++) {
-      r[4 * i + 2 * k] = _mm512_unpacklo_epi64(t[4 * i + k], t[4 * i + 2 + k]);
-      r[4 * i + 2 * k + 1] = _mm512_unpackhi_epi64(t[4 * i + k], t[4 * i + 2 + k]);
-    }
-  for (int i = 0; i < 2; i++)
-    for (int k = 0; k < 4; k++) {
-      t[8 * i + k] = _mm512_shuffle_i32x4(r[8 * i + k], r[8 * i + 4 + k], 0x88);
-      t[8 * i + 4 + k] = _mm512_shuffle_i32x4(r[8 * i + k], r[8 * i + 4 + k], 0xdd);
-    }
-  for (int k = 0; k < 8; k++) {
-    _mm512_store_si512(to + 64 * k, _mm512_shuffle_i32x4(t[k], t[8 + k], 0x88));
-    _mm512_store_si512(to + 64 * (8 + k), _mm512_shuffle_i32x4(t[k], t[8 + k], 0xdd));
-  }
 }
 
 inline __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
@@ -72,8 +39,6 @@ inline void split(__m512 first, __m512 second, __m512i parts[3]) {
     second = _mm512_sub_ps(second, widen(_mm512_extracti64x4_epi64(parts[p], 1)));
   }
 }
-
-inline __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 
 // The numbers [rows r0..r1][depth d0..d1] of a matrix, packed as [chunk of the depth][16 rows][32 of the depth][part].
 struct Piece {
@@ -132,13 +97,10 @@ uint32_t pack(const Piece& x, int64_t t) {
                            contiguous ? parts[p] : _mm512_permutexvar_epi16(pairs, parts[p]));
     }
     if (turn)
-      for (int p = 0; p < 3; p++) transpose(own + p * kTile, out + p * kTile);
+      for (int p = 0; p < 3; p++) transpose(reinterpret_cast<const __m512i*>(own + p * kTile), out + p * kTile);
   }
   return _mm512_reduce_max_epu32(largest);
 }
-
-// The compiler does not see what the tile instructions read and write.
-inline void barrier() { asm volatile("" ::: "memory"); }
 
 inline void load_a(const char* first, const char* second) {
   _tile_loadd(4, first, 64);
@@ -160,7 +122,7 @@ inline void add_products() {
 // sums[32][32] = the products of two tiles of `a` with two of `b` over `steps` of the depth.
 inline void multiply(const char* a0, const char* a1, const char* b0, const char* b1, int64_t steps, float* sums) {
   constexpr int64_t h = 0, m = kTile, l = 2 * kTile, stride = 32 * sizeof(float);
-  barrier();
+  tile_barrier();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -184,7 +146,7 @@ inline void multiply(const char* a0, const char* a1, const char* b0, const char*
   _tile_stored(1, sums + 16, stride);
   _tile_stored(2, sums + 16 * 32, stride);
   _tile_stored(3, sums + 16 * 32 + 16, stride);
-  barrier();
+  tile_barrier();
 }
 
 // out = sums (+ out) + bias for 32 x 32 sums, of which `rows` and `columns` are there.
@@ -338,32 +300,17 @@ void run(const AmxProduct& p, const Task& task, const Piece& a, const Piece& b, 
   }
 }
 
-// Memory of the calling thread, kept for its next call: fresh pages would cost more than the packing. Large pages, as
-// it is read all over.
-char* scratch(int64_t bytes) {
-  constexpr int64_t kLargePage = int64_t{1} << 21;
-  thread_local std::unique_ptr<char, decltype(&std::free)> memory(nullptr, &std::free);
-  thread_local int64_t size = 0;
-  if (bytes > size) {
-    size = ceil_div(bytes, kLargePage) * kLargePage;
-    memory.reset(static_cast<char*>(std::aligned_alloc(kLargePage, size)));
-    if (!memory) size = 0, throw std::bad_alloc();
-    madvise(memory.get(), size, MADV_HUGEPAGE);
-  }
-  return memory.get();
-}
-
 }  // namespace
 
 bool amx_products(const AmxProduct* products, int64_t count) {
   const int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
   Plan plan(products, count, threads);
-  plan.place(scratch(plan.bytes));
+  plan.place(scratch<Plan>(plan.bytes));
 
 #pragma omp parallel num_threads(threads)
   {
-    const TileConfig config;
-    _tile_loadconfig(&config);
+    const Tiles tiles;
+    (void)tiles;
     alignas(64) float sums[32 * 32];
     for (Stage& stage : plan.stages) {
 #pragma omp for schedule(dynamic, 2)
@@ -375,7 +322,6 @@ bool amx_products(const AmxProduct* products, int64_t count) {
         run(products[task.product], task, plan.pieces[task.a], plan.pieces[task.b], sums);
       }
     }
-    _tile_release();
   }
 
   std::vector<uint32_t> largest(plan.pieces.size());

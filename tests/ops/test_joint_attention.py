@@ -125,6 +125,7 @@ def test_what_torchs_kernels_read_is_aligned(monkeypatch, kernel):
 @pytest.mark.parametrize(("keys", "head_dim", "kernel"), [(255, 128, torch.float32), (256, 128, torch.bfloat16),
                                                           (1024, 32, torch.bfloat16)])  # fmt: skip
 def test_short_16_bit_passes_with_gradients_are_float32_on_the_cpu(monkeypatch, keys, head_dim, kernel):
+    monkeypatch.setattr(MODULE._attention_amx, "AVAILABLE", False)
     sdpa, seen = MODULE._sdpa, []
     monkeypatch.setattr(MODULE, "_sdpa", lambda q, k, v: seen.append(q.dtype) or sdpa(q, k, v))
     lengths = ((9,), (keys,))
@@ -189,6 +190,7 @@ def test_lengths_on_the_device_are_for_kernels_that_read_them(monkeypatch):
 
 
 def test_torch_varlen_attention_is_called_with_offsets(monkeypatch):
+    monkeypatch.setattr(MODULE._attention_amx, "AVAILABLE", False)
     seen = []
 
     def varlen(q, k, v, cu_q, cu_k, max_q, max_k):
@@ -262,6 +264,9 @@ def test_choice_of_kernels(monkeypatch):
 def test_what_runs_in_words(monkeypatch):
     assert dense_backend(torch.randn(1, 9, 2, 16)).name in ("FLASH_ATTENTION", "MATH")
     monkeypatch.setattr(MODULE, "current_flash_attention_impl", None)
+    monkeypatch.setattr(MODULE._attention_amx, "AVAILABLE", True)
+    assert describe_attention("cpu") == ("tile unit (joint_attention_amx)", "tile unit (joint_attention_amx)", "none")
+    monkeypatch.setattr(MODULE._attention_amx, "AVAILABLE", False)
     assert describe_attention("cpu")[1:] == ("one sample after another", "none")
     monkeypatch.setattr(MODULE.lib, "on_cuda", lambda x: True)
     monkeypatch.setattr(MODULE, "varlen_attn", None)
@@ -348,6 +353,7 @@ def test_cudnn_first_on_hopper(monkeypatch):
 
 
 def test_an_order_of_backends_gives_the_same_result(monkeypatch):
+    monkeypatch.setattr(MODULE._attention_amx, "AVAILABLE", False)
     q, k, v = make((7, 5), None, torch.bfloat16)
     expected = joint_attention(q, k, v, (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from qwen_image_fast.ops import _attention_amx
 from qwen_image_fast.ops import _library as lib
 from qwen_image_fast.ops._library import DTYPE_CODES
 
@@ -61,7 +62,8 @@ def joint_attention(
     length are one dense batch for torch's scaled_dot_product_attention; mixed lengths on CUDA in 16 bit are one launch.
     Autograd, fake tensors and torch.compile come with all of them (the lengths are Python numbers: a new set of lengths
     is a new graph). On GPUs from Hopper on, dense passes without gradients prefer cuDNN's kernels to those of
-    FlashAttention-2 (`preferred_backends`). On the CPU in 16 bit, gradients of few keys come by float32.
+    FlashAttention-2 (`preferred_backends`). On the CPU in 16 bit, gradients of few keys come by float32, and
+    bfloat16 runs on a tile unit where there is one (`joint_attention_amx`).
 
     Args:
         q: [sum of q_lens, heads, head_dim]; k, v: [sum of k_lens, heads, head_dim]; one dtype.
@@ -94,6 +96,8 @@ def joint_attention_parts(
     _check_offsets(q, cu_q=(cu_q, q_lens), cu_k=(cu_k, k_lens))
     if lib.use_reference():
         return [joint_attention_reference(q, k, v, q_lens, k_lens)]
+    if _attention_amx.takes(q, k, v, k_lens) and not _short_with_gradient(q, min(k_lens)):
+        return [_attention_amx.joint_attention_amx(q, k, v, q_lens, k_lens)]
     kernel = attention_kernel(q, q_lens, k_lens)
     if kernel == "dense":
         out = _attend(*(t.unflatten(0, (len(q_lens), -1)) for t in (q, k, v)))
@@ -203,12 +207,14 @@ def describe_attention(device: str, dtype: torch.dtype = torch.bfloat16, head_di
     varlen = "varlen_attn of torch" + (f" ({newer})" if newer else "")
     names = {"varlen": varlen, "packed": "kernel of this package", "loop": "one sample after another"}
     with torch.no_grad():
-        dense = dense_backend(q).name.lower()
+        dense = f"{dense_backend(q).name.lower()} of torch"
         short, long = (names[attention_kernel(q[0], lens, lens)] for lens in ((3, 5), (4096, 4160)))
         graphs = ["none" if not lib.on_cuda(q) else "any" if any_length(q[0], n) else "one" for n in (3, 4096)]
     if graphs[0] != graphs[1]:
         graphs[0] += f"; {graphs[1]} where samples are long, unless torch.nn.attention has FA3 activated"
-    return f"{dense} of torch", short if short == long else f"{short}; {long} where samples are long", graphs[0]
+    if not lib.on_cuda(q) and _attention_amx.takes(q[0], q[0], q[0], [1]):
+        dense = short = long = "tile unit (joint_attention_amx)"
+    return dense, short if short == long else f"{short}; {long} where samples are long", graphs[0]
 
 
 def _as_kernels_read(t: Tensor) -> Tensor:
@@ -238,9 +244,7 @@ def _cumulative(lens: Sequence[int], like: Tensor) -> Tensor:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[B, L, H, E] -> [B, L, H, E]."""
-    in_16_bits = q.device.type == "cpu" and q.dtype.itemsize == 2
-    if in_16_bits and torch.is_grad_enabled() and q.requires_grad and k.shape[1] * k.shape[3] < _LONG_ON_CPU:
-        # torch's backward of short 16-bit attention on the CPU takes up to four times as long as its float32 one.
+    if _short_with_gradient(q, k.shape[1]):
         return _sdpa(q.float(), k.float(), v.float()).to(q.dtype)
     if lib.on_cuda(q):
         q, k, v = map(_as_kernels_read, (q, k, v))
@@ -249,6 +253,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backends, set_priority=True):
             return _sdpa(q, k, v)
     return _sdpa(q, k, v)
+
+
+def _short_with_gradient(q: Tensor, keys: int) -> bool:
+    """torch's backward of short 16-bit attention on the CPU takes up to four times as long as its float32 one."""
+    in_16_bits = q.device.type == "cpu" and q.dtype.itemsize == 2
+    return in_16_bits and torch.is_grad_enabled() and q.requires_grad and keys * q.shape[-1] < _LONG_ON_CPU
 
 
 def preferred_backends(q: Tensor) -> list[SDPBackend]:
