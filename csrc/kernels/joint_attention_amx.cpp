@@ -30,8 +30,7 @@ constexpr float kLog2E = 1.44269504f;
 // smaller than 2^(kShifted - 2 kLargest), which is 2^26 times the smallest number that bfloat16 holds in full.
 constexpr float kLargest = 80, kShifted = 60;
 
-// ---- sums[32][32] (+)= rows times columns over `steps` tiles of the depth
-// --------------------------------------------
+// ---- sums[32][32] (+)= rows times columns over `steps` tiles of the depth ----
 //
 // a, b: two tiles of each, `a_stride` and `b_stride` numbers apart; rows of sums are `stride` apart. `between` is
 // called once a step: other work, which the tile unit does not wait for.
@@ -69,8 +68,7 @@ void multiply(const Bits* a, int64_t a_stride, const Bits* b, int64_t b_stride, 
   tile_barrier();
 }
 
-// ---- packing
-// ---------------------------------------------------------------------------------------------------------
+// ---- packing ----
 
 // Rows of one head: bits [rows][dim], `stride` apart.
 struct Matrix {
@@ -129,8 +127,7 @@ float largest_square(const Matrix& m, int64_t first) {
   return most;
 }
 
-// ---- one task: some rows of one head
-// -----------------------------------------------------------------------------------
+// ---- one task: some rows of one head ----
 
 // 2^x, to 8e-5 of it; bfloat16 rounds to 4e-3.
 inline __m512 power_of_two(__m512 x) {
