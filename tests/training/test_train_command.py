@@ -261,3 +261,10 @@ def test_what_needs_no_torch_to_be_refused_does_not_load_it(small, words, text):
     )
     assert found.returncode == 2 and text in found.stderr.splitlines()[-1], found.stderr
     assert "loading torch" not in found.stderr or "--preset" in words
+
+
+def test_a_missing_package_is_said_before_anything_is_read(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    found = run("train", "lora", "--images", "pictures", "--model", "tiny", "--out", tmp_path / "out")
+    assert found.exit_code and "training needs the package tensorboard" in " ".join(found.output.split())
+    assert "looking at" not in found.output and not (tmp_path / "out").exists()

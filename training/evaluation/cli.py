@@ -208,19 +208,12 @@ def vision_command(
         raise typer.BadParameter(f"--depth-answers must be inverse or linear, got {depth_answers}")
     if depth_answers and not data:
         raise typer.BadParameter("--depth-answers must come with --data: a depth of scenes is inverse")
-    typer.echo(f"{data}: checking the examples" if data else f"{model}: loading torch", err=True)
-    from tqdm import tqdm
-
-    from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
-    from qwen_image_fast.training.evaluation import evaluate_vision as report
-    from qwen_image_fast.training.evaluation.evaluate_edit import edited_by
-    from qwen_image_fast.training.evaluation.page import markdown
-    from qwen_image_fast.training.evaluation.tiny_models import each_through, through
-    from qwen_image_fast.training.evaluation.vision_data import Examples
-
     settings: dict[str, Any] = {"tasks": ",".join(wanted)}
     asked: Any
     if data:
+        typer.echo(f"{data}: checking the examples", err=True)
+        from qwen_image_fast.training.evaluation.vision_data import Examples
+
         try:
             asked = Examples(data.expanduser(), wanted, count, language, size, depth_answers or "inverse")
         except ValueError as error:
@@ -230,6 +223,15 @@ def vision_command(
     else:
         count, size = count or 50, size or 128
         settings |= {"count": count, "language": language, "size": size}
+    typer.echo(f"{model}: loading torch and the model", err=True)
+    from tqdm import tqdm
+
+    from qwen_image_fast.pipelines.edit_plus import QwenImageEditPlusPipeline
+    from qwen_image_fast.training.evaluation import evaluate_vision as report
+    from qwen_image_fast.training.evaluation.evaluate_edit import edited_by
+    from qwen_image_fast.training.evaluation.page import markdown
+    from qwen_image_fast.training.evaluation.tiny_models import each_through, through
+
     with claimed(out, "results.json"):
         if not data:
             asked = [task for kind in wanted for task in report.held_out_tasks(kind, count, size, language, seed)]

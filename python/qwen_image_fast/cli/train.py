@@ -13,6 +13,7 @@ import typer
 
 from qwen_image_fast.cli.errors import CommandError, err
 from qwen_image_fast.cli.training import Overrides, checked, explained
+from qwen_image_fast.extras import needed_for
 
 if TYPE_CHECKING:
     from qwen_image_fast.training.engine.interrupts import Interrupted
@@ -73,6 +74,9 @@ def train(
 
             print_plan(chosen, gpus, memory, gpu, Console(width=None if sys.stdout.isatty() else 120))
             return
+        with needed_for("training"):
+            import tensorboard  # noqa: F401  for the run's log, first asked for when the model is loaded
+
         from qwen_image_fast.training.recipe.names import files_of
         from qwen_image_fast.training.terminal import Terminal
 
