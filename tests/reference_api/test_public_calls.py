@@ -14,6 +14,9 @@ def test_calls(of):
     assert calls.faults("accelerated", [of]) == {}
     faults = calls.faults("stand-alone", [of])
     different = {call.name: call.different for call in calls.CALLS if call.of == of and call.different}
+    for name in different.keys() & {*calls.BY_WEIGHTS}:
+        assert calls.share_of_deviation(faults.pop(name, None)) < 0.1
+        del different[name]
     assert {name: fault for name, fault in faults.items() if name not in different} == {}
     assert {name: faults.get(name, "as diffusers")[: len(begin)] for name, begin in different.items()} == different
 
