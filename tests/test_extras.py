@@ -105,6 +105,18 @@ def test_a_missing_package(package, args, sentence, monkeypatch, tmp_path):
     assert result.stderr.splitlines()[-1] == errors[0] and not (tmp_path / "out").exists()
 
 
+def test_all_that_is_missing_of_an_extra_is_named_at_once(monkeypatch):
+    for package in ("prometheus_client", "python_multipart", "starlette", "uvicorn", "yaml", "pyarrow", "cv2"):
+        monkeypatch.setitem(sys.modules, package, None)
+    start = "error: qwen-image-fast serve needs the package python_multipart: pip install '.[serve]' in a checkout of "
+    result = CliRunner().invoke(app, ["serve", "--model", "tiny"])
+    said = "qwen-image-fast brings it; missing too, of serve: prometheus_client, starlette, uvicorn"
+    assert result.exit_code == 2 and result.stderr.splitlines() == [start + said], result.output
+    with pytest.raises(MissingPackage) as caught, needed_for("reading", "write"):
+        import yaml  # noqa: F401
+    assert str(caught.value).endswith("brings it, or write; missing too, of train: pyarrow; of data: cv2, pyarrow")
+
+
 def test_the_results_are_of_every_extra_and_good():
     """What `make extras` left; an extra that came later was not tried then."""
     found = json.loads(RESULTS.read_text(encoding="utf-8"))["extras"]

