@@ -76,7 +76,8 @@ def _rewrite(file: Path, place: Path, style: str) -> None:
         return
     with safe_open(file, "pt") as opened:
         state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a dict
-    content = save({n: t.contiguous() for n, t in for_comfyui(state).items()}, {"format": "pt"})
+        texts = opened.metadata()
+    content = save({n: t.contiguous() for n, t in for_comfyui(state).items()}, texts)
     atomic_write(place, lambda out: out.write(content))
 
 

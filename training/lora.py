@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qwen_image_fast.checkpoint import json_bytes, save_state
 from qwen_image_fast.files import atomic_write
+from qwen_image_fast.models.lora_files import TASKS
 from qwen_image_fast.training.adapters import AdapterLinear, DoraLinear, LokrLinear, LoraLinear
 from qwen_image_fast.training.parallel.layout import Parallel, full
 from qwen_image_fast.training.recipe.fields import RecipeError
@@ -133,7 +134,9 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def save_lora(model: Any, folder: Path, recipe: LoraRecipe, parallel: Parallel | None = None) -> None:
+def save_lora(
+    model: Any, folder: Path, recipe: LoraRecipe, parallel: Parallel | None = None, tasks: Iterable[str] = ()
+) -> None:
     """Write the adapters twice: for diffusers and everything that reads its layout, and for PEFT.
 
     Of several ranks every one calls it and rank 0 writes.
@@ -143,10 +146,10 @@ def save_lora(model: Any, folder: Path, recipe: LoraRecipe, parallel: Parallel |
     of another tool. `adapter_model.safetensors` and `adapter_config.json` are PEFT's: keys
     "base_model.model.<layer>...", ranks and alphas in the configuration.
     """
+    save_lora_file(model, folder / f"{WEIGHTS}.safetensors", parallel, tasks)
     state = {n: full(t).cpu() for n, t in lora_state(model).items()}
     if parallel is not None and not parallel.main:
         return
-    save_state(for_diffusers(state, model), folder, base_name=WEIGHTS)
     named = {f"base_model.model.{n}": t for n, t in state.items()}
     config = json_bytes(peft_config(model, recipe))
     save_state(named, folder, base_name=PEFT_WEIGHTS, extra_files={PEFT_CONFIG: config})
@@ -180,12 +183,16 @@ def for_comfyui(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def save_lora_file(model: Any, path: Path, parallel: Parallel | None = None) -> Path:
-    """Write the adapters as one file in diffusers' layout, and return its path. Of several ranks as `save_lora`."""
+def save_lora_file(model: Any, path: Path, parallel: Parallel | None = None, tasks: Iterable[str] = ()) -> Path:
+    """Write the adapters as one file in diffusers' layout, and return its path. Of several ranks as `save_lora`.
+
+    tasks: of `data.tasks`, what they were learned from, kept in the file's texts.
+    """
     state = {n: full(t).cpu() for n, t in lora_state(model).items()}
     if parallel is None or parallel.main:
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = save({n: t.contiguous() for n, t in for_diffusers(state, model).items()}, {"format": "pt"})
+        texts = {"format": "pt", **({TASKS: " ".join(sorted(tasks))} if tasks else {})}
+        content = save({n: t.contiguous() for n, t in for_diffusers(state, model).items()}, texts)
         atomic_write(path, lambda file: file.write(content))
     return path
 

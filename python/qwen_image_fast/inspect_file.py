@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qwen_image_fast.folders import SHIPPED, read_json
-from qwen_image_fast.models.lora_files import describe_adapters, find_lora, lora_config
+from qwen_image_fast.models.lora_files import TASKS, describe_adapters, find_lora, lora_config
 from qwen_image_fast.models.lora_keys import by_layer, component_config, is_lora, split_components
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.tensor_files import read_header
@@ -101,6 +101,8 @@ def _lora(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             "rank": sorted({a.rank for a in adapters.values() if a.rank is not None}),
             "alpha": sorted({a.alpha for a in adapters.values() if a.alpha is not None}),
         }
+    if TASKS in metadata:
+        found["trained on"] = metadata[TASKS].replace("ti2i", "edits").replace("t2i", "pictures")
     if text:
         found["text encoder"] = f"{len(text)} tensors"
     found["fits"] = fits

@@ -70,6 +70,7 @@ def test_pictures_become_a_lora_that_generate_uses(small):
     assert {line["title"] for line in lines} <= {f"picture {i}" for i in range(4)}
     made = run("generate", "picture 1", "--model", "small", "--lora", f"run/loras/{loras[0]}", "--output", "x.png")
     assert made.exit_code == 0 and (small / "x.png").is_file(), made.output
+    assert "trained on" not in made.stderr
 
 
 def test_what_a_run_made_is_exported_and_compared(small):
@@ -122,6 +123,16 @@ def test_pairs_become_an_edit_lora(small):
     assert result.exit_code == 0, result.output
     lines = [json.loads(line) for line in (small / "run" / "samples" / "samples.jsonl").read_text().splitlines()]
     assert {line["title"] for line in lines} == {"make it noisy"}
+    doubt = "was trained on edits alone, and here the model sees no picture to change: it may do little"
+    for name in ("model", "loras/step-00000002.safetensors"):
+        made = run("generate", "x", "--model", "small", "--lora", f"run/{name}", "-o", "x.png", "--overwrite")
+        said = " ".join(made.stderr.split())
+        assert made.exit_code == 0 and doubt in said, made.output
+    given = ["--image", "pairs/0.before.png", "--model", "small", "--lora", "run/model", "-o", "y.png"]
+    made = run("edit", "make it noisy", *given)
+    assert made.exit_code == 0 and "trained on" not in made.stderr, made.output
+    exported = run("train", "export", "run", "--format", "comfyui").stdout.strip()
+    assert "trained on" in run("inspect", exported).stdout and "edits" in run("inspect", exported).stdout
     refused = run(*words[:-1])
     assert refused.exit_code == 2 and "already has step-00000004; resume it (--resume)" in refused.stderr
 

@@ -334,12 +334,19 @@ class FlowTask:
         """The adapters so far as `loras/step-<step>.safetensors`, for `generate --lora` and others."""
         if not self.recipe.lora.rank:
             return None
-        return save_lora_file(self.transformer, folder / LORAS / f"step-{step:08d}.safetensors", self.parallel)
+        file = folder / LORAS / f"step-{step:08d}.safetensors"
+        return save_lora_file(self.transformer, file, self.parallel, self.learned_from)
+
+    @property
+    def learned_from(self) -> set[str]:
+        """The tasks of the run's data; none of runs after pre-training, whose data are prompts."""
+        parts = [part for stage in self.run.stages for part in stage.recipe.data.parts]
+        return {t for part in parts for t, weight in part.tasks.items() if weight and self.recipe.kind == "flow"}
 
     def export(self, folder: Path) -> None:
         """The pipeline's folder with the trained parts, or the LoRA files alone."""
         if self.recipe.lora.rank:
-            save_lora(self.transformer, folder, self.recipe.lora, self.parallel)
+            save_lora(self.transformer, folder, self.recipe.lora, self.parallel, self.learned_from)
             return
         parallel, trained = self.parallel, self.text_encoder if self.recipe.model.train_text_encoder else None
         if parallel is not None:

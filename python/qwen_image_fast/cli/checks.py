@@ -13,7 +13,7 @@ from qwen_image_fast.cli.options import flag
 from qwen_image_fast.folders import read_json
 from qwen_image_fast.models.controlnet import QwenImageControlNetModel
 from qwen_image_fast.models.int8_linear import layers_in
-from qwen_image_fast.models.lora_files import locate_lora, parse_components, read_lora
+from qwen_image_fast.models.lora_files import TASKS, find_lora, locate_lora, parse_components, read_lora
 from qwen_image_fast.models.lora_keys import split_components
 from qwen_image_fast.models.stored_modulation import DTYPE, check_dtype, hold_vectors, refuse_changes
 from qwen_image_fast.models.text_encoder import empty_text_encoder
@@ -25,6 +25,7 @@ from qwen_image_fast.pipelines.images import area_size
 from qwen_image_fast.request import Request
 from qwen_image_fast.request_schedule import StoredLevels
 from qwen_image_fast.schedulers import FlowMatchEulerDiscreteScheduler
+from qwen_image_fast.tensor_files import read_metadata
 from qwen_image_fast.weights.formats import Opened, check_part, open_weights
 
 
@@ -126,6 +127,22 @@ def check_loras(names: Iterable[str], model: str, transformer: Any, pipeline: An
                 encoder = empty_text_encoder(part_folder(model, "text_encoder"), pipeline.uses_vision)
             own, _, _ = parse_components(state, config, transformer, encoder)
             refuse_changes(transformer, own.keys(), "load_lora_weights")
+
+
+def doubtful_loras(request: Request) -> Iterator[str]:
+    """A sentence on each LoRA that was trained on edits alone, where no picture to change goes in.
+
+    The other way round says nothing: a style that was learned from pictures alone is often meant for edits, too.
+    """
+    if request.kind in ("edit", "layers"):
+        return
+    for lora in request.lora:
+        file = find_lora(*locate_lora(lora.name, None, None, {"revision": None}))
+        if {*read_metadata(file).get(TASKS, "t2i").split()} <= {"ti2i", "recon"}:
+            yield (
+                f"--lora {lora.name} was trained on edits alone, and here the model sees no picture to change: it may "
+                "do little, or something else; `qwen-image-fast edit` shows it one"
+            )
 
 
 def part_folder(model: str, name: str) -> Path:

@@ -62,7 +62,7 @@ def _draw(name: str, given: dict[str, Any], run: Run) -> None:
         _warn(request, opened, progress)
         with common.timed(seconds, "load"):
             progress.stage(f"load {given.get('model', request.model)}")
-            pipe, about = _load(request, opened, class_name, run)
+            pipe, about = _load(request, opened, class_name, run, progress)
         share_or_not(pipe.transformer, request.tokens(opened), min(run.batch, len(prompts)) * request.each)
         pipe.on_stage = progress.stage
         made: list[dict[str, Any]] = []
@@ -198,10 +198,12 @@ def _warn(request: Request, opened: Mapping[str, Any], progress: Progress) -> No
         )
 
 
-def _load(request: Request, opened: Mapping[str, Any], class_name: str, run: Run) -> tuple[Any, dict[str, Any]]:
+def _load(
+    request: Request, opened: Mapping[str, Any], class_name: str, run: Run, progress: Progress
+) -> tuple[Any, dict[str, Any]]:
     """The pipeline on its device and in its dtype, with LoRAs and the Lightning schedule, and what a PNG says of it."""
     import qwen_image_fast as q
-    from qwen_image_fast.cli.checks import check_before_loading
+    from qwen_image_fast.cli.checks import check_before_loading, doubtful_loras
     from qwen_image_fast.cli.room import check_room
 
     device = common.device_name(run.device)
@@ -210,6 +212,8 @@ def _load(request: Request, opened: Mapping[str, Any], class_name: str, run: Run
     dtype = request.dtype if request.dtype != "auto" else "bfloat16" if small else "float32"
     place = {"torch_dtype": common.torch_dtype(dtype), "device": device}
     check_before_loading(request, opened, pipeline, place["torch_dtype"])
+    for sentence in doubtful_loras(request):
+        progress.note(sentence)
     check_room(request, opened, pipeline, device, place["torch_dtype"], run.batch, run.memory is not None)
     parts: dict[str, Any] = {n: f for n in ("transformer", "text_encoder", "vae") if (f := getattr(request, n))}
     if request.kind == "controlnet":

@@ -27,6 +27,7 @@ from .lora_kinds import Adapter, Difference, Hadamard, Kronecker, Pair
 logger = logging.getLogger(__name__)
 
 _FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+TASKS = "qwen_image_fast.tasks"  # of a file's texts: what our training learned it from, such as "ti2i" or "t2i ti2i"
 _PEFT_DEFAULT = 8  # of r and alpha, where a configuration does not say
 
 
