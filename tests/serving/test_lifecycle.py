@@ -341,6 +341,15 @@ def test_a_second_signal_ends_what_runs(tmp_path, number):
         process.wait()
 
 
+def test_a_process_of_an_engine_leaves_nothing_behind():
+    """As whoever looks after the semaphores of processes that ended would say, on the same standard error."""
+    code = "import multiprocessing as m; m.set_start_method('spawn'); from tqdm.auto import tqdm; import os; "
+    code += "from qwen_image_fast.serving.followers import begin_process; begin_process(); "
+    code += "print(sum(tqdm(range(3), disable=False, mininterval=99))); import sys; sys.stdout.flush(); os._exit(0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS)
+    assert done.stdout == "3\n" and "resource_tracker" not in done.stderr, done.stderr
+
+
 def _here(http):
     """Requests that wait or run."""
     metrics = http.get("/metrics").text

@@ -8,6 +8,8 @@ import threading
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from tqdm import tqdm
+
 from qwen_image_fast.parallel.split import Split
 from qwen_image_fast.serving.settings import Model
 
@@ -49,11 +51,21 @@ def join_group(model: Model, place: Place) -> Any:
     return make_ranks(place.split)
 
 
+def begin_process() -> None:
+    """What a process of an engine does first, which ends by os._exit, or is killed.
+
+    Signals are the server's to heed. tqdm's own lock has a semaphore of the system inside, which such a process would
+    leave for multiprocessing's resource tracker to complain about: its bars are locked among its threads alone.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())
+
+
 def follow(model: Model, place: Place, lines: Lines) -> None:
     """A process that follows the engine's: reads the transformer and its LoRAs, and the VAE where that works in tiles;
     ends with the engine."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the server's to heed
-        signal.signal(number, signal.SIG_IGN)
+    begin_process()
     import torch
 
     import qwen_image_fast

@@ -7,7 +7,6 @@ import multiprocessing.connection
 import os
 import queue
 import resource
-import signal
 import sys
 import tempfile
 import threading
@@ -16,7 +15,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from qwen_image_fast.serving.followers import Lines, Place, follow
+from qwen_image_fast.serving.followers import Lines, Place, begin_process, follow
 from qwen_image_fast.serving.messages import Alive, Event, Ready, Task
 from qwen_image_fast.serving.settings import Model
 
@@ -111,8 +110,7 @@ class EngineProcess:
 def serve(model: Model, connection: Connection, others: Sequence[Lines] = (), place: Place | None = None) -> None:
     """The engine's process: loads the model, makes a picture, says so, and works until it is told to stop or its parent
     is gone. others, place: the processes that compute with it."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent's to heed
-        signal.signal(number, signal.SIG_IGN)
+    begin_process()
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
     def send() -> None:
