@@ -12,6 +12,7 @@ from serving_harness import picture, png
 from typer.testing import CliRunner
 
 from qwen_image_fast.cli import app
+from qwen_image_fast.cli.progress import Progress
 from qwen_image_fast.png_metadata import read_parameters
 from qwen_image_fast.serving.loading import load
 from qwen_image_fast.serving.messages import Alive, Ready
@@ -116,7 +117,7 @@ def test_another_schedule(served):
     with served.http.stream("POST", "/v1/images/generations", json=streamed) as stream:
         assert "not for 9 steps of 64x64" in "".join(stream.iter_text())
     assert served.http.get("/readyz").status_code == 200
-    assert drawn(served) == before
+    assert drawn(served) == before and served.server.desk.about["precision"] == "int8"
 
 
 @pytest.mark.parametrize(
@@ -136,6 +137,18 @@ def test_what_cannot_be_served(folder, words, sentence, monkeypatch):
     file = folder / "int8" / FILE
     result = CliRunner().invoke(app, ["serve", "--model", "tiny", "--port", "0", "--transformer", str(file), *words])
     assert result.exit_code == 2 and sentence in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("precision", [None, "int8"])
+def test_what_is_ready_says_its_precision(precision, monkeypatch):
+    """On a terminal in its line, elsewhere in the log (`loading.load`)."""
+    monkeypatch.setattr("qwen_image_fast.serving.run.run", lambda settings, sockets, on_ready: on_ready())
+    monkeypatch.setattr("qwen_image_fast.serving.logs.to_stderr", lambda: None)
+    monkeypatch.setattr("qwen_image_fast.cli.serve.Progress", lambda _: Progress(True))
+    given = [] if precision is None else ["--precision", precision]
+    result = run("serve", "--model", "tiny", "--port", "0", "--device", "cpu", *given)
+    wanted = "ready in float32: a page" if precision is None else "ready in bfloat16, large layers in int8: a page"
+    assert wanted in result.stderr.splitlines()[-1]
 
 
 def test_the_command_passes_it_on(folder, monkeypatch):

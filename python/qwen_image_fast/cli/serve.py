@@ -144,8 +144,7 @@ def serve(
     def ready() -> None:
         progress.close()
         if progress.show:
-            said = f"{address}  ready: a page at this address, the images API below /v1"
-            err.print(said, highlight=False, soft_wrap=True)
+            err.print(_ready(address, dtype, precision), highlight=False, soft_wrap=True)
 
     with progress:
         progress.stage(f"load {model}")
@@ -159,6 +158,11 @@ def serve(
             [socket],
             ready,
         )  # fmt: skip
+
+
+def _ready(address: str, dtype: str, precision: str | None) -> str:
+    layers = "" if precision is None else f", large layers in {precision}"
+    return f"{address}  ready in {dtype}{layers}: a page at this address, the images API below /v1"
 
 
 def _check_effect(host: str, keys: Path | None, insecure: bool, names: list[str]) -> None:

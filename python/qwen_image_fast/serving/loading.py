@@ -86,6 +86,7 @@ def load(
         "enough_rows": engine.enough_rows,
         "device": model.device,
         "dtype": model.dtype,
+        "precision": model.precision,
         "threads": torch.get_num_threads(),
         "parallel": str(model.split),
         "memory": tuple(
