@@ -117,6 +117,13 @@ def test_all_that_is_missing_of_an_extra_is_named_at_once(monkeypatch):
     assert str(caught.value).endswith("brings it, or write; missing too, of train: pyarrow; of data: cv2, pyarrow")
 
 
+def test_serving_says_that_it_begins_before_what_takes_long_is_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwen_image_fast.serving.run", None)
+    result = CliRunner().invoke(app, ["serve", "--model", "tiny"])
+    first, second = result.stderr.splitlines()[:2]
+    assert first == "tiny: loading the server" and "qwen_image_fast.serving.run" in second, result.stderr
+
+
 def test_the_results_are_of_every_extra_and_good():
     """What `make extras` left; an extra that came later was not tried then."""
     found = json.loads(RESULTS.read_text(encoding="utf-8"))["extras"]

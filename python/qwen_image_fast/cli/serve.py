@@ -76,6 +76,7 @@ def serve(
     with needed_for("qwen-image-fast serve"):
         import python_multipart  # noqa: F401  what reads forms, first asked for by a request
 
+        err.print(f"{model}: loading the server", markup=False, highlight=False, soft_wrap=True)
         from qwen_image_fast.serving import logs, settings
         from qwen_image_fast.serving.run import listen, run
     if not settings.is_loopback(host) and api_key_file is None and not insecure:
