@@ -3,11 +3,13 @@ their vectors: known from the header of its file, before a model is loaded."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from qwen_image_fast.model_defaults import Generation
 from qwen_image_fast.models.modulation import model_timesteps
 from qwen_image_fast.models.stored_modulation import (
     DTYPE,
@@ -66,6 +68,29 @@ class StoredLevels(NamedTuple):
             f"{named(self.schedules)}, not for {asked}: take such a schedule, or make a file for this one, by "
             f"`qwen-image-fast quantize --drop-modulation {again}`"
         )
+
+    def offered(self) -> list[dict[str, int]]:
+        """What a server offers: {"steps", "width", "height"} of each schedule at each of its sizes; where there are
+        none but Lightning's, which have any size, {"steps", "lightning"}."""
+        sized, fast = [], []
+        for schedule in self.schedules:
+            if found := re.fullmatch(r"(\d+) steps of (.+)", schedule.what):
+                steps = int(found[1])
+                sizes = re.findall(r"(\d+)x(\d+)", found[2])
+                sized += [{"steps": steps, "width": int(w), "height": int(h)} for w, h in sizes]
+                fast += [{"steps": steps, "lightning": steps}] if "any size with Lightning" in found[2] else []
+        return sized or fast
+
+    def usual(self, generation: Generation) -> Generation:
+        """The model's defaults with the nearest schedule there is: of its size if possible, then of its steps."""
+        own = {"width": generation.width or 1328, "height": generation.height or 1328, "steps": generation.steps or 50}
+
+        def distance(found: dict[str, int]) -> tuple[int, int]:
+            size = sum(abs(found.get(side, own[side]) - own[side]) for side in ("width", "height"))
+            return size, abs(found["steps"] - own["steps"])
+
+        nearest = min(self.offered(), key=distance, default={})
+        return generation.model_copy(update={name: value for name, value in nearest.items() if name != "lightning"})
 
 
 def drawn_size(request: Request, opened: Mapping[str, Any]) -> tuple[int, int]:

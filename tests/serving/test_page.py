@@ -5,6 +5,7 @@ import base64
 import json
 import re
 import shutil
+import subprocess
 import threading
 from pathlib import Path
 
@@ -60,6 +61,28 @@ def test_files_are_served_and_nothing_else(running):
     for name in ("page/static.py", "page/..%2fstatic.py", "page/", "page/%2e%2e/app.py"):
         answer = running.http.get(f"/{name}")
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+
+
+def test_schedules_that_the_page_offers(tmp_path):
+    """By Node, where it is there: the sizes that are named, and the nearest schedule to what is asked for."""
+    if (node := shutil.which("node")) is None:
+        pytest.skip("there is no node")
+    (tmp_path / "schedules.mjs").write_text(contents()["schedules.js"], encoding="utf-8")
+    (tmp_path / "test.mjs").write_text("""
+import { fitting, sizes } from "./schedules.mjs";
+const own = [[20, 64, 64], [50, 64, 64], [20, 96, 64]].map(([steps, width, height]) => ({ steps, width, height }));
+const fast = [{ steps: 4, lightning: 4 }];
+console.log(JSON.stringify([
+  sizes([]), sizes(own), sizes(fast), fitting([], { width: 9, height: 9, steps: 9 }) ?? null,
+  fitting(own, { width: 64, height: 64, steps: 47 }), fitting(own, { width: 128, height: 64, steps: 50 }),
+  fitting(fast, { width: 640, height: 64, steps: 50 }),
+]));
+""")
+    found = subprocess.run([node, tmp_path / "test.mjs"], capture_output=True, text=True, check=True).stdout
+    assert json.loads(found) == [
+        [], ["64x64", "96x64"], [], None, {"steps": 50, "width": 64, "height": 64},
+        {"steps": 20, "width": 96, "height": 64}, {"steps": 4, "lightning": 4},
+    ]  # fmt: skip
 
 
 # ---- in a browser ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Quantised files in a server: the pictures of `generate`, and schedules that a file does not have."""
 
 import base64
+import io
 import threading
 
 import numpy as np
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from qwen_image_fast.cli import app
 from qwen_image_fast.cli.progress import Progress
 from qwen_image_fast.png_metadata import read_parameters
+from qwen_image_fast.request_schedule import StoredLevels
 from qwen_image_fast.serving.loading import load
 from qwen_image_fast.serving.messages import Alive, Ready
 from qwen_image_fast.serving.settings import Model
@@ -36,6 +38,7 @@ def folder(tmp_path_factory):
     """Of `quantize`: int8 without modulation weights, and int4 with them."""
     found = tmp_path_factory.mktemp("quantised")
     run("quantize", "tiny", "--out", found / "int8", "--no-check", *OWN)
+    run("quantize", "tiny", "--out", found / "fast", "--no-check", "--drop-modulation", "--lightning", 4)
     run("quantize", "tiny", "--out", found / "int4", "--no-check", "--precision", "int4")
     return found
 
@@ -120,6 +123,36 @@ def test_another_schedule(served):
     assert drawn(served) == before and served.server.desk.about["precision"] == "int8"
 
 
+def test_what_is_usual_is_stored(served):
+    """A request that says nothing of its schedule, and what the page offers, have one that is there."""
+    about = served.http.get("/v1/models").json()["about"]
+    usual = {name: about["defaults"][name] for name in ("steps", "width", "height")}
+    if served.settings.model.precision == "int4":
+        assert about["schedules"] == [] and usual == {"steps": 20, "width": 128, "height": 128}
+        return
+    assert about["schedules"] == [{"steps": 3, "width": w, "height": 64} for w in (64, 96)]
+    assert usual == {"steps": 3, "width": 96, "height": 64}  # the nearest to tiny's
+    body = {"prompt": PROMPT, "seed": 1}
+    answer = served.http.post("/v1/images/generations", json=body)
+    assert answer.status_code == 200, answer.text
+    assert Image.open(io.BytesIO(base64.b64decode(answer.json()["data"][0]["b64_json"]))).size == (96, 64)
+
+
+def test_where_lightning_alone_is_stored_it_is_usual(folder):
+    model = {"transformer": str(folder / "fast" / FILE), "precision": "int8", "dtype": "bfloat16"}
+    server = Running(None, start=Loaded, model=model)
+    assert server.http.get("/v1/models").json()["about"]["schedules"] == [{"steps": 4, "lightning": 4}]
+    for more, status in (
+        ({}, 200),
+        ({"size": "96x64"}, 200),
+        ({"lightning": 4}, 200),
+        ({"num_inference_steps": 4}, 400),
+    ):
+        body = {"prompt": PROMPT, "seed": 1, "size": "64x64", **more}
+        assert server.http.post("/v1/images/generations", json=body).status_code == status, more
+    server.end()
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -137,6 +170,13 @@ def test_what_cannot_be_served(folder, words, sentence, monkeypatch):
     file = folder / "int8" / FILE
     result = CliRunner().invoke(app, ["serve", "--model", "tiny", "--port", "0", "--transformer", str(file), *words])
     assert result.exit_code == 2 and sentence in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_file_of_which_no_schedule_can_be_asked_for(folder, monkeypatch):
+    monkeypatch.setattr(StoredLevels, "offered", lambda self: [])
+    words = ["--model", "tiny", "--port", "0", "--transformer", str(folder / "int8" / FILE), "--precision", "int8"]
+    result = CliRunner().invoke(app, ["serve", *words])
+    assert result.exit_code == 2 and "no schedule that can be asked for is stored in it" in result.stderr
 
 
 @pytest.mark.parametrize("precision", [None, "int8"])

@@ -251,7 +251,12 @@ def _check_numbers(model: str, transformer: str | None, device: str, dtype: str,
 
     with failing(BAD_INPUT, ValueError):
         check_precision("--precision", precision, device)
-    check_numbers(model, transformer, common.torch_dtype(dtype), precision)
+    stored = check_numbers(model, transformer, common.torch_dtype(dtype), precision)
+    if stored is not None and not stored.offered():
+        raise CommandError(
+            "the modulation weights were left out of this transformer, and no schedule that can be asked for is stored "
+            "in it: make the file again, by `qwen-image-fast quantize --drop-modulation --steps N --size WxH`"
+        )
 
 
 def _check_memory(

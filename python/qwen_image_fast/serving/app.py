@@ -187,6 +187,7 @@ class Server:
         about = {
             "class": desk.model_class,
             "defaults": desk.generation.model_dump(exclude_none=True),
+            "schedules": desk.schedules,
             "loras": desk.loras,
             "controlnets": desk.controlnets,
         }

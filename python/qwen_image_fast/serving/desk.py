@@ -90,6 +90,11 @@ class Desk:
         return self.about is None and self._attempts > len(PAUSES)
 
     @property
+    def schedules(self) -> list[dict[str, int]]:
+        """All that there are, where the transformer has no modulation weights (`StoredLevels.offered`)."""
+        return list((self.about or {}).get("schedules", []))
+
+    @property
     def generation(self) -> Generation:
         return Generation.model_validate((self.about or {}).get("generation", {}))
 

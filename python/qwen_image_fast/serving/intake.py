@@ -190,6 +190,10 @@ class Intake:
         if fields.background == "transparent" and wanted != "layers":
             raise invalid("background must be auto or opaque: this model makes no transparent pictures", "background")
         steps = api.steps_of(fields, usual.steps or KINDS[wanted].model_fields["steps"].default)
+        # Where there are none but Lightning's schedules, one of them is usual.
+        asked = fields.num_inference_steps or getattr(fields, "lightning", None) or fields.quality != "auto"
+        usual_fast = None if asked else next((s["lightning"] for s in desk.schedules if "lightning" in s), None)
+        steps = None if usual_fast else steps
         weights = api.loras(fields.lora, desk.loras)
         given: dict[str, Any] = {
             **limits, "prompt": fields.prompt, "model": model.name, "negative_prompt": fields.negative_prompt,
@@ -200,6 +204,8 @@ class Intake:
         }  # fmt: skip
         for name in ("strength", "lightning", "max_sequence_length", "resolution", "layers"):
             value, own = getattr(fields, name, None), "count" if name == "layers" else name
+            if name == "lightning" and usual_fast and own in KINDS[wanted].model_fields:
+                value = usual_fast
             if value is not None and own not in KINDS[wanted].model_fields:
                 raise invalid(f"{name} has no effect on {WHAT[wanted]}", name)
             given[own] = value

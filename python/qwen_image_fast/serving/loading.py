@@ -75,11 +75,14 @@ def load(
         engine.submit(Task(_First.ID, make("text", {"prompt": "a red circle", "model": model.name, "size": "64x64",
                                                     "steps": 2, "cfg": 1.0, "seed": 0})))  # fmt: skip
         first.wait()
+    offered = [] if engine.stored is None else engine.stored.offered()
+    generation = generation if engine.stored is None else engine.stored.usual(generation)
     vae = pipe.vae  # the first picture made its decoder's transformed weights, if there was one
     packed = packed_of(dict(vae.named_parameters()), vae.dtype, pipe.device, True) - packed_bytes(vae)
     about = {
         "class": name,
         "generation": generation.model_dump(exclude_none=True),
+        "schedules": offered,  # of a transformer without modulation weights; else none, and any schedule is drawn
         "loras": loras.names,
         "controlnets": list(nets),
         "cost": (engine.cost.per_token, engine.cost.per_pair),

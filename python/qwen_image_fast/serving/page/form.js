@@ -1,6 +1,7 @@
 // The form: what is asked for, kept over reloads; what this server's model cannot do is not shown.
 
 import { $, choice, h } from "./dom.js";
+import { fitting, sizes } from "./schedules.js";
 import { keepForm, keptForm } from "./store.js";
 
 const RATIOS = ["9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9"];
@@ -11,7 +12,8 @@ const TUNED = {
 };
 const LAYERED = "QwenImageLayeredPipeline", TEXT = "QwenImagePipeline", EDIT = "QwenImageEditPipeline";
 
-export const about = { class: "", defaults: {}, loras: [] };
+export const about = { class: "", defaults: {}, schedules: [], loras: [] };
+let ratios = RATIOS;
 let usual = {};
 let values = {};
 let show = {};
@@ -29,11 +31,23 @@ export function setUp(found, pictures) {
   };
   values = { ...first, ...keptForm() };
   if (values.model !== about.model) Object.assign(values, { ...first, prompt: values.prompt, model: about.model });
+  const sized = sizes(about.schedules);
+  ratios = sized.length ? sized : RATIOS;
+  fit();
   build();
   fill();
 }
 
+/** Only what can be drawn; whether that changed anything. */
+function fit() {
+  const { steps, width = values.width, height = values.height } = fitting(about.schedules, values) ?? values;
+  const fits = values.steps === steps && values.width === width && values.height === height;
+  Object.assign(values, { steps, width, height });
+  return !fits;
+}
+
 function sizeOf(ratio) {
+  if (ratio.includes("x")) return ratio.split("x").map(Number);
   if (usual.width === 1328 && usual.height === 1328) return TUNED[ratio];
   const [wide, high] = ratio.split(":").map(Number);
   const unit = Math.sqrt((usual.width * usual.height) / (wide * high));
@@ -42,17 +56,18 @@ function sizeOf(ratio) {
 
 function set(name, value) {
   values[name] = value;
+  fit();
   keepForm(values);
   fill();
 }
 
 function build() {
-  show.ratio = choice($("ratios"), "ratio", RATIOS.map((ratio) => {
-    const [wide, high] = ratio.split(":").map(Number);
+  show.ratio = choice($("ratios"), "ratio", ratios.map((ratio) => {
+    const [wide, high] = ratio.split(/[:x]/).map(Number);
     const drawn = h("i", { class: "shape", "aria-hidden": "true" });
     drawn.style.aspectRatio = `${wide} / ${high}`;
     drawn.style[wide < high ? "height" : "width"] = "20px";
-    return [ratio, ratio, drawn];
+    return [ratio, ratio.replace("x", " × "), drawn];
   }), (ratio) => {
     [values.width, values.height] = sizeOf(ratio);
     set("ratio", ratio);
@@ -113,11 +128,12 @@ export function fill() {
   $("cfg-value").value = values.cfg <= 1 ? "off" : Number(values.cfg).toFixed(1);
   $("strength-value").value = `${Math.round($("strength").value * 100)} %`;
   show.n(values.n);
-  const ratio = RATIOS.find((r) => String(sizeOf(r)) === String([values.width, values.height]));
+  const ratio = ratios.find((r) => String(sizeOf(r)) === String([values.width, values.height]));
   show.ratio(ratio ?? "");
   $("size").value = `${values.width} × ${values.height}`;
   $("lock").setAttribute("aria-pressed", String(values.lock));
-  $("ratio-field").hidden = $("exact-field").hidden = !now.size;
+  $("ratio-field").hidden = !now.size;
+  $("exact-field").hidden = !now.size || ratios !== RATIOS;
   $("strength-field").hidden = !now.strength;
   $("layers-field").hidden = !now.layers;
   $("negative-field").hidden = values.cfg <= 1;
@@ -146,6 +162,11 @@ export function asked() {
     prompt: values.prompt, n: values.n, seed: Number(values.seed), num_inference_steps: values.steps,
     true_cfg_scale: values.cfg, progress: true, output_format: "png",
   };
+  const { lightning } = fitting(about.schedules, values) ?? {};
+  if (lightning) {
+    delete body.num_inference_steps;
+    body.lightning = lightning;
+  }
   if (now.size) body.size = `${values.width}x${values.height}`;
   if (now.strength) body.strength = Number($("strength").value);
   if (now.layers) Object.assign(body, { layers: values.layers });
@@ -184,6 +205,7 @@ export function restore(from, { keepSeed = true } = {}) {
     values.lock = false;
     values.seed = "";
   }
+  if (fit()) left.push("its schedule");
   keepForm(values);
   fill();
   $("prompt").value = values.prompt;
