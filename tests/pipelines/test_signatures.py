@@ -45,6 +45,20 @@ def test_pipelines(name):
     assert {"seed", "progress"} <= more <= OWN
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_values_of_pipelines(name):
+    """What a script may read; none of them needs a part."""
+    ours, theirs = getattr(qwen_image_fast, name), getattr(diffusers, name)
+    made = [cls(**dict.fromkeys(list(parameters(cls.__init__))[1:])) for cls in (ours, theirs)]
+    for value in (
+        "default_sample_size", "tokenizer_max_length", "prompt_template_encode", "prompt_template_encode_start_idx",
+        "vae_scale_factor",
+    ):  # fmt: skip
+        assert getattr(made[0], value) == getattr(made[1], value), value
+        with pytest.raises(AttributeError):
+            setattr(made[0], value, 1)
+
+
 def test_all_pipelines_of_diffusers_are_there():
     """Qwen-Image-2.1 is another model; modular pipelines are the drop-in's."""
     theirs = {n for n in dir(diffusers) if n.startswith("QwenImage") and n.endswith("Pipeline")}

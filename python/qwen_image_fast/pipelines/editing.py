@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from qwen_image_fast.models.rope import POSITIONS
+from qwen_image_fast.models.text_encoder import EDIT_DROP, EDIT_PLUS_DROP, EDIT_PLUS_TEMPLATE, EDIT_TEMPLATE
 from qwen_image_fast.models.vision import Seen, VisionProcessor, look
 from qwen_image_fast.pipelines.arguments import Arguments
 from qwen_image_fast.pipelines.base import PROCESSOR
@@ -107,6 +108,15 @@ class PicturePrompts(EditingPipeline):
     """Editing whose prompts are encoded with their pictures, in a template of their own."""
 
     condition_area: int  # pixels of a picture for Qwen2.5-VL at most, where a call says nothing else
+
+    @property
+    def prompt_template_encode(self) -> str:
+        """As Edit's pipeline has it, or Edit-Plus', which puts a line for each picture before the prompt."""
+        return EDIT_PLUS_TEMPLATE if self.plus else EDIT_TEMPLATE
+
+    @property
+    def prompt_template_encode_start_idx(self) -> int:
+        return EDIT_PLUS_DROP if self.plus else EDIT_DROP
 
     def _pictures_of(self, image: Any, prompts: int) -> list[list[Image.Image]]:
         """The pictures of each prompt, upright and RGB."""

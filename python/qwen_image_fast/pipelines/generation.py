@@ -57,8 +57,10 @@ class GenerationPipeline(PromptPipeline):
         if unknown := [n for n in names if n not in TENSOR_INPUTS]:
             known = ", ".join(TENSOR_INPUTS)
             raise ValueError(f"callback_on_step_end_tensor_inputs must be of {known}, got {unknown}")
-        if not 1 <= call.max_sequence_length <= 1024:
-            raise ValueError(f"max_sequence_length must be in 1..1024, got {call.max_sequence_length}")
+        if not 1 <= call.max_sequence_length <= self.tokenizer_max_length:
+            raise ValueError(
+                f"max_sequence_length must be in 1..{self.tokenizer_max_length}, got {call.max_sequence_length}"
+            )
 
     # ---- sizes, seeds, noise ------------------------------------------------------------------------------------
 
@@ -67,7 +69,7 @@ class GenerationPipeline(PromptPipeline):
         scale, prompts = self.vae_scale_factor, self._count(call)
         sides = []
         for name, value in (("height", height), ("width", width)):
-            values = per_prompt(name, 128 * scale if value is None else value, prompts)
+            values = per_prompt(name, self.default_sample_size * scale if value is None else value, prompts)
             values = [whole(v) for v in values]
             for v in values:
                 if not isinstance(v, int) or v < 2 * scale or v % (2 * scale):

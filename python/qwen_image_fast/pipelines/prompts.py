@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qwen_image_fast.chat import checked
 from qwen_image_fast.models.finite import all_finite, cause
-from qwen_image_fast.models.text_encoder import encode_prompts, pad_prompt_embeds
+from qwen_image_fast.models.text_encoder import T2I_DROP, T2I_TEMPLATE, encode_prompts, pad_prompt_embeds
 from qwen_image_fast.once import warn_once
 from qwen_image_fast.pipelines.arguments import Arguments
 from qwen_image_fast.pipelines.base import Pipeline
@@ -20,9 +20,33 @@ from qwen_image_fast.sampling import Text
 
 logger = logging.getLogger(__name__)
 
+SAMPLE_SIZE, MAX_TOKENS = 128, 1024
+
 
 class PromptPipeline(Pipeline):
     """The part of a call from prompts, or their embeddings, to conditions."""
+
+    # diffusers' names. They are what the released models were trained with, and cannot be set.
+
+    @property
+    def default_sample_size(self) -> int:
+        """Latent height and width of a result where neither the call nor a picture says one; 8 pixels each."""
+        return SAMPLE_SIZE
+
+    @property
+    def tokenizer_max_length(self) -> int:
+        """The largest `max_sequence_length`."""
+        return MAX_TOKENS
+
+    @property
+    def prompt_template_encode(self) -> str:
+        """What a prompt stands in, as {}, before it is encoded."""
+        return T2I_TEMPLATE
+
+    @property
+    def prompt_template_encode_start_idx(self) -> int:
+        """Tokens of the template before the prompt, whose states are dropped."""
+        return T2I_DROP
 
     def encode_prompt(
         self,
