@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import diffusers
 import pytest
@@ -14,9 +15,11 @@ from qwen_image_fast import (
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
     QwenImageImg2ImgPipeline,
+    QwenImageLayeredPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
 )
+from qwen_image_fast.folders import SHIPPED
 
 CALL = {"prompt": "a red cat", "height": 32, "width": 32, "num_inference_steps": 2, "seed": 0, "progress": False}
 BF16, F64 = torch.bfloat16, torch.float64
@@ -162,6 +165,26 @@ def test_the_text_encoder_is_saved_as_it_is(tiny_folder, tmp_path):
     QwenImagePipeline(**pipe.components).save_pretrained(tmp_path / "c")
     for folder in "abc":
         assert torch.equal(latents(QwenImagePipeline.from_pretrained(tmp_path / folder)), expected)
+
+
+@pytest.mark.parametrize("cls", [QwenImagePipeline, QwenImageEditPlusPipeline, QwenImageLayeredPipeline])
+def test_how_the_encoder_writes_captions_is_kept(cls, tmp_path):
+    """text_encoder/generation_config.json, also through a file of weights; transformers puts its own version in."""
+    shutil.copytree(SHIPPED, tmp_path / "model")
+    written = {
+        "do_sample": True,
+        "temperature": 0.1,
+        "top_k": 1,
+        "eos_token_id": [2, 3],
+        "transformers_version": "4.52",
+    }
+    encoder = tmp_path / "model" / "text_encoder"
+    (encoder / "generation_config.json").write_text(json.dumps(written))
+    whole = cls.writes_captions
+    for k, given in enumerate([{}] if whole else [{}, {"text_encoder": encoder / "model.safetensors"}]):
+        cls.from_pretrained(tmp_path / "model", **given).save_pretrained(tmp_path / str(k))
+        found = json.loads((tmp_path / str(k) / "text_encoder" / "generation_config.json").read_text())
+        assert found == {**written, **({"transformers_version": found["transformers_version"]} if whole else {})}
 
 
 def test_the_home_folder(pipe, tmp_path, monkeypatch):
