@@ -8,6 +8,9 @@
 #if defined(QIF_X86)
 #include <immintrin.h>
 #endif
+#if defined(__AMX_INT8__)
+#include "common/amx.h"
+#endif
 
 #include "common/segments.h"
 #include "common/vec.h"
@@ -37,28 +40,13 @@ constexpr int64_t kChunk = 8;
 
 #if defined(__AMX_INT8__)
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-struct Unit {
-  Unit() {
-    const TileConfig config;
-    _tile_loadconfig(&config);
-  }
-  ~Unit() { _tile_release(); }
-
-  // The compiler does not see what the tile instructions read and write.
-  static void barrier() { asm volatile("" ::: "memory"); }
-
+struct Unit : amx::Tiles {
   template <class F>
   static void multiply(const uint8_t* a, int64_t a_stride, int64_t rows, const int8_t* b, int64_t b_stride,
                        int64_t steps, int32_t* sums, bool add, F&& between) {
     constexpr int64_t stride = kBlock * sizeof(int32_t);
     const bool both = rows > kInt8Rows;
-    barrier();
+    amx::tile_barrier();
     if (add) {
       _tile_loadd(0, sums, stride);
       _tile_loadd(1, sums + 16, stride);
@@ -100,7 +88,7 @@ struct Unit {
       _tile_stored(2, sums + 16 * kBlock, stride);
       _tile_stored(3, sums + 16 * kBlock + 16, stride);
     }
-    barrier();
+    amx::tile_barrier();
   }
 };
 
