@@ -3,8 +3,8 @@
     python -m benchmarks.int8
 
 All variants run in turn in one process on one thread, in seconds of processor time, which a neighbour disturbs least.
-The roof is what the tile unit does on numbers in its registers, compiled with g++ where it is here, and measured in
-between. Writes benchmarks/results/<date>-int8.json, or `--out`.
+The roof is what a unit does on numbers in its registers, compiled with g++ where it is here, and measured in between.
+Writes benchmarks/results/<date>-int8.json, or `--out`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ BARS = {256: 5.5, 512: 4.5}  # times as fast as diffusers in float32
 ROOF_BAR, INT4_BAR = 0.55, 0.85
 SMALL = {"ours int8": "int8", "ours int4": "int4"}
 PRODUCTS = ((286, 3072, 3072), (286, 12288, 3072), (1054, 3072, 12288), (1054, 12288, 3072))  # rows, depth, columns
-ROOF = r"""
+# What a unit does on numbers in its registers: a function of the times round, the operations of each, flags of g++.
+ROOFS: dict[str, tuple[str, int, list[str]]] = {
+    "amx": (
+        r"""
 #include <immintrin.h>
 #include <cstdint>
 struct alignas(64) Config { uint8_t palette = 1, start = 0, none[14] = {}; uint16_t bytes[16]; uint8_t rows[16]; };
@@ -54,25 +57,42 @@ extern "C" void products(long n) {
   }
   _tile_release();
 }
-"""
+""",
+        4 * 2 * 16 * 16 * 64,
+        ["-mamx-tile", "-mamx-int8"],
+    ),
+    "avx512_vnni": (
+        r"""
+#include <immintrin.h>
+#define P(x) asm volatile("vpdpbusd %1, %1, %0" : "+v"(x) : "v"(a));
+extern "C" void products(long n) {
+  __m512i a = _mm512_setzero_si512(), b = a, c = a, d = a, e = a, f = a, g = a, h = a, i = a, j = a, k = a, l = a;
+  __m512i m = a;
+  for (; n > 0; n--) { P(b) P(c) P(d) P(e) P(f) P(g) P(h) P(i) P(j) P(k) P(l) P(m) }
+}
+""",
+        12 * 2 * 16 * 4,
+        ["-mavx512f"],
+    ),
+}
 
 
-def roof() -> Callable[[], float] | None:
-    """Operations a second of the tile unit; None where it, or a compiler, is not here."""
-    if "amx" not in UNITS or shutil.which("g++") is None:
+def roof(unit: str) -> Callable[[], float] | None:
+    """Operations a second of a unit; None of one that is not in the table, or where there is no compiler."""
+    if unit not in ROOFS or shutil.which("g++") is None:
         return None
     kept = tempfile.TemporaryDirectory()
-    folder = Path(kept.name)
-    (folder / "roof.cpp").write_text(ROOF)
-    flags = ["-O2", "-shared", "-fPIC", "-mamx-tile", "-mamx-int8"]
-    subprocess.run(["g++", *flags, str(folder / "roof.cpp"), "-o", str(folder / "roof.so")], check=True)
+    folder, (source, operations, flags) = Path(kept.name), ROOFS[unit]
+    (folder / "roof.cpp").write_text(source)
+    command = ["g++", "-O2", "-shared", "-fPIC", *flags, str(folder / "roof.cpp"), "-o", str(folder / "roof.so")]
+    subprocess.run(command, check=True)
     library = ctypes.CDLL(str(folder / "roof.so"))
 
     def measure() -> float:
         assert kept  # what is loaded stays on the disk
         start, n = time.process_time(), 1_000_000
         library.products(ctypes.c_long(n))
-        return n * 4 * 2 * 16 * 16 * 64 / (time.process_time() - start)
+        return n * operations / (time.process_time() - start)
 
     return measure
 
@@ -174,9 +194,9 @@ def with_unit(unit: str, call: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def products(rounds: int) -> list[dict[str, Any]]:
-    """The products of a block alone, and what rounds their rows, beside the roof."""
-    peak, results = roof(), []
+def products(rounds: int, unit: str) -> list[dict[str, Any]]:
+    """The products of a block alone on a unit, and what rounds their rows, beside the roof."""
+    peak, results = roof(unit), []
     for rows, depth, columns in PRODUCTS:
         weights = [
             Int8Weight.of(torch.randint(-127, 128, (columns, depth), dtype=torch.int8), torch.rand(columns), 256)
@@ -185,30 +205,27 @@ def products(rounds: int) -> list[dict[str, Any]]:
         four = [Int8Weight.of_floats(torch.randn(columns, depth), 256) for _ in range(3)]
         x, bias = torch.randn(rows, depth).bfloat16(), torch.randn(columns).bfloat16()
         taken = int8_rows(x, 256)
-        operations, rates, roofs, rounding, fours = 2 * rows * depth * columns, [], [], [], []
+        operations = 2 * rows * depth * columns
+        rates, roofs, rounding, fours = [], [], [], []
         for i in range(3 * rounds):
-            start = time.process_time()
-            linear_int8([taken], [weights[i % 3]], [bias], torch.bfloat16)
-            rates.append(operations / (time.process_time() - start))
-            start = time.process_time()
-            linear_int8([taken], [four[i % 3]], [bias], torch.bfloat16)
-            fours.append(operations / (time.process_time() - start))
+            for found, weight in ((rates, weights[i % 3]), (fours, four[i % 3])):
+                start = time.process_time()
+                with int8_unit(unit):
+                    linear_int8([taken], [weight], [bias], torch.bfloat16)
+                found.append(operations / (time.process_time() - start))
             start = time.process_time()
             int8_rows(x, 256)
             rounding.append(x.numel() / (time.process_time() - start))
             if peak is not None:
                 roofs.append(peak())
-        one = {"rows": rows, "depth": depth, "columns": columns, "unit": UNITS[-1]}
+        one = {"rows": rows, "depth": depth, "columns": columns, "unit": unit}
         one |= {"operations_per_second": statistics.median(rates), "rounded_per_second": statistics.median(rounding)}
         one["int4_as_fast_as_int8"] = statistics.median(b / a for a, b in zip(rates, fours))
         if peak is not None:
             one |= {"roof": statistics.median(roofs), "share": statistics.median(a / b for a, b in zip(rates, roofs))}
         results.append(one)
         rate = f"int4 {one['int4_as_fast_as_int8']:.2f} as fast as int8, {one['operations_per_second'] / 1e12:.2f} Tops"
-        print(
-            f"{rows} x {depth} x {columns}: {rate}, share of the roof {one.get('share')}",
-            flush=True,
-        )
+        print(f"{unit}, {rows} x {depth} x {columns}: {rate}, share of the roof {one.get('share')}", flush=True)
     return results
 
 
@@ -221,10 +238,10 @@ def main() -> None:
     machine = describe_machine("cpu")
     with torch.no_grad():
         found = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "rounds": given.rounds}
-        found["products"] = products(given.rounds)
+        found["products"] = [one for unit in UNITS[:-3:-1] for one in products(given.rounds, unit)]
         gc.collect()
         found["steps"] = steps(models(), given.rounds)
-    share = [p["share"] for p in found["products"] if "share" in p]
+    share = [p["share"] for p in found["products"] if "share" in p and p["unit"] == UNITS[-1]]
     reached = {f"{s['pixels']} px": s["times_diffusers_float32"]["ours int8"] >= s["bar"] for s in found["steps"]}
     reached["int4"] = min(s["int4_as_fast_as_int8"] for s in found["steps"]) >= INT4_BAR
     if share:
