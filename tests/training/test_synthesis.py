@@ -33,6 +33,7 @@ from qwen_image_fast.training.synthesis import (
     write_preview,
 )
 from qwen_image_fast.training.synthesis import complex as complex_layouts
+from qwen_image_fast.training.synthesis.canvas import SHAPES
 
 pytestmark = pytest.mark.usefixtures("one_photograph")
 RENDERED = {"pure": pure, "compositional": compositional, "complex": complex_layouts}
@@ -197,6 +198,19 @@ def test_shapes():
         assert tuple(centre) == colours.COLOURS[one.colours["shape 0"]].rgb
 
 
+def test_kinds_that_occur_several_times():
+    kinds = ["circle", "square", "triangle", *["star"] * 5]
+    counts = dict.fromkeys(kinds, 0)
+    for index in range(200):
+        sample = make(tiny(64, shapes=1, pure=0, arranged=0.3, kinds=kinds), 0, index)
+        for kind in counts:
+            counts[kind] += kind in sample.caption
+    others = [counts.pop("star"), *counts.values()]
+    assert others[0] > 1.5 * max(others[1:]) and min(others) > 20
+    plain = [make(tiny(64, shapes=1, pure=0, kinds=tuple(SHAPES)), 0, i).caption for i in range(9)]
+    assert plain == [make(tiny(64, shapes=1, pure=0), 0, i).caption for i in range(9)]
+
+
 def test_centred_shapes():
     """In the middle of the picture, of its halves or of its quarters (one above two), all of one size."""
     seen, sizes = {}, set()
@@ -338,6 +352,7 @@ def test_photograph_errors(tmp_path, monkeypatch):
         ({"han": "x"}, "han must be Chinese characters, each once"),
         ({"han_weights": {"的": 2}}, "han_weights must be empty without zh"),
         ({"languages": ("zh",), "han_weights": {"龘": 2}}, "han_weights must be of the characters of han"),
+        ({"kinds": ["star"]}, "kinds must be each of .*, once or more often"),
         ({"rows": -1}, "rows must be 0 or more"),
         ({"rotation": 90}, "rotation must be from 0 to 45"),
         ({"colour": "red"}, "unknown colour; known are"),

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import complex as complex_layouts
 from . import compositional, vision
-from .canvas import SHAPES, Ground, Scene, ShapeElement, TextElement, element_box, fit_size, render_scene
+from .canvas import Ground, Scene, ShapeElement, TextElement, element_box, fit_size, render_scene
 from .colours import COLOURS, LEAST_CONTRAST, contrast, readable_on
 from .fonts import faces_for
 from .generator import retried
@@ -170,7 +170,7 @@ def _element(
         middle = recipe.rows * round(middle / recipe.rows)
     centre = (band[0] + band[2]) // 2, middle
     if what == "shape":
-        kinds = [s for s in SHAPES if s not in {e.shape for e in others if isinstance(e, ShapeElement)}]
+        kinds = [s for s in recipe.kinds if s not in {e.shape for e in others if isinstance(e, ShapeElement)}]
         extent = max(6, int(min(height, width / 3) * rng.uniform(0.75, 0.95)))
         return rng.choice(_thirds(ShapeElement(rng.choice(kinds), colour, *centre, extent), band))
     text = recipe.words().text(rng, language, recipe.longest(language))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .canvas import TEXTURES
+from .canvas import SHAPES, TEXTURES
 from .colours import COLOURS, TINY_GROUND_COLOURS, TINY_TEXT_COLOURS, readable_on
 from .fonts import Face, faces_of_language, find_fonts
 from .words import HAN_UNIQUE, SPLITS, TINY_HAN_CHARACTERS, WordSource, is_han, probe
@@ -49,6 +49,7 @@ class SynthesisRecipe:
         rotation: largest angle of single texts and paragraphs, in degrees.
         random_strings: share of random strings among single texts.
         natural: share of captions in free order; the others begin with the quoted text.
+        kinds: of shapes, all of them, drawn with equal chance; a kind may occur several times.
         arranged: share of pictures of shapes in which two to four are alike, or a caption says which is where.
         other_captions: share of single texts and paragraphs whose caption is in the other language than they are.
         photos: folder of photographs for compositional samples; None: those in scikit-image's wheel.
@@ -85,6 +86,7 @@ class SynthesisRecipe:
     rotation: float = 15.0
     random_strings: float = 0.3
     natural: float = 0.5
+    kinds: tuple[str, ...] = tuple(SHAPES)
     arranged: float = 0.0
     other_captions: float = 0.0
     photos: str | None = None
@@ -103,6 +105,7 @@ class SynthesisRecipe:
             "ground_colours",
             "textures",
             "paragraphs",
+            "kinds",
             "edits",
             "vision",
         )
@@ -214,6 +217,7 @@ def _check(recipe: SynthesisRecipe) -> None:
         must(bool(readable_on(ground, recipe.text_colours)), "text_colours", f"have one that can be read on {ground}")
     must(bool(recipe.edits) and set(recipe.edits) <= set(EDITS), "edits", f"be of {list(EDITS)}")
     must(bool(recipe.vision) and set(recipe.vision) <= set(VISION), "vision", f"be of {list(VISION)}")
+    must(set(recipe.kinds) == set(SHAPES), "kinds", f"be each of {list(SHAPES)}, once or more often")
     must(not (recipe.shapes and set(recipe.edits) == {"text"}), "edits", "not be text alone where there are shapes")
     must(recipe.split in SPLITS, "split", f"be of {', '.join(SPLITS)}")
     must(0 < recipe.held_out < 0.5, "held_out", "be between 0 and 0.5")

@@ -23,7 +23,7 @@ def plan(recipe: SynthesisRecipe, rng: random.Random, size: tuple[int, int], lan
     ground = Ground(rng.choice(recipe.ground_colours))
     colours = [c for c in readable_on(ground.colour, recipe.text_colours) if c != ground.colour]
     count = 2 if rng.random() < 0.4 and len(colours) > 1 else 1
-    things = list(zip(rng.sample(list(SHAPES), count), rng.sample(colours, count)))
+    things = list(zip(kinds_of(recipe, rng, count), rng.sample(colours, count)))
     if recipe.centred:
         cells = [(0, 0, width, height)] if count == 1 else _halves(size, across=True)
         return Scene(size, ground, _centred(rng, things, cells))
@@ -36,6 +36,14 @@ def plan(recipe: SynthesisRecipe, rng: random.Random, size: tuple[int, int], lan
         y = 1 + extent // 2 + rng.randint(0, max(free_y, 0))
         elements.append(ShapeElement(kind, colour, x, y, extent))
     return Scene(size, ground, tuple(elements))
+
+
+def kinds_of(recipe: SynthesisRecipe, rng: random.Random, count: int) -> list[str]:
+    """So many different kinds, one that the recipe names twice twice as often first."""
+    found: list[str] = []
+    while len(set(found)) < count:
+        found = rng.sample(recipe.kinds, count)
+    return found
 
 
 def make(recipe: SynthesisRecipe, rng: random.Random, size: tuple[int, int], language: str) -> Sample:
@@ -59,13 +67,13 @@ def _arranged(recipe: SynthesisRecipe, rng: random.Random, size: tuple[int, int]
     ground = Ground(rng.choice(recipe.ground_colours))
     colours = [c for c in readable_on(ground.colour, recipe.text_colours) if c != ground.colour]
     if len(colours) < 2 or rng.random() < 0.5:
-        kind, colour, number = rng.choice(list(SHAPES)), rng.choice(colours), rng.choice(list(NUMBERS))
+        kind, colour, number = rng.choice(recipe.kinds), rng.choice(colours), rng.choice(list(NUMBERS))
         things = [(kind, colour)] * number
         cells = _rows_of(number, size) if recipe.centred else rng.sample(_rows_of(4, size), number)
         name = shape_name(kind, colour, language)
         shown = f"{NUMBERS[number][1]}个{name}" if language == "zh" else f"{NUMBERS[number][0]} {name}s"
     else:
-        things = list(zip(rng.sample(list(SHAPES), 2), rng.sample(colours, 2)))
+        things = list(zip(kinds_of(recipe, rng, 2), rng.sample(colours, 2)))
         side = rng.choice(list(SIDES))
         cells = _halves(size, across=side in ("left of", "right of"))
         if side in ("right of", "below"):
