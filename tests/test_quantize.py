@@ -207,6 +207,7 @@ def test_the_command_without_modulation_weights(tmp_path):
     assert result.exit_code == 0, result.output
     assert "without modulation weights, for 2 steps of 64x64, 128x64\n" in result.stdout
     assert result.stdout.count("velocity at sigma") == 4
+    assert result.stdout.endswith("--precision int8 --steps 2 --size 64x64\n")
     file = out / "diffusion_pytorch_model.safetensors"
     assert json.loads(read_metadata(file)[METADATA])["modulation"] == "2 steps of 64x64, 128x64"
     draw = ["generate", "a red circle", "--model", "tiny", "--transformer", str(file), "--precision", "int8", "-o"]
@@ -222,6 +223,7 @@ def test_the_command_without_modulation_weights(tmp_path):
     (out / "quantization.json").unlink()
     result = run(app, [*words, "--lightning", "4", "--no-check"])
     assert result.exit_code == 0 and "for 4 steps of any size with Lightning\n" in result.stdout, result.output
+    assert result.stdout.endswith("--precision int8 --lightning 4\n")
     default = run(app, ["quantize", "tiny", "-o", str(tmp_path / "usual"), "--drop-modulation", "--no-check", "--json"])
     assert json.loads(default.stdout)["modulation"] == "20 steps of 128x128"
     again = run(app, ["quantize", str(out), "-o", str(tmp_path / "again")])
@@ -237,6 +239,7 @@ def test_the_command_without_modulation_weights(tmp_path):
         (["--drop-modulation", "--lightning", "5"], "--lightning must be 4 or 8, got 5"),
         (["--drop-modulation", "--size", "large"], "--size must be WIDTHxHEIGHT"),
         (["--drop-modulation", "--size", "8x64"], "--size must be at least 16x16, got 8x64"),
+        (["--drop-modulation", "--size", "100x64"], "--size must be multiples of 16, as pictures are, got 100x64"),
         (["--drop-modulation", "--pictures", "2"], "--pictures draws by a schedule of its own"),
     ],
 )

@@ -66,7 +66,7 @@ class StoredLevels(NamedTuple):
         raise ValueError(
             "the modulation weights were left out of this transformer, and its vectors are for "
             f"{named(self.schedules)}, not for {asked}: take such a schedule, or make a file for this one, by "
-            f"`qwen-image-fast quantize --drop-modulation {again}`"
+            f"`qwen-image-fast quantize MODEL --out FOLDER --drop-modulation {again}`"
         )
 
     def offered(self) -> list[dict[str, int]]:

@@ -58,10 +58,10 @@ def run(*words):
     ("command", "words", "sentence"),
     [
         ("generate", "--size 64x64 --steps 4", f"{KNOWN} 4 steps of 64x64: take such a schedule, or make a file for "
-         "this one, by `qwen-image-fast quantize --drop-modulation --steps 4 --size 64x64`"),
+         "this one, by `qwen-image-fast quantize MODEL --out FOLDER --drop-modulation --steps 4 --size 64x64`"),
         ("generate", "--size 512x512 --steps 3", f"{KNOWN} 3 steps of 512x512: take such"),
         ("generate", "--lightning 8", f"{KNOWN} 8 steps of 128x128 with Lightning: take such a schedule, or "
-         "make a file for this one, by `qwen-image-fast quantize --drop-modulation --lightning 8`"),
+         "make a file for this one, by `qwen-image-fast quantize MODEL --out FOLDER --drop-modulation --lightning 8`"),
         ("generate", "--image picture.jpg --steps 20", f"{KNOWN} 20 steps of 64x64"),
         ("edit", "--image picture.jpg --steps 5", f"{KNOWN} 5 steps of 64x64"),
         ("edit", "--image picture.jpg --steps 3 --megapixel", f"{KNOWN} 3 steps of 1024x1024"),

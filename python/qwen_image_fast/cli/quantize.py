@@ -72,6 +72,7 @@ def quantize_command(
     [file] = sorted(out.glob("*.safetensors"))
     words = ["qwen-image-fast", "generate", "PROMPT", "--model", model, "--transformer", str(file)]
     words += [] if precision == "fp8" else ["--precision", precision]
+    words += kept.first() if kept else []
     console.print(f"use it: {shlex.join(words)}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -81,6 +82,12 @@ class Kept(NamedTuple):
     steps: list[int]
     sizes: list[str]
     lightning: list[int]
+
+    def first(self) -> list[str]:
+        """The options of `generate` for one of these schedules; none where that is its default."""
+        steps = ["--steps", str(self.steps[0])] if self.steps else []
+        size = ["--size", self.sizes[0]] if self.sizes else []
+        return steps + size or (["--lightning", str(self.lightning[0])] if self.lightning else [])
 
 
 def _quantize(
@@ -160,6 +167,8 @@ def _schedules(kept: Kept, folder: Path, config: Mapping[str, Any]) -> list[Any]
     for width, height in sizes:
         if min(width, height) < 16:
             raise ValueError(f"--size must be at least 16x16, got {width}x{height}")
+        if width % 16 or height % 16:
+            raise ValueError(f"--size must be multiples of 16, as pictures are, got {width}x{height}")
     # Where Lightning alone is asked for, nothing else is kept.
     steps = kept.steps or ([] if kept.lightning and not sizes else [own.steps or fields["steps"].default])
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")

@@ -248,6 +248,7 @@ def _check_numbers(model: str, transformer: str | None, device: str, dtype: str,
     """CommandError where the transformer's large layers, or its modulation vectors, cannot be in these types."""
     from qwen_image_fast.cli.checks import check_numbers
     from qwen_image_fast.models.int8_linear import check_precision
+    from qwen_image_fast.models.stored_modulation import AGAIN
 
     with failing(BAD_INPUT, ValueError):
         check_precision("--precision", precision, device)
@@ -255,7 +256,7 @@ def _check_numbers(model: str, transformer: str | None, device: str, dtype: str,
     if stored is not None and not stored.offered():
         raise CommandError(
             "the modulation weights were left out of this transformer, and no schedule that can be asked for is stored "
-            "in it: make the file again, by `qwen-image-fast quantize --drop-modulation --steps N --size WxH`"
+            f"in it: make the file again, by {AGAIN}"
         )
 
 

@@ -25,7 +25,7 @@ from qwen_image_fast.weights.stored import Weight
 
 SCHEDULES, VECTORS = "modulation_schedules", "vectors"
 DTYPE = torch.bfloat16
-AGAIN = "`qwen-image-fast quantize --drop-modulation --steps N --size WxH`"
+AGAIN = "`qwen-image-fast quantize MODEL --out FOLDER --drop-modulation --steps N --size WxH`"
 
 
 class StoredSchedule(NamedTuple):
