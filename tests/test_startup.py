@@ -22,6 +22,7 @@ atexit.register(lambda: print("heavy:", *sorted({HEAVY | {"pydantic"}!r} & set(s
 from qwen_image_fast.__main__ import main
 main()
 """
+MAIN = "from qwen_image_fast.__main__ import main; main()"
 # As installed or from the source tree.
 PATHS = [str(Path(qwen_image_fast.__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
 
@@ -110,6 +111,13 @@ def test_the_list_says_what_the_command_says(name):
     command = typer.main.get_command(cli.app).commands[name]
     assert command.name == name
     assert command.load().help.split("\n")[0] == command.help
+
+
+def test_the_end_looks_for_no_garbage():
+    """It would go through every object of torch and transformers."""
+    code = f"import atexit, gc; atexit.register(lambda: print(len(gc.get_objects()) < gc.get_freeze_count())); {MAIN}"
+    result = run(sys.executable, "-c", code, "--version")
+    assert result.stdout.splitlines()[-1] == "True", result.stderr
 
 
 def test_the_package_alone_imports_nothing():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _signal  # what signal wraps in enums, whose import takes longer than all before it
 import codecs
+import gc
 import io
 import os
 import sys
@@ -24,6 +25,9 @@ def main() -> None:
 
         app()
     finally:
+        # What is in cycles goes with the process: Python would look for it among all objects of torch and transformers
+        # twice, which took most of the time between the last line and the end.
+        gc.freeze()
         # All is said and written: what Python does on its way out needs no sentence.
         if _signal.getsignal(_signal.SIGINT) in (_interrupt, _leave):
             _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
