@@ -1,8 +1,9 @@
-"""Captions as people's editors save them: UTF-8 with or without its mark, UTF-16 and UTF-32 with theirs."""
+"""Captions beside pictures, as people's editors save them: UTF-8 with or without its mark, UTF-16 and UTF-32 with theirs."""
 
 from __future__ import annotations
 
 import codecs
+from pathlib import Path
 
 # Those of UTF-32 first: the little-endian one begins as UTF-16's does.
 _MARKS = (
@@ -25,3 +26,10 @@ def decoded(content: bytes) -> str:
         return content.decode(encoding).strip()
     except UnicodeDecodeError as error:
         raise ValueError("is not UTF-8; save it as UTF-8") from error
+
+
+def beside(path: Path, *suffixes: str) -> Path | None:
+    """The file that is called as `path` with the first of these suffixes, in small letters or capitals, as cameras and
+    Windows write them: `A.TXT` of `A.JPG`. None: there is none."""
+    written = (form for suffix in suffixes for form in (suffix, suffix.upper(), f".{suffix[1:].title()}"))
+    return next((file for form in written if (file := path.with_suffix(form)).exists()), None)

@@ -22,7 +22,7 @@ def folder(tmp_path):
         write_png(made / f"cat{n}.png", Image.new("RGB", (8, 8), (n, 0, 0)), {"kind": "text", "prompt": "a cat"})
     for n in range(3):
         Image.new("RGB", (8, 8)).save(made / f"dog{n}.jpg")
-        (made / f"dog{n}.txt").write_text("a dog" if n < 2 else "a cow")
+        (made / f"dog{n}{'.txt' if n else '.TXT'}").write_text("a dog" if n < 2 else "a cow")
     (made / "broken.png").write_bytes(b"no")
     return made
 

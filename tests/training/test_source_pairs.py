@@ -36,6 +36,13 @@ def test_pairs(tmp_path, layout, references):
         make_source(DataRecipe(source=recipe.source))
 
 
+def test_capital_suffixes(tmp_path):
+    root = files(tmp_path / "f", {"a.before.PNG": 0, "a.after.PNG": 1, "a.TXT": "paint it", "a.mask.PNG": 2})
+    source = edits_of(root)
+    assert source.edit(0, 0).caption == "paint it" and source.catalogue.pairs[0].mask is not None
+    assert not source.catalogue.skipped
+
+
 def test_one_instruction_for_all_pairs(tmp_path):
     root = write_pairs(tmp_path / "pairs", "folders")
     for text in root.glob("*.txt"):

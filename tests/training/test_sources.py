@@ -99,6 +99,8 @@ FOLDERS = {
     "text": {**PICTURES, **TEXTS},
     "every suffix": {"a.gif": 0, "b.bmp": 1, "deep/c.tif": 2, "a.caption": "red", "b.txt": "green",
                      "deep/c.json": '{"caption": "blue"}'},
+    "capitals": {"A.PNG": 0, "A.TXT": "red", "B.Jpeg.PNG": 1, "B.Jpeg.Caption": "green", "c.bmp": 2,
+                 "c.JSON": '{"caption": "blue"}'},
     "encodings": {**PICTURES, "a.txt": "\ufeffred\n", "b.txt": "green".encode("utf-16"),
                   "c.txt": "blue".encode("utf-32")},
     "hidden files": {**PICTURES, **TEXTS, "._a.png": "x", ".cache/z.png": 0, ".DS_Store": "x"},

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 
 from qwen_image_fast.files import atomic_write
+from qwen_image_fast.training.text_files import beside
 
 from .collect import CAPTION_SUFFIXES, tables_of
 from .examples import thumbnail
@@ -44,8 +45,8 @@ def check_beside(sources: Sequence[SourceRecipe]) -> None:
 def write_beside(source: SourceRecipe, record: Record, caption: str) -> bool:
     """Write `<name>.txt` beside a picture of a folder; False, and nothing written, where another caption is there."""
     path = Path(source.path).expanduser() / record.origin
-    if any(path.with_suffix(suffix).exists() for suffix in CAPTION_SUFFIXES):
-        return path.with_suffix(".txt").is_file() and path.with_suffix(".txt").read_bytes() == caption.encode()
+    if (there := beside(path, *CAPTION_SUFFIXES)) is not None:
+        return there.suffix.lower() == ".txt" and there.is_file() and there.read_bytes() == caption.encode()
     atomic_write(path.with_suffix(".txt"), lambda file: file.write(caption.encode()))
     return True
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qwen_image_fast.extras import needed_for
-from qwen_image_fast.training.text_files import decoded
+from qwen_image_fast.training.text_files import beside, decoded
 
 from .record import Record, record_of
 
@@ -125,9 +125,8 @@ def pictures_of(root: Path, inside: str = "") -> Iterator[str]:
 def record_of_picture(path: Path, origin: str, defaults: Mapping[str, str]) -> Record:
     """A picture of a folder, with the captions and fields that stand beside it."""
     image, fault = read_picture(path)
-    texts = [path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES]
-    text, fault = _sidecar(next((file for file in texts if file.exists()), texts[0]), fault)
-    fields, fault = _sidecar(path.with_suffix(".json"), fault)
+    text, fault = _sidecar(beside(path, *CAPTION_SUFFIXES), fault)
+    fields, fault = _sidecar(beside(path, ".json"), fault)
     return _assembled(image, text, fields, fault, origin, defaults)
 
 
@@ -141,8 +140,8 @@ def read_picture(path: Path) -> tuple[bytes, str]:
         return b"", f"the file cannot be read: {error.strerror or error}"
 
 
-def _sidecar(path: Path, fault: str) -> tuple[bytes | None, str]:
-    if not path.exists():
+def _sidecar(path: Path | None, fault: str) -> tuple[bytes | None, str]:
+    if path is None:
         return None, fault
     content, problem = read_picture(path)
     return content, fault or problem

@@ -18,6 +18,7 @@ from threading import Lock
 from typing import Any
 
 from qwen_image_fast.png_metadata import read_parameters
+from qwen_image_fast.training.text_files import beside, decoded
 
 LEFT, RIGHT, SKIP, UNDO = "left", "right", "skip", "undo"
 _KINDS = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
@@ -41,16 +42,16 @@ def pictures_of(folder: Path) -> dict[str, list[Path]]:
     """
     found: dict[str, list[Path]] = {}
     for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in _KINDS):
-        beside = path.with_suffix(".txt")
+        text = beside(path, ".txt")
         try:
-            prompt = beside.read_text(encoding="utf-8").strip() if beside.is_file() else _inside(path)
+            prompt = decoded(text.read_bytes()) if text is not None else _inside(path)
         except (OSError, ValueError):
             continue
         if prompt:
             found.setdefault(prompt, []).append(path)
     if not any(len(paths) > 1 for paths in found.values()):
         raise ValueError(
-            f"data prefer: {folder} has no two pictures of one prompt: draw some with `generate --count 4`, whose "
+            f"data prefer: {folder} has no two pictures of one prompt: draw some with `generate --images 4`, whose "
             "files say their prompt, or put it beside each picture in NAME.txt"
         )
     return {prompt: paths for prompt, paths in found.items() if len(paths) > 1}

@@ -11,7 +11,7 @@ from qwen_image_fast.training.data.record import Record
 from qwen_image_fast.training.recipe.fields import RecipeError
 from qwen_image_fast.training.sources.example import Example
 from qwen_image_fast.training.sources.folder import MASK, by_stem, skipped, walk
-from qwen_image_fast.training.text_files import decoded
+from qwen_image_fast.training.text_files import beside, decoded
 
 BEFORE, AFTER = "before", "after"
 TABLE = "pairs.jsonl"
@@ -69,8 +69,8 @@ class Pairs:
         used: set[Path] = set()
         self.pairs = []
         for name, path in after.items():
-            beside = [p / f"{name}{suffix}" for p in places for suffix in CAPTION_SUFFIXES]
-            text = next((file for file in beside if file in texts), None)
+            there = (beside(p / f"{name}.x", *CAPTION_SUFFIXES) for p in places)
+            text = next((file for file in there if file in texts), None)
             used |= {text} if text else set()
             self.pairs.append(Pair(path, before[name], text, masks.pop(name, None)))
         self.skipped = skipped(root, [*unused, *masks.values(), *(p for p in others if p not in used)], hidden)

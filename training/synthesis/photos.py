@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from qwen_image_fast.pictures import to_rgb
-from qwen_image_fast.training.text_files import decoded
+from qwen_image_fast.training.text_files import beside, decoded
 
 # Only files that the wheel holds: reading them needs no download. File → English and Chinese subject.
 _WHEEL_PHOTOS = {
@@ -71,10 +71,10 @@ def find_photos(folder: str | None) -> tuple[tuple[str, str, str], ...]:
 
 
 def _subject(file: Path) -> tuple[str, str]:
-    beside = file.with_suffix(".txt")
-    if beside.is_file():
+    text = beside(file, ".txt")
+    if text is not None and text.is_file():
         try:
-            subject = " ".join(decoded(beside.read_bytes()).split()).rstrip(".")
+            subject = " ".join(decoded(text.read_bytes()).split()).rstrip(".")
         except (OSError, ValueError):
             subject = ""
         return subject, subject
