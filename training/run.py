@@ -44,7 +44,7 @@ from qwen_image_fast.training.recipe.resume import check_resume
 from qwen_image_fast.training.recipe.vae import VaeRecipe
 from qwen_image_fast.training.rollout.prompts import check_collecting
 from qwen_image_fast.training.sources.sample import Source
-from qwen_image_fast.training.sources.survey import said_of, sources_of
+from qwen_image_fast.training.sources.survey import named_by, said_of, sources_of
 from qwen_image_fast.training.tasks.device import pick_device, pick_dtype
 from qwen_image_fast.training.tasks.flow import FlowTask
 from qwen_image_fast.training.tasks.post import PostTask
@@ -154,6 +154,9 @@ def _train(
     run: Curriculum, folder: Path, source: Source | None, sources: dict[str, Source] | None, options: dict[str, Any]
 ) -> Trainer:
     first, terminal = run.stages[0].recipe, options["terminal"]
+    if source is None:
+        sources = sources_of(run) if sources is None else sources
+        options["named"] = named_by(run, sources)
     sizes = sizes_of(first.parallel, world_size())
 
     def task(parallel: Parallel | None = None) -> Task:
@@ -217,11 +220,13 @@ def cache_latents(
 
 
 def _cache_latents(recipe: FlowRecipe, folder: Path, count: int, sources: dict[str, Source] | None) -> None:
-    task = FlowTask(recipe, folder, sources=looked_at(one_stage(recipe), folder, _to_stderr, sources))
+    run = one_stage(recipe)
+    sources = looked_at(run, folder, _to_stderr, sources)
+    task = FlowTask(recipe, folder, sources=sources)
     maker = task.batches
     pixels = any(recipe.data.tasks.get(name) for name in ("ti2i", "recon"))
     workers = recipe.producers.count if recipe.producers.backend == "processes" else 0
-    left_out, lines = LeftOut(), []
+    left_out, lines = LeftOut(named_by(run, sources)), []
     held_out = maker.to_hold_out
     total = count + held_out
     with tqdm(total=total, unit="sample") as bar:

@@ -33,10 +33,14 @@ MOST_SAID = 50
 
 
 class LeftOut:
-    """What is said of files that are not used: of each one sentence, of one reason (its first words) for 50 files."""
+    """What is said of files that are not used: of each one sentence, of one reason (its first words) for 50 files.
 
-    def __init__(self) -> None:
-        self.origins: set[str] = set()
+    Args:
+        named: files of which it was said before.
+    """
+
+    def __init__(self, named: Iterable[str] = ()) -> None:
+        self.origins = set(named)
         self.reasons: Counter[str] = Counter()
 
     def sentence(self, origin: str, reason: str) -> str | None:
@@ -56,10 +60,10 @@ class RunLog:
 
     Args:
         folder: of the run. terminal: where it is said. step: updates made before; later lines of an interrupted run are
-            dropped, since they will be written again.
+            dropped, since they will be written again. named: files of which it was said before that they are left out.
     """
 
-    def __init__(self, folder: Path, terminal: Terminal, step: int = 0):
+    def __init__(self, folder: Path, terminal: Terminal, step: int = 0, named: Iterable[str] = ()):
         from torch.utils.tensorboard.writer import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +72,7 @@ class RunLog:
         _drop_after(path, step)
         for other in (REJECTED, f"{SAMPLES}/{SAMPLES_INDEX}"):
             _drop_after(folder / other, step)
-        self.left_out = LeftOut()
+        self.left_out = LeftOut(named)
         for line in _lines(folder / REJECTED):  # said before the run was interrupted
             self.left_out.sentence(line["origin"], line["reason"])
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed with the log

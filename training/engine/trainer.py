@@ -12,7 +12,7 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,7 @@ class Trainer:
             not there.
         parallel: this process among others; all have the same folder, and rank 0 alone logs.
         terminal: where the run is followed, already shown; None: `run` shows one of its own.
+        named: files of which it was said before that they are left out.
         resume: go on from the newest checkpoint of the folder, where there is one.
         allow_changes: resume although the recipe is not the one of the checkpoint.
 
@@ -65,8 +66,9 @@ class Trainer:
     def __init__(
         self, recipe: RunRecipe | Curriculum, task: Task, folder: Path, *, resume: bool = False,
         allow_changes: bool = False, parallel: Parallel | None = None, terminal: Terminal | None = None,
+        named: Collection[str] = (),
     ):  # fmt: skip
-        self.parallel, self.terminal = parallel, terminal
+        self.parallel, self.terminal, self.named = parallel, terminal, named
         self.run_of = recipe if isinstance(recipe, Curriculum) else one_stage(recipe)
         self.stage, self.recipe = 0, self.run_of.stages[0].recipe  # those of the step under way
         self.task, self.folder = task, Path(folder)
@@ -172,7 +174,7 @@ class Trainer:
             if self.recipe.reference_ops:
                 stack.enter_context(reference())
             terminal = self.terminal or stack.enter_context(Terminal(self.run_of.name, main))
-            log: Any = RunLog(self.folder, terminal, self.step) if main else SilentLog()
+            log: Any = RunLog(self.folder, terminal, self.step, self.named) if main else SilentLog()
             try:
                 if self.resumed:
                     begins = "no checkpoint to resume: begins at step 0"

@@ -51,20 +51,25 @@ def cuts_of(source: Examples, data: DataRecipe) -> list[Cut]:
     return found
 
 
+def small(source: Examples, data: DataRecipe) -> list[tuple[str, str]]:
+    """Origin and fault of the pictures of a source that are too small to be trained at."""
+    good = [(seen, [shape for shape in seen.sizes if shape is not None]) for seen in source.seen if not seen.fault]
+    return [(seen.origin, fault) for seen, shapes in good if (fault := too_small(shapes, data.upscale))]
+
+
 def left_out(source: Examples, data: DataRecipe) -> Iterator[str]:
     """A sentence about pictures of a source that are too small to be trained at.
 
     Raises:
         RecipeError: all are.
     """
-    good = [(seen, [shape for shape in seen.sizes if shape is not None]) for seen in source.seen if not seen.fault]
-    small = [(seen.origin, fault) for seen, shapes in good if (fault := too_small(shapes, data.upscale))]
-    if not small:
+    found = small(source, data)
+    if not found:
         return
-    origin, fault = small[0]
-    if len(small) == len(good):
+    origin, fault = found[0]
+    if len(found) == sum(not seen.fault for seen in source.seen):
         raise RecipeError(f"recipe: data.source {source.name} has no picture that can be used: {origin}: {fault}")
-    others = f" ({len(small)} pictures are too small)" if len(small) > 1 else ""
+    others = f" ({len(found)} pictures are too small)" if len(found) > 1 else ""
     yield f"{origin} will be left out: {fault}{others}"
 
 

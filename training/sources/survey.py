@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwen_image_fast.training.recipe.curriculum import Curriculum
+from qwen_image_fast.training.recipe.curriculum import Curriculum, Stage
 from qwen_image_fast.training.recipe.data import DataRecipe, part_key
 from qwen_image_fast.training.recipe.vae import VaeRecipe
-from qwen_image_fast.training.sources.cropping import cuts_of, left_out, sentences, write_table
+from qwen_image_fast.training.sources.cropping import cuts_of, left_out, sentences, small, write_table
 from qwen_image_fast.training.sources.examples import Examples
 from qwen_image_fast.training.sources.make import make_sources
 from qwen_image_fast.training.sources.sample import Source
@@ -23,6 +23,24 @@ def sources_of(run: Curriculum) -> dict[str, Source]:
     return make_sources([p for stage in run.stages if stage.recipe.names_data for p in stage.recipe.data.parts])
 
 
+def named_by(run: Curriculum, sources: dict[str, Source]) -> set[str]:
+    """Files of which `said_of` says, by name or by their number, that they will be left out."""
+    found = set()
+    for stage in run.stages:
+        for part in stage.recipe.data.parts:
+            source = sources.get(part_key(part))
+            if isinstance(source, Examples):
+                found |= {seen.origin for seen in source.seen if seen.fault}
+                found |= {origin for origin, _ in small(source, _data(stage))}
+    return found
+
+
+def _data(stage: Stage) -> DataRecipe:
+    """What a stage learns from; kind vae, whose batches have one size, enlarges small pictures always."""
+    data = stage.recipe.data
+    return dataclasses.replace(data, upscale=True) if isinstance(stage.recipe, VaeRecipe) else data
+
+
 def said_of(run: Curriculum, sources: dict[str, Source], folder: Path) -> Iterator[str]:
     """Sentences about the pictures of a run: what there is, at which sizes they are trained, and what is lost. Writes
     the table of all of them into the run's folder."""
@@ -31,15 +49,13 @@ def said_of(run: Curriculum, sources: dict[str, Source], folder: Path) -> Iterat
         yield from source.said()
     stages, said = [], set()
     for stage in run.stages:
-        data = stage.recipe.data
-        if isinstance(stage.recipe, VaeRecipe):  # its batches have one size, so it enlarges them always
-            data = dataclasses.replace(data, upscale=True)
-        small = [
+        data = _data(stage)
+        too_small = [
             about for part in data.parts if (key := part_key(part)) in files for about in left_out(files[key], data)
         ]
         cuts = [cut for part in data.parts if (key := part_key(part)) in files for cut in cuts_of(files[key], data)]
         stages.append((stage.name, cuts))
-        for sentence in [*small, *sentences(cuts, data)]:
+        for sentence in [*too_small, *sentences(cuts, data)]:
             if sentence not in said:
                 said.add(sentence)
                 yield sentence if len(run.stages) == 1 else f"{stage.name}: {sentence}"
