@@ -108,6 +108,37 @@ def test_what_cannot_be(captions, message):
         DataRecipe(captions=CaptionsRecipe(**captions)).check()
 
 
+@pytest.mark.parametrize("texts, effect", [(["a", "b"], False), (["a", " "], True), (["a", None], True)])
+def test_a_default_that_no_picture_needs_is_said(tmp_path, texts, effect):
+    root = files(tmp_path / "f", {f"{i}.png": i for i in range(2)} | {
+        f"{i}.txt": text for i, text in enumerate(texts) if text is not None
+    })  # fmt: skip
+    said = make_source(DataRecipe(source=str(root), captions=CaptionsRecipe(default="x"))).said()
+    expected = "data.captions.default has no effect: every picture has a caption of its own"
+    assert any(expected in line for line in said) != effect
+
+
+@pytest.mark.parametrize(
+    "options, tasks, strategy",
+    [
+        ({"arranged": 0.5}, {}, "shapes"),
+        ({"arranged": 0.5, "shapes": 1.0}, {}, None),
+        ({"kinds": ["circle", "square", "triangle", "star", "star"]}, {}, "shapes"),
+        ({"kinds": ["circle", "square", "triangle", "star", "star"]}, {"ti2i": 1.0}, None),
+        ({"photos": "mine"}, {}, "compositional"),
+        ({"preset": "tiny", "vision": ["edges"]}, {"ti2i": 1.0}, "scenes"),
+    ],
+)
+def test_options_of_what_is_not_drawn_are_refused(options, tasks, strategy):
+    data = DataRecipe(source="synthesis", options=options, tasks=tasks or {"t2i": 1.0})
+    if strategy is None:
+        make_source(data)
+        return
+    [name] = options.keys() - {"preset"}
+    with pytest.raises(RecipeError, match=f"data.options.{name} has no effect where data.options.{strategy} is 0"):
+        make_source(data)
+
+
 def test_drawn_pictures_have_their_own_captions():
     with pytest.raises(RecipeError, match="data.captions must be empty for squares"):
         make_source(DataRecipe(source="squares", captions=CaptionsRecipe(trigger="sks")))

@@ -116,6 +116,9 @@ class Examples:
             for kind in self.captions.weights
             if kind not in there
         ]
+        if self.captions.default and not any(seen.bare for seen in self.seen):
+            what = "edit has an instruction" if self.catalogue.edits else "picture has a caption"
+            absent.append(f"{self.name}: data.captions.default has no effect: every {what} of its own")
         about = [*self.catalogue.skipped, *faults(self.seen), *absent, *self.screen.said()]
         return [f"{self.name}: {count:,} {kind}{looked}{held}", *about]
 

@@ -30,7 +30,7 @@ _ORIENTATION = 0x0112
 class Seen:
     """What is known about an example: its place and origin; the hashes of its target and references; the size (height,
     width) of each, None where the file is no picture; the kinds of its captions; whether it has a mask; its fault, a
-    sentence."""
+    sentence; whether it has no caption of its own."""
 
     place: int
     origin: str
@@ -39,6 +39,7 @@ class Seen:
     kinds: tuple[str, ...] = ()
     masked: bool = False
     fault: str = ""
+    bare: bool = False
 
 
 def look(name: str, catalogue: Catalogue, captions: CaptionsRecipe) -> list[Seen]:
@@ -98,7 +99,8 @@ def _seen(place: int, example: Example) -> Seen:
     if not fault and None in sizes:
         fault = "it is no picture that can be read, or an animated one"
     kinds, masked = tuple(example.target.captions), example.mask is not None
-    return Seen(place, example.target.origin, tuple(r.id for r in records), sizes, kinds, masked, fault)
+    bare = not example.target.caption.strip() or not all(map(str.strip, example.target.captions.values()))
+    return Seen(place, example.target.origin, tuple(r.id for r in records), sizes, kinds, masked, fault, bare)
 
 
 def size_of(record: Record) -> tuple[int, int] | None:

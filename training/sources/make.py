@@ -58,9 +58,12 @@ def _named(part: PartRecipe) -> Source:
         if part.captions != CaptionsRecipe():
             raise RecipeError(f"recipe: data.captions must be empty for {part.source}: it says what it draws")
         try:
-            return _DRAWING[part.source](**part.options)
+            drawing = _DRAWING[part.source](**part.options)
         except TypeError as error:
             raise _misfit(part, error) from error
+        if isinstance(drawing, Synthesis):
+            drawing.check_effect(part.tasks.get("ti2i", 0) > 0)
+        return drawing
     try:
         found = catalogue(part.source, part.options)
     except TypeError as error:

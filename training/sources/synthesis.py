@@ -28,6 +28,22 @@ class Synthesis:
             raise RecipeError(f"recipe: data.options.preset must be tiny or empty, got {preset!r}")
         self.recipe = tiny(**options) if preset else SynthesisRecipe.from_dict(options)
 
+    def check_effect(self, edits: bool) -> None:
+        """RecipeError for options of strategies that are not drawn. edits: pairs are drawn, too."""
+        recipe = self.recipe
+        changes = {
+            "arranged": ("shapes", recipe.shapes),
+            "kinds": ("shapes", recipe.shapes or (edits and recipe.pure)),
+            "photos": ("compositional", recipe.compositional),
+            "vision": ("scenes", recipe.scenes),
+        }
+        for name, (strategy, weight) in changes.items():
+            if not weight and getattr(recipe, name) != getattr(SynthesisRecipe, name):
+                raise RecipeError(
+                    f"recipe: data.options.{name} has no effect where data.options.{strategy} is 0: leave it out, or "
+                    f"give {strategy} a weight"
+                )
+
     def sample(self, seed: int, index: int) -> Sample:
         made = _drawn(make, self.recipe, seed, index)
         return Sample(made.image, made.caption, drawn=made)
