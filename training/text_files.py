@@ -1,4 +1,4 @@
-"""Captions beside pictures, as people's editors save them: UTF-8 with or without its mark, UTF-16 and UTF-32 with theirs."""
+"""Captions beside pictures as people's editors save them: UTF-8, also with its mark, UTF-16 and UTF-32 with theirs."""
 
 from __future__ import annotations
 
