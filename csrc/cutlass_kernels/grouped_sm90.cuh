@@ -3,10 +3,13 @@
 //   GroupedMainloop   the TMA descriptors of x and W of problem L
 //   GroupedEpilogue   those of its output and residual, and the parameters of LinearVisitor
 //   GroupedScheduler  the tiles of all problems as one persistent list, in the order of LinearTiles
-// The descriptors are kernel parameters: nothing is written to device memory before the launch.
+// The descriptors are kernel parameters: nothing is written to device memory before the launch. With what the roots of
+// the epilogue trees have in common (EpilogueRoot), and the launch.
 #pragma once
 #include <cutlass/cutlass.h>
+#include <cutlass/device_kernel.h>
 
+#include <cstring>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/epilogue/fusion/sm90_callbacks_tma_warpspecialized.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
@@ -19,6 +22,7 @@ namespace qif {
 namespace gemm {
 
 using namespace cute;
+namespace fusion = cutlass::epilogue::fusion;
 
 // ---- tiles of several problems --------------------------------------------------------------------------------------
 
@@ -239,6 +243,116 @@ struct WithoutReuse<cutlass::epilogue::collective::CollectiveEpilogue<
   using type = cutlass::epilogue::collective::CollectiveEpilogue<
       cutlass::epilogue::Sm90TmaWarpSpecialized<kStages, StagesD, Fragment, false, Delay>, Rest...>;
 };
+
+// The root of an epilogue tree, which keeps its parameters P and needs neither memory nor loads of its own.
+template <class P>
+struct EpilogueRoot {
+  struct SharedStorage {};
+  using Arguments = P;
+  using Params = P;
+
+  template <class ProblemShape>
+  static constexpr Params to_underlying_arguments(const ProblemShape&, const Arguments& arguments, void*) {
+    return arguments;
+  }
+  template <class ProblemShape>
+  static bool can_implement(const ProblemShape&, const Arguments&) {
+    return true;
+  }
+  template <class ProblemShape>
+  static size_t get_workspace_size(const ProblemShape&, const Arguments&) {
+    return 0;
+  }
+  template <class ProblemShape>
+  static cutlass::Status initialize_workspace(const ProblemShape&, const Arguments&, void*, cudaStream_t,
+                                              cutlass::CudaHostAdapter* = nullptr) {
+    return cutlass::Status::kSuccess;
+  }
+
+  CUTLASS_HOST_DEVICE EpilogueRoot() {}
+  CUTLASS_HOST_DEVICE EpilogueRoot(const Params& p, const SharedStorage&) : params(&p) {}
+
+  CUTLASS_DEVICE bool is_producer_load_needed() const { return false; }
+  CUTLASS_DEVICE bool is_C_load_needed() const { return false; }
+
+  template <class... A>
+  CUTLASS_DEVICE auto get_producer_load_callbacks(const fusion::detail::ProducerLoadArgs<A...>&) {
+    return fusion::detail::EmptyProducerLoadCallbacks{};
+  }
+
+  const Params* params = nullptr;
+};
+
+// ---- tiles and the launch -------------------------------------------------------------------------------------------
+
+struct LargeTile {  // two warp groups share a tile; two tiles of one column share its weights
+  static constexpr int kRows = 128, kColumns = 256;
+  using Cluster = Shape<_2, _1, _1>;
+  using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+  using Epilogue = cutlass::epilogue::TmaWarpSpecializedCooperative;
+};
+
+struct SmallTile {  // two warp groups take turns with a tile each; two tiles of one row share its inputs
+  static constexpr int kRows = 128, kColumns = 128;
+  using Cluster = Shape<_1, _2, _1>;
+  using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
+  using Epilogue = cutlass::epilogue::TmaWarpSpecialized;
+};
+
+// A tile with 128 bytes of the depth at a time, the widest swizzle of shared memory.
+template <class Tiling, class T>
+using TileOf = Shape<Int<Tiling::kRows>, Int<Tiling::kColumns>, Int<128 / sizeof(T)>>;
+
+template <class Tiling>
+LinearTiles clusters_of(const LinearGroup& group) {
+  return linear_tiles(group, Tiling::kRows * size<0>(typename Tiling::Cluster{}),
+                      Tiling::kColumns * size<1>(typename Tiling::Cluster{}));
+}
+
+// Where the driver refuses a descriptor, CUTLASS says so on the terminal, leaves zeros and goes on.
+template <class Copy>
+bool is_made(const Copy& copy) {
+  static constexpr TmaDescriptor kNone = {};
+  return std::memcmp(copy.get_tma_descriptor(), &kNone, sizeof(kNone)) != 0;
+}
+
+// What CUTLASS's adapter does, which would take the runtime's error and say only that there was one. `Operator` is the
+// kernel's class.
+template <class Operator, class Cluster>
+int launch_sm90(typename Operator::Arguments& arguments, int count, cudaStream_t stream) {
+  static_assert(Operator::SharedStorageSize <= 227 * 1024);
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  arguments.mode = cutlass::gemm::GemmUniversalMode::kBatched;
+  arguments.hw_info.device_id = device;
+  if (const cudaError_t error =
+          cudaDeviceGetAttribute(&arguments.hw_info.sm_count, cudaDevAttrMultiProcessorCount, device))
+    return error;
+  typename Operator::Params params = Operator::to_underlying_arguments(arguments, nullptr);
+  for (int i = 0; i < count; ++i) {
+    const auto& mainloop = params.mainloop.group[i];
+    const auto& epilogue = params.epilogue.group[i];
+    bool made = is_made(mainloop.tma_load_a) && is_made(mainloop.tma_load_b) && is_made(epilogue.tma_store_d);
+    if constexpr (Operator::kResidual) made = made && is_made(epilogue.tma_load_c);
+    if (!made) return cudaErrorInvalidValue;
+  }
+  const void* kernel = reinterpret_cast<const void*>(cutlass::device_kernel<Operator>);
+  constexpr int shared = Operator::SharedStorageSize;
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
+    return error;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {size<0>(Cluster{}), size<1>(Cluster{}), 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = Operator::get_grid_shape(params);
+  config.blockDim = Operator::get_block_shape();
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  void* addresses[] = {&params};
+  return cudaLaunchKernelExC(&config, kernel, addresses);
+}
 
 }  // namespace gemm
 }  // namespace qif

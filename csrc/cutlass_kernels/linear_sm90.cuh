@@ -1,55 +1,20 @@
 // A group of products on Hopper: CUTLASS's warp-specialised TMA kernels as they are, with the adaptors of
 // grouped_sm90.cuh, and bias, GELU, gate and residual on their accumulators.
 #pragma once
-#include <cutlass/device_kernel.h>
-
-#include <cstring>
-
 #include "cutlass_kernels/grouped_sm90.cuh"
 
 namespace qif {
 namespace gemm {
-
-namespace fusion = cutlass::epilogue::fusion;
 
 // ---- bias, GELU, gate and residual ----------------------------------------------------------------------------------
 
 // The root of an epilogue tree; its child gives the residual, or the accumulators where there is none. A thread holds
 // pairs of neighbouring columns of a few rows.
 template <LinearEpilogue E, class T>
-struct LinearVisitor {
-  struct SharedStorage {};
-  using Arguments = EpilogueParams<T>;
-  using Params = Arguments;
-
-  template <class ProblemShape>
-  static constexpr Params to_underlying_arguments(const ProblemShape&, const Arguments& arguments, void*) {
-    return arguments;
-  }
-  template <class ProblemShape>
-  static bool can_implement(const ProblemShape&, const Arguments&) {
-    return true;
-  }
-  template <class ProblemShape>
-  static size_t get_workspace_size(const ProblemShape&, const Arguments&) {
-    return 0;
-  }
-  template <class ProblemShape>
-  static cutlass::Status initialize_workspace(const ProblemShape&, const Arguments&, void*, cudaStream_t,
-                                              cutlass::CudaHostAdapter* = nullptr) {
-    return cutlass::Status::kSuccess;
-  }
-
-  CUTLASS_HOST_DEVICE LinearVisitor() {}
-  CUTLASS_HOST_DEVICE LinearVisitor(const Params& p, const SharedStorage&) : params(&p) {}
-
-  CUTLASS_DEVICE bool is_producer_load_needed() const { return false; }
-  CUTLASS_DEVICE bool is_C_load_needed() const { return false; }
-
-  template <class... A>
-  CUTLASS_DEVICE auto get_producer_load_callbacks(const fusion::detail::ProducerLoadArgs<A...>&) {
-    return fusion::detail::EmptyProducerLoadCallbacks{};
-  }
+struct LinearVisitor : EpilogueRoot<EpilogueParams<T>> {
+  using Base = EpilogueRoot<EpilogueParams<T>>;
+  using Params = typename Base::Params;
+  using Base::Base, Base::params;
 
   template <class Coords>
   struct Callbacks : fusion::detail::EmptyConsumerStoreCallbacks {
@@ -135,40 +100,25 @@ struct LinearVisitor {
     return Callbacks<decltype(args.tCcD)>(params, args.tCcD, rows - get<0>(args.residue_tCcD),
                                           columns - get<1>(args.residue_tCcD), columns, first, last);
   }
-
-  const Params* params = nullptr;
 };
 
 // ---- the kernel -----------------------------------------------------------------------------------------------------
 
-struct LargeTile {  // two warp groups share a tile; two tiles of one column share its weights
-  using Tile = Shape<_128, _256, _64>;
-  using Cluster = Shape<_2, _1, _1>;
-  using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
-  using Epilogue = cutlass::epilogue::TmaWarpSpecializedCooperative;
-};
-
-struct SmallTile {  // two warp groups take turns with a tile each; two tiles of one row share its inputs
-  using Tile = Shape<_128, _128, _64>;
-  using Cluster = Shape<_1, _2, _1>;
-  using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
-  using Epilogue = cutlass::epilogue::TmaWarpSpecialized;
-};
-
 template <LinearEpilogue E, class T, int Groups, class Tiling>
 struct LinearTypes {
   static constexpr bool kResidual = E == LinearEpilogue::kGateResidual;
+  using Tile = TileOf<Tiling, T>;
   using Row = cutlass::layout::RowMajor;
   using Column = cutlass::layout::ColumnMajor;
   using Child = std::conditional_t<kResidual, fusion::Sm90SrcFetch<T>, fusion::Sm90AccFetch>;
   using Tree = fusion::Sm90EVT<LinearVisitor<E, T>, Child>;
   using BuiltEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, typename Tiling::Tile, typename Tiling::Cluster,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, typename Tiling::Cluster,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, std::conditional_t<kResidual, T, void>, Row, 8, T,
       Row, 8, typename Tiling::Epilogue, Tree>::CollectiveOp;
   using Epilogue = typename WithoutReuse<BuiltEpilogue>::type;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, T, Row, 8, T, Column, 8, float, typename Tiling::Tile,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, T, Row, 8, T, Column, 8, float, Tile,
       typename Tiling::Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
       typename Tiling::Mainloop>::CollectiveOp;
@@ -180,12 +130,11 @@ struct LinearTypes {
 template <LinearEpilogue E, class T, int Groups, class Tiling>
 struct LinearSm90 : LinearTypes<E, T, Groups, Tiling>::Kernel {
   using Kernel = typename LinearTypes<E, T, Groups, Tiling>::Kernel;
-  static_assert(Kernel::SharedStorageSize <= 227 * 1024);
+  static constexpr bool kResidual = E == LinearEpilogue::kGateResidual;
 
   static int run(const LinearGroup& group, cudaStream_t stream) {
     typename Kernel::Arguments arguments;
-    arguments.mode = cutlass::gemm::GemmUniversalMode::kBatched;
-    int order[kMaxLinears], large = 0, device = 0, most = 0;
+    int order[kMaxLinears], large = 0, most = 0;
     const int count = order_linears(group, order, large);
     if (count == 0) return cudaSuccess;
     for (int i = 0; i < count; ++i) {
@@ -194,59 +143,16 @@ struct LinearSm90 : LinearTypes<E, T, Groups, Tiling>::Kernel {
           static_cast<const T*>(l.x), {group.depth, _1{}, 0}, static_cast<const T*>(l.weight), {group.depth, _1{}, 0}};
       auto& epilogue = arguments.epilogue.group[i];
       epilogue.thread.op_1 = epilogue_params<T>(l);
-      if constexpr (E == LinearEpilogue::kGateResidual) epilogue.ptr_C = static_cast<const T*>(l.residual);
+      if constexpr (kResidual) epilogue.ptr_C = static_cast<const T*>(l.residual);
       epilogue.dC = epilogue.dD = {group.columns, _1{}, 0};
       epilogue.ptr_D = static_cast<T*>(l.out);
       arguments.mainloop.rows[i] = arguments.epilogue.rows[i] = static_cast<int>(l.rows);
       most = l.rows > most ? static_cast<int>(l.rows) : most;
     }
     arguments.mainloop.count = arguments.epilogue.count = count;
-    arguments.scheduler.clusters =
-        linear_tiles(group, size<0>(typename Tiling::Tile{}) * size<0>(typename Tiling::Cluster{}),
-                     size<1>(typename Tiling::Tile{}) * size<1>(typename Tiling::Cluster{}));
+    arguments.scheduler.clusters = clusters_of<Tiling>(group);
     arguments.problem_shape = {most, static_cast<int>(group.columns), static_cast<int>(group.depth), count};
-    if (const cudaError_t error = cudaGetDevice(&device)) return error;
-    arguments.hw_info.device_id = device;
-    if (const cudaError_t error =
-            cudaDeviceGetAttribute(&arguments.hw_info.sm_count, cudaDevAttrMultiProcessorCount, device))
-      return error;
-    typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, nullptr);
-    for (int i = 0; i < count; ++i) {
-      const auto& mainloop = params.mainloop.group[i];
-      const auto& epilogue = params.epilogue.group[i];
-      bool made = is_made(mainloop.tma_load_a) && is_made(mainloop.tma_load_b) && is_made(epilogue.tma_store_d);
-      if constexpr (E == LinearEpilogue::kGateResidual) made = made && is_made(epilogue.tma_load_c);
-      if (!made) return cudaErrorInvalidValue;
-    }
-    return launch(params, stream);
-  }
-
- private:
-  // Where the driver refuses a descriptor, CUTLASS says so on the terminal, leaves zeros and goes on.
-  template <class Copy>
-  static bool is_made(const Copy& copy) {
-    static constexpr TmaDescriptor kNone = {};
-    return std::memcmp(copy.get_tma_descriptor(), &kNone, sizeof(kNone)) != 0;
-  }
-
-  // What CUTLASS's adapter does, which would take the runtime's error and say only that there was one.
-  static int launch(typename Kernel::Params& params, cudaStream_t stream) {
-    const void* kernel = reinterpret_cast<const void*>(cutlass::device_kernel<LinearSm90>);
-    constexpr int shared = Kernel::SharedStorageSize;
-    if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared))
-      return error;
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {size<0>(typename Tiling::Cluster{}), size<1>(typename Tiling::Cluster{}), 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = Kernel::get_grid_shape(params);
-    config.blockDim = Kernel::get_block_shape();
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    void* addresses[] = {&params};
-    return cudaLaunchKernelExC(&config, kernel, addresses);
+    return launch_sm90<LinearSm90, typename Tiling::Cluster>(arguments, count, stream);
   }
 };
 
