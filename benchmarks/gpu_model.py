@@ -234,6 +234,8 @@ INTEGERS = {
     "int8_rows_row<BFloat16, true>": ("rotate and round, 3072 wide", 4 * 3072, 192),
     "linear_int8_tile<BFloat16, false>": ("products, weights in 8 bits", 3 * 16 * 1024, 128),
     "linear_int8_tile<BFloat16, true>": ("products, weights in 4 bits", 3 * (8192 + 8 * 576), 128),
+    "device_kernel<LinearInt8Sm90<false, bfloat16_t, 6, LargeTile> >": ("weights in 8 bits by wgmma", 214016, 384),
+    "device_kernel<LinearInt8Sm90<true, bfloat16_t, 2, LargeTile> >": ("the same, gate and residual", 230400, 384),
 }
 
 
@@ -242,9 +244,10 @@ def integers() -> str:
     budget = json.loads(BUDGET.read_text(encoding="utf-8"))
     rows = []
     for kernel, (what, shared, threads) in INTEGERS.items():
-        registers = [budget[architecture][kernel][0] for architecture in ("sm_80", "sm_90a", "sm_100a")]
-        facts = {"registers": registers[1], "threads": threads, "shared": shared + budget["sm_90a"][kernel][1]}
-        rows.append([what, *map(str, registers), f"{shared / 1024:.1f}", str(threads), str(resident(facts))])
+        of_each = [budget[architecture].get(kernel) for architecture in ("sm_80", "sm_90a", "sm_100a")]
+        registers = [str(found[0]) if found else "" for found in of_each]
+        facts = {"registers": of_each[1][0], "threads": threads, "shared": shared + of_each[1][1]}
+        rows.append([what, *registers, f"{shared / 1024:.1f}", str(threads), str(resident(facts))])
     head = [
         "",
         "registers, sm_80",
@@ -291,8 +294,9 @@ share of a copy's.
 """
 
 INTEGERS_HEAD = """
-The kernels of layers in 8 bits, in bfloat16, as compiled. No time is estimated: at what rate `mma.sync` multiplies
-integers on this GPU is not known here.
+The kernels of layers in 8 bits, in bfloat16, as compiled; those by `wgmma` hand registers from the threads that load
+to those that multiply. No time is estimated: at what rate `mma.sync` and `wgmma` multiply integers on this GPU is not
+known here.
 """
 
 if __name__ == "__main__":

@@ -54,6 +54,17 @@ void define_cutlass(py::module_& m) {
   define(m, "linear_qkv", QIF_SM80(linear_qkv), QIF_SM90(linear_qkv));
   define(m, "linear_gelu", QIF_SM80(linear_gelu), QIF_SM90(linear_gelu));
   define(m, "linear_gate_residual", QIF_SM80(linear_gate_residual), QIF_SM90(linear_gate_residual));
+#if defined(QIF_CUTLASS_SM90)
+  m.def("linear_int8_sm90_cuda", [](const std::vector<Int8Arguments>& products, int dtype, Address, Address stream) {
+    const std::vector<Int8Product> found = int8_products(products, dtype, {});
+    int error;
+    {
+      py::gil_scoped_release release;
+      error = linear_int8_sm90(found, pointer(stream));
+    }
+    if (error) throw std::runtime_error("linear_int8: " + cuda_error(error));
+  });
+#endif
 }
 
 }  // namespace qif

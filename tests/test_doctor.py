@@ -1,5 +1,6 @@
 """The self-test passes on right kernels and finds wrong ones; the timings measure what they say."""
 
+import importlib
 import json
 import os
 import time
@@ -31,6 +32,7 @@ def test_every_op_is_tested():
         "keeping_choices",
         "linear_kernels",
         "pack_conv3x3",
+        "int8_kernels",
         "int8_unit",
         "Int8Weight",
     }
@@ -211,8 +213,10 @@ def test_doctor_says_what_the_build_can_do_on_a_gpu(monkeypatch):
     info["cuda_architectures"] = ["sm_80", "sm_90a"]
     assert "this build has kernels for it" in doctor.environment()["CUDA"]
     assert doctor.environment()["attention, mixed lengths"] == "cuda"
-    said = "on a GPU int8 at 2 times the peak of bfloat16 on sm_90"
+    said = "on a GPU int8 at 2 times the peak of bfloat16 on sm_90; by mma.sync"
     assert doctor.environment()["8-bit products"].endswith(said)
+    monkeypatch.setattr(importlib.import_module("qwen_image_fast.ops.linear_int8"), "WGMMA", True)
+    assert doctor.environment()["8-bit products"].endswith("on sm_90; by wgmma")
 
 
 def test_doctor_says_why_torch_sees_no_gpu(monkeypatch):

@@ -64,9 +64,12 @@ def test_measuring_linear_layers(tmp_path):
     assert [(r["op"], r["depth"], r["columns"]) for r in records] == [
         ("linear_qkv", 16, 16), ("linear_gelu", 16, 64), ("linear_gate_residual", 16, 16),
         ("linear_gate_residual", 64, 16),
+        *(("linear_int8", depth, columns) for depth, columns in ((16, 16), (16, 64), (16, 16), (64, 16))),
     ]  # fmt: skip
     for r in records:
-        assert max(r["difference"].values()) < 0.02 and r["TFLOP/s"]["torch"] > 0
+        eight = r["op"] == "linear_int8"
+        assert max(r["difference"].values()) < 0.02 and r["TFLOP/s"]["best" if eight else "torch"] > 0
+    assert [r["flops"] for r in records[:4]] == [r["flops"] for r in records[4:]]
     assert records[0]["flops"] == 2 * 3 * (9 + 7) * 16 * 16
 
 
@@ -84,6 +87,7 @@ def test_table_of_linear_kernels():
         gemm("linear_qkv", 4096, 50, large=0.5, small=0.5, differs=0.1),
         gemm("linear_qkv", 8192, 80, large=0.5),
         gemm("linear_qkv", 8192, 999, large=2.0),
+        {**gemm("linear_int8", 8192, 80), "ms": {"mma.sync": 0.2, "wgmma": 0.1}},
     ]
     assert linear_table.faster(records) == {
         "linear_gelu 3072 -> 12288": {"1024": "cutlass small", "4096": "cutlass large", "8192": "torch"}

@@ -11,8 +11,8 @@
 // r[i] = ((r[0] + r[1]) + (r[2] + r[3])) / 2 - r[3 - i], which is the same on every instruction set.
 //
 // A row whose largest magnitude is below 1e-30 is zero; one that is not finite has a scale that is not.
-// Values are written in tiles, as the products read them: [rows / 16][width / 64][16][64], of rows and width filled up
-// to whole tiles; what is filled up is left as it is.
+// Values are written as the products read them. On a CPU in tiles, [rows / 16][width / 64][16][64], of rows and width
+// filled up to whole tiles; on a GPU in rows, the width filled up to a multiple of 64. What is filled up has any value.
 // Every operation is one of IEEE's, in a stated order, and GELU's exponential a polynomial of our own: CPUs and GPUs
 // get the same bits. On a GPU, where a row lies in shared memory, it is at most kInt8MostWidth wide.
 // Traffic: x once, a quarter or half of that written.

@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kRowThreads) int8_rows_row(const T* x, int64_t
   const float inverse = zero ? 0.0f : 127.0f / largest;
   if (threadIdx.x == 0) store_global(scales + r, zero ? 0.0f : largest / 127.0f);
   const int64_t steps = (width + kInt8Depth - 1) / kInt8Depth;
-  uint8_t* out = values + (r / kInt8Rows * steps * kInt8Rows + r % kInt8Rows) * kInt8Depth;
+  Word4* out = reinterpret_cast<Word4*>(values + r * steps * kInt8Depth);
   for (int piece = threadIdx.x; piece < steps * (kInt8Depth / kPiece); piece += blockDim.x) {
     Word4 bytes;
 #pragma unroll
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kRowThreads) int8_rows_row(const T* x, int64_t
       }
       bytes.w[i] = word;
     }
-    store_global(reinterpret_cast<Word4*>(out + piece / 4 * kInt8Rows * kInt8Depth) + piece % 4, bytes);
+    store_global(out + piece, bytes);
   }
 }
 

@@ -29,25 +29,30 @@ struct ProductPlaces {
   bool wide[kMostProducts];     // runs of columns are read and written at once
 };
 
-// Pieces of 16 bytes of a stage: the depth's tile `step` of the rows from tile `row` on, and of panels from `panel` on.
-// Pieces of a row, or of the columns of a depth, are exchanged so that those read together lie in different banks.
+// Pieces of 16 bytes of a stage: 64 numbers of the depth from `step` on of the rows from tile `row` on, and of panels
+// from `panel` on. Pieces of a row are exchanged, and of columns the even ones come before the odd ones, so that those
+// read together lie in different banks.
 template <bool Four>
 QIF_INLINE void copy_stage(Shared<uint8_t> to, const Int8Product& p, int64_t row, int64_t panel, int step, int steps) {
-  constexpr int kPanelBytes = Shape<Four>::kPanelBytes, kPieces = kBlockTiles * kPanelBytes / 16;
+  auto piece_of = [](int r, int piece) { return r * kInt8Depth + (piece ^ (r >> 1 & 3)) * 16; };
   for (int i = threadIdx.x; i < kBlockTiles * kTileBytes / 16; i += kProductThreads) {
     const int tile = i / 64, r = i / 4 % 16, piece = i % 4;
-    const bool valid = (row + tile) * kInt8Rows + r < p.rows;
-    const uint8_t* from = p.values + ((row + tile) * steps + step) * kTileBytes + r * kInt8Depth + piece * 16;
-    copy_async(to + tile * kTileBytes + r * 64 + (piece ^ (r >> 1 & 3)) * 16, valid ? from : p.values, valid);
+    const int64_t at = (row + tile) * kInt8Rows + r;
+    const bool valid = at < p.rows;
+    const uint8_t* from = p.values + at * p.depth + step * kInt8Depth + piece * 16;
+    copy_async(to + tile * kTileBytes + piece_of(r, piece), valid ? from : p.values, valid);
   }
   const Shared<uint8_t> panels = to + kBlockTiles * kTileBytes;
   const uint8_t* weight = reinterpret_cast<const uint8_t*>(p.weight);
-  for (int i = threadIdx.x; i < kPieces; i += kProductThreads) {
-    const int n = i / (kPanelBytes / 16), piece = i % (kPanelBytes / 16);
-    const bool valid = (panel + n) * kInt8Columns < p.columns;
-    const uint8_t* from = weight + ((panel + n) * steps + step) * kPanelBytes + piece * 16;
-    const int at = Four ? piece : piece ^ (piece / 4 & 2);
-    copy_async(panels + n * kPanelBytes + at * 16, valid ? from : weight, valid);
+  constexpr int kPanelBytes = Shape<Four>::kPanelBytes, kPieces = kPanelBytes / 16;
+  for (int i = threadIdx.x; i < kBlockTiles * kPieces; i += kProductThreads) {
+    const int n = i / kPieces, c = i / 4 % 16, piece = Four ? i % kPieces : i % 4;
+    const int64_t column = (panel + n) * kInt8Columns + (Four ? 0 : c);
+    const bool valid = column < p.columns;
+    const uint8_t* from = Four ? weight + ((panel + n) * steps + step) * kPanelBytes + piece * 16
+                               : weight + column * p.depth + step * kInt8Depth + piece * 16;
+    const int at = Four ? piece * 16 : piece_of(c % 2 * 8 + c / 2, piece);
+    copy_async(panels + n * kPanelBytes + at, valid ? from : weight, valid);
   }
 }
 
@@ -72,10 +77,10 @@ QIF_INLINE uint32_t numbers_of(uint32_t levels01, uint32_t levels23, uint32_t ti
 template <bool Four>
 QIF_INLINE void load_columns(Shared<uint8_t> panel, int half, uint32_t (&words)[2][2]) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  if constexpr (Four) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int quad = 8 * half + 4 * h + t;
-    if constexpr (Four) {
+    for (int h = 0; h < 2; ++h) {
+      const int quad = 8 * half + 4 * h + t;
       const uint32_t codes = shared_cast<uint32_t>(panel)[8 * quad + g], others = codes ^ 0x88888888u;
       const Shared<uint8_t> times = panel + kInt4Codes + quad / 4 * 16 + g;
       // Of both columns by turns. Codes below 8 name a level of the lower half, in the upper one a highest bit, zero.
@@ -84,17 +89,19 @@ QIF_INLINE void load_columns(Shared<uint8_t> panel, int half, uint32_t (&words)[
           permute_bytes(kLevels0, kLevels4, codes >> 16) | permute_bytes(kLevels8, kLevels12, others >> 16);
       words[0][h] = numbers_of(levels01 & 0x00ff00ffu, levels23 & 0x00ff00ffu, times[0]);
       words[1][h] = numbers_of(levels01 >> 8 & 0x00ff00ffu, levels23 >> 8 & 0x00ff00ffu, times[8]);
-    } else {
-      const int piece = quad * 4 + ((g >> 1) ^ (quad & 2));
-      const Words<2> two = shared_cast<Words<2>>(panel)[piece * 2 + g % 2];
-      words[0][h] = two.w[0];
-      words[1][h] = two.w[1];
     }
+  } else {
+    // Matrices of eight columns, even or odd ones, and 16 of the depth.
+    const int column = lane / 16 * 8 + lane % 8, piece = 2 * half + lane / 8 % 2;
+    uint32_t four[4];
+    load_matrices<false>(panel + column * kInt8Depth + (piece ^ (column >> 1 & 3)) * 16, four);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words[i / 2][i % 2] = four[i];
   }
 }
 
-// Of a lane's value i of a panel: its column there. By load_columns' order, 8-bit columns alternate between the two
-// products of a panel.
+// Of a lane's value i of a panel: its column there. In 8 bits the two products of a panel have its even and its odd
+// columns.
 template <bool Four>
 QIF_INLINE int column_of(int i) {
   const int t = threadIdx.x % 4;
@@ -161,7 +168,7 @@ __global__ void __launch_bounds__(kProductThreads, 2) linear_int8_tile(const __g
   const int64_t panel = int64_t{within / height} * kBlockTiles;
 
   const Shared<uint8_t> memory = dynamic_shared<uint8_t>();
-  const int steps = static_cast<int>((p.depth + kInt8Depth - 1) / kInt8Depth);
+  const int steps = static_cast<int>(p.depth / kInt8Depth);
   auto copy = [&](int step) {
     if (step < steps) copy_stage<Four>(memory + step % kStages * S::kStageBytes, p, tile, panel, step, steps);
     commit_copies();

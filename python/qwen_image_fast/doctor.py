@@ -28,6 +28,7 @@ from qwen_image_fast.doctor_cases import ALLOWED, CASES, CPU_ONLY, as_tuple, fun
 from qwen_image_fast.ops import _eight_bits
 from qwen_image_fast.ops._linear import describe_linear
 from qwen_image_fast.ops.joint_attention import describe_attention
+from qwen_image_fast.ops.linear_int8 import multiplied_by
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Beside torch, those whose versions decide what works; the last three are wanted by the extra diffusers alone.
@@ -66,7 +67,8 @@ def _of_8_bits() -> str:
     """What the tensor cores of the GPU are for, by the table of peaks."""
     if not torch.cuda.is_available():
         return "tensor cores"
-    return _eight_bits.describe(_eight_bits.capability_of(torch.cuda.current_device()))
+    device = torch.cuda.current_device()
+    return f"{_eight_bits.describe(_eight_bits.capability_of(device))}; by {multiplied_by(device)}"
 
 
 def _threads() -> str:

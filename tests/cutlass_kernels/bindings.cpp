@@ -5,6 +5,7 @@
 
 #include "bindings_cuda.h"
 #include "kernels/linear_group.h"
+#include "kernels/linear_int8.h"
 
 static int device_major = 9, error_of_kernels = 0;
 static std::vector<std::string> launched;
@@ -48,6 +49,22 @@ KERNEL(linear_gate_residual_sm80)
 KERNEL(linear_qkv_sm90)
 KERNEL(linear_gelu_sm90)
 KERNEL(linear_gate_residual_sm90)
+
+int linear_int8_sm90(const std::vector<Int8Product>& products, void* stream) {
+  std::string text = "linear_int8_sm90 " + std::to_string(reinterpret_cast<uintptr_t>(stream)) + ":";
+  for (const Int8Product& p : products) {
+    for (const void* a :
+         {static_cast<const void*>(p.values), static_cast<const void*>(p.scales), static_cast<const void*>(p.weight),
+          static_cast<const void*>(p.weight_scales), static_cast<const void*>(p.sums), p.bias,
+          static_cast<const void*>(p.out), p.residual, p.gate, static_cast<const void*>(p.offsets)})
+      text += " " + std::to_string(reinterpret_cast<uintptr_t>(a));
+    for (int64_t v : {p.rows, p.columns, p.depth, p.gate_stride, p.segments, int64_t{p.dtype}, int64_t{p.four}})
+      text += " " + std::to_string(v);
+    text += ";";
+  }
+  launched.push_back(text);
+  return error_of_kernels;
+}
 #endif
 
 }  // namespace qif

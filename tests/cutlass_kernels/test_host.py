@@ -92,6 +92,17 @@ def test_what_the_kernels_are_handed(tmp_path):
         module.be(9, 209)
         with pytest.raises(RuntimeError, match=f"^{op}: error 209$"):
             launch(linears, 3072, 12288, 1, 2, 0, 0)
+    module.be(9, 0)
+    products = [
+        ((1, 2, 50, 64), (4, 5, 6, 7, 80), 8, (9, 10, 11, 12, 13)),
+        ((1, 2, 3, 64), (4, 5, 6, 0, 8), 7, (0,) * 5),
+    ]
+    module.linear_int8_sm90_cuda(products, 2, 0, 77)
+    given = " 1 2 4 5 6 7 8 9 10 12 50 80 64 11 13 2 0; 1 2 4 5 6 0 7 0 0 0 3 8 64 0 0 2 0;"
+    assert module.launched() == [f"linear_int8_sm90 77:{given}"]
+    module.be(9, 209)
+    with pytest.raises(RuntimeError, match="^linear_int8: error 209$"):
+        module.linear_int8_sm90_cuda(products, 2, 0, 0)
 
 
 @needs_nvcc

@@ -8,6 +8,7 @@ from test_int8_linear import distance, inputs
 from qwen_image_fast.folders import SHIPPED
 from qwen_image_fast.models.int8_linear import Int8Linear, quantised
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
+from qwen_image_fast.ops import _int8
 
 
 def layer_of(columns, depth, dtype, bias=True):
@@ -46,7 +47,7 @@ def test_without_kernels_it_is_the_dequantised_product(dtype, most):
     layer, x = layer_of(192, 256, dtype)
     exact = F.linear(x.double(), layer.dequantised().double(), layer.bias.double())
     assert distance(layer.in_floats(x, layer.bias), exact) < most
-    rows = layer.int8._replace(packed=layer.int8.values())  # as it lies on a GPU
+    rows = layer.int8._replace(packed=_int8.filled_up(layer.int8.values()))  # as it lies on a GPU
     assert rows.packed.shape == (192, 256) and torch.equal(rows.laid_out().packed, layer.int8.packed)
     torch.testing.assert_close(Int8Linear(rows, layer.bias).in_floats(x, layer.bias), layer.in_floats(x, layer.bias))
 

@@ -129,8 +129,10 @@ def test_packing_is_undone():
         weight = Int8Weight.of(numbers, torch.rand(1), 1)
         assert torch.equal(weight.values(), numbers) and torch.equal(weight.sums, numbers.sum(1, dtype=torch.int32))
         assert weight.scales.shape == (columns,)
-        for ours, theirs in zip(_int8.pack_by_torch(numbers), (weight.packed, weight.sums), strict=True):  # as on a GPU
-            assert torch.equal(ours, theirs)
+        rows = _int8.in_rows(weight.packed, columns)  # as on a GPU
+        assert torch.equal(rows, _int8.filled_up(numbers)) and rows.shape[1] % 64 == 0
+        there = weight._replace(packed=rows)
+        assert torch.equal(there.values(), numbers) and torch.equal(there.laid_out().packed, weight.packed)
 
 
 def test_empty():

@@ -1,11 +1,14 @@
 """int8_rows and linear_int8 by the CUDA kernels: the bits of the CPU's."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
 
 from qwen_image_fast.models.int8_linear import Int8Linear, quantised
-from qwen_image_fast.ops import Int8Weight, _int4, _int8, int8_rows, linear_int8
+from qwen_image_fast.ops import Int8Weight, _int4, _int8, int8_kernels, int8_rows, linear_int8
+from qwen_image_fast.ops.linear_int8 import WGMMA
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Rows, width, group: the smallest; odd; with a tail after whole pieces; of every group, in one and in several rounds of
@@ -18,9 +21,9 @@ SIZES = [(1, 4, 1), (17, 60, 33), (33, 192, 48), (150, 80, 140), (20, 464, 20), 
 
 
 def moved(found, name):
-    """The same, there."""
+    """The same, there; called where the device is entered."""
     if isinstance(found, Int8Weight):
-        return found.to(torch.device("cuda")) if name == "cuda" else found
+        return found.to(torch.device("cuda" if name == "cuda" else "cpu"))
     if isinstance(found, Tensor):
         return found.cuda() if name == "cuda" else found
     return None if found is None else type(found)(moved(f, name) for f in found)
@@ -87,8 +90,10 @@ def compare(cuda, rows, weight, bias, dtype, *gated):
     """All of one call, there and by the CPU."""
     name, entered = cuda
     expected = linear_int8(rows, weight, bias, dtype, *gated)
+    values = [_int8.from_tiles(v, len(s), w.depth) for (v, s), w in zip(rows, weight)]
     with entered():
-        found = linear_int8(*moved([rows, weight, bias], name), dtype, *moved(list(gated), name))
+        there = [(_int8.to_tiles(moved(v, name)), moved(s, name)) for v, (_, s) in zip(values, rows)]
+        found = linear_int8(there, *moved([weight, bias], name), dtype, *moved(list(gated), name))
     for ours, theirs in zip(found, expected, strict=True):
         assert theirs.isfinite().all() and torch.equal(ours.cpu(), theirs)
 
@@ -154,3 +159,21 @@ def test_a_layer(precision, cuda):
             found = layer.to("cuda" if name == "cuda" else "cpu")(moved(x, name))
             torch.testing.assert_close(layer.gradient(found).cpu(), gradient, rtol=1e-4, atol=1e-4)
         assert torch.equal(found.cpu(), expected) and torch.equal(layer.to("cpu")(x), expected)
+
+
+@pytest.mark.skipif(
+    not (WGMMA and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)),
+    reason="needs Hopper and a build with its kernels",
+)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("size", [(1, 16, 8), (17, 60, 40), (300, 272, 264), (140, 1344, 136), (1100, 3072, 3080)])
+def test_hopper(size, dtype):
+    """By wgmma: with and without gate and residual, and beside a product of other sizes."""
+    made = [make(*size, dtype), make(33, 64, 24, dtype), make(size[0] + 7, *size[1:], dtype)]
+    residual = [torch.randn(len(rows[1]), len(weight.sums)).to(dtype) for rows, weight, _ in made]
+    gate = [torch.randn(3, 2 * len(weight.sums)).to(dtype)[:, : len(weight.sums)] for _, weight, _ in made]
+    offsets = [torch.tensor([0, n // 2, n // 2, n], dtype=torch.int32) for n in map(len, residual)]
+    cuda = "cuda", nullcontext
+    with int8_kernels("wgmma"):
+        compare(cuda, *map(list, zip(*made)), dtype)
+        compare(cuda, *map(list, zip(*made)), dtype, residual, gate, offsets)

@@ -11,6 +11,7 @@ from torch import Tensor
 from ptx.device import InterpretedDevice
 from qwen_image_fast.ops import Int8Weight, _int8, _linear
 from qwen_image_fast.ops._library import DTYPE_CODES, pointer
+from qwen_image_fast.ops.linear_int8 import linear_int8_reference
 
 LINEAR = ("linear_qkv", "linear_gelu", "linear_gate_residual")
 KERNELS = {"sm_80": (8, "cutlass large"), "sm_90a large": (9, "cutlass large"), "sm_90a small": (9, "cutlass small")}
@@ -38,6 +39,14 @@ def int8_product(rows: int, depth: int, columns: int, dtype: torch.dtype, four: 
     weight = weight._replace(**copied)
     bias = torch.randn(columns, generator=draw).to(dtype)
     return (_int8.to_tiles(values), torch.rand(rows, generator=draw) / 1000), weight, bias
+
+
+def cancelling_product(rows: int, depth: int, columns: int, dtype: torch.dtype) -> tuple:
+    """One whose bias takes nearly all of the products away, so that the last bits of these are seen."""
+    (values, scales), weight, _ = int8_product(rows, depth, columns, dtype)
+    made = _int8.from_tiles(values, rows, depth)[:1].expand(rows, depth).contiguous(), scales[:1].repeat(rows)
+    near = _int8.to_tiles(made[0]), made[1] * (1 + torch.arange(rows) * 2.0**-18)
+    return near, weight, -linear_int8_reference([near], [weight], [None], dtype)[0][0]
 
 
 def products(

@@ -153,7 +153,7 @@ int agent_of_group(const Warp& w) {
   return w.block->cluster->agent('w', *w.block, w.index / 4, "a wgmma of warp group ");
 }
 
-// A matrix in shared memory whose rows are of 64 values, in swizzles of 128 bytes; eight rows lie together.
+// A matrix in shared memory whose rows are of 128 bytes, in swizzles of as many; eight rows lie together.
 struct Matrix {
   uint32_t start, stride;
   int rows;
@@ -164,11 +164,11 @@ struct Matrix {
       fail(w, 0, i, "only matrices in swizzles of 128 bytes are modelled");
   }
   template <class F>
-  void for_places(const Warp& w, const Instruction& i, F f) const {  // f(row, k, place of 8 values from k on)
+  void for_places(const Warp& w, const Instruction& i, F f) const {  // f(row, byte, place of 16 bytes from there on)
     for (int row = 0; row < rows; ++row)
-      for (int k = 0; k < 16; k += 8) {
-        const uint32_t address = swizzled(start + row / 8 * stride + row % 8 * 128 + 2 * k, 3);
-        f(row, k, locate(w, 0, i, Space::kShared, Access::kRead, address, 16, 16));
+      for (int byte : {0, 16}) {
+        const uint32_t address = swizzled(start + row / 8 * stride + row % 8 * 128 + byte, 3);
+        f(row, byte, locate(w, 0, i, Space::kShared, Access::kRead, address, 16, 16));
       }
   }
 };
@@ -178,7 +178,8 @@ int columns_of(const Instruction& i) { return std::stoi(i.words[4].substr(i.word
 Outcome multiply_async(Warp& w, const Instruction& i, uint32_t& lanes) {
   if (!meet_group(w, i, lanes)) return Outcome::kBlocked;
   if (i.operands[1].kind == Operand::kVector) fail(w, 0, i, "a left operand in registers is not modelled");
-  if (w.value(i.operands[6], 0) || w.value(i.operands[7], 0)) fail(w, 0, i, "transposed operands are not modelled");
+  if (i.operands.size() > 7 && (w.value(i.operands[6], 0) || w.value(i.operands[7], 0)))
+    fail(w, 0, i, "transposed operands are not modelled");
   WarpGroup& g = group_of(w);
   const Multiply m = {g.committed + 1, &i, w.value(i.operands[1], 0), w.value(i.operands[2], 0),
                       w.value(i.operands[3], 0) != 0};
@@ -208,37 +209,51 @@ Outcome multiply_async(Warp& w, const Instruction& i, uint32_t& lanes) {
   return Outcome::kJumped;
 }
 
-// Sixteen values of each row, [16][rows].
-std::vector<float> read_operand(const Warp& w, const Instruction& i, const Matrix& matrix) {
-  std::vector<float> values(16 * static_cast<size_t>(matrix.rows));
-  matrix.for_places(w, i, [&](int row, int k, const Place& p) {
-    uint16_t bits[8];
-    std::memcpy(bits, p.data, 16);
-    for (int e = 0; e < 8; ++e) values[(k + e) * matrix.rows + row] = widen(bits[e], i.words.back() == "bf16");
+// The values of 32 bytes of each row, as T, [values][rows].
+template <class Stored, class T, class F>
+std::vector<T> read_operand(const Warp& w, const Instruction& i, const Matrix& matrix, F number) {
+  constexpr int kBytes = sizeof(Stored);
+  std::vector<T> values(32 / kBytes * static_cast<size_t>(matrix.rows));
+  matrix.for_places(w, i, [&](int row, int byte, const Place& p) {
+    Stored stored[16 / kBytes];
+    std::memcpy(stored, p.data, 16);
+    for (int e = 0; e < 16 / kBytes; ++e) values[(byte / kBytes + e) * matrix.rows + row] = number(stored[e]);
   });
   return values;
 }
 
-void perform(const Warp& first, const Multiply& m) {
+template <class T>
+void accumulate(const Warp& first, const Multiply& m, const std::vector<T>& left, const std::vector<T>& right) {
   const Instruction& i = *m.instruction;
-  const int columns = columns_of(i);
-  const std::vector<float> left = read_operand(first, i, Matrix(first, i, m.left, 64));
-  const std::vector<float> right = read_operand(first, i, Matrix(first, i, m.right, columns));
-  std::vector<float> sums(columns);
+  const int columns = columns_of(i), depth = static_cast<int>(left.size() / 64);
+  std::vector<T> sums(columns);
   for (int row = 0; row < 64; ++row) {
-    std::fill(sums.begin(), sums.end(), 0.0f);
-    for (int k = 0; k < 16; ++k) {
-      const float a = left[k * 64 + row];
-      const float* b = &right[k * static_cast<size_t>(columns)];
+    std::fill(sums.begin(), sums.end(), T{});
+    for (int k = 0; k < depth; ++k) {
+      const T a = left[k * 64 + row];
+      const T* b = &right[k * static_cast<size_t>(columns)];
       for (int c = 0; c < columns; ++c) sums[c] += a * b[c];
     }
     Warp& w = first.block->warps[first.index / 4 * 4 + row / 16];
     for (int c = 0; c < columns; ++c) {
       const int lane = row % 8 * 4 + c % 8 / 2, part = c / 8 * 4 + row % 16 / 8 * 2 + c % 2;
       uint64_t& d = w.lanes(i.operands[0].parts[part].slot)[lane];
-      d = pack((m.accumulate ? unpack<float>(d) : 0.0f) + sums[c]);
+      d = pack((m.accumulate ? unpack<T>(d) : T{}) + sums[c]);
     }
   }
+}
+
+void perform(const Warp& first, const Multiply& m) {
+  const Instruction& i = *m.instruction;
+  const Matrix left(first, i, m.left, 64), right(first, i, m.right, columns_of(i));
+  if (i.has("s32")) {  // unsigned bytes with signed ones; sums wrap
+    accumulate(first, m, read_operand<uint8_t, uint32_t>(first, i, left, [](uint8_t v) { return uint32_t{v}; }),
+               read_operand<int8_t, uint32_t>(first, i, right, [](int8_t v) { return static_cast<uint32_t>(v); }));
+    return;
+  }
+  const auto wide = [bf16 = i.has("bf16")](uint16_t v) { return widen(v, bf16); };
+  accumulate(first, m, read_operand<uint16_t, float>(first, i, left, wide),
+             read_operand<uint16_t, float>(first, i, right, wide));
 }
 
 Outcome fence(Warp& w, const Instruction& i, uint32_t& lanes) {
@@ -280,6 +295,7 @@ Forms matrix_forms() {
           {"mma.sync.aligned.m16n8k16.row.col.f32.(bf16.bf16|f16.f16).f32", multiply, 1},
           {"mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32", multiply_bytes, 1},
           {"wgmma.mma_async.sync.aligned.m64n\\d+k16.f32.(bf16.bf16|f16.f16)", multiply_async},
+          {"wgmma.mma_async.sync.aligned.m64n\\d+k32.s32.u8.s8", multiply_async},
           {"wgmma.fence.*", fence},
           {"wgmma.commit_group.*", commit},
           {"wgmma.wait_group.*", wait}};

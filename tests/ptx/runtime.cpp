@@ -24,10 +24,12 @@ CUresult encode_tensor_map(CUtensorMap* out, CUtensorMapDataType type, cuuint32_
   const auto refuse_if = [&refused](bool wrong, const auto&... why) {
     if (wrong && refused.empty()) refused = words("cuTensorMapEncodeTiled: ", why...);
   };
-  TensorMap m = {TensorMap::kMagic, rank, 2, static_cast<uint32_t>(swizzle), reinterpret_cast<uint64_t>(address)};
+  const bool eight = type == CU_TENSOR_MAP_DATA_TYPE_UINT8;
   const bool sixteen = type == CU_TENSOR_MAP_DATA_TYPE_UINT16 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 ||
                        type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  refuse_if(!sixteen, "only elements of 16 bits are modelled");
+  TensorMap m = {TensorMap::kMagic, rank, eight ? 1u : 2u, static_cast<uint32_t>(swizzle),
+                 reinterpret_cast<uint64_t>(address)};
+  refuse_if(!eight && !sixteen, "only elements of 8 and 16 bits are modelled");
   refuse_if(swizzle > CU_TENSOR_MAP_SWIZZLE_128B, "a swizzle that is not modelled");
   refuse_if(reinterpret_cast<uintptr_t>(out) % 64, "the map must be aligned to 64 bytes");
   refuse_if(m.address == 0 || m.address % 16, "the tensor must be aligned to 16 bytes");

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from ptx.cases import int8_product, products
+from ptx.cases import cancelling_product, int8_product, products
 from qwen_image_fast import doctor
-from qwen_image_fast.ops import linear_int8
+from qwen_image_fast.ops import int8_kernels, linear_int8
 from qwen_image_fast.ops.linear_int8 import linear_int8_reference
 
 
@@ -51,6 +51,18 @@ def int8_case(device, seed: int) -> None:
     rows, weight, bias = int8_product(20, 464, 20, torch.bfloat16)
     found = linear_int8([rows], [weight], [bias], torch.bfloat16)[0]
     assert torch.equal(found, linear_int8_reference([rows], [weight], [bias], torch.bfloat16)[0])
+
+
+def hopper_case(device, seed: int, make: Callable = int8_product) -> None:
+    device.module.be(seed=seed, step_limit=1 << 24, processors=2)
+    rows, weight, bias = make(140, 1168, 264, torch.bfloat16)
+    with int8_kernels("wgmma"):
+        found = linear_int8([rows], [weight], [bias], torch.bfloat16)[0]
+    assert torch.equal(found, linear_int8_reference([rows], [weight], [bias], torch.bfloat16)[0])
+
+
+def cancelling_case(device, seed: int) -> None:
+    hopper_case(device, seed, cancelling_product)
 
 
 NORM, GELU = judge("layer_norm_modulate", 21, 1024), judge("gelu_tanh", 5, 100)
@@ -235,6 +247,27 @@ LINEAR = {
     ),
     "data not waited for": Fault(
         "linear_gelu_small_sm90", r"mbarrier\.try_wait\S* P1, .*;", "mov.pred P1, -1;", SMALL90, "race|more arrivals"
+    ),
+    "8-bit wgmma waited for too late": Fault(
+        "linear_int8_sm90",
+        r"wgmma\.wait_group\.sync\.aligned 1;",
+        "wgmma.wait_group.sync.aligned 7;",
+        hopper_case,
+        "after its read by a wgmma",
+    ),
+    "8-bit sums read too early": Fault(
+        "linear_int8_sm90",
+        r"wgmma\.wait_group\.sync\.aligned 0;",
+        "wgmma.wait_group.sync.aligned 1;",
+        hopper_case,
+        "before the wgmma that has it",
+    ),
+    "8-bit products contracted": Fault(
+        "linear_int8_sm90",
+        r"mul\.rn\.f32\s+(%f\d+), (%f\d+), (%f\d+);\s+add\.rn\.f32\s+(%f\d+), \1, (%f\d+);",
+        r"fma.rn.f32 \4, \2, \3, \5;",
+        cancelling_case,
+        "assert",
     ),
     "residual not waited for": Fault(
         "linear_gate_residual_sm90",

@@ -1,10 +1,10 @@
-"""The 8-bit layers as compiled: the bits of the CPU's kernels, in any order that the interpreter draws."""
+"""The 8-bit layers as compiled: the bits of the formula, in any order that the interpreter draws."""
 
 import pytest
 import torch
 
-from ptx.cases import SEEDS, int8_product
-from qwen_image_fast.ops import _int8, int8_rows, linear_int8
+from ptx.cases import SEEDS, cancelling_product, int8_product
+from qwen_image_fast.ops import Int8Weight, _int8, int8_kernels, int8_rows, linear_int8
 from qwen_image_fast.ops.linear_int8 import linear_int8_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -49,3 +49,75 @@ def test_gate_and_residual(columns, kernels):
         kernels.module.be(seed=seed)
         for found, expected in zip(linear_int8(*args), linear_int8_reference(*args), strict=True):
             assert torch.equal(found, expected)
+
+
+# Hopper's kernels. Rows, depth, columns: the smallest; tails of every tile; several tiles each way; every stage of
+# shared memory used again, with a rest of the depth.
+HOPPER = [(1, 16, 8), (17, 64, 40), (300, 272, 264), (140, 1344, 136)]
+
+
+def wgmma(device, *args):
+    """By Hopper's kernels, and that these ran."""
+    device.module.launched()
+    with int8_kernels("wgmma"):
+        found = linear_int8(*args)
+    assert all("LinearInt8Sm90" in name for name in device.module.launched())
+    for ours, theirs in zip(found, linear_int8_reference(*args), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("size", HOPPER, ids=str)
+def test_products_on_hopper(size, dtype, linear):
+    rows, weight, bias = int8_product(*size, dtype)
+    wgmma(linear, [rows], [weight], [bias], dtype)
+    wgmma(linear, [rows], [weight], [None], dtype)
+
+
+def test_products_of_several_sizes_on_hopper(linear):
+    """Two launches, of seven products of one size and of one; none, a few and many rows; one rows' weight for two."""
+    made = [int8_product(n, 80, 136, torch.bfloat16) for n in (130, 1, 300, 64, 65, 2)]
+    made += [(made[0][0], *made[3][1:]), int8_product(33, 64, 24, torch.bfloat16)]
+    for processors in (2, 6):
+        linear.module.be(processors=processors)
+        wgmma(linear, *map(list, zip(*made)), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_gate_and_residual_on_hopper(dtype, linear):
+    """Samples that begin anywhere, one of them empty, and of equal length; a result that saturates in float16."""
+    made = [int8_product(n, 200, 136, dtype) for n in (140, 4)]
+    draw = torch.Generator().manual_seed(1)
+    residual = [torch.randn(n, 136, generator=draw).to(dtype) for n in (140, 4)]
+    residual[0][3, 5] = 65504 if dtype == torch.float16 else 1
+    gate = [torch.randn(3, 272, generator=draw).to(dtype)[:, :136] * 100, torch.randn(2, 136, generator=draw).to(dtype)]
+    offsets = [torch.tensor([0, 33, 33, 140], dtype=torch.int32), None]
+    for seed in SEEDS if dtype == torch.bfloat16 else SEEDS[:3]:
+        linear.module.be(seed=seed, processors=2)
+        wgmma(linear, *map(list, zip(*made)), dtype, residual, gate, offsets)
+
+
+def test_nothing_is_contracted_on_hopper(linear):
+    rows, weight, bias = cancelling_product(140, 64, 264, torch.bfloat16)
+    wgmma(linear, [rows], [weight], [bias], torch.bfloat16)
+
+
+def test_all_numbers_on_hopper(linear):
+    """Every number of 8 bits with every other; the largest sums."""
+    weight = torch.arange(-128, 128, dtype=torch.int8)[:, None].expand(256, 16).contiguous()
+    values = torch.arange(-127, 128, dtype=torch.int8)[:, None].expand(255, 16).contiguous()
+    made = Int8Weight.of(weight, torch.ones(256), 1)
+    made = made._replace(packed=made.packed.clone(), sums=made.sums.clone())
+    wgmma(linear, [(_int8.to_tiles(values), torch.ones(255))], [made], [None], torch.bfloat16)
+
+
+def test_what_hopper_cannot_take(linear):
+    rows, weight, bias = int8_product(4, 64, 20, torch.bfloat16)
+    with int8_kernels("wgmma"):
+        with pytest.raises(ValueError, match="weight must be in 8 bits, with a multiple of 8 columns, .* 8 bits, 20"):
+            linear_int8([rows], [weight], [bias], torch.bfloat16)
+        with pytest.raises(ValueError, match="dtype must be float16 or bfloat16 for wgmma, got torch.float32"):
+            linear_int8([rows], [weight], [bias.float()], torch.float32)
+        rows, weight, bias = int8_product(4, 64, 16, torch.bfloat16, four=True)
+        with pytest.raises(ValueError, match="weight must be in 8 bits, .* 4 bits, 16"):
+            linear_int8([rows], [weight], [bias], torch.bfloat16)

@@ -14,7 +14,7 @@ from qwen_image_fast.ops.layer_norm_modulate import layer_norm_modulate
 from qwen_image_fast.ops.linear_amx import linear_amx
 from qwen_image_fast.ops.linear_gate_residual import linear_gate_residual
 from qwen_image_fast.ops.linear_gelu import linear_gelu
-from qwen_image_fast.ops.linear_int8 import Int8Weight, int8_unit, linear_int8
+from qwen_image_fast.ops.linear_int8 import Int8Weight, int8_kernels, int8_unit, linear_int8
 from qwen_image_fast.ops.linear_qkv import linear_qkv
 from qwen_image_fast.ops.picture_statistics import PictureStatistics, picture_statistics
 from qwen_image_fast.ops.qk_norm_rope import qk_norm_rope
@@ -29,6 +29,7 @@ __all__ = [
     "gelu_tanh",
     "guided_step",
     "has_kernels",
+    "int8_kernels",
     "int8_rows",
     "int8_unit",
     "joint_attention",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qwen_image_fast.ops import _library as lib
@@ -19,21 +20,34 @@ def up(n: int, step: int) -> int:
     return -(-n // step)
 
 
-def empty_tiles(rows: int, width: int, like: Tensor) -> Tensor:
-    return torch.empty(up(rows, ROWS), up(width, DEPTH), ROWS, DEPTH, dtype=torch.uint8, device=like.device)
+def on_gpu(x: Tensor) -> bool:
+    """Whether matrices in 8 bits lie in rows there, and not in tiles."""
+    return lib.on_cuda(x) or not (x.is_cpu or x.is_meta)
+
+
+def shape_of_rows(rows: int, depth: int, gpu: bool) -> tuple[int, ...]:
+    """Of activations, of `depth` tiles of the depth."""
+    return (rows, depth * DEPTH) if gpu else (up(rows, ROWS), depth, ROWS, DEPTH)
+
+
+def empty_rows(rows: int, width: int, like: Tensor) -> Tensor:
+    return torch.empty(shape_of_rows(rows, up(width, DEPTH), on_gpu(like)), dtype=torch.uint8, device=like.device)
 
 
 def to_tiles(values: Tensor) -> Tensor:
-    """int8 [rows, width] -> uint8 [rows / 16, width / 64, 16, 64] of values + 128; filled up with 128."""
+    """int8 [rows, width] -> uint8 [rows / 16, width / 64, 16, 64] of values + 128, filled up with 128; on a GPU [rows,
+    up to a multiple of 64]."""
     rows, width = values.shape
-    out = values.new_full((up(rows, ROWS) * ROWS, up(width, DEPTH) * DEPTH), 128, dtype=torch.uint8)
+    gpu = on_gpu(values)
+    out = values.new_full((rows if gpu else up(rows, ROWS) * ROWS, up(width, DEPTH) * DEPTH), 128, dtype=torch.uint8)
     out[:rows, :width] = (values.to(torch.int16) + 128).to(torch.uint8)
-    return out.view(-1, ROWS, out.shape[1] // DEPTH, DEPTH).transpose(1, 2).contiguous()
+    return out if gpu else out.view(-1, ROWS, out.shape[1] // DEPTH, DEPTH).transpose(1, 2).contiguous()
 
 
 def from_tiles(tiles: Tensor, rows: int, width: int) -> Tensor:
-    """The other way."""
-    flat = tiles.transpose(1, 2).reshape(tiles.shape[0] * ROWS, -1)[:rows, :width]
+    """The other way, from both."""
+    flat = tiles if tiles.dim() == 2 else tiles.transpose(1, 2).reshape(tiles.shape[0] * ROWS, -1)
+    flat = flat[:rows, :width]
     return (flat ^ 128).view(torch.int8).contiguous() if flat.numel() else flat.to(torch.int8)
 
 
@@ -69,7 +83,7 @@ def pack(weight: Tensor, places: tuple[Tensor, Tensor] | None = None) -> tuple[T
     """int8 [columns, depth] as `linear_int8` reads it, in `places`, or in those of `empty_packed`; where it is."""
     columns, depth = weight.shape
     if not weight.is_cpu:
-        return pack_by_torch(weight)
+        return filled_up(weight), weight.sum(1, dtype=torch.int32)
     weight = weight.contiguous()
     packed, sums = empty_packed(columns, depth) if places is None else places
     if weight.numel():
@@ -77,16 +91,16 @@ def pack(weight: Tensor, places: tuple[Tensor, Tensor] | None = None) -> tuple[T
     return packed, sums
 
 
-def pack_by_torch(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by torch's operators."""
-    columns, depth = weight.shape
-    whole = weight.new_zeros(up(columns, COLUMNS) * COLUMNS, up(depth, DEPTH) * DEPTH)
-    whole[:columns, :depth] = weight
-    tiles = whole.view(-1, COLUMNS, up(depth, DEPTH), DEPTH // 4, 4).permute(0, 2, 3, 1, 4)
-    return tiles.contiguous(), weight.sum(1, dtype=torch.int32)
+def filled_up(weight: Tensor) -> Tensor:
+    """[columns, depth] as it lies on a GPU: the depth filled up with zeros."""
+    return F.pad(weight, (0, -weight.shape[1] % DEPTH)).contiguous()
+
+
+def in_rows(packed: Tensor, columns: int) -> Tensor:
+    """int8 [columns, depth, filled up] of a packed weight."""
+    return packed.permute(0, 3, 1, 2, 4).reshape(packed.shape[0] * COLUMNS, -1)[:columns].contiguous()
 
 
 def unpack(packed: Tensor, columns: int, depth: int) -> Tensor:
     """int8 [columns, depth] of a packed weight."""
-    flat = packed.permute(0, 3, 1, 2, 4).reshape(packed.shape[0] * COLUMNS, -1)
-    return flat[:columns, :depth].contiguous()
+    return in_rows(packed, columns)[:, :depth].contiguous()

@@ -27,8 +27,9 @@ def int8_rows(x: Tensor, group: int, gelu: bool = False) -> tuple[Tensor, Tensor
         gelu: apply GELU in its tanh approximation first.
 
     Returns:
-        values uint8 [rows / 16, width / 64, 16, 64], the numbers plus 128 in the tiles that `linear_int8` reads, rows
-        and width filled up with anything; scales float32 [rows].
+        values uint8 [rows / 16, width / 64, 16, 64], the numbers plus 128 in the tiles that `linear_int8` reads, on
+        CUDA [rows, width]; rows of tiles and the width, to a multiple of 64, are filled up with anything.
+        scales float32 [rows].
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; gradients are wanted, of which there are none.
@@ -78,7 +79,7 @@ def _forward(x: Tensor, group: int, gelu: bool) -> tuple[Tensor, Tensor]:
 
 def _fake(x: Tensor, group: int, gelu: bool) -> tuple[Tensor, Tensor]:
     _check(x, group)
-    return _int8.empty_tiles(x.shape[0], x.shape[1], x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    return _int8.empty_rows(x.shape[0], x.shape[1], x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
 
 
 _op = lib.register(_OP, "(Tensor x, int group, bool gelu) -> (Tensor, Tensor)", _forward, _fake)

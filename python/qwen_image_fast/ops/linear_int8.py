@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qwen_image_fast.ops import _int4, _int8
+from qwen_image_fast.ops import _eight_bits, _int4, _int8
 from qwen_image_fast.ops import _library as lib
 from qwen_image_fast.ops._choices import Choice
 from qwen_image_fast.ops._library import _C, DTYPE_CODES, pointer
@@ -18,13 +18,17 @@ _OP = "linear_int8"
 # Names of the units that multiply, of this build and this CPU, the best last; "plain" is C++ without any.
 UNITS: tuple[str, ...] = tuple(_C.build_info()["int8_units"])
 _unit: Choice[str] = Choice("int8_unit", UNITS[-1])
+GPU_KERNELS = ("best", "mma.sync", "wgmma")
+_kernels: Choice[str] = Choice("int8_kernels", "best")
+WGMMA = hasattr(_C, "linear_int8_sm90_cuda")  # whether this build has the kernels for Hopper
+FEW = 256  # rows of the largest product of a call, below which wide tiles leave most of a GPU idle; an estimate
 
 
 class Int8Weight(NamedTuple):
     """A weight [columns, depth] as `linear_int8` reads it. The rows of x go to `int8_rows` with `group`.
 
-    packed: int8 [columns / 16, depth / 64, 16, 16, 4]; [columns, depth] where this build has no kernels; of a weight in
-    4 bits, which become 8 for the product, uint8 [columns / 16, depth / 64, 576] (_int4.py).
+    packed: int8 [columns / 16, depth / 64, 16, 16, 4], on GPUs [columns, depth filled up with zeros to a multiple of
+    64]; of a weight in 4 bits, which become 8 for the product, uint8 [columns / 16, depth / 64, 576] (_int4.py).
     sums: int32 [columns], of its rows. scales: float32 [columns].
     """
 
@@ -78,7 +82,7 @@ class Int8Weight(NamedTuple):
     def values(self) -> Tensor:
         """int8 [columns, depth], as before it was packed."""
         if self.packed.dim() == 2:
-            return self.packed
+            return self.packed[:, : self.depth].contiguous()
         return _int8.unpack(_int4.in_8_bits(self.packed) if self.four else self.packed, len(self.sums), self.depth)
 
     def to(self, device: torch.device) -> Int8Weight:
@@ -87,11 +91,12 @@ class Int8Weight(NamedTuple):
         return self._replace(packed=packed, sums=sums, scales=scales).laid_out()
 
     def laid_out(self) -> Int8Weight:
-        """Packed where there are kernels, rows of numbers elsewhere; in 4 bits alike everywhere."""
-        kernels = lib.has_kernels(self.packed)
-        if self.four or kernels == (self.packed.dim() > 2) or self.packed.is_meta:
+        """Packed on the CPU, rows of numbers on GPUs; in 4 bits alike everywhere."""
+        gpu = _int8.on_gpu(self.packed)
+        if self.four or gpu == (self.packed.dim() == 2) or self.packed.is_meta:
             return self
-        return self._replace(packed=_int8.pack(self.packed)[0] if kernels else self.values())
+        packed = _int8.in_rows(self.packed, len(self.sums)) if gpu else _int8.pack(self.values())[0]
+        return self._replace(packed=packed)
 
 
 def int8_unit(name: str) -> contextlib.AbstractContextManager[None]:
@@ -100,6 +105,25 @@ def int8_unit(name: str) -> contextlib.AbstractContextManager[None]:
     if name not in UNITS:
         raise ValueError(f"int8_unit: name must be one of {', '.join(UNITS)}, which this CPU has, got {name!r}")
     return _unit.of(name)
+
+
+def multiplied_by(device: int) -> str:
+    """What large products run on a GPU by default: "wgmma" or "mma.sync"."""
+    return "wgmma" if WGMMA and _eight_bits.capability_of(device) == (9, 0) else "mma.sync"
+
+
+def int8_kernels(choice: str) -> contextlib.AbstractContextManager[None]:
+    """Choose the kernels of a GPU that multiply, in this thread or asyncio task, as `reference` does; all give the same
+    bits. For tests and measurements.
+
+    Args:
+        choice: "best" is the default: "wgmma" on GPUs of compute capability 9.0 where the build has it, for products
+            that it takes, unless all have few rows; else "mma.sync", which takes everything. "wgmma": what it cannot
+            take, results in float32, weights in 4 bits, and columns that are no multiple of 8, is an error.
+    """
+    if choice not in GPU_KERNELS:
+        raise ValueError(f"int8_kernels: choice must be one of {', '.join(GPU_KERNELS)}, got {choice!r}")
+    return _kernels.of(choice)
 
 
 def linear_int8(
@@ -139,7 +163,8 @@ def linear_int8(
     none = values[0].new_empty(0, dtype=dtype) if rows else None
     biases: list = [b if b is not None else none for b in bias]
     packed, sums, columns = [w.packed for w in weight], [w.sums for w in weight], [w.scales for w in weight]
-    arguments = (values, scales, packed, columns, sums, biases, list(residual), list(gate), given, dtype, _unit.now())
+    unit = _kernels.now() if rows and lib.on_cuda(values[0]) else _unit.now()
+    arguments = (values, scales, packed, columns, sums, biases, list(residual), list(gate), given, dtype, unit)
     if lib.use_reference():
         return _reference(*arguments)
     direct = lib.call_directly(*values, *scales, *packed, *columns, *sums, *biases, *residual, *gate)
@@ -162,9 +187,14 @@ def linear_int8_reference(rows, weight, bias, dtype, residual=None, gate=None, o
 
 
 def _reference(values, scales, packed, columns, sums, bias, residual, gate, offsets, dtype, unit) -> list[Tensor]:
-    weights = [Int8Weight(p, t, c, p.shape[1] * _int8.DEPTH, 1) for p, t, c in zip(packed, sums, columns)]
+    weights = [Int8Weight(p, t, c, _steps(p) * _int8.DEPTH, 1) for p, t, c in zip(packed, sums, columns)]
     biases, offsets = [b if len(b) else None for b in bias], [o if len(o) else None for o in offsets]
     return linear_int8_reference(list(zip(values, scales)), weights, biases, dtype, residual, gate, offsets)
+
+
+def _steps(packed: Tensor) -> int:
+    """Tiles of the depth."""
+    return packed.shape[1] // _int8.DEPTH if packed.dim() == 2 else packed.shape[1]
 
 
 def _check(values, scales, packed, columns, sums, bias, residual, gate, offsets, dtype, unit) -> None:
@@ -183,17 +213,14 @@ def _check(values, scales, packed, columns, sums, bias, residual, gate, offsets,
         place = v.get_device()
         if any(tensor.get_device() != place for tensor in (s, w, c, t, *([b] if len(b) else []))):
             lib.fail(_OP, "weight", f"be with its bias and the rows' scales on {v.device} like the rows", w.device)
-        rows, width = len(s), len(t)
-        if v.dtype != torch.uint8 or tuple(v.shape) != (
-            _int8.up(rows, _int8.ROWS),
-            w.shape[1],
-            _int8.ROWS,
-            _int8.DEPTH,
-        ):
-            rule = f"be the uint8 tiles of {rows} rows with the depth of the weight, {w.shape[1]} tiles"
+        rows, width, gpu = len(s), len(t), _int8.on_gpu(v)
+        panels = width if gpu and w.dtype == torch.int8 else _int8.up(width, _int8.COLUMNS)
+        if w.dtype not in (torch.int8, torch.uint8) or len(w) != panels or len(c) != width:
+            rule = f"be an Int8Weight of {width} columns, as it is laid out on {v.device}"
+            lib.fail(_OP, "weight", rule, f"{w.dtype} {tuple(w.shape)}")
+        if v.dtype != torch.uint8 or tuple(v.shape) != _int8.shape_of_rows(rows, _steps(w), gpu):
+            rule = f"be the uint8 tiles of {rows} rows with the depth of the weight, {_steps(w)} tiles"
             lib.fail(_OP, "rows", rule, f"{v.dtype} {tuple(v.shape)}")
-        if w.dtype not in (torch.int8, torch.uint8) or len(w) != _int8.up(width, _int8.COLUMNS) or len(c) != width:
-            lib.fail(_OP, "weight", f"be an Int8Weight of {width} columns", f"{w.dtype} {tuple(w.shape)}")
         if len(b) and (b.dtype != dtype or tuple(b.shape) != (width,)):
             lib.fail(_OP, "bias", f"be {dtype} ({width},)", f"{b.dtype} {tuple(b.shape)}")
         if residual:
@@ -209,23 +236,56 @@ def _forward(values, scales, packed, columns, sums, bias, residual, gate, offset
     cuda = lib.on_cuda(values[0])
     if cuda:
         values, packed = list(map(lib.aligned, values)), list(map(lib.aligned, packed))
-    arguments = []
+    arguments, four, obstacles = [], [], []
     for i, (v, s, w, c, t, b, y) in enumerate(zip(values, scales, packed, columns, sums, bias, out)):
         gated = (0, 0, 0, 0, 0)
         if residual:
             g, o = gate[i], offsets[i] if len(offsets[i]) else None
             gated = (residual[i].data_ptr(), g.data_ptr(), g.stride(0), pointer(o), len(g))
         if len(s):
-            x = (v.data_ptr(), s.data_ptr(), len(s), w.shape[1] * _int8.DEPTH)
+            x = (v.data_ptr(), s.data_ptr(), len(s), _steps(w) * _int8.DEPTH)
             by = (w.data_ptr(), c.data_ptr(), t.data_ptr(), b.data_ptr() if len(b) else 0, len(t))
             arguments.append((x, by, y.data_ptr(), gated))
-    if arguments:
-        four = [w.dtype == torch.uint8 for w, s in zip(packed, scales) if len(s)]
-        if cuda:
-            lib.launch(_OP, values[0], arguments, DTYPE_CODES[dtype], four)
-        else:
-            _C.linear_int8(arguments, DTYPE_CODES[dtype], unit, *([four] if any(four) else []))
+            four.append(w.dtype == torch.uint8)
+            obstacles.append(_obstacle(dtype, *arguments[-1], four[-1]))
+    if arguments and cuda:
+        _launch(values[0], arguments, DTYPE_CODES[dtype], four, _by_wgmma(values[0], arguments, obstacles, unit))
+    elif arguments:
+        _C.linear_int8(arguments, DTYPE_CODES[dtype], unit, *([four] if any(four) else []))
     return out
+
+
+def _launch(on: Tensor, arguments: list, dtype: int, four: list[bool], by_wgmma: list[bool]) -> None:
+    if any(by_wgmma):
+        lib.launch(f"{_OP}_sm90", on, [a for a, chosen in zip(arguments, by_wgmma) if chosen], dtype)
+    rest = [i for i, chosen in enumerate(by_wgmma) if not chosen]
+    if rest:
+        lib.launch(_OP, on, [arguments[i] for i in rest], dtype, [four[i] for i in rest])
+
+
+def _obstacle(dtype: torch.dtype, x, by, out: int, gated, four: bool) -> tuple[str, str, object] | None:
+    """What keeps wgmma from a product: an argument, a rule and a value."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "dtype", "be float16 or bfloat16 for wgmma", dtype
+    if four or by[4] % 8:
+        return "weight", "be in 8 bits, with a multiple of 8 columns, for wgmma", f"{4 if four else 8} bits, {by[4]}"
+    # Of 16 bytes what tensor maps read and write; else a pair.
+    whole, pairs = (x[0], by[0], out, gated[0]), (by[1] // 2, by[2] // 2, by[3], gated[1], gated[2] * 2)
+    if any(a % 16 for a in whole) or any(a % 4 for a in pairs):
+        return "data", "be aligned to 16 bytes, and to pairs of numbers, for wgmma", [hex(a) for a in (*whole, *pairs)]
+    return None
+
+
+def _by_wgmma(on: Tensor, arguments: list, obstacles: list, kernels: str) -> list[bool]:
+    """Which products go to Hopper's kernels."""
+    if kernels == "wgmma":
+        for found in obstacles:
+            if found is not None:
+                lib.fail(_OP, *found)
+        return [True] * len(arguments)
+    many = max(x[2] for x, *_ in arguments) >= FEW
+    hopper = many and kernels == "best" and multiplied_by(on.get_device()) == "wgmma"
+    return [hopper and found is None for found in obstacles]
 
 
 def _fake(values, scales, packed, columns, sums, bias, residual, gate, offsets, dtype, unit) -> list[Tensor]:
