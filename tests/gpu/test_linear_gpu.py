@@ -1,10 +1,21 @@
-"""The kernels from CUTLASS against the products in float64: odd rows, no text, many samples, both sizes of tiles."""
+"""The kernels from CUTLASS against the products in float64: odd rows, no text, many samples, both sizes of tiles; those
+in 8 bits against the CPU's bits."""
 
 import pytest
 import torch
 
 from qwen_image_fast import _C
-from qwen_image_fast.ops import gelu_tanh, linear_gate_residual, linear_gelu, linear_kernels, linear_qkv
+from qwen_image_fast.ops import (
+    Int8Weight,
+    gelu_tanh,
+    int8_kernels,
+    int8_rows,
+    linear_gate_residual,
+    linear_gelu,
+    linear_int8,
+    linear_kernels,
+    linear_qkv,
+)
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() and _C.build_info()["cuda_architectures"]),
@@ -149,3 +160,38 @@ def test_gelu_in_the_epilogue_of_cublaslt(dtype):
     with torch.no_grad():
         (out,) = linear_gelu(*([t] for t in args))
     assert_close(out, torch.nn.functional.gelu(exact(*args), approximate="tanh"), dtype)
+
+
+def by_wgmma(rows, depth, columns, dtype, segments=None):
+    """One call on Hopper, with gate and residual for `segments` (None: without) of equal length; the CPU's bits."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    there, draw = torch.device("cuda"), torch.Generator().manual_seed(depth)
+    taken = [torch.randn(n, depth, generator=draw) for n in rows]
+    weight = [
+        Int8Weight.of(torch.randint(-128, 128, (columns, depth), dtype=torch.int8, generator=draw), torch.rand(1), 16)
+        for _ in rows
+    ]
+    bias = [torch.randn(columns, generator=draw).to(dtype) for _ in rows]
+    gated = []
+    if segments is not None:
+        gated = [[torch.randn(n, columns, generator=draw).to(dtype) for n in rows],
+                 [torch.randn(segments, columns, generator=draw).to(dtype) for _ in rows]]  # fmt: skip
+    expected = linear_int8([int8_rows(t, 16) for t in taken], weight, bias, dtype, *gated)
+    with int8_kernels("wgmma"):
+        moved = [int8_rows(t.to(there), 16) for t in taken], [w.to(there) for w in weight], [b.to(there) for b in bias]
+        found = linear_int8(*moved, dtype, *([t.to(there) for t in tensors] for tensors in gated))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert theirs.isfinite().all() and torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(16, 8), (80, 136), (1344, 264), (3072, 3072)], ids=str)
+def test_8_bits(size, dtype):
+    by_wgmma((300, 7, 129, 0, 64, 1, 33), *size, dtype)
+    by_wgmma((1026, 30), *size, dtype, segments=3)
+
+
+def test_8_bits_of_equal_segments():
+    by_wgmma((300, 7), 272, 264, torch.bfloat16)
+    by_wgmma((300, 6), 272, 264, torch.bfloat16, segments=2)

@@ -1,14 +1,11 @@
 """int8_rows and linear_int8 by the CUDA kernels: the bits of the CPU's."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from torch import Tensor
 
 from qwen_image_fast.models.int8_linear import Int8Linear, quantised
-from qwen_image_fast.ops import Int8Weight, _int4, _int8, int8_kernels, int8_rows, linear_int8
-from qwen_image_fast.ops.linear_int8 import WGMMA
+from qwen_image_fast.ops import Int8Weight, _int4, _int8, int8_rows, linear_int8
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Rows, width, group: the smallest; odd; with a tail after whole pieces; of every group, in one and in several rounds of
@@ -159,21 +156,3 @@ def test_a_layer(precision, cuda):
             found = layer.to("cuda" if name == "cuda" else "cpu")(moved(x, name))
             torch.testing.assert_close(layer.gradient(found).cpu(), gradient, rtol=1e-4, atol=1e-4)
         assert torch.equal(found.cpu(), expected) and torch.equal(layer.to("cpu")(x), expected)
-
-
-@pytest.mark.skipif(
-    not (WGMMA and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)),
-    reason="needs Hopper and a build with its kernels",
-)
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("size", [(1, 16, 8), (17, 60, 40), (300, 272, 264), (140, 1344, 136), (1100, 3072, 3080)])
-def test_hopper(size, dtype):
-    """By wgmma: with and without gate and residual, and beside a product of other sizes."""
-    made = [make(*size, dtype), make(33, 64, 24, dtype), make(size[0] + 7, *size[1:], dtype)]
-    residual = [torch.randn(len(rows[1]), len(weight.sums)).to(dtype) for rows, weight, _ in made]
-    gate = [torch.randn(3, 2 * len(weight.sums)).to(dtype)[:, : len(weight.sums)] for _, weight, _ in made]
-    offsets = [torch.tensor([0, n // 2, n // 2, n], dtype=torch.int32) for n in map(len, residual)]
-    cuda = "cuda", nullcontext
-    with int8_kernels("wgmma"):
-        compare(cuda, *map(list, zip(*made)), dtype)
-        compare(cuda, *map(list, zip(*made)), dtype, residual, gate, offsets)
