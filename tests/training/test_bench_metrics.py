@@ -107,10 +107,13 @@ class TestGenEval:
         assert fault(wanted, [self.CAT]) == "0 of 1 dog; no other for right of"
 
     def test_a_place_is_a_way_of_more_than_a_tenth_of_the_sizes(self):
-        """Ten wide each: a way of 2 is none; of 3 along and 2 down is along alone, 1 of 1."""
+        """Ten wide each: of a way of 4, 2 are left, which is half; of 3 along and 2 down 1 of sqrt 13; of 6 and 2, 4 of
+        sqrt 40."""
         one = thing("a", [0, 0, 10, 10])
-        assert relations(one, thing("b", [2, 0, 12, 10])) == set()
-        assert relations(one, thing("b", [3, 2, 13, 12])) == {"left of"}
+        assert relations(one, one) == relations(one, thing("b", [4, 0, 14, 10])) == set()
+        assert relations(one, thing("b", [5, 0, 15, 10])) == {"left of"}
+        assert relations(one, thing("b", [3, 2, 13, 12])) == set()
+        assert relations(one, thing("b", [6, 2, 16, 12])) == {"left of"}
         assert relations(one, thing("b", [-20, -20, -10, -10])) == {"right of", "below"}
 
 

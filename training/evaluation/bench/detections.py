@@ -52,16 +52,17 @@ def fault(wanted: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> str 
 
 
 def relations(one: Mapping[str, Any], other: Mapping[str, Any]) -> set[str]:
-    """Where one object is of another: of the way between their centres, less a tenth of both sizes along each axis, a
-    direction must have more than half of the length."""
+    """Where one object is of another: what is left of the way between their centres along an axis, less a tenth of both
+    sizes, must be more than half of the whole way, as in GenEval's evaluate_images.py."""
     boxes = [[float(v) for v in thing["box"]] for thing in (one, other)]
-    way = []
+    way, whole = [], []
     for axis in (0, 1):
         centres = [(box[axis] + box[axis + 2]) / 2 for box in boxes]
         sizes = sum(abs(box[axis + 2] - box[axis]) for box in boxes)
         offset = centres[0] - centres[1]
         way.append(math.copysign(max(abs(offset) - _SLACK * sizes, 0.0), offset))
-    length = math.hypot(*way)
+        whole.append(offset)
+    length = math.hypot(*whole)
     if length == 0:
         return set()
     x, y = way[0] / length, way[1] / length
