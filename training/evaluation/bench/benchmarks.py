@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwen_image_fast.training.evaluation.bench import edits, pictures, texts
+from qwen_image_fast.training.evaluation.bench import clip, edits, pictures, texts
 from qwen_image_fast.training.evaluation.bench.items import Benchmark
 
 _BOTH = ("en", "zh")
@@ -14,7 +14,8 @@ BENCHMARKS = {
     "dpg": Benchmark("DPG-Bench", pictures.load_dpg, pictures.ask_yes_no, pictures.score_dpg, 4),
     "oneig": Benchmark("OneIG", pictures.load_oneig, pictures.ask_oneig, pictures.score_oneig, 4, languages=_BOTH),
     "tiif": Benchmark("TIIF", pictures.load_tiif, pictures.ask_tiif, pictures.score_tiif),
-    "cvtg": Benchmark("CVTG-2K", texts.load_cvtg, texts.ask_for_text, texts.score_cvtg, 1, ("reader", "chat")),
+    "cvtg": Benchmark("CVTG-2K", texts.load_cvtg, texts.ask_for_text, texts.score_cvtg, 1, ("reader", "chat"),
+                      ask_clip=clip.ask_clip_score),
     "chinese-word": Benchmark("ChineseWord", texts.load_chinese_word, texts.ask_for_text, texts.score_chinese_word, 1,
                               ("reader", "chat"), ("zh",)),
     "long-text": Benchmark("LongText-Bench", texts.load_long_text, texts.ask_for_text, texts.score_long_text, 4,
@@ -35,7 +36,7 @@ PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
     ("tiif", "en"): {"overall, short": 86.14, "overall, long": 86.83},
     ("cvtg", "en"): {"word accuracy, 2 regions": 0.8370, "word accuracy, 3 regions": 0.8364,
                      "word accuracy, 4 regions": 0.8313, "word accuracy, 5 regions": 0.8158, "word accuracy": 0.8288,
-                     "NED": 0.9116},
+                     "NED": 0.9116, "CLIPScore": 0.8017},
     ("chinese-word", "zh"): {"level 1": 97.29, "level 2": 40.53, "level 3": 6.48, "overall": 58.30},
     ("long-text", "en"): {"overall": 0.943},
     ("long-text", "zh"): {"overall": 0.946},
@@ -46,6 +47,6 @@ PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
 }  # fmt: skip
 PUBLISHED_JUDGE = {
     "geneval": "Mask2Former and CLIP", "geneval2": "", "dpg": "mPLUG", "oneig": "Qwen2.5-VL-7B", "tiif": "GPT-4o",
-    "cvtg": "PaddleOCR", "chinese-word": "not said", "long-text": "Qwen2.5-VL-7B", "gedit": "GPT-4.1",
+    "cvtg": "PaddleOCR and CLIP ViT-L/14", "chinese-word": "not said", "long-text": "Qwen2.5-VL-7B", "gedit": "GPT-4.1",
     "imgedit": "GPT-4.1",
 }  # fmt: skip

@@ -23,7 +23,11 @@ def bench_command(
     judge: Annotated[
         str | None,
         typer.Option(help="rapidocr, the address of an OpenAI-compatible endpoint, a folder with a vision-language "
-                          "model, or a file of detections; without it only pictures are made"),
+                          "model or a detector, or a file of detections; without it only pictures are made"),
+    ] = None,
+    clip: Annotated[
+        Path | None,
+        typer.Option(help="folder with a CLIP: for the colours of geneval by a detector, and the CLIPScore of cvtg"),
     ] = None,
     judge_model: Annotated[str, typer.Option(help="the judge's name at the address, and beside the scores")] = "",
     judge_key: Annotated[Path | None, typer.Option(help="file that holds the endpoint's key")] = None,
@@ -45,7 +49,7 @@ def bench_command(
         raise typer.BadParameter(f"the benchmark must be one of {', '.join(NAMES)}, got {name}")
     from qwen_image_fast.files import claimed
     from qwen_image_fast.training.evaluation.bench.benchmarks import BENCHMARKS
-    from qwen_image_fast.training.evaluation.bench.judges import find_judge
+    from qwen_image_fast.training.evaluation.bench.judges import check_colours, find_clip, find_judge
     from qwen_image_fast.training.evaluation.bench.run import BenchRun, digest
     from qwen_image_fast.training.evaluation.page import markdown
 
@@ -56,12 +60,18 @@ def bench_command(
         raise typer.BadParameter(f"--language must be {' or '.join(benchmark.languages)} for {name}, got {language}")
     folder = out or Path(f"outputs/bench-{name}")
     try:
-        who = None
+        who = scorer = None
+        if clip is not None and not (judge and ("detections" in benchmark.judges or benchmark.ask_clip)):
+            raise ValueError(f"evaluate bench: --clip must be given with --judge for geneval or cvtg, got {name}")
+        if clip is not None and benchmark.ask_clip:
+            scorer, clip = find_clip(clip), None
         if judge is not None:
-            who = find_judge(judge, judge_model, benchmark.judges, judge_key, judge_timeout)
+            who = find_judge(judge, judge_model, benchmark.judges, judge_key, judge_timeout, clip)
         items = benchmark.load(prompts.expanduser(), language, folder / "sources")
         settings = {"model": model, "prompts": digest(items), "size": size, "steps": steps, "guidance": guidance,
                     "seed": seed}  # fmt: skip
+        if who is not None:
+            check_colours(who, items[: count or None])
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     run = BenchRun(name, language, items[: count or None], pictures or benchmark.pictures, folder, settings)
@@ -71,7 +81,7 @@ def bench_command(
         if who is None:
             print(f"pictures are in {folder / 'pictures'}; run again with --judge to score them")
             return
-        print(markdown(_judged(run, who, parallel)))
+        print(markdown(_judged(run, who, scorer, parallel)))
     print(f"results.json and report.html are in {folder}")
 
 
@@ -102,9 +112,10 @@ def _draw(
         run.draw(draw, seed, batch, bar.update)
 
 
-def _judged(run: BenchRun, who: Judge, parallel: int) -> list[list[str]]:
+def _judged(run: BenchRun, who: Judge, scorer: Judge | None, parallel: int) -> list[list[str]]:
     from tqdm import tqdm
 
-    with tqdm(total=sum(1 for _ in run.questions()), unit="answer") as bar:
-        answers = run.judge(who, parallel, bar.update)
-    return run.score(who.name, answers)
+    asking = [who] if scorer is None else [who, scorer]
+    with tqdm(total=sum(1 for one in asking for _ in run.questions(one.kind)), unit="answer") as bar:
+        answers = {key: answer for one in asking for key, answer in run.judge(one, parallel, bar.update).items()}
+    return run.score(who.name, answers, "" if scorer is None else scorer.name)

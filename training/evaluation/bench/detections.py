@@ -6,9 +6,20 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_LEAST, _LEAST_COUNTING = 0.3, 0.9  # of the detector's confidence
+LEAST, _LEAST_COUNTING = 0.3, 0.9  # of the detector's confidence
 _MOST = 16  # objects of a class
 _SLACK = 0.1  # of both sizes, for places
+
+
+def kept(tag: str, found: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The objects that count for a task, by class: of enough confidence, the surest first, `_MOST` of a class."""
+    least = _LEAST_COUNTING if tag == "counting" else LEAST
+    objects: dict[str, list[Mapping[str, Any]]] = {}
+    for one in sorted(found, key=lambda o: -float(o["score"])):
+        own = objects.setdefault(one["class"], [])
+        if float(one["score"]) > least and len(own) < _MOST:
+            own.append(one)
+    return objects
 
 
 def fault(wanted: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> str | None:
@@ -19,12 +30,7 @@ def fault(wanted: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> str 
             position (relation, number of the other in include).
         found: objects of class, score, box (left, top, right, bottom) and maybe color.
     """
-    least = _LEAST_COUNTING if wanted.get("tag") == "counting" else _LEAST
-    objects: dict[str, list[Mapping[str, Any]]] = {}
-    for one in sorted(found, key=lambda o: -float(o["score"])):
-        own = objects.setdefault(one["class"], [])
-        if float(one["score"]) > least and len(own) < _MOST:
-            own.append(one)
+    objects = kept(wanted.get("tag", ""), found)
     matched: list[list[Mapping[str, Any]] | None] = []
     reasons = []
     for asked in wanted["include"]:

@@ -26,6 +26,7 @@ class Question:
     Attributes:
         key: unique. pictures: files, the one in question last.
         read: the answer's meaning, as JSON can hold it. Raises ValueError where the answer has none.
+        data: of the item, for judges that are no language models.
     """
 
     key: str
@@ -33,6 +34,7 @@ class Question:
     prompt: str
     pictures: tuple[Path, ...]
     read: Callable[[str], Any]
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Row:
-    """A score and over how many pictures or answers it is."""
+    """A score and over how many pictures or answers it is; clip: it is by the CLIP of --clip, not by the judge."""
 
     name: str
     value: float
     of: int
+    clip: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Benchmark:
         score: (items, pictures of each, answers by key, files by `picture_key`) -> scores.
         judges: what may judge, in the order of preference: `chat`, `reader`, `detections`; empty: nothing does.
         languages: that it has sets of.
+        ask_clip: as `ask`, what a CLIP is asked, where one is given and the benchmark has a score by one.
     """
 
     title: str
@@ -85,6 +89,7 @@ class Benchmark:
     pictures: int = 1
     judges: tuple[str, ...] = ("chat",)
     languages: tuple[str, ...] = ("en",)
+    ask_clip: Callable[[Item, int, Path], list[Question]] | None = None
 
 
 def picture_key(item: Item, number: int) -> str:

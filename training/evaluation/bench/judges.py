@@ -1,4 +1,5 @@
-"""Who judges: a vision-language model by an endpoint or in this process, a reader of text, or a file of detections."""
+"""Who judges: a vision-language model by an endpoint or in this process, a reader of text, a detector, or what one
+left in a file."""
 
 from __future__ import annotations
 
@@ -14,53 +15,73 @@ from PIL import Image
 
 from qwen_image_fast.chat import Chat, ChatEndpoint, LocalChat
 from qwen_image_fast.training.evaluation.bench.answers import JudgeCall
-from qwen_image_fast.training.evaluation.bench.items import Question
+from qwen_image_fast.training.evaluation.bench.items import Item, Question
+from qwen_image_fast.training.evaluation.bench.model_folders import config_of, folder_name
 
 READER = "rapidocr"
 _LONGEST = 2048  # tokens of an answer
-_KINDS = {"chat": "a chat model", "reader": "a reader of texts", "detections": "a file of detections"}
+_KINDS = {"chat": "a chat model", "reader": "a reader of texts", "detections": "a detector or a file of detections"}
+_CHATS = ("ForConditionalGeneration", "ForCausalLM")  # ends of the names of models that answer in words
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge with the name that stands beside its scores. kind: chat, reader or detections."""
+    """A judge with the name that stands beside its scores.
+
+    Attributes:
+        kind: chat, reader, detections, or clip, which has no judgement but a cosine. colours: whether it names them.
+    """
 
     name: str
     kind: str
     ask: JudgeCall
+    colours: bool = True
 
 
 def find_judge(
-    given: str, model: str, kinds: Sequence[str], key_file: Path | None = None, timeout: float = 120.0
+    given: str,
+    model: str,
+    kinds: Sequence[str],
+    key_file: Path | None = None,
+    timeout: float = 120.0,
+    clip: Path | None = None,
 ) -> Judge:
-    """`rapidocr`, an endpoint's address with a model's name there, a folder with a chat model, or a file of detections.
+    """`rapidocr`, an endpoint's address with a model's name there, a folder with a chat model or a detector, or a file
+    of detections.
 
     Args:
         model: the name beside the scores; of a folder or a file its own, where it is empty.
         kinds: of judges that the benchmark knows. key_file: holds the endpoint's key.
+        clip: folder of the CLIP that names the colours of what a detector finds.
 
     Raises:
         ValueError: it is none of them, or of another kind, or something is missing.
     """
     path = Path(given).expanduser()
     address = given.startswith(("http://", "https://"))
-    kind = "reader" if given == READER else "chat" if address or path.is_dir() else "detections"
-    if kind == "detections" and not path.is_file():
+    kind = "reader" if given == READER else "chat" if address else "detections"
+    if kind == "detections" and path.is_dir():
+        kind = _kind_of_folder(path)
+    elif kind == "detections" and not path.is_file():
         raise ValueError(
-            f"evaluate bench: --judge must be {READER}, an address, a folder with a chat model, or a file of "
-            f"detections, got {given}"
+            f"evaluate bench: --judge must be {READER}, an address, a folder with a chat model or a detector, or a "
+            f"file of detections, got {given}"
         )
     if kind not in kinds:
         allowed = " or ".join(_KINDS[one] for one in kinds)
         raise ValueError(f"evaluate bench: --judge must be {allowed}, got {_KINDS[kind]}")
     if key_file is not None and not address:
         raise ValueError(f"evaluate bench: --judge-key must be given with an address alone, got {given}")
+    if clip is not None and (kind != "detections" or not path.is_dir()):
+        raise ValueError(f"evaluate bench: --clip must be given with a detector's folder as --judge, got {given}")
     if kind == "reader":
         return Judge("RapidOCR", kind, read_by_ocr())
+    if kind == "detections" and path.is_dir():
+        return _detector(path, model, clip)
     if kind == "detections":
         return Judge(model or path.name, kind, found_in(path))
     if not address:
-        return Judge(model or path.resolve().name, kind, _in_this_process(path))
+        return Judge(model or folder_name(path), kind, _in_this_process(path))
     if not model:
         raise ValueError("evaluate bench: --judge-model must be given with an address, its name stands by every score")
     key = None
@@ -126,12 +147,71 @@ def found_in(path: Path) -> JudgeCall:
     return ask
 
 
+def find_clip(path: Path) -> Judge:
+    """A CLIP whose answers are the cosines of pictures with the words of questions.
+
+    Raises:
+        ValueError: the folder has none.
+    """
+    from qwen_image_fast.training.evaluation.bench.clip import Clip
+
+    clip, one_at_a_time = Clip(path), threading.Lock()
+
+    def ask(question: Question) -> str:
+        with Image.open(question.pictures[-1]) as image, one_at_a_time:
+            (seen,), (said,) = clip.pictures([image.convert("RGB")]), clip.texts([question.prompt])
+        return repr(float(seen @ said))
+
+    return Judge(clip.name, "clip", ask)
+
+
+def check_colours(judge: Judge, items: Sequence[Item]) -> None:
+    """Before anything is drawn, that a judge can tell what the prompts ask for.
+
+    Raises:
+        ValueError: some ask for colours, and it is a detector without a CLIP.
+    """
+    from qwen_image_fast.training.evaluation.bench.detector import coloured
+
+    asking = sum(bool(coloured(item.data)) for item in items)
+    if asking and not judge.colours:
+        raise ValueError(
+            "evaluate bench: --clip must be given, the folder of a CLIP that names colours: a detector does not, and "
+            f"{asking} of {len(items)} prompts ask for them"
+        )
+
+
+def _kind_of_folder(path: Path) -> str:
+    from qwen_image_fast.training.evaluation.bench.detector import is_detector
+
+    config = config_of(path, "--judge", "a folder with a vision-language model or a detector")
+    names = config.get("architectures") or ()
+    if is_detector(config):
+        return "detections"
+    if names and not any(name.endswith(_CHATS) for name in names):
+        raise ValueError(
+            "evaluate bench: --judge must be a folder with a vision-language model, or a Mask2Former, MaskFormer or "
+            f"model for object detection of transformers, got {', '.join(names)} in {path}"
+        )
+    return "chat"
+
+
+def _detector(path: Path, model: str, clip: Path | None) -> Judge:
+    from qwen_image_fast.training.evaluation.bench.clip import Clip
+    from qwen_image_fast.training.evaluation.bench.detector import Detector, found_by
+
+    detector = Detector(path)
+    name = model or detector.name
+    if clip is None:
+        return Judge(name, "detections", found_by(detector, None), colours=False)
+    from qwen_image_fast.training.evaluation.bench.object_colours import ObjectColours
+
+    colours = Clip(clip)
+    return Judge(f"{name} and {colours.name}", "detections", found_by(detector, ObjectColours(colours)))
+
+
 def _in_this_process(path: Path) -> JudgeCall:
     """A model of transformers, read when it is first asked: until then the memory is the model's that draws."""
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"evaluate bench: --judge must be a folder with a vision-language model, {path} has no config.json"
-        )
     loaded: list[Chat] = []
     one_at_a_time = threading.Lock()
 

@@ -37,7 +37,7 @@ def load_geneval(path: Path, language: str, sources: Path) -> list[Item]:
 def ask_geneval(item: Item, number: int, picture: Path) -> list[Question]:
     names = ", ".join(dict.fromkeys(one["class"] for one in [*item.data["include"], *item.data.get("exclude", ())]))
     key = picture_key(item, number)
-    return [Question(key, reading.SYSTEM, _FIND.format(names=names), (picture,), reading.objects)]
+    return [Question(key, reading.SYSTEM, _FIND.format(names=names), (picture,), reading.objects, item.data)]
 
 
 def score_geneval(items: Sequence[Item], pictures: int, answers: Answers) -> Scored:

@@ -99,11 +99,14 @@ class BenchRun:
                 for n, image in enumerate(metrics.crops(grid.convert("RGB"))[: self.pictures]):
                     self._store(image, self.file(item, n))
 
-    def questions(self) -> Iterator[Question]:
-        """In the order of the items."""
+    def questions(self, kind: str = "") -> Iterator[Question]:
+        """In the order of the items; what a judge of kind `clip` is asked, or any other."""
+        ask = self.benchmark.ask_clip if kind == "clip" else self.benchmark.ask
+        if ask is None:
+            raise ValueError(f"questions: {self.name} must have a score by a CLIP, got none")
         for item in self.items:
             for n in range(self.pictures):
-                yield from self.benchmark.ask(item, n, self.file(item, n))
+                yield from ask(item, n, self.file(item, n))
 
     def judge(
         self, judge: Judge, parallel: int, progress: Callable[[], object] = lambda: None, pause: float = 1.0
@@ -111,15 +114,17 @@ class BenchRun:
         """All answers; see `ask_all`."""
         file = AnswerFile(self.out / "answers.jsonl", judge.name)
         try:
-            return ask_all(self.questions(), judge.ask, file, parallel=parallel, pause=pause, progress=progress)
+            return ask_all(
+                self.questions(judge.kind), judge.ask, file, parallel=parallel, pause=pause, progress=progress
+            )
         finally:
             file.close()
 
-    def score(self, judge: str, answers: dict[str, Answer]) -> list[list[str]]:
-        """Write `results.json` and `report.html`; returns the table."""
+    def score(self, judge: str, answers: dict[str, Answer], clip: str = "") -> list[list[str]]:
+        """Write `results.json` and `report.html`; returns the table. judge, clip: names of who gave the answers."""
         scored = self.benchmark.score(self.items, self.pictures, answers)
         senseless = [key for key, answer in answers.items() if answer.value is None]
-        rows = self._table(scored, judge)
+        rows = self._table(scored, judge, clip)
         notes = list(scored.notes)
         if senseless:
             notes.append(
@@ -128,7 +133,9 @@ class BenchRun:
         content = {
             "settings": json.loads((self.out / "settings.json").read_text(encoding="utf-8")),
             "judge": judge,
-            "scores": [{"name": r.name, "value": r.value, "of": r.of, "judge": judge} for r in scored.rows],
+            "scores": [
+                {"name": r.name, "value": r.value, "of": r.of, "judge": clip if r.clip else judge} for r in scored.rows
+            ],
             "answers": len(answers),
             "senseless": senseless,
             "notes": notes,
@@ -144,14 +151,15 @@ class BenchRun:
     def file(self, item: Item, number: int) -> Path:
         return self.out / "pictures" / f"{picture_key(item, number)}.png"
 
-    def _table(self, scored: Scored, judge: str) -> list[list[str]]:
+    def _table(self, scored: Scored, judge: str, clip: str) -> list[list[str]]:
         published = PUBLISHED.get((self.name, self.language), {})
         there = [f"Qwen-Image's report, by {PUBLISHED_JUDGE[self.name]}"] if published else []
         rows = [["score", f"by {judge}", "of", *there]]
         for row in scored.rows:
             number = published.get(row.name)
             told = [""] if number is None else [f"{number:g}"]
-            rows.append([row.name, f"{row.value:.4g}", str(row.of), *(told if published else [])])
+            name = f"{row.name} (by {clip})" if row.clip else row.name
+            rows.append([name, f"{row.value:.4g}", str(row.of), *(told if published else [])])
         return rows
 
     def _failures(self, scored: Scored) -> list[Failure]:

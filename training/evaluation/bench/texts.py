@@ -55,7 +55,11 @@ def score_cvtg(items: Sequence[Item], pictures: int, answers: Answers) -> Scored
     rows = [Row(f"word accuracy, {name}", summarise(own).word_accuracy, len(own)) for name, own in groups.items()]
     rows += [Row("word accuracy", everything.word_accuracy, everything.pictures)]
     rows += [Row("NED", everything.ned, everything.pictures)]
-    return Scored(rows, wrong_ones, ("not computed, as it needs a network of its own: CLIPScore",))
+    keys = [f"{picture_key(item, number)}.clip" for item in items for number in range(pictures)]
+    if any(key in answers for key in keys):
+        near = [answers[key].value for key in keys]
+        return Scored([*rows, Row("CLIPScore", metrics.mean(near), len(near), clip=True)], wrong_ones)
+    return Scored(rows, wrong_ones, ("not computed, as it needs a network of its own: CLIPScore; --clip gives one",))
 
 
 # ---- ChineseWord ------------------------------------------------------------------------------------------------
