@@ -5,7 +5,8 @@
 
 The first compares seconds of processor time of one thread, in turn: OpenVINO in this process, on the same weights,
 stable-diffusion.cpp in its own (`benchmarks.cpu_peers_sd`). The second compares wall seconds of two threads with and
-without a busy loop beside them, in turn. Results of a part replace those of the same part in the file, others stay.
+without a busy loop beside them, in turn, and once more with OMP_WAIT_POLICY=passive, by which threads sleep as those
+of the command do. Results of a part replace those of the same part in the file, others stay.
 Peers are the packages openvino with nncf, and stable-diffusion-cpp-python with gguf, from source as by default; one
 that is not installed is skipped, and said to be.
 """
@@ -312,6 +313,12 @@ def neighbour(found: dict[str, Any], size: int, rounds: int) -> dict[str, Any]:
     return result
 
 
+def waiting() -> str:
+    """What OpenMP's runtime was told of how its threads wait, which is read when it loads."""
+    told = [f", {name}={os.environ[name]}" for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ]
+    return "".join(told)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, nargs="+", choices=GRIDS, help="default: 256 512, with --neighbour 512")
@@ -336,13 +343,13 @@ def main() -> None:
         del found[name]
     gc.collect()
 
-    def keep(part: str, result: dict[str, Any]) -> None:
-        kept.setdefault(part, {})[f"{result['pixels']} px"] = result
+    def keep(part: str, result: dict[str, Any], how: str = "") -> None:
+        kept.setdefault(part, {})[f"{result['pixels']} px{how}"] = result
         atomic_write(path, lambda file: file.write((json.dumps(kept, indent=1) + "\n").encode()))
 
     if given.neighbour:
         for size in given.size or [512]:
-            keep("neighbour", neighbour(found, size, given.rounds))
+            keep("neighbour", neighbour(found, size, given.rounds), waiting())
     else:
         with tempfile.TemporaryDirectory() as name:
             folder = None

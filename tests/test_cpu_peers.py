@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.cpu_peers import compared, in_turns, missing, turn
+from benchmarks.cpu_peers import compared, in_turns, missing, turn, waiting
 from benchmarks.cpu_peers_sd import vae_shapes, write_zeros
 from qwen_image_fast import AutoencoderKLQwenImage
 from qwen_image_fast.weights.names import of_wan_vae
@@ -59,3 +59,11 @@ def test_the_first_call_does_not_count():
 def test_a_peer_that_is_not_installed_is_named_as_its_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert missing("stable-diffusion.cpp") == ["stable-diffusion-cpp-python", "gguf"]
+
+
+def test_results_are_kept_by_how_threads_wait(monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert waiting() == ""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    assert waiting() == ", OMP_WAIT_POLICY=passive"
