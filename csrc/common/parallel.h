@@ -2,6 +2,7 @@
 #pragma once
 #include <omp.h>
 
+#include <algorithm>
 #include <cstdint>
 
 namespace qif {
@@ -10,7 +11,10 @@ namespace QIF_ISA {
 // Below this many elements, waking the pool costs more than the work.
 constexpr int64_t kSerialElements = 1 << 15;
 
-// f(begin, end) over contiguous ranges of [0, n). What a thread computes must not depend on where its range starts.
+// Parts for each thread at most: a thread whose processor others take leaves what it has not begun to the rest.
+constexpr int64_t kParts = 8;
+
+// f(begin, end) over contiguous ranges of [0, n). What is computed must not depend on where a range starts.
 template <class F>
 inline void parallel_ranges(int64_t n, int64_t elements, F&& f) {
   if (n <= 0) return;
@@ -19,12 +23,10 @@ inline void parallel_ranges(int64_t n, int64_t elements, F&& f) {
     f(int64_t{0}, n);
     return;
   }
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t t = omp_get_thread_num(), k = omp_get_num_threads();
-    const int64_t begin = n * t / k, end = n * (t + 1) / k;
-    if (begin < end) f(begin, end);
-  }
+  const int64_t most = std::min<int64_t>(kParts * threads, 2 * elements / kSerialElements);
+  const int64_t parts = std::min<int64_t>(n, std::max<int64_t>(threads, most));
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t part = 0; part < parts; ++part) f(n * part / parts, n * (part + 1) / parts);
 }
 
 }  // namespace QIF_ISA
