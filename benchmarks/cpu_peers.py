@@ -54,6 +54,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 128},
     ),
     "OpenVINO int8 static": ("static", {}),
+    "OpenVINO bfloat16": ("none", {}),
+    "OpenVINO float32": ("none", {"INFERENCE_PRECISION_HINT": "f32"}),  # tells whether the graph is diffusers'
 }
 NEIGHBOURS = {
     "OpenVINO int4": VARIANTS["OpenVINO int4"],
@@ -138,6 +140,8 @@ def compressed(model: Any, kind: str, inputs: list[Any]) -> Any:
     """By NNCF without data, all layers; "static" are inputs in 8 bits too, calibrated on those that are measured."""
     import nncf
 
+    if kind == "none":
+        return model
     if kind == "static":
         return nncf.quantize(model, nncf.Dataset([inputs]), model_type=nncf.ModelType.TRANSFORMER, subset_size=1)
     if kind == "int8":
