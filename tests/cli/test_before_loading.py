@@ -88,6 +88,8 @@ CASES = [
             (("--lora", "home/run"), "holds no LoRA: it has no safetensors file; the newest of that run is"),
             (("--lora", "home/run/model"), "there is no LoRA file or folder home/run/model; the newest of that run is "
              "home/run/loras/step-00000012.safetensors"),
+            (("--lora", f"{PICTURE}=abc"), "a.png must be a number, got abc"),
+            (("--transformer", "{root}/edit/vae/config.json"), "holds no weights: name a .safetensors or .gguf file"),
             (("--lora", "{vae}"), "this is no LoRA: it holds the weights of the Qwen-Image VAE"),
             (("--lora", "home/other.safetensors"), "other.safetensors: transformer_blocks.0.attn.to_q must be [rank"),
             (("--lora", "home/nan.safetensors"), "nan.safetensors: transformer_blocks.0.attn.to_q must hold finite"),

@@ -122,6 +122,19 @@ def test_words_too_many(args, advice):
     assert result.exit_code == 2 and advice in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
+@pytest.mark.parametrize(
+    "args, text",
+    [
+        ("generate x --force", "there is no option --force of generate; did you mean --overwrite?"),
+        ("serve --model tiny --force", "there is no option --force of serve; --help shows those that there are"),
+        ("edit x --stesp 3", "there is no option --stesp of edit; did you mean --steps?"),
+    ],
+)
+def test_unknown_options(args, text):
+    result = CliRunner().invoke(app, args.split())
+    assert result.exit_code == 2 and text in result.stderr, result.stderr
+
+
 def test_unknown_command_and_none():
     result = CliRunner().invoke(app, ["frobnicate"])
     assert result.exit_code == 2 and result.stderr.startswith("error: ") and "frobnicate" in result.stderr

@@ -32,7 +32,7 @@ def test_pairs(tmp_path, layout, references):
     assert len(made.references) == references
     assert all(r.shape == (32, 48, 3) and (r == 9).all() for r in made.references)
     assert not source.sample(0, 0).references  # of a reconstruction
-    with pytest.raises(RecipeError, match="data.tasks must not have t2i: the source .* has edits alone"):
+    with pytest.raises(RecipeError, match="and .* has pairs of pictures, which teach edits: give it as --pairs"):
         make_source(DataRecipe(source=recipe.source))
 
 

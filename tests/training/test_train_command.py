@@ -135,6 +135,9 @@ def test_pairs_become_an_edit_lora(small):
     assert "trained on" in run("inspect", exported).stdout and "edits" in run("inspect", exported).stdout
     refused = run(*words[:-1])
     assert refused.exit_code == 2 and "already has step-00000004; resume it (--resume)" in refused.stderr
+    about = "lora: pairs teach edits: what is trained changes a picture by an instruction"
+    other = run("train", "lora", "--pairs", "pairs", "--model", "small", "--out", "other", *SHORT, "steps=1")
+    assert other.exit_code == 0 and about in other.stderr and "pairs teach" not in result.stderr, other.output
 
 
 def test_samples_have_the_models_own_guidance(small):
@@ -201,7 +204,13 @@ def test_what_a_checkpoint_cannot_go_on_with_is_refused_by_its_field(small, monk
         ([], "no recipe is named: lora and edit-lora begin your own work, --list prints all"),
         (["lora"], "no model is named: give --model (model.folder), which is tiny, a folder or a hub name"),
         (["lora", "--model", "tiny"], "no data are named: give --images, a folder of pictures with captions, --pairs,"),
-        (["lora", "--model", "tiny", "--images", "picture"], "there is no picture; did you mean pictures?"),
+        (["lora", "--model", "tiny", "--images", "picture"],
+         "--images must be a folder of pictures with captions, a table or shards, there is no picture; did you mean"),
+        (["edit-lora", "--model", "tiny", "--pairs", "picture"],
+         "--pairs must be a folder of pictures before and after, a table or shards, there is no picture; did you mean"),
+        (["lora", "--stepz", "4"], "no option --stepz of train; steps is a field of the recipe, changed by steps="),
+        (["lora", "--lr", "4"], "no option --lr of train; optimizer.lr is a field of the recipe, changed by"),
+        (["lora", "--frobnicate"], "there is no option --frobnicate of train; --help shows those that there are"),
         (["pictures"], "pictures is a folder, not a recipe; `train lora --images pictures` trains on its pictures"),
         (["lora", "--model", "tny", "--images", "pictures"], "there is no folder tny, and it is not a hub name"),
         (["lora", "--model", "small", "--images", "pictures", "--preset", "32gb"], "--preset must be one of 12gb,"),
@@ -212,7 +221,7 @@ def test_what_a_checkpoint_cannot_go_on_with_is_refused_by_its_field(small, monk
          "--out must not be inside of the data, got pictures/run in pictures: pictures of the run would be taken for"),
         (["lora", "--model", "small", "--images", "."], "--out must not be inside of the data, got outputs/run in .:"),
         (["lora", "--model", "small", "--pairs", "pictures"],
-         "must not have ti2i: the source pictures has no edits: they are NAME.before.png and NAME.after.png, folders"),
+         "and pictures has no pairs of pictures: they are NAME.before.png and NAME.after.png, folders before and"),
         (["lora", "--images", "a", "--pairs", "b"], "give either --images or --pairs"),
         (["edit-lora", "--images", "pictures"], "edit-lora learns from pairs: give --pairs instead of --images"),
         (["curriculum/tiny", "--images", "pictures"], "--images has no effect on curriculum/tiny: its"),

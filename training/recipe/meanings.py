@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import re
 import textwrap
 import typing
@@ -12,6 +13,7 @@ from typing import Any
 from qwen_image_fast.extras import needed_for
 from qwen_image_fast.training.recipe.curriculum import Curriculum
 from qwen_image_fast.training.recipe.fields import differences
+from qwen_image_fast.training.recipe.flow import FlowRecipe
 
 
 def meanings(kind: type) -> dict[str, str]:
@@ -69,3 +71,18 @@ def _yaml(value: Any) -> str:
         value = [dataclasses.asdict(entry) for entry in value]  # type: ignore[call-overload]
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True, sort_keys=False)
     return text.removesuffix("\n").removesuffix("\n...")
+
+
+def field_like(word: str) -> str:
+    """The field of a recipe of kind flow whose name is nearest to a word, such as "optimizer.lr" for "lr"; or ""."""
+    fields: dict[str, str] = {}
+
+    def gather(tree: dict[str, Any], before: str) -> None:
+        for name, value in tree.items():
+            fields.setdefault(name, before + name)
+            if isinstance(value, dict):
+                gather(value, f"{before}{name}.")
+
+    gather(dataclasses.asdict(FlowRecipe()), "")
+    near = difflib.get_close_matches(word, fields, n=1, cutoff=0.7)
+    return fields[near[0]] if near else ""

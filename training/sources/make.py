@@ -38,12 +38,16 @@ def make_source(recipe: DataRecipe | PartRecipe) -> Source:
     for task, weight in part.tasks.items():
         edits = hasattr(source, "edit")
         if weight > 0 and task == "ti2i" and not edits:
-            pairs = "" if part.source in DRAWN else f": {PAIRS}"
-            raise RecipeError(f"recipe: data.tasks must not have ti2i: the source {part.source} has no edits{pairs}")
+            if part.source in DRAWN:
+                raise RecipeError(f"recipe: data.tasks must not have ti2i: the source {part.source} has no edits")
+            raise RecipeError(
+                f"recipe: edits are to be learned (data.tasks has ti2i), and {part.source} has no pairs of pictures: "
+                f"{PAIRS}; pictures with captions are for --images"
+            )
         if weight > 0 and task == "t2i" and isinstance(source, Edits):
             raise RecipeError(
-                f"recipe: data.tasks must not have t2i: the source {part.source} has edits alone, which --pairs takes "
-                "(data.tasks={ti2i: 1})"
+                f"recipe: pictures are to be learned from captions (data.tasks has t2i), and {part.source} has pairs "
+                "of pictures, which teach edits: give it as --pairs (data.tasks={ti2i: 1})"
             )
     return source
 

@@ -18,7 +18,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from qwen_image_fast.extras import MissingPackage
-from qwen_image_fast.folders import nearest_file
+from qwen_image_fast.folders import nearest, nearest_file
 
 out = Console()
 err = Console(stderr=True)
@@ -51,13 +51,31 @@ class Sentences(TyperGroup):
         except typer.BadParameter.__base__ as error:  # click's UsageError, of click or of the copy inside typer
             code = BAD_INPUT
             if sentence := error.format_message():  # none where the help is shown instead
-                print_error(sentence + _advice(sentence, getattr(error, "ctx", None)))
+                print_error(_unknown_option(error) or sentence + _advice(sentence, getattr(error, "ctx", None)))
         except Exception as error:
             code = BAD_INPUT if isinstance(error, FileExistsError) else FAILED  # the name that was asked for is taken
             _print_failure(error)
         if code == INTERRUPTED:
             err.print("interrupted")
         sys.exit(code)
+
+
+def _unknown_option(error: Exception) -> str:
+    """The sentence on an option that there is not, with what may have been meant; empty for another error."""
+    context, option = getattr(error, "ctx", None), getattr(error, "option_name", "")
+    if context is None or not hasattr(error, "possibilities"):
+        return ""
+    parameters = context.command.params
+    known = [name for p in parameters if p.param_type_name == "option" for name in p.opts if name.startswith("--")]
+    near = nearest(option, known)
+    if option in ("--force", "--replace") and "--overwrite" in known:
+        near = "; did you mean --overwrite?"
+    if not near and any(p.name == "overrides" for p in parameters):
+        from qwen_image_fast.training.recipe.meanings import field_like
+
+        if field := field_like(option.lstrip("-").replace("-", "_")):
+            near = f"; {field} is a field of the recipe, changed by {field}=VALUE without dashes"
+    return f"there is no option {option} of {context.command.name}{near or '; --help shows those that there are'}"
 
 
 def _advice(sentence: str, context: typer.Context | None) -> str:

@@ -29,6 +29,9 @@ from qwen_image_fast.request import Request
 from qwen_image_fast.request_fields import InputPicture, Lora, has_pictures
 from qwen_image_fast.weights.places import find_file
 
+# Pickles are refused by name later.
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt"}
+
 
 def prompts_of(path: Path) -> list[str]:
     """The prompts of a file, one per line."""
@@ -96,14 +99,21 @@ def weight_file(name: str) -> str:
     """A file's path from anywhere, or its name on the hub."""
     with failing(BAD_INPUT, FileNotFoundError, IsADirectoryError):
         place = find_file(name)
+    if isinstance(place, Path) and place.suffix.lower() == ".json":
+        raise CommandError(f"{name} holds no weights: name a .safetensors or .gguf file")
     return str(place.resolve()) if isinstance(place, Path) else name
 
 
 def lora_file(name: str) -> str:
     """A file or folder from anywhere, or the name on the hub: owner/name, or owner/name/file.safetensors."""
     path = Path(name).expanduser()
+    if path.is_dir() and not any(file.suffix in _WEIGHTS for file in path.iterdir()):
+        raise CommandError(f"{name} holds no LoRA: it has no safetensors file{newest_lora(path)}")
     if path.exists():
         return str(path.resolve())
+    file, equals, weight = name.rpartition("=")
+    if equals and Path(file).expanduser().exists():
+        raise CommandError(f"the weight of the LoRA {file} must be a number, got {weight or 'nothing'}")
     owner, _, rest = name.partition("/")
     parts = rest.split("/")
     on_hub = HUB_NAME.fullmatch(f"{owner}/{parts[0]}") and (len(parts) == 1) == (not rest.endswith(".safetensors"))

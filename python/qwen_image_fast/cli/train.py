@@ -14,6 +14,7 @@ import typer
 from qwen_image_fast.cli.errors import CommandError, err
 from qwen_image_fast.cli.training import Overrides, checked, explained
 from qwen_image_fast.extras import needed_for
+from qwen_image_fast.folders import nearest, nearest_file
 
 if TYPE_CHECKING:
     from qwen_image_fast.training.engine.interrupts import Interrupted
@@ -53,7 +54,7 @@ def train(
             return
         if recipe is None:
             raise CommandError("no recipe is named: lora and edit-lora begin your own work, --list prints all")
-        changes = [*_from_options(recipe, images, pairs, model), *(overrides or ())]
+        changes = [*_from_options(recipe, images, pairs, model, look=not (plan or show)), *(overrides or ())]
         if preset is not None:
             if not show:  # counting loads torch
                 checked(recipe, changes, data=not plan, run_folder=None if plan or resume else out)
@@ -81,6 +82,12 @@ def train(
         from qwen_image_fast.training.terminal import Terminal
 
         with Terminal(chosen.name, show=int(os.environ.get("RANK", "0")) == 0) as terminal:
+            tasks = chosen.stages[0].recipe.data.tasks
+            if pairs is not None and recipe != "edit-lora" and set(tasks) == {"ti2i"}:
+                terminal.say(
+                    f"{chosen.name}: pairs teach edits: what is trained changes a picture by an instruction, "
+                    "as of `train edit-lora`"
+                )
             if files := files_of(chosen):
                 terminal.stage(f"looking at {files}")
             from qwen_image_fast.training.sources.survey import sources_of
@@ -115,8 +122,9 @@ def train(
         print(out / "model")
 
 
-def _from_options(recipe: str, images: str | None, pairs: str | None, model: str | None) -> list[str]:
-    """The changes of a recipe that the options stand for."""
+def _from_options(recipe: str, images: str | None, pairs: str | None, model: str | None, look: bool) -> list[str]:
+    """The changes of a recipe that the options stand for. look: what they name must be there."""
+    from qwen_image_fast.training.recipe.data import DRAWN
     from qwen_image_fast.training.recipe.fields import read_tree
     from qwen_image_fast.training.recipe.names import find_recipe
 
@@ -142,6 +150,11 @@ def _from_options(recipe: str, images: str | None, pairs: str | None, model: str
             continue
         if "mixture" in data or "stages" in tree:
             raise CommandError(f"{option} has no effect on {recipe}: its mixture or stages name their sources")
+        here = source in DRAWN or source.startswith("hub:") or Path(source).expanduser().exists()
+        if look and not here:
+            what = "pictures with captions" if option == "--images" else "pictures before and after"
+            near = nearest(source, DRAWN) or nearest_file(source)
+            raise CommandError(f"{option} must be a folder of {what}, a table or shards, there is no {source}{near}")
         change("data.source", source)
         if data.get("source") and "options" in data:  # of the source that this one replaces
             change("data.options", {})
