@@ -45,7 +45,7 @@ def tiling(models):
 
 
 @pytest.mark.parametrize("split", [{"guidance": 2}, {"ulysses": 2}], ids=str)
-def test_a_group_makes_the_pictures_of_one_process(models, tmp_path, split, tiling):
+def test_a_group_makes_the_pictures_of_one_process(models, tmp_path, split, tiling, one_thread):
     """Bit-equal by guidance's branches and the VAE's tiles, equal up to rounding by tokens; then one of the processes
     dies."""
     group = Group(lora_file(tmp_path / "style.safetensors"), vae_tiling=True, **split)
