@@ -285,7 +285,9 @@ def load_captioner(
 
     read_config(folder, "config.json")  # without one, transformers builds its default, of 7 B random weights
     dtype = "auto" if torch_dtype is None else torch_dtype
-    model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, torch_dtype=dtype, variant=variant)
+    model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder, torch_dtype=dtype, variant=variant, use_safetensors=True
+    )
     return model.to(device).eval()
 
 

@@ -125,7 +125,8 @@ class ClipScorer:
         from transformers import AutoModel, AutoProcessor
 
         try:
-            self._model = AutoModel.from_pretrained(path).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+            model = AutoModel.from_pretrained(path, use_safetensors=True).eval()
+            self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")
             self._processor = AutoProcessor.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise FileNotFoundError(

@@ -229,7 +229,7 @@ def _read_model(path: Path) -> Chat:
 
     try:
         processor = AutoProcessor.from_pretrained(path)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto")
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", use_safetensors=True)
     except (OSError, ValueError) as error:
         raise OSError(
             f"evaluate bench: there is no vision-language model of transformers in {path}: {error}"
