@@ -247,7 +247,7 @@ def _forward(values, scales, packed, columns, sums, bias, residual, gate, offset
             by = (w.data_ptr(), c.data_ptr(), t.data_ptr(), b.data_ptr() if len(b) else 0, len(t))
             arguments.append((x, by, y.data_ptr(), gated))
             four.append(w.dtype == torch.uint8)
-            obstacles.append(_obstacle(dtype, *arguments[-1], four[-1]))
+            obstacles.append(_obstacle(dtype, *arguments[-1], four[-1]) if cuda else None)
     if arguments and cuda:
         _launch(values[0], arguments, DTYPE_CODES[dtype], four, _by_wgmma(values[0], arguments, obstacles, unit))
     elif arguments:
