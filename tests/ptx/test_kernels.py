@@ -12,6 +12,7 @@ from qwen_image_fast.doctor_cases import as_tuple, functions, inputs
 from qwen_image_fast.ops import (
     channel_norm_silu,
     gate_residual_norm_modulate,
+    int8_kernels,
     int8_rows,
     joint_attention,
     layer_norm_modulate,
@@ -87,6 +88,12 @@ def test_every_linear_kernel(linear):
     linear.module.launched()
     for op, kernel, dtype in itertools.product(LINEAR, KERNELS, SIXTEEN):
         products(linear, op, kernel, (3, 2), 64, 64, dtype=dtype)
+    for dtype in SIXTEEN:
+        rows, weight, bias = int8_product(3, 64, 64, dtype)
+        residual, gate = torch.randn(3, 64).to(dtype), torch.randn(1, 64).to(dtype)
+        with int8_kernels("wgmma"):
+            for more in ((), ([residual], [gate], [None])):
+                assert linear_int8([rows], [weight], [bias], dtype, *more)[0].isfinite().all()
     entries = {e for text in linear.ptx.values() for e in re.findall(r"\.entry (\w+)\(", text)}
     assert linear.module.launched() == entries
 
