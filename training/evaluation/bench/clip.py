@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from qwen_image_fast.training.evaluation.bench.items import Item, Question, picture_key
-from qwen_image_fast.training.evaluation.bench.model_folders import check_readable, config_of, folder_name
+from qwen_image_fast.training.evaluation.bench.model_folders import (
+    check_readable,
+    config_of,
+    folder_name,
+    read_on_device,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -56,16 +61,9 @@ class Clip:
     def _loaded(self) -> tuple[Any, Any]:
         with self._one_at_a_time:
             if self._parts is None:
-                import torch
                 from transformers import CLIPModel, CLIPProcessor
 
-                try:
-                    processor = CLIPProcessor.from_pretrained(self._path)
-                    model = CLIPModel.from_pretrained(self._path, use_safetensors=True)
-                except (OSError, ValueError, ImportError) as error:
-                    raise OSError(f"evaluate bench: the CLIP in {self._path} cannot be read: {error}") from error
-                device = "cuda" if torch.cuda.is_available() else "cpu"
-                self._parts = model.float().eval().to(device), processor
+                self._parts = read_on_device(self._path, "CLIP", CLIPModel, CLIPProcessor)
             return self._parts
 
     def _direction(self, features: Any, inputs: Any) -> torch.Tensor:

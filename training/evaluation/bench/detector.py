@@ -26,7 +26,12 @@ from qwen_image_fast.training.evaluation.bench.answers import JudgeCall
 from qwen_image_fast.training.evaluation.bench.coco import class_names
 from qwen_image_fast.training.evaluation.bench.detections import LEAST, kept
 from qwen_image_fast.training.evaluation.bench.items import Question
-from qwen_image_fast.training.evaluation.bench.model_folders import check_readable, config_of, folder_name
+from qwen_image_fast.training.evaluation.bench.model_folders import (
+    check_readable,
+    config_of,
+    folder_name,
+    read_on_device,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -135,21 +140,11 @@ class Detector:
     def _loaded(self) -> tuple[Any, Any]:
         with self._one_at_a_time:
             if self._parts is None:
-                import torch
-                from transformers import (
-                    AutoImageProcessor,
-                    AutoModelForObjectDetection,
-                    AutoModelForUniversalSegmentation,
-                )
+                import transformers
 
-                kind = AutoModelForUniversalSegmentation if self._masks else AutoModelForObjectDetection
-                try:
-                    processor = AutoImageProcessor.from_pretrained(self._path)
-                    model = kind.from_pretrained(self._path, use_safetensors=True)
-                except (OSError, ValueError, ImportError) as error:
-                    raise OSError(f"evaluate bench: the detector in {self._path} cannot be read: {error}") from error
-                device = "cuda" if torch.cuda.is_available() else "cpu"
-                self._parts = model.float().eval().to(device), processor
+                masks = transformers.AutoModelForUniversalSegmentation
+                kind = masks if self._masks else transformers.AutoModelForObjectDetection
+                self._parts = read_on_device(self._path, "detector", kind, transformers.AutoImageProcessor)
             return self._parts
 
 

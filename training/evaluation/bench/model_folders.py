@@ -42,6 +42,22 @@ def check_readable(path: Path, option: str) -> None:
         )
 
 
+def read_on_device(path: Path, what: str, model: Any, processor: Any) -> tuple[Any, Any]:
+    """A model by its class of transformers, in float32 on the GPU if there is one, and what prepares its input.
+
+    Raises:
+        OSError: one of them cannot be read.
+    """
+    import torch
+
+    try:
+        prepares = processor.from_pretrained(path)
+        read = model.from_pretrained(path, use_safetensors=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise OSError(f"evaluate bench: the {what} in {path} cannot be read: {error}") from error
+    return read.float().eval().to("cuda" if torch.cuda.is_available() else "cpu"), prepares
+
+
 def folder_name(path: Path) -> str:
     """The name that stands beside scores: of the folder, or of the repository that a hub's cache keeps there."""
     path = path.expanduser().resolve()
