@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from synthesis_helpers import languages, mixed, needs_chinese, only
 
+from qwen_image_fast.training.evaluation.things import things
 from qwen_image_fast.training.synthesis import make, make_edit, quoted_texts, tiny
-from qwen_image_fast.training.synthesis.recipe import STRATEGIES, VISION
+from qwen_image_fast.training.synthesis.recipe import EDITS, STRATEGIES, VISION
 
 pytestmark = pytest.mark.usefixtures("one_photograph")
 
@@ -80,3 +81,54 @@ def test_elements_of_pairs_stand_on_rows(rows):
 def test_tiny_pairs(size):
     pairs = [make_edit(tiny(size), 0, index) for index in range(40)]
     assert {pair.kind for pair in pairs} >= {"text", "colour", "ground", "add", "remove", "reconstruct"}
+
+
+def in_pictures(**changes):
+    return tiny(128, max_lines=1, edits_of_pictures=1.0, **{"edits": ("add", "move"), **changes})
+
+
+def stands_at(box, place):
+    """Whether a box of a picture of 128 pixels is where a row and a column of nine are."""
+    centre = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    signs = {"left": (-1, None), "right": (1, None), "top": (None, -1), "bottom": (None, 1), "center": (0, 0)}
+    wanted = [0, 0]
+    for word in place.split():
+        wanted = [new if new is not None else old for new, old in zip(signs[word], wanted)]
+    return all((abs(at - 64) <= 8) if sign == 0 else sign * (at - 64) > 5 for at, sign in zip(centre, wanted))
+
+
+def test_in_pictures_shapes_go_to_the_nine_places():
+    places = set()
+    for index in range(80):
+        pair = make_edit(in_pictures(shapes=1.0, pure=0.0, arranged=0.5), 0, index)
+        (new,) = set(things(pair.target)) - set(things(pair.source))
+        place = pair.instruction.rpartition(" the ")[2]
+        places.add(place)
+        assert stands_at(new.box, place), (index, pair.instruction, new)
+        assert len(things(pair.target)) == len(things(pair.source)) + (pair.kind == "add")
+    assert len(places) == 9
+
+
+def test_in_pictures_texts_stand_in_the_middle_and_go_to_places():
+    named = set()
+    for index in range(60):
+        pair = make_edit(in_pictures(edits=("move",)), 0, index)
+        rows, columns = np.nonzero(pair.source != pair.source[0, 0])[:2]
+        assert stands_at((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1), "center")
+        assert stands_at(pair.boxes[0], pair.instruction.rpartition(" the ")[2]), pair.instruction
+        assert pair.source_lines == pair.target_lines
+        named.add(pair.instruction.replace(pair.source_lines[0], "CAT").split(" to the ")[0])
+    assert named == {'move the text "CAT"', 'move "CAT"', "move the text", "move it"}
+
+
+@languages
+def test_pairs_of_pictures_differ_only_inside_the_mask(language):
+    recipe = in_pictures(shapes=1.0, arranged=0.5, languages=(language,), edits=EDITS)
+    kinds = set()
+    for index in range(60):
+        pair = make_edit(recipe, 0, index)
+        kinds.add(pair.kind)
+        changed = (pair.source != pair.target).any(-1)
+        assert not (changed & ~pair.mask).any() and changed.any() != (pair.kind == "reconstruct"), pair.instruction
+        assert set(quoted_texts(pair.instruction)) <= {*pair.source_lines, *pair.target_lines}
+    assert kinds == set(EDITS)

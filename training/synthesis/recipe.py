@@ -54,6 +54,8 @@ class SynthesisRecipe:
         other_captions: share of single texts and paragraphs whose caption is in the other language than they are.
         photos: folder of photographs for compositional samples; None: those in scikit-image's wheel.
         edits: kinds of editing pairs of shapes and pure, drawn with equal chance; a kind may occur several times.
+        edits_of_pictures: share of editing pairs of shapes and pure whose source is laid out as a picture of the recipe
+            is, and in which things go to nine places; the others have one or two things in rows.
         vision: the same of scenes: depth, segment, view, edges, colourise.
         split, held_out: side of the split of words (`train`, `held_out`), and share of held-out words.
     """
@@ -91,6 +93,7 @@ class SynthesisRecipe:
     other_captions: float = 0.0
     photos: str | None = None
     edits: tuple[str, ...] = EDITS
+    edits_of_pictures: float = 0.0
     vision: tuple[str, ...] = VISION
     split: str = "train"
     held_out: float = 0.1
@@ -240,6 +243,6 @@ def _check(recipe: SynthesisRecipe) -> None:
     must(recipe.largest_font >= 0, "largest_font", "be 0 or more")
     must(recipe.rows >= 0, "rows", "be 0 or more")
     must(0 <= recipe.rotation <= 45, "rotation", "be from 0 to 45 degrees")
-    for name in ("paragraph", "random_strings", "natural", "arranged", "other_captions"):
+    for name in ("paragraph", "random_strings", "natural", "arranged", "other_captions", "edits_of_pictures"):
         must(0 <= getattr(recipe, name) <= 1, name, "be from 0 to 1")
     must(recipe.fonts_per_language >= 0, "fonts_per_language", "be 0 or more")

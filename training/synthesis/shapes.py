@@ -51,18 +51,21 @@ def make(recipe: SynthesisRecipe, rng: random.Random, size: tuple[int, int], lan
 
     Of those that are arranged `three red circles on ...`, or `a red circle above a blue square on ...`.
     """
+    return _sample(*told_scene(recipe, rng, size, language), language)
+
+
+def told_scene(recipe: SynthesisRecipe, rng: random.Random, size: tuple[int, int], language: str) -> tuple[Scene, str]:
+    """What `make` draws, and what it says of the shapes."""
     if recipe.arranged and rng.random() < recipe.arranged:
         return _arranged(recipe, rng, size, language)
     scene = plan(recipe, rng, size, language)
     names = [shape_name(e.shape, e.colour, language) for e in scene.elements if isinstance(e, ShapeElement)]
     if language == "zh":
-        shown = "和".join(f"一个{name}" for name in names)
-    else:
-        shown = " and ".join(f"{article(name)} {name}" for name in names)
-    return _sample(scene, shown, language)
+        return scene, "和".join(f"一个{name}" for name in names)
+    return scene, " and ".join(f"{article(name)} {name}" for name in names)
 
 
-def _arranged(recipe: SynthesisRecipe, rng: random.Random, size: tuple[int, int], language: str) -> Sample:
+def _arranged(recipe: SynthesisRecipe, rng: random.Random, size: tuple[int, int], language: str) -> tuple[Scene, str]:
     """Two to four of one shape in one colour, or two shapes of which the first is on a named side of the second."""
     ground = Ground(rng.choice(recipe.ground_colours))
     colours = [c for c in readable_on(ground.colour, recipe.text_colours) if c != ground.colour]
@@ -84,7 +87,7 @@ def _arranged(recipe: SynthesisRecipe, rng: random.Random, size: tuple[int, int]
         else:
             shown = f"{article(first)} {first} {side} {article(second)} {second}"
     elements = (_centred if recipe.centred else _placed)(rng, things, cells)
-    return _sample(Scene(size, ground, elements), shown, language)
+    return Scene(size, ground, elements), shown
 
 
 def _halves(size: tuple[int, int], across: bool) -> list[Cell]:
