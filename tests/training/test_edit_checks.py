@@ -4,12 +4,15 @@ import dataclasses
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("fontTools", reason="glyph coverage is read by fontTools")
 
-from qwen_image_fast.training.evaluation.edit_checks import alike, grown, seen_done
+from qwen_image_fast.training.evaluation.edit_checks import alike, as_placed, grown, seen_done
 from qwen_image_fast.training.evaluation.evaluate_edit import EditResult, summary, table
 from qwen_image_fast.training.evaluation.text_metrics import score
+from qwen_image_fast.training.evaluation.tiny_eval import edit_fault
+from qwen_image_fast.training.synthesis.colours import COLOURS
 from qwen_image_fast.training.synthesis.editing import make_edit
 from qwen_image_fast.training.synthesis.recipe import tiny
 
@@ -87,3 +90,58 @@ def test_the_summary_counts_what_was_done():
     totals = summary(made)
     assert totals["colour"]["done"] == 0.5 and totals["colour"]["text_exact"] == 0.5 and totals["text"]["done"] == 1.0
     assert "| colour | 2 | 50.0% | 50.0% | 40.0 dB |" in table(totals)
+
+
+def moved_thing(pair, across, down, scale=1.0):
+    """The source with the added thing elsewhere, in another size."""
+    rows, columns = np.nonzero(pair.mask)
+    thing = Image.fromarray(pair.target[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1])
+    thing = thing.resize([round(scale * side) for side in thing.size], Image.Resampling.BICUBIC)
+    picture = Image.fromarray(pair.source)
+    middle = (columns.min() + columns.max() + 1) // 2 + across, (rows.min() + rows.max() + 1) // 2 + down
+    picture.paste(thing, (middle[0] - thing.width // 2, middle[1] - thing.height // 2))
+    return np.asarray(picture)
+
+
+def added(shape):
+    found = pairs("add", 40, max_letters=4, shapes=float(shape), pure=float(not shape))
+    return [pair for pair in found if shape or len(pair.target_lines) > len(pair.source_lines)]
+
+
+@pytest.mark.parametrize("shape", [True, False])
+def test_what_is_added_may_stand_anywhere_in_its_place(shape):
+    judged = 0
+    for pair in added(shape):
+        assert edit_fault(pair, pair.target) is None
+        rows = np.flatnonzero(pair.mask.any(1))
+        middle = (rows[0] + rows[-1] + 1) / 2
+        if middle < 40 and rows[0] >= 6:  # in the upper row, with room above; nothing else is there
+            near, far = moved_thing(pair, 0, -5), moved_thing(pair, 0, 60)
+            judged += 1
+            assert edit_fault(pair, near) is None and edit_fault(pair, softened(near)) is None, pair.instruction
+            assert seen_done(as_placed(pair, far), far) is False, pair.instruction
+    assert judged >= 5
+
+
+def test_an_added_shape_may_have_another_size_and_no_other_form():
+    for pair in added(True):
+        small, tiny_one = moved_thing(pair, 0, 0, 0.75), moved_thing(pair, 0, 0, 0.4)
+        assert edit_fault(pair, small) is None, pair.instruction
+        assert edit_fault(pair, tiny_one), pair.instruction
+        box = as_placed(pair, small).mask
+        other = small.copy()
+        other[box] = pair.source[0, 0]
+        rows, columns = np.nonzero(box)
+        strip = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.min() + (np.ptp(columns) + 1) // 3)
+        other[strip] = COLOURS[colour_of(pair)].rgb
+        assert edit_fault(pair, other), pair.instruction
+
+
+def colour_of(pair):
+    return next(word for word in pair.instruction.split() if word in COLOURS)
+
+
+def test_other_kinds_are_judged_where_they_are():
+    for kind in ("move", "colour", "remove"):
+        (pair,) = pairs(kind, 1)
+        assert as_placed(pair, pair.target) is pair

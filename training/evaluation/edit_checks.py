@@ -1,14 +1,18 @@
 """Whether an edit was done, by pixels alone: for pictures on plain grounds, as `shapes` and `pure` draw them.
 
 What a text says is read by OCR; that a colour changed, that a thing came, went or moved is not, and must be seen in the
-picture. A pair knows its target exactly, so the picture is compared with it where the pair's mask says it changes.
+picture. A pair knows its target exactly, so the picture is compared with it where the pair's mask says it changes. What
+is added may stand anywhere in the place that the instruction names, a shape in another size (`as_placed`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
+from PIL import Image
 
 from qwen_image_fast.training.evaluation.cases import psnr_outside
 from qwen_image_fast.training.evaluation.colour_metrics import Box, ground_colour, text_colour
@@ -19,6 +23,7 @@ PLAIN = ("shapes", "pure")  # strategies whose pictures can be checked
 INK = 60.0  # distance from the ground in RGB of what stands out
 KEPT = 28.0  # dB: what an edit must not touch, and a reconstruction, is still itself
 LEFT_OVER = 0.05  # share of a removed thing that may be left
+SIZES = 0.6, 1.6  # of an added shape, in the target's
 
 
 def seen_done(pair: EditSample, image: np.ndarray) -> bool | None:
@@ -41,6 +46,75 @@ def seen_done(pair: EditSample, image: np.ndarray) -> bool | None:
         )
     box = _box(ink(pair.target) & pair.mask)
     return _same_colour(lambda picture, names: text_colour(picture, box, names), image, pair.target, TINY_TEXT_COLOURS)
+
+
+def as_placed(pair: EditSample, image: np.ndarray) -> EditSample:
+    """A pair of the kind add with the new thing where the picture, uint8 [H, W, 3], has one; other pairs as they are.
+
+    `add a red circle at the top` says neither how large it is nor where at the top. The thing is moved within the named
+    row and column, of 3/8, 2/8 and 3/8 of a side, and a shape is scaled, from 0.6 to 1.6. Where the picture has nothing
+    new there, or something far from it in size, the pair stays as it is.
+    """
+    if pair.kind != "add" or pair.strategy not in PLAIN:
+        return pair
+    old, area = grown(ink(pair.source), 2), _box(pair.mask)
+    wanted, made = (_extent(ink(picture) & ~old) for picture in (pair.target, image))
+    if wanted is None or made is None:
+        return pair
+    sizes = [(box[2] - box[0], box[3] - box[1]) for box in (wanted, made)]
+    scales = [there / one for one, there in zip(*sizes)]
+    text = len(pair.target_lines) > len(pair.source_lines)
+    if not text and not (SIZES[0] <= min(scales) and max(scales) <= min(SIZES[1], 1.2 * min(scales))):
+        return pair
+    scale = 1.0 if text else sum(scales) / 2
+    thing = pair.target[area[1] : area[3], area[0] : area[2]]
+    best, most = pair, 0.0
+    for more, across, down in itertools.product((0,) if text else (0, -1, 1), (0, -1, 1), (0, -1, 1)):
+        width, height = (round(scale * side) + more for side in thing.shape[1::-1])
+        left, top = (
+            round((made[i] + made[i + 2] + scale * (area[i] + area[i + 2] - wanted[i] - wanted[i + 2]) - extent) / 2)
+            for i, extent in enumerate((width, height))
+        )
+        box = left + across, top + down, left + across + width, top + down + height
+        if not _same_place(box, area, pair.mask.shape):
+            continue
+        placed = _placed(pair, thing, area, box)
+        shown, there = ink(image) & placed.mask, ink(placed.target) & placed.mask
+        like = float((shown & there).sum() / max(1, (shown | there).sum()))
+        if like > most:
+            best, most = placed, like
+    return best
+
+
+def _placed(pair: EditSample, thing: np.ndarray, area: Box, box: Box) -> EditSample:
+    left, top, right, bottom = box
+    resized = Image.fromarray(thing).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+    target, mask = pair.source.copy(), np.zeros_like(pair.mask)
+    target[top:bottom, left:right] = np.asarray(resized)
+    mask[top:bottom, left:right] = True
+    return replace(pair, target=target, mask=mask, boxes=tuple(box if one == area else one for one in pair.boxes))
+
+
+def _same_place(one: Box, other: Box, shape: tuple[int, ...]) -> bool:
+    """Whether a box lies in the picture and its middle in the row and the column of the other's."""
+    height, width = shape
+    return min(one) >= 0 and all(
+        one[i + 2] <= side and _third(one[i] + one[i + 2], side) == _third(other[i] + other[i + 2], side)
+        for i, side in enumerate((width, height))
+    )
+
+
+def _extent(mask: np.ndarray) -> Box | None:
+    """The box of what is more than a spot; None: nothing is."""
+    rows, columns = np.flatnonzero(mask.sum(1) > 1), np.flatnonzero(mask.sum(0) > 1)
+    if not len(rows) or not len(columns):
+        return None
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _third(twice: int, side: int) -> int:
+    """Of a coordinate, given twice: 0, 1 or 2."""
+    return (twice * 4 >= 3 * side) + (twice * 4 >= 5 * side)
 
 
 def ink(image: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from qwen_image_fast.checkpoint import json_bytes
 from qwen_image_fast.files import atomic_write
 from qwen_image_fast.training.evaluation.cases import psnr_outside
-from qwen_image_fast.training.evaluation.edit_checks import KEPT, seen_done
+from qwen_image_fast.training.evaluation.edit_checks import KEPT, as_placed, seen_done
 from qwen_image_fast.training.evaluation.ocr import Reader
 from qwen_image_fast.training.evaluation.text_metrics import TextScore, score, summarise
 from qwen_image_fast.training.synthesis.fonts import find_fonts
@@ -58,7 +58,8 @@ def evaluate_edits(
     """Edit and judge the pairs in order; `edit`: (pairs, number of the first) -> a uint8 picture for each."""
     for start in range(0, len(pairs), batch):
         part = pairs[start : start + batch]
-        for pair, image in zip(part, edit(part, start)):
+        for asked, image in zip(part, edit(part, start)):
+            pair = as_placed(asked, image)
             # A shape may be read as a symbol, which is no text.
             lines = tuple(line.text for line in reader.read(image) if any(c.isalnum() for c in line.text))
             everywhere = np.zeros(pair.mask.shape, bool)

@@ -14,7 +14,7 @@ from qwen_image_fast.checkpoint import json_bytes
 from qwen_image_fast.files import atomic_write
 from qwen_image_fast.training.evaluation.cases import psnr_outside
 from qwen_image_fast.training.evaluation.colour_metrics import ground_colour, text_colour
-from qwen_image_fast.training.evaluation.edit_checks import KEPT, grown, ink, seen_done
+from qwen_image_fast.training.evaluation.edit_checks import KEPT, as_placed, grown, ink, seen_done
 from qwen_image_fast.training.evaluation.glyphs import read_at
 from qwen_image_fast.training.evaluation.intervals import wilson
 from qwen_image_fast.training.evaluation.page import Failure, write_page
@@ -89,6 +89,7 @@ def picture_fault(asked: Asked, image: np.ndarray) -> str | None:
 def edit_fault(pair: EditSample, image: np.ndarray) -> str | None:
     """What is wrong with an edited picture, uint8 [128, 128, 3]; None: the edit was done, every text says what it must,
     and what was not to be touched keeps 28 dB."""
+    pair = as_placed(pair, image)
     if seen_done(pair, image) is False:
         return "the edit was not done"
     for box, text in zip(pair.boxes, pair.target_lines):

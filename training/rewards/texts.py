@@ -9,7 +9,7 @@ import numpy as np
 from qwen_image_fast.training.evaluation.bands import BandReader, bands
 from qwen_image_fast.training.evaluation.cases import psnr_outside
 from qwen_image_fast.training.evaluation.colour_metrics import ground_colour, text_colour
-from qwen_image_fast.training.evaluation.edit_checks import KEPT, seen_done
+from qwen_image_fast.training.evaluation.edit_checks import KEPT, as_placed, seen_done
 from qwen_image_fast.training.evaluation.ocr import Reader
 from qwen_image_fast.training.evaluation.text_metrics import edit_distance
 from qwen_image_fast.training.recipe.rewards import TextReward
@@ -113,6 +113,7 @@ class Edit:
     def _one(self, picture: np.ndarray, asked: Asked) -> float:
         pair = asked.edit
         assert pair is not None
+        pair = as_placed(pair, picture)
         done = seen_done(pair, picture)
         if done is None:
             self._reader = self._reader or Reader(side=320, turned=False)
