@@ -12,6 +12,7 @@
 
 #include "bindings_cuda.h"
 #include "kernels/joint_attention_amx.h"
+#include "kernels/joint_attention_backward_amx.h"
 #include "params.h"
 
 namespace py = pybind11;
@@ -162,6 +163,31 @@ PYBIND11_MODULE(_C, m) {
                                heads,      head_dim};
           py::gil_scoped_release release;
           return joint_attention_amx(p);
+        });
+  m.def("joint_attention_backward_amx",
+        [](Address q, Address k, Address v, Address out, Address grad_out, Address lse,
+           const std::array<Address, 3>& grads, const std::array<int64_t, 5>& strides,
+           const std::vector<int64_t>& q_lens, const std::vector<int64_t>& k_lens, int64_t heads, int64_t head_dim) {
+          const AmxAttentionBackward p{pointer(q),
+                                       pointer(k),
+                                       pointer(v),
+                                       pointer(out),
+                                       pointer(grad_out),
+                                       pointer<float>(lse),
+                                       pointer(grads[0]),
+                                       pointer(grads[1]),
+                                       pointer(grads[2]),
+                                       strides[0],
+                                       strides[1],
+                                       strides[2],
+                                       strides[3],
+                                       strides[4],
+                                       q_lens,
+                                       k_lens,
+                                       heads,
+                                       head_dim};
+          py::gil_scoped_release release;
+          joint_attention_backward_amx(p);
         });
 #endif
 #if defined(QIF_CUDA_ARCHITECTURES)

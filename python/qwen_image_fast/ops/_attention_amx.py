@@ -29,7 +29,7 @@ def joint_attention_amx(q: Tensor, k: Tensor, v: Tensor, q_lens: Sequence[int], 
     """softmax(q k^T / sqrt(head_dim)) v for each sample and head; arguments as in `joint_attention`, which `takes`.
 
     A sample for whose scores |q| |k| log2(e) / sqrt(head_dim) is above 80 in some head, and what is no number, is
-    computed by torch's kernel. So are gradients, from the output and the logarithms of the sums of this one.
+    computed by torch's kernel. Gradients are the unit's always (`csrc/kernels/joint_attention_backward_amx.h`).
     """
     if lib.call_directly(q, k, v):
         return _forward(q, k, v, q_lens, k_lens)[0]
@@ -83,14 +83,30 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grad_out, _):
     q, k, v, out, lse = ctx.saved_tensors
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    grads = []
-    q_parts = zip(grad_out.split(ctx.q_lens), out.split(ctx.q_lens), lse.split(ctx.q_lens, 1))
-    for operands, (grad_i, out_i, lse_i) in zip(zip(*_samples((q, k, v), ctx.q_lens, ctx.k_lens)), q_parts):
-        sums = lse_i.t().contiguous().t()[None]  # as torch's forward lays them out
-        found = backward(_batched(grad_i), *map(_batched, operands), _batched(out_i), sums, 0.0, False)
-        grads.append([g[0].transpose(0, 1) for g in found])
-    return *(torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*grads)), None, None
+    return *_backward_op(grad_out, q, k, v, out, lse, ctx.q_lens, ctx.k_lens), None, None
 
 
 lib.register_autograd(_OP, _autograd, _setup_context)
+
+
+def _backward(grad_out, q, k, v, out, lse, q_lens, k_lens):
+    grads = _fake_backward(grad_out, q, k, v, out, lse, q_lens, k_lens)
+    tensors = [*map(_rows, (q, k, v, out, grad_out))]
+    _C.joint_attention_backward_amx(
+        *(t.data_ptr() for t in tensors), lse.data_ptr(), [g.data_ptr() for g in grads],
+        [t.stride(0) for t in tensors], list(q_lens), list(k_lens), *q.shape[1:],
+    )  # fmt: skip
+    return grads
+
+
+def _fake_backward(grad_out, q, k, v, out, lse, q_lens, k_lens):
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+
+_backward_op = lib.register(
+    f"{_OP}_backward",
+    "(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, int[] q_lens, int[] k_lens)"
+    " -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)

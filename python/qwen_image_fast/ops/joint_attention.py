@@ -62,8 +62,8 @@ def joint_attention(
     length are one dense batch for torch's scaled_dot_product_attention; mixed lengths on CUDA in 16 bit are one launch.
     Autograd, fake tensors and torch.compile come with all of them (the lengths are Python numbers: a new set of lengths
     is a new graph). On GPUs from Hopper on, dense passes without gradients prefer cuDNN's kernels to those of
-    FlashAttention-2 (`preferred_backends`). On the CPU in 16 bit, gradients of few keys come by float32, and
-    bfloat16 runs on a tile unit where there is one (`joint_attention_amx`).
+    FlashAttention-2 (`preferred_backends`). On the CPU bfloat16 runs on a tile unit where there is one, gradients too
+    (`joint_attention_amx`); elsewhere gradients of few keys in 16 bit come by float32.
 
     Args:
         q: [sum of q_lens, heads, head_dim]; k, v: [sum of k_lens, heads, head_dim]; one dtype.
@@ -96,7 +96,7 @@ def joint_attention_parts(
     _check_offsets(q, cu_q=(cu_q, q_lens), cu_k=(cu_k, k_lens))
     if lib.use_reference():
         return [joint_attention_reference(q, k, v, q_lens, k_lens)]
-    if _attention_amx.takes(q, k, v, k_lens) and not _short_with_gradient(q, min(k_lens)):
+    if _attention_amx.takes(q, k, v, k_lens):
         return [_attention_amx.joint_attention_amx(q, k, v, q_lens, k_lens)]
     kernel = attention_kernel(q, q_lens, k_lens)
     if kernel == "dense":
