@@ -182,7 +182,9 @@ def test_the_command(tmp_path):
     assert set(map(float, report["velocity_errors"])) == set(quantize_report.SIGMAS)
     model = QwenImageTransformer2DModel.from_pretrained(out, precision="int8")
     assert isinstance(model.get_submodule(LAYER), Int8Linear)
-    assert run(app, words).exit_code == 2  # it is there
+    there = run(app, words[:-1])
+    assert there.exit_code == 2 and "has a finished quantization.json" in there.stderr.replace("\n", " ")
+    assert "loading torch" not in there.stderr
     again = run(app, ["quantize", str(out), "-o", str(tmp_path / "again")])
     assert again.exit_code == 2 and "is quantised already" in again.stderr
     assert run(app, ["quantize", "tiny", "-o", str(tmp_path / "said"), "--no-check"]).stdout.endswith(
@@ -190,6 +192,7 @@ def test_the_command(tmp_path):
     )
     float8 = run(app, ["quantize", "tiny", "-o", str(tmp_path / "fp8"), "--precision", "fp8"])
     assert "60 layers in float8, errors of weights up to 0.02" in " ".join(float8.stdout.split()), float8.output
+    assert f"{tmp_path}/fp8: comparing velocities with those of tiny\n" in float8.stderr
     assert float8.stdout.count("velocity at sigma") == 4 and float8.stdout.endswith("pytorch_model.safetensors\n")
     for words, text in (
         (["quantize", "tiny", "--out", str(out / "x"), "--precision", "int2"], "--precision must be int8"),
@@ -228,6 +231,8 @@ def test_the_command_without_modulation_weights(tmp_path):
     assert json.loads(default.stdout)["modulation"] == "20 steps of 128x128"
     again = run(app, ["quantize", str(out), "-o", str(tmp_path / "again")])
     assert again.exit_code == 2 and "is quantised already" in again.stderr
+    float8 = run(app, [*words[:3], str(tmp_path / "fp8"), "--drop-modulation", "--precision", "fp8", "--no-check"])
+    assert float8.stdout.endswith("pytorch_model.safetensors --dtype bfloat16\n")  # which a CPU does not take by itself
 
 
 @pytest.mark.parametrize(

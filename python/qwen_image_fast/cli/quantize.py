@@ -57,6 +57,9 @@ def quantize_command(
         raise CommandError("--pictures draws by a schedule of its own: quantise once without --drop-modulation for it")
     kept = Kept(steps or [], size or [], lightning or []) if drop_modulation else None
     with failing(BAD_INPUT, FileNotFoundError, NotADirectoryError, FileExistsError, ValueError):
+        if out.exists():
+            with claimed(out, RESULT):  # what is there is refused before torch is loaded
+                pass
         report = _quantize(model, out, lora or [], check, pictures, not as_json, precision, kept)
     if as_json:
         print_json(report)
@@ -71,7 +74,7 @@ def quantize_command(
         console.print(line, highlight=False)
     [file] = sorted(out.glob("*.safetensors"))
     words = ["qwen-image-fast", "generate", "PROMPT", "--model", model, "--transformer", str(file)]
-    words += [] if precision == "fp8" else ["--precision", precision]
+    words += ["--precision", precision] if precision != "fp8" else ["--dtype", "bfloat16"] if kept else []
     words += kept.first() if kept else []
     console.print(f"use it: {shlex.join(words)}", highlight=False, markup=False, soft_wrap=True)
 
@@ -138,7 +141,7 @@ def _quantize(
             "errors": errors, "modulation": names_of(schedules) or None, "said": [],
         }  # fmt: skip
         if check:
-            _check(report, folder, place, out, loras, pictures)
+            _check(report, folder, place, out, loras, pictures, show)
         atomic_write(out / RESULT, lambda f: f.write(json_bytes(report)))
         (out / "errors.json").unlink()
     return report
@@ -199,7 +202,9 @@ def _loras(names: list[str], layers: Any) -> tuple[list[tuple[Any, float]], list
     return adapters, named
 
 
-def _check(report: dict[str, Any], folder: Path, place: Path, out: Path, loras: list[str], pictures: int) -> None:
+def _check(
+    report: dict[str, Any], folder: Path, place: Path, out: Path, loras: list[str], pictures: int, show: bool
+) -> None:
     """Put velocity errors, and what pictures show, into the report."""
     import torch
 
@@ -214,6 +219,8 @@ def _check(report: dict[str, Any], folder: Path, place: Path, out: Path, loras: 
         text = f"velocities were not compared: both models need {needed / 1e9:.0f} GB, {there / 1e9:.0f} GB are free"
         report["said"].append(text)
         return
+    if show:
+        err.print(f"{out}: comparing velocities with those of {report['model']}", markup=False, soft_wrap=True)
     pipe = QwenImagePipeline.from_pretrained(folder)
     for text in loras:
         name, _, scale = text.rpartition("=")
@@ -232,6 +239,8 @@ def _check(report: dict[str, Any], folder: Path, place: Path, out: Path, loras: 
         errors.append(velocity_errors(pipe.transformer, small, clean, embeds, (side // 16, side // 16)))
     report["velocity_errors"] = {s: (sum(e[s] ** 2 for e in errors) / len(errors)) ** 0.5 for s in errors[0]}
     if pictures:
+        if show:
+            err.print(f"{out}: drawing {pictures} pictures by both and reading them", markup=False, soft_wrap=True)
         report["pictures"] = _pictures(pipe, small, side, pictures, out, report["precision"])
 
 

@@ -300,7 +300,8 @@ def read_int8_layers(
     bits = bits_of(precision, own)
     # All places first: made between what is read and given back, they would leave holes, a third of them all.
     places = {path: _place_of(weight, bits[path]) for path, weight in own.items()}
-    for path, weight in tqdm(own.items(), desc=f"read in {precision[3:]} bits", leave=False, disable=None):
+    said = f"read in {precision[3:]} bits"
+    for path, weight in tqdm(own.items(), desc=said, leave=False, disable=None, delay=1):  # none where it is short
         parent, _, name = path.rpartition(".")
         layer: Any = model.get_submodule(path)
         read = _read(path, weight, places.pop(path), bits[path]).to(device or torch.device("cpu"))
