@@ -8,6 +8,7 @@ import pytest
 
 from qwen_image_fast.cli import progress as module
 from qwen_image_fast.cli.progress import Progress
+from qwen_image_fast.serving import logs
 
 
 class Screen(io.StringIO):
@@ -94,6 +95,22 @@ def test_warnings_of_the_package_stand_above_the_line(clock, monkeypatch):
         log.warning("a picture of %dx%d", 4000, 3000)
     assert "load x, 0:00\r\x1b[2Knote: a picture of 4000x3000\n" in screen.getvalue()
     assert progress.handler not in logging.getLogger("qwen_image_fast").handlers
+
+
+def test_lines_of_a_servers_log_stand_above_the_line(clock, monkeypatch):
+    screen, logger = Screen(), logging.getLogger("qwen_image_fast.serving")
+    monkeypatch.setattr(module.sys, "stderr", screen)
+    for each in (logger, logging.getLogger("uvicorn.error")):
+        for name, value in (("handlers", []), ("propagate", True), ("level", 0)):
+            monkeypatch.setattr(each, name, value)
+    with Progress(True) as progress:
+        progress.stage("load x")
+        logs.to_stderr(around=progress.aside)
+        logger.warning("one")
+    logger.warning("two")
+    erase, drawn = "\r\x1b[2K", "\r\x1b[2Kload x, 0:00"
+    shown = re.sub(r"{.*}", "LOG", screen.getvalue())
+    assert shown == f"{drawn}{erase}LOG\n{drawn}{erase}LOG\n", "once the line is gone, nothing is erased any more"
 
 
 def test_quiet_but_for_notes_and_files(clock, capsys):

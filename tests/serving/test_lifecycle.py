@@ -336,6 +336,10 @@ def test_a_second_signal_ends_what_runs(tmp_path, number):
         waiting.join()
         assert found["answer"].status_code == 500 and found["answer"].json()["error"]["code"] == "engine_crashed"
         assert not Path(f"/proc/{engine}").exists() and "Traceback" not in said()
+        lines = [json.loads(line) for line in said().splitlines() if line.startswith("{")]
+        ready, *_ = [line for line in lines if line["message"] == "ready"]
+        assert ready["model"] == "tiny" and not {"cost", "memory", "enough_rows", "free"} & ready.keys()
+        assert [line["requests"] for line in lines if line["message"] == "ending"] == [1]
     finally:
         process.kill()
         process.wait()

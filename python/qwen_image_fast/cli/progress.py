@@ -7,6 +7,8 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SECONDS = 10.0  # between lines where there is no terminal
 
@@ -43,9 +45,8 @@ class Progress:
         """Nothing more is said; the line goes."""
         logging.getLogger("qwen_image_fast").removeHandler(self.handler)
         with self.lock:
-            if not self.closed.is_set():
-                self.closed.set()
-                self._erase()
+            self._erase()
+            self.closed.set()
 
     def stage(self, name: str) -> None:
         """What begins now, such as "load tiny" or "decode"."""
@@ -82,6 +83,15 @@ class Progress:
         with self.lock:
             self._erase()
             print(f"note: {line}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """For lines that others write to standard error, above the one that is redrawn."""
+        with self.lock:
+            self._erase()
+            yield
+            if self.terminal:
+                self._draw(always=False)
 
     def left(self) -> float | None:
         """Seconds, from the steps of this call and the whole of earlier ones; None before the first step."""
@@ -122,7 +132,7 @@ class Progress:
             print(self.line(), file=sys.stderr, flush=True)
 
     def _erase(self) -> None:
-        if self.show and self.terminal:
+        if self.show and self.terminal and not self.closed.is_set():
             sys.stderr.write("\r\x1b[2K")
             sys.stderr.flush()
 

@@ -78,7 +78,7 @@ def serve(
 
         err.print(f"{model}: loading the server", markup=False, highlight=False, soft_wrap=True)
         from qwen_image_fast.serving import logs, settings
-        from qwen_image_fast.serving.run import listen, run
+        from qwen_image_fast.serving.run import listen, log_end, run
     if not settings.is_loopback(host) and api_key_file is None and not insecure:
         raise CommandError(
             f"--host {host} lets other machines in: give --api-key-file, or --insecure where all of them may"
@@ -126,28 +126,37 @@ def serve(
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{place}"
     err.print(f"{address}  {model} is being loaded", highlight=False, soft_wrap=True)
-    _check_files(model, cls, transformer, loras, nets)
-    chosen = device if device == "cpu" else common.device_name(device)
-    dtype = dtype if dtype != "auto" else "bfloat16" if chosen != "cpu" or precision else "float32"
-    _check_numbers(model, transformer, chosen, dtype, precision)
-    split = Split() if parallel is None else _split(parallel, chosen, folder)
-    copied = ("transformer", "vae") if vae_tiling else ("transformer",)
-    _check_memory(folder, cls, transformer, chosen, dtype, precision, split.ranks, copied)
-    told: dict[str, Any] = {"wave_tokens": wave_tokens or (2048 if chosen == "cpu" else 8192)}
-    told |= {"guidance": split.guidance, "ulysses": split.ulysses, "vae_tiling": vae_tiling, "precision": precision}
-    served = settings.Model(
-        name=model, names=name or [], loras=loras, controlnets=nets, transformer=transformer, device=chosen,
-        dtype=dtype, threads=threads, **told,
-    )  # fmt: skip
-    logs.to_stderr()
     progress = Progress(sys.stderr.isatty())
-
-    def ready() -> None:
-        progress.close()
-        if progress.show:
-            err.print(_ready(address, dtype, precision), highlight=False, soft_wrap=True)
-
     with progress:
+        progress.stage("load torch and look at the files")
+        _check_files(model, cls, transformer, loras, nets)
+        chosen = device if device == "cpu" else common.device_name(device)
+        dtype = dtype if dtype != "auto" else "bfloat16" if chosen != "cpu" or precision else "float32"
+        _check_numbers(model, transformer, chosen, dtype, precision)
+        split = Split() if parallel is None else _split(parallel, chosen, folder, progress)
+        copied = ("transformer", "vae") if vae_tiling else ("transformer",)
+        _check_memory(folder, cls, transformer, chosen, dtype, precision, split.ranks, copied)
+        told: dict[str, Any] = {"wave_tokens": wave_tokens or (2048 if chosen == "cpu" else 8192)}
+        told |= {"guidance": split.guidance, "ulysses": split.ulysses, "vae_tiling": vae_tiling, "precision": precision}
+        served = settings.Model(
+            name=model, names=name or [], loras=loras, controlnets=nets, transformer=transformer, device=chosen,
+            dtype=dtype, threads=threads, **told,
+        )  # fmt: skip
+        logs.to_stderr(around=progress.aside)
+
+        def ready() -> None:
+            progress.close()
+            if progress.show:
+                err.print(_ready(address, dtype, precision), highlight=False, soft_wrap=True)
+
+        def ending(requests: int) -> None:
+            progress.close()
+            if progress.show:
+                sys.stderr.write("\r\x1b[2K")  # the terminal's ^C
+                err.print(_ending(requests, drain_timeout), highlight=False, soft_wrap=True)
+            else:
+                log_end(requests)
+
         progress.stage(f"load {model}")
         run(
             settings.Settings(
@@ -158,12 +167,20 @@ def serve(
             ),
             [socket],
             ready,
+            ending,
         )  # fmt: skip
 
 
 def _ready(address: str, dtype: str, precision: str | None) -> str:
     layers = "" if precision is None else f", large layers in {precision}"
     return f"{address}  ready in {dtype}{layers}: a page at this address, the images API below /v1"
+
+
+def _ending(requests: int, drain: float) -> str:
+    if not requests:
+        return "ending: no request is waiting"
+    what = "1 request is" if requests == 1 else f"{requests} requests are"
+    return f"ending: {what} answered first, in {drain:g} seconds at most; Ctrl-C again ends them as well"
 
 
 def _check_effect(host: str, keys: Path | None, insecure: bool, names: list[str]) -> None:
@@ -220,7 +237,7 @@ def _folder(model: str) -> tuple[Path, str]:
     return folder, found
 
 
-def _split(parallel: str, device: str, folder: Path) -> Split:
+def _split(parallel: str, device: str, folder: Path, progress: Progress) -> Split:
     """CommandError where there are not as many GPUs, or the model cannot be split so."""
     gpus = None
     if device != "cpu":
@@ -234,7 +251,8 @@ def _split(parallel: str, device: str, folder: Path) -> Split:
         raise CommandError(f"--parallel {parallel} needs {found.ranks} GPUs, and there are {gpus}")
     if found.ranks == 1:
         why = "there is one GPU" if parallel == "auto" else "one process is what there is without it"
-        err.print(f"--parallel {parallel} has no effect: {why}", highlight=False, soft_wrap=True)
+        with progress.aside():
+            err.print(f"--parallel {parallel} has no effect: {why}", highlight=False, soft_wrap=True)
     return found
 
 

@@ -30,6 +30,7 @@ from qwen_image_fast.serving.settings import Settings
 
 logger = logging.getLogger("qwen_image_fast.serving")
 SILENCE = 10.0  # seconds without a word of the engine, after which it is not ready
+INTERNALS = ("cost", "enough_rows", "memory", "free")  # of what a model is, what only sums are made of
 PAUSES = (0.0, 1.0, 5.0, 30.0)  # before it is started again, growing while it does not become ready
 
 
@@ -225,7 +226,8 @@ class Desk:
             metrics.loras.set(len(self.loras))
             metrics.ready.set(0 if self.draining else 1)
             self.on_ready()
-            logger.info("ready", extra={"fields": {"model": self.settings.model.name, **event.about}})
+            said = {name: value for name, value in event.about.items() if name not in INTERNALS}
+            logger.info("ready", extra={"fields": {"model": self.settings.model.name, **said}})
         elif isinstance(event, Alive):
             self.rate = event.rate or self.rate
             self.store.expire()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 
 class JsonLines(logging.Formatter):
@@ -20,9 +22,19 @@ class JsonLines(logging.Formatter):
         return json.dumps(found, ensure_ascii=False, default=str)
 
 
-def to_stderr(level: int = logging.INFO) -> None:
-    """Of this package's server, and warnings of uvicorn's."""
-    handler = logging.StreamHandler()
+class _Lines(logging.StreamHandler):
+    def __init__(self, around: Callable[[], AbstractContextManager]) -> None:
+        super().__init__()
+        self._around = around
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with self._around():
+            super().emit(record)
+
+
+def to_stderr(level: int = logging.INFO, around: Callable[[], AbstractContextManager] = nullcontext) -> None:
+    """Of this package's server, and warnings of uvicorn's. around: what each line is written within."""
+    handler = _Lines(around)
     handler.setFormatter(JsonLines())
     for name, least in (("qwen_image_fast.serving", level), ("uvicorn.error", logging.WARNING)):
         logger = logging.getLogger(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import signal
 import socket
 from collections.abc import Callable
@@ -47,9 +48,9 @@ class _Uvicorn(uvicorn.Server):
     """Whose first signal lets work finish; the second ends the engine, and with it what it has begun; a third is
     uvicorn's, which waits for no client."""
 
-    def __init__(self, config: uvicorn.Config, desk: Desk):
+    def __init__(self, config: uvicorn.Config, desk: Desk, on_end: Callable[[int], None]):
         super().__init__(config)
-        self._desk, self._signals = desk, 0
+        self._desk, self._signals, self._on_end = desk, 0, on_end
         self._tasks: set[asyncio.Task] = set()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -61,6 +62,7 @@ class _Uvicorn(uvicorn.Server):
             asyncio.get_running_loop().call_soon_threadsafe(heed)
 
     def _drain(self) -> None:
+        self._on_end(len(self._desk.jobs))
         task = asyncio.get_running_loop().create_task(self._desk.drain())
         self._tasks.add(task)
 
@@ -90,11 +92,24 @@ def configuration(app: Any) -> uvicorn.Config:
     )  # fmt: skip
 
 
-def run(settings: Settings, sockets: list[socket.socket], on_ready: Callable[[], None] = lambda: None) -> None:
-    """Serve until a signal comes; returns when all is answered. on_ready: called whenever a model is loaded."""
+def log_end(requests: int) -> None:
+    """A line of the log when the first signal has come."""
+    logging.getLogger("qwen_image_fast.serving").info("ending", extra={"fields": {"requests": requests}})
+
+
+def run(
+    settings: Settings, sockets: list[socket.socket], on_ready: Callable[[], None] = lambda: None,
+    on_end: Callable[[int], None] = log_end,
+) -> None:  # fmt: skip
+    """Serve until a signal comes; returns when all is answered.
+
+    Args:
+        on_ready: called whenever a model is loaded. on_end: called once, with the number of requests that are still to
+            be answered, when the first signal has come.
+    """
     server = Server(settings)
     server.desk.on_ready = on_ready
-    uvicorn_server = _Uvicorn(configuration(server.app), server.desk)
+    uvicorn_server = _Uvicorn(configuration(server.app), server.desk, on_end)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     uvicorn_server.run(sockets=sockets)
