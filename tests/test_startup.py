@@ -50,6 +50,11 @@ def test_the_ops_do_not_bring_the_compiler_of_torch():
     assert run(sys.executable, "-c", code).stdout.split() == ["True", "False"]
 
 
+def test_the_page_of_a_run_needs_no_torch():
+    code = "import sys; import qwen_image_fast.training.compare; print('torch' in sys.modules)"
+    assert run(sys.executable, "-c", code).stdout == "False\n"
+
+
 @pytest.mark.parametrize(
     "args",
     [

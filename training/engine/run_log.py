@@ -8,20 +8,25 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
 
 from qwen_image_fast.files import atomic_write
 from qwen_image_fast.training.tasks.grid import grid
-from qwen_image_fast.training.tasks.task import Drawn
 from qwen_image_fast.training.terminal import Terminal
+
+if TYPE_CHECKING:  # what only reads a run needs no torch
+    import torch
+
+    from qwen_image_fast.training.tasks.task import Drawn
 
 
 def memory_gb(device: torch.device) -> float:
     """The most memory used so far, in GB: allocated by torch on CUDA, resident of the process on the CPU."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak / 1e6
