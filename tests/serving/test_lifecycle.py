@@ -259,6 +259,24 @@ def test_not_enough_memory_is_said_before_loading(monkeypatch):
     assert result.exit_code == 1 and "error: the weights take 0.0 GiB in float32, and this machine has" in result.stderr
 
 
+def test_a_lora_of_edits_alone_is_remarked_on(tmp_path, monkeypatch):
+    import torch
+    from safetensors.torch import save_file
+    from typer.testing import CliRunner
+
+    from qwen_image_fast.cli import app, serve
+
+    monkeypatch.setattr(serve, "_free", lambda device: 1000)
+    layer = "transformer.transformer_blocks.1.attn.to_out.0"
+    state = {f"{layer}.lora_A.weight": torch.zeros(2, 192), f"{layer}.lora_B.weight": torch.zeros(192, 2)}
+    for tasks, count in (("ti2i recon", 1), ("t2i ti2i", 0)):
+        save_file(state, tmp_path / "a.safetensors", {"qwen_image_fast.tasks": tasks})
+        words = ["serve", "--model", "tiny", "--port", "0", "--lora", f"frame={tmp_path}/a.safetensors"]
+        result = CliRunner().invoke(app, words)
+        assert "the weights take" in result.stderr, result.output
+        assert result.stderr.count(f"note: --lora frame={tmp_path}/a.safetensors was trained on edits alone") == count
+
+
 @pytest.mark.parametrize("parallel", [[], ["--parallel", "guidance=2", "--device", "cpu"]], ids=["one", "group"])
 def test_the_command_serves_survives_a_crash_and_ends(tmp_path, parallel):
     """The real thing: a process beside the server's, or a group of which one is killed, OpenAI's client, SIGTERM while

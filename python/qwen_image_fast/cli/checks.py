@@ -137,12 +137,17 @@ def doubtful_loras(request: Request) -> Iterator[str]:
     if request.kind in ("edit", "layers"):
         return
     for lora in request.lora:
-        file = find_lora(*locate_lora(lora.name, None, None, {"revision": None}))
-        if {*read_metadata(file).get(TASKS, "t2i").split()} <= {"ti2i", "recon"}:
+        if of_edits_alone(lora.name):
             yield (
                 f"--lora {lora.name} was trained on edits alone, and here the model sees no picture to change: it may "
                 "do little, or something else; `qwen-image-fast edit` shows it one"
             )
+
+
+def of_edits_alone(lora: str) -> bool:
+    """Whether a LoRA's file says that it was trained on no picture without one to change."""
+    file = find_lora(*locate_lora(lora, None, None, {"revision": None}))
+    return {*read_metadata(file).get(TASKS, "t2i").split()} <= {"ti2i", "recon"}
 
 
 def part_folder(model: str, name: str) -> Path:

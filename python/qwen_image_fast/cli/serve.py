@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -130,6 +131,8 @@ def serve(
     with progress:
         progress.stage("load torch and look at the files")
         _check_files(model, cls, transformer, loras, nets)
+        for sentence in _doubtful(cls, loras):
+            progress.note(sentence)
         chosen = device if device == "cpu" else common.device_name(device)
         dtype = dtype if dtype != "auto" else "bfloat16" if chosen != "cpu" or precision else "float32"
         _check_numbers(model, transformer, chosen, dtype, precision)
@@ -222,6 +225,19 @@ def _check_files(model: str, cls: str, transformer: str | None, loras: dict[str,
         checks.check_loras(loras.values(), model, own, getattr(qwen_image_fast, cls))
         for source in nets.values():
             checks.check_net(source, None, own, "controlnet")
+
+
+def _doubtful(cls: str, loras: dict[str, str]) -> Iterator[str]:
+    """A sentence on each LoRA that was trained on edits alone, which requests for new pictures may name, too."""
+    if loras and cls != "QwenImageLayeredPipeline":
+        from qwen_image_fast.cli.checks import of_edits_alone
+
+        for name, source in loras.items():
+            if of_edits_alone(source):
+                yield (
+                    f"--lora {name}={source} was trained on edits alone: without a picture to change it may do little, "
+                    "or something else"
+                )
 
 
 def _folder(model: str) -> tuple[Path, str]:
