@@ -74,6 +74,10 @@ def test_the_page_of_a_run_needs_no_torch():
         ["train", "tiny/vae", "data.source=sqares"],
         ["cache-latents", "tiny/1-shapes", "data.options.sizes=3", "model.folder=tinny"],
         ["evaluate", "text", "tinny"],
+        ["evaluate", "text", "--size", "33"],
+        ["evaluate", "vision", "--size", "33"],
+        ["evaluate", "bench", "dpg", "tiny", "--prompts", "data", "--size", "33"],
+        ["evaluate", "bench", "dpg", "tiny", "--prompts", "nowhere"],
     ],
     ids=" ".join,
 )
@@ -82,6 +86,13 @@ def test_help_and_argument_errors_need_little(args):
     assert result.returncode == (0 if "--help" in args else 2), result.stderr
     assert not HEAVY & set(result.stderr.splitlines()[-1].split()), result.stderr
     assert ("error: " in result.stderr) == ("--help" not in args)
+
+
+@pytest.mark.parametrize("options", ["dpg --judge nowhere", "dpg --judge .", "dpg --clip x", "geneval --clip x"])
+def test_who_cannot_judge_is_refused_before_torch(tmp_path, options):
+    name, *options = options.split()
+    result = run(sys.executable, "-c", PROBE, "evaluate", "bench", name, "tiny", "--prompts", str(tmp_path), *options)
+    assert result.returncode == 2 and "torch" not in result.stderr.splitlines()[-1].split(), result.stderr
 
 
 @pytest.mark.parametrize(("command", "what"), [("train", ""), ("cache-latents", " and a new model with the VAE tiny")])

@@ -34,7 +34,11 @@ class EndpointError(ConnectionError):
         self.status, self.retry_after = status, retry_after
 
 
-class NoCompletion(EndpointError, ValueError):
+class NoText(ValueError):
+    """The model answered without a text."""
+
+
+class NoCompletion(EndpointError, NoText):
     """What the endpoint answered is no chat completion: a page of HTML, no choices, no text."""
 
 
@@ -66,7 +70,7 @@ class ChatEndpoint:
 
         Raises:
             EndpointError: the endpoint was not reached, took longer than `timeout`, or refused; `NoCompletion`, which
-                is a ValueError too: its answer is no chat completion or holds no text.
+                is a `NoText` too: its answer is no chat completion or holds no text.
         """
         content: Any = prompt
         if pictures:
@@ -124,7 +128,7 @@ class LocalChat:
         self.options, self.who = options, who
 
     def __call__(self, system: str, prompt: str, pictures: Sequence[Image.Image] = ()) -> str:
-        """The answer; ValueError where the model answers nothing."""
+        """The answer; `NoText` where the model answers nothing."""
         user: Any = prompt
         if pictures and self.processor is not None:
             user = [*({"type": "image"} for _ in pictures), {"type": "text", "text": prompt}]
@@ -139,9 +143,9 @@ class LocalChat:
 
 
 def checked(who: str, text: Any) -> str:
-    """A text without the space around it; ValueError where it is none."""
+    """A text without the space around it; `NoText`, a ValueError, where it is none."""
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{who}: the answer must be a text, got {text!r}")
+        raise NoText(f"{who}: the answer must be a text, got {text!r}")
     return text.strip()
 
 

@@ -76,7 +76,7 @@ FEATURES = {
     ],
     "evaluate": [
         "evaluate text --count 1 --steps 1 --size 64 --out out/text",
-        "evaluate edit --count 1 --steps 1 --size 64 --out out/edit",
+        "evaluate edit --count 1 --steps 1 --out out/edit",
     ],
     "data": [
         "data filter filter.yaml --out out/filtered",

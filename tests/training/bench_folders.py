@@ -1,5 +1,7 @@
-"""Folders of transformers' own classes with small random weights: detectors that know COCO's classes, and a CLIP."""
+"""Folders of transformers' own classes with small random weights: detectors that know COCO's classes, a CLIP, and a
+vision-language model."""
 
+import tokenizers
 import torch
 import transformers
 
@@ -66,4 +68,30 @@ def clip(folder):
     transformers.CLIPModel(config).save_pretrained(folder)
     shown = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     transformers.CLIPProcessor(shown, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def llava(folder):
+    """A vision-language model that answers at random, and what prepares its input."""
+    torch.manual_seed(0)
+    parts = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "<image>", *"abcdefghijklmnopqrstuvwxyz"])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        additional_special_tokens=["<image>"],
+    )  # fmt: skip
+    shown = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    each = "{% for m in messages %}{% for p in m['content'] %}"
+    template = each + "{% if p['type'] == 'image' %}<image>{% endif %}{% endfor %}{% endfor %}"
+    transformers.LlavaProcessor(
+        shown, tokenizer, patch_size=8, vision_feature_select_strategy="default", chat_template=template,
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)  # fmt: skip
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(image_size=32, patch_size=8, **parts),
+        text_config=transformers.LlamaConfig(vocab_size=len(vocabulary), **parts), image_token_index=3,
+        vision_feature_layer=-1,
+    )  # fmt: skip
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(folder)
     return folder

@@ -10,7 +10,7 @@ from bench_helpers import SETS, coloured, lines, picture, started
 from PIL import Image
 from typer.testing import CliRunner
 
-from qwen_image_fast.chat import EndpointError, NoCompletion
+from qwen_image_fast.chat import EndpointError, NoCompletion, NoText
 from qwen_image_fast.cli import app
 from qwen_image_fast.training.evaluation.bench import judges
 from qwen_image_fast.training.evaluation.bench.answers import AnswerFile, JudgeDown
@@ -186,7 +186,8 @@ def test_a_judge_that_makes_no_sense_at_all_is_no_judge(tmp_path):
     """Nothing of it counts or is kept; a proxy that answers with a page of its own is the same."""
     run = started("dpg", tmp_path)
     replies, expected = CASES["dpg"]
-    for reply in ("Let me think", NoCompletion("judge: http://x must answer with a chat completion")):
+    page = "judge: http://x must answer with a chat completion"
+    for reply in ("Let me think", NoCompletion(page), NoText("judge: the answer must be a text, got ''")):
         with pytest.raises(JudgeDown, match="made no sense 10 times in a row, the last time by"):
             run.judge(Fake({"": reply}).judge, 2)
         assert (run.out / "answers.jsonl").read_text() == ""
@@ -219,6 +220,18 @@ def test_a_judge_that_is_down_stops_the_run_and_nothing_is_lost(status, tmp_path
     again = Fake(replies)
     assert scores(run, again.judge)[0] == pytest.approx(expected)
     assert len(again.asked) == 16 - kept and "12-2.3" in again.asked
+
+
+def test_a_judge_that_fails_is_not_one_that_makes_no_sense(tmp_path):
+    """A ValueError of its own, such as a detector's at a picture that it cannot prepare."""
+    run = started("dpg", tmp_path)
+    replies, expected = CASES["dpg"]
+    fails = Fake({"12-2.3": ValueError("mean must have 3 elements"), **replies})
+    with pytest.raises(JudgeDown, match=r"failed at 12-2.3, .*12-2\.png: mean must have 3 elements; what it has said"):
+        run.judge(fails.judge, 1)
+    assert fails.asked.count("12-2.3") == 1 and not (run.out / "results.json").exists()
+    again = Fake(replies)
+    assert scores(run, again.judge)[0] == pytest.approx(expected) and 0 < len(again.asked) < 16
 
 
 def test_a_folder_of_another_model_is_refused(tmp_path):
@@ -289,7 +302,7 @@ def test_a_file_of_detections_judges(tmp_path):
     ("given", "model", "sentence"),
     [
         ("http://x/v1", "", "--judge-model must be given"),
-        ("nowhere", "", "--judge must be rapidocr"),
+        ("nowhere", "", "--judge must be rapidocr, .*; there is no file or folder nowhere"),
         ("rapidocr", "", "--judge must be a chat model, got a reader"),
     ],
 )
@@ -360,7 +373,12 @@ def test_the_command_from_a_model_to_a_page(tiny_folder, endpoint, tmp_path, mon
     ("arguments", "sentence"),
     [
         (["frob", "tiny", "--prompts", "data"], "the benchmark must be one of geneval"),
-        (["dpg", "tiny", "--prompts", "data"], "prompts of DPG-Bench must be a CSV file"),
+        (["dpg", "tiny", "--prompts", "data"], "--prompts of DPG-Bench must be a CSV file with the columns"),
+        (["dpg", "tiny", "--prompts", "data"], "there is no data/dpg_bench.csv"),
+        (["dpg", "tiny", "--prompts", "dat"], "names; there is no dat; did you mean data?"),
+        (["tiif", "tiny", "--prompts", "data", "--size", "33"], "--size must be a multiple of 16 pixels, got 33; 32"),
+        (["tiif", "tiny", "--prompts", "data", "--judge", "dat"], "there is no file or folder dat; did you mean data?"),
+        (["tiif", "tiny", "--prompts", "data", "--judge-model", "x"], "--judge-model must come with --judge, who"),
         (["tiif", "tiny", "--prompts", "data", "--language", "zh"], "--language must be en for tiif, got zh"),
         (
             ["tiif", "tiny", "--prompts", "data", "--judge", "rapidocr"],

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from bench_folders import LABELS, clip, mask2former, yolos
+from bench_folders import LABELS, clip, llava, mask2former, yolos
 from bench_helpers import lines, picture, started
 from PIL import Image
 from typer.testing import CliRunner
@@ -35,11 +35,18 @@ def folders(tmp_path_factory):
     mask2former(parent / "two-classes", labels=["cat", "dog"])
     yolos(parent / "boxes")
     clip(parent / "looker")
-    for name, like in (("pickled", "finder"), ("pickled-clip", "looker")):
+    llava(parent / "seer")
+    for name, like in (("pickled", "finder"), ("pickled-clip", "looker"), ("pickled-seer", "seer")):
         shutil.copytree(parent / like, parent / name)
         (parent / name / "model.safetensors").rename(parent / name / "pytorch_model.bin")
     shutil.copytree(parent / "finder", parent / "unprepared")
     (parent / "unprepared/preprocessor_config.json").unlink()
+    shutil.copytree(parent / "seer", parent / "unprepared-seer")
+    (parent / "unprepared-seer/tokenizer.json").unlink()
+    shutil.copytree(parent / "seer", parent / "silent")
+    (parent / "silent/chat_template.jinja").unlink()
+    (parent / "words").mkdir()
+    (parent / "words/config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
     return parent
 
 
@@ -253,6 +260,15 @@ def test_geneval_from_prompts_to_page(geneval, folders, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out/results.json").read_text()) == found
 
 
+def test_a_vision_language_model_of_a_folder_judges(geneval, folders, tmp_path, monkeypatch):
+    """One with random weights: it is asked, and what it says is no answer."""
+    monkeypatch.setattr(judges, "_LONGEST", 4)
+    result = bench(*geneval, "--count", "1", "--judge", folders / "seer")
+    said = " ".join(result.output.split())
+    assert result.exit_code == 0 and "| overall | 0 | 4 |" in said, result.output
+    assert len(json.loads((tmp_path / "out/results.json").read_text())["senseless"]) == 4
+
+
 def test_no_clip_is_needed_where_no_colour_is_asked_for(geneval, folders, tmp_path):
     result = bench(*geneval, "--count", "1", "--judge", folders / "boxes", "--judge-model", "YOLOS")
     assert result.exit_code == 0 and "by YOLOS |" in result.output, result.output
@@ -266,32 +282,39 @@ def test_no_clip_is_needed_where_no_colour_is_asked_for(geneval, folders, tmp_pa
         ("two-classes", "looker", "must have the 80 classes of COCO in id2label, got no person and 77 more"),
         ("looker", "looker", "or model for object detection of transformers, got CLIPModel in"),
         ("nothing", "looker", "--judge must be a folder with a vision-language model or a detector"),
+        ("words", None, "vision-language model of transformers, which sees pictures, got llama in"),
+        ("pickled-seer", None, "--judge must have its weights as safetensors"),
+        ("unprepared-seer", None, "what prepares words and pictures for --judge"),
+        ("silent", None, "silent has no tokenizer or no chat template"),
         ("pickled", "looker", "--judge must have its weights as safetensors"),
         ("unprepared", "looker", "has no preprocessor_config.json"),
         ("finder", "pickled-clip", "--clip must have its weights as safetensors"),
         ("finder", "finder", "--clip must be a folder with a CLIP of transformers, got mask2former in"),
         ("finder", "nothing", "--clip must be a folder with a CLIP of transformers"),
+        ("finder", "finde", "finde; did you mean"),
         ("found.jsonl", "looker", "--clip must be given with a detector's folder as --judge, got"),
-        (None, "looker", "--clip must be given with --judge for geneval or cvtg, got geneval"),
+        (None, "looker", "--clip must come with --judge, a detector's folder; without --judge pictures are drawn"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_sentence(judge, looker, sentence, geneval, folders):
+def test_bad_input_is_one_sentence_before_drawing(judge, looker, sentence, geneval, folders, tmp_path):
     (folders / "nothing").mkdir(exist_ok=True)
     lines(folders / "found.jsonl", [{"picture": "00000-0", "objects": []}])
     options = [*(["--judge", folders / judge] if judge else []), *(["--clip", folders / looker] if looker else [])]
     result = bench(*geneval, *options)
     said = " ".join(result.output.split())
     assert result.exit_code == 2 and sentence in said and "Traceback" not in said, result.output
+    assert not list(tmp_path.glob("out/pictures/*"))
     if "pickle" in f"{judge} {looker}":
         assert "holds only pickled weights (pytorch_model.bin); pickles can run code and are not read" in said
 
 
 def test_other_benchmarks_refuse_detectors_and_clips(folders, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
     result = bench("dpg", "tiny", "--prompts", "data", "--judge", folders / "finder")
     assert "--judge must be a chat model, got a detector" in " ".join(result.output.split()), result.output
     result = bench("dpg", "tiny", "--prompts", "data", "--judge", "x", "--clip", folders / "looker")
-    assert "--clip must be given with --judge for geneval or cvtg, got dpg" in " ".join(result.output.split())
+    assert "--clip must be left out: of dpg no score is by a CLIP" in " ".join(result.output.split())
 
 
 def test_cvtg_from_prompts_to_page(folders, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import typer
 from qwen_image_fast.files import claimed
 from qwen_image_fast.folders import local_folder
 from qwen_image_fast.training.evaluation.bench.cli import bench_command
+from qwen_image_fast.training.evaluation.sizes import check_size
 
 app = typer.Typer(help="Measure what a model can do.", no_args_is_help=True)
 app.command("bench")(bench_command)
@@ -28,7 +29,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="folder for results.json 
 Letters = Annotated[int, typer.Option(help="most letters of a synthetic text", min=2)]
 Lines = Annotated[int, typer.Option(help="most texts of a synthetic picture", min=1)]
 WordsOnly = Annotated[bool, typer.Option("--words-only", help="English words only, no random strings")]
-Size = Annotated[int, typer.Option(help="height and width in pixels", min=32)]
+Size = Annotated[int, typer.Option(help="height and width in pixels", min=32, callback=check_size)]
 Steps = Annotated[int, typer.Option(help="denoising steps", min=1)]
 Guidance = Annotated[float, typer.Option(help="true_cfg_scale; 1: none")]
 Seed = Annotated[int, typer.Option(help="picture i gets seed + i")]
@@ -111,13 +112,12 @@ def edit_command(
     lines: Lines = 1,
     letters: Letters = 6,
     words_only: WordsOnly = False,
-    size: Size = 128,
     steps: Steps = 20,
     guidance: Guidance = 1.0,
     seed: Seed = 0,
     batch: Batch = 16,
 ) -> None:
-    """Edit synthetic pictures with unseen words, read them back, and measure what else changed."""
+    """Edit synthetic pictures of 128 pixels with unseen words, read them back, and measure what else changed."""
     typer.echo(f"{model}: loading torch and the reader", err=True)
     from tqdm import tqdm
 
@@ -132,7 +132,7 @@ def edit_command(
         reader, pipe = Reader(), QwenImageEditPlusPipeline.from_pretrained(model)
         edit = report.edited_by(pipe, seed=seed, **_sampling(steps, guidance))
         results = list(tqdm(report.evaluate_edits(edit, pairs, reader, batch), total=len(pairs), unit="picture"))
-        settings = {"kinds": kinds, "letters": letters, "lines": lines, "words_only": words_only, "size": size,
+        settings = {"kinds": kinds, "letters": letters, "lines": lines, "words_only": words_only, "size": 128,
                     "steps": steps, "guidance": guidance, "seed": seed}  # fmt: skip
         totals = report.write_report(results, out, settings)
     print(report.table(totals))
@@ -196,6 +196,8 @@ def vision_command(
 ) -> None:  # fmt: skip
     """Depth, segmentation, views, edges and colours by instruction, on scenes whose truth is known or on one's own
     pictures (--data); beside every score that of an answer which needs no model."""
+    if not data:
+        check_size(size or 128)
     from qwen_image_fast.training.synthesis.recipe import VISION
 
     known = ("depth", "segment", "view") if data else VISION

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from qwen_image_fast.chat import EndpointError
+from qwen_image_fast.chat import EndpointError, NoText
 from qwen_image_fast.training.evaluation.bench.items import Answer, Question
 
 JudgeCall = Callable[[Question], str]
@@ -21,7 +21,7 @@ _SENSELESS = 10  # answers without sense in a row that are the judge's fault, no
 
 
 class JudgeDown(RuntimeError):
-    """The judge does not answer; what it has said is kept."""
+    """The judge does not answer, or fails; what it has said is kept."""
 
 
 class AnswerFile:
@@ -94,8 +94,8 @@ def ask_all(
     that cannot be reached is tried as often, after `pause` seconds, twice as many, and so on, or as long as it asks.
 
     Raises:
-        JudgeDown: it cannot be reached, refuses, or made no sense for `_SENSELESS` questions in a row, which are asked
-            again; all other answers so far are in the file, and none is made up.
+        JudgeDown: it cannot be reached, refuses, fails by a ValueError of its own, or made no sense for `_SENSELESS`
+            questions in a row, which are asked again; all other answers so far are in the file, and none is made up.
     """
     found: dict[str, Answer] = {}
     senseless: list[tuple[Question, Answer]] = []  # since the last answer with sense
@@ -153,17 +153,27 @@ def _answer(
         try:
             failure = None
             text = judge(question)
-            answer = Answer(question.key, text, question.read(text))
-            file.put(question, answer)
-            return answer
-        except ValueError as error:  # `chat.NoCompletion` too: no text may be a filter's doing, of this picture
+        except NoText as error:  # no text may be a filter's doing, of this picture
             text = text or str(error)
+            continue
+        except ValueError as error:  # it has not answered: a score of 0 would be a lie
+            raise JudgeDown(
+                f"evaluate bench: the judge failed at {question.key}, {question.pictures[-1]}: {error}; what it has "
+                "said is kept, run the same command again to go on"
+            ) from error
         except EndpointError as error:
             failure = error
             if error.status in _WRONG_SETTINGS:
                 break
             if attempt + 1 < attempts:
                 stop.wait(min(error.retry_after or pause * 2**attempt, _LONGEST_WAIT))
+            continue
+        try:
+            answer = Answer(question.key, text, question.read(text))
+        except ValueError:
+            continue
+        file.put(question, answer)
+        return answer
     if failure is not None:
         raise JudgeDown(
             f"evaluate bench: the judge does not answer: {failure}; what it has said is kept, run the same command "

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwen_image_fast.folders import local_folder
+from qwen_image_fast.folders import local_folder, nearest_file
+from qwen_image_fast.training.evaluation.sizes import check_size
 
 if TYPE_CHECKING:
+    from qwen_image_fast.training.evaluation.bench.items import Benchmark
     from qwen_image_fast.training.evaluation.bench.judges import Judge
     from qwen_image_fast.training.evaluation.bench.run import BenchRun
 
@@ -38,7 +40,8 @@ def bench_command(
     count: Annotated[int, typer.Option(help="only the first so many prompts; 0: all", min=0)] = 0,
     pictures: Annotated[int, typer.Option(help="of each prompt; 0: as the benchmark has it", min=0)] = 0,
     grids: Annotated[Path | None, typer.Option(help="folder of <id>.png, 2 x 2 pictures not to be drawn")] = None,
-    size: Annotated[int, typer.Option(help="height and width in pixels; edits have their source's", min=32)] = 1024,
+    size: Annotated[int, typer.Option(help="height and width in pixels; edits have their source's", min=32,
+                                     callback=check_size)] = 1024,
     steps: Annotated[int, typer.Option(help="denoising steps", min=1)] = 50,
     guidance: Annotated[float, typer.Option(help="true_cfg_scale; 1: none")] = 4.0,
     seed: Annotated[int, typer.Option(help="picture n of prompt i gets seed + i * pictures + n")] = 0,
@@ -47,11 +50,14 @@ def bench_command(
     """Draw a public benchmark's prompts, have them judged, and score: each stage goes on where it was stopped."""
     if name not in NAMES:
         raise typer.BadParameter(f"the benchmark must be one of {', '.join(NAMES)}, got {name}")
+    if not prompts.expanduser().exists():
+        raise typer.BadParameter(
+            f"--prompts must be the file or folder of the prompts of {name} that docs/evaluation.md names; there is no "
+            f"{prompts}{nearest_file(prompts)}"
+        )
     from qwen_image_fast.files import claimed
     from qwen_image_fast.training.evaluation.bench.benchmarks import BENCHMARKS
     from qwen_image_fast.training.evaluation.bench.judges import check_colours, find_clip, find_judge
-    from qwen_image_fast.training.evaluation.bench.run import BenchRun, digest
-    from qwen_image_fast.training.evaluation.page import markdown
 
     typer.echo(f"{name}: reading the prompts", err=True)
     benchmark = BENCHMARKS[name]
@@ -61,19 +67,21 @@ def bench_command(
     folder = out or Path(f"outputs/bench-{name}")
     try:
         who = scorer = None
-        if clip is not None and not (judge and ("detections" in benchmark.judges or benchmark.ask_clip)):
-            raise ValueError(f"evaluate bench: --clip must be given with --judge for geneval or cvtg, got {name}")
+        _check_effect(benchmark, name, judge, clip, judge_model, judge_key)
         if clip is not None and benchmark.ask_clip:
             scorer, clip = find_clip(clip), None
         if judge is not None:
             who = find_judge(judge, judge_model, benchmark.judges, judge_key, judge_timeout, clip)
+        from qwen_image_fast.training.evaluation.bench.run import BenchRun, digest
+        from qwen_image_fast.training.evaluation.page import markdown
+
         items = benchmark.load(prompts.expanduser(), language, folder / "sources")
         settings = {"model": model, "prompts": digest(items), "size": size, "steps": steps, "guidance": guidance,
                     "seed": seed}  # fmt: skip
         if who is not None:
             check_colours(who, items[: count or None])
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+        raise typer.BadParameter(str(error).removeprefix("evaluate bench: ")) from error
     run = BenchRun(name, language, items[: count or None], pictures or benchmark.pictures, folder, settings)
     with claimed(folder):
         run.open()
@@ -83,6 +91,18 @@ def bench_command(
             return
         print(markdown(_judged(run, who, scorer, parallel)))
     print(f"results.json and report.html are in {folder}")
+
+
+def _check_effect(
+    benchmark: Benchmark, name: str, judge: str | None, clip: Path | None, judge_model: str, judge_key: Path | None
+) -> None:
+    """ValueError for options of judging that would do nothing."""
+    if clip is not None and not ("detections" in benchmark.judges or benchmark.ask_clip):
+        raise ValueError(f"--clip must be left out: of {name} no score is by a CLIP, only of geneval and cvtg")
+    given = {"--clip": clip, "--judge-model": judge_model, "--judge-key": judge_key}
+    if judge is None and (option := next((option for option, value in given.items() if value), None)):
+        what = "a detector's folder" if "detections" in benchmark.judges and clip else f"who judges pictures of {name}"
+        raise ValueError(f"{option} must come with --judge, {what}; without --judge pictures are drawn and not scored")
 
 
 def _draw(

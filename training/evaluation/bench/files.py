@@ -9,13 +9,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen_image_fast.folders import nearest_file
+
 
 class WrongPrompts(ValueError):
     """The path has no prompts of this benchmark."""
 
 
 def wrong(title: str, path: Path, what: str) -> WrongPrompts:
-    return WrongPrompts(f"evaluate bench: prompts of {title} must be {what}, got {path}")
+    got = f"got {path}" if path.exists() else f"there is no {path}{nearest_file(path)}"
+    return WrongPrompts(f"evaluate bench: --prompts of {title} must be {what}, {got}")
 
 
 def json_lines(title: str, path: Path, needed: Iterable[str]) -> list[dict[str, Any]]:

@@ -14,9 +14,10 @@ import numpy as np
 from PIL import Image
 
 from qwen_image_fast.chat import Chat, ChatEndpoint, LocalChat
+from qwen_image_fast.folders import nearest_file
 from qwen_image_fast.training.evaluation.bench.answers import JudgeCall
 from qwen_image_fast.training.evaluation.bench.items import Item, Question
-from qwen_image_fast.training.evaluation.bench.model_folders import config_of, folder_name
+from qwen_image_fast.training.evaluation.bench.model_folders import check_readable, config_of, folder_name
 
 READER = "rapidocr"
 _LONGEST = 2048  # tokens of an answer
@@ -65,7 +66,7 @@ def find_judge(
     elif kind == "detections" and not path.is_file():
         raise ValueError(
             f"evaluate bench: --judge must be {READER}, an address, a folder with a chat model or a detector, or a "
-            f"file of detections, got {given}"
+            f"file of detections; there is no file or folder {given}{nearest_file(path)}"
         )
     if kind not in kinds:
         allowed = " or ".join(_KINDS[one] for one in kinds)
@@ -211,24 +212,51 @@ def _detector(path: Path, model: str, clip: Path | None) -> Judge:
 
 
 def _in_this_process(path: Path) -> JudgeCall:
-    """A model of transformers, read when it is first asked: until then the memory is the model's that draws."""
+    """A model of transformers, read when it is first asked: until then the memory is the model's that draws.
+
+    Raises:
+        ValueError: the folder has none that sees pictures; OSError, when first asked: its weights cannot be read.
+    """
+    processor = _processor(path)
     loaded: list[Chat] = []
     one_at_a_time = threading.Lock()
 
     def ask(system: str, prompt: str, pictures: Sequence[Image.Image] = ()) -> str:
         with one_at_a_time:
             if not loaded:
-                loaded.append(_read_model(path))
+                loaded.append(_read_model(path, processor))
             return loaded[0](system, prompt, pictures)
 
     return seen_by(ask)
 
 
-def _read_model(path: Path) -> Chat:
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+def _processor(path: Path) -> Any:
+    """What prepares words and pictures for the vision-language model of a folder, before anything is drawn."""
+    what = "a folder with a vision-language model of transformers"
+    kind = config_of(path, "--judge", what).get("model_type")
+    from transformers import AutoProcessor
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise ValueError(f"evaluate bench: --judge must be {what}, which sees pictures, got {kind} in {path}")
+    check_readable(path, "--judge")
     try:
         processor = AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(
+            f"evaluate bench: what prepares words and pictures for --judge {path} cannot be read: {error}"
+        ) from error
+    if not getattr(processor, "tokenizer", None) or not getattr(processor, "chat_template", None):
+        raise ValueError(
+            f"evaluate bench: --judge must be {what} that can be talked to, {path} has no tokenizer or no chat template"
+        )
+    return processor
+
+
+def _read_model(path: Path, processor: Any) -> Chat:
+    from transformers import AutoModelForImageTextToText
+
+    try:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto", use_safetensors=True)
     except (OSError, ValueError) as error:
         raise OSError(

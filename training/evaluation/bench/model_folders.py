@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qwen_image_fast.checkpoint import find_weights
-from qwen_image_fast.folders import read_json
+from qwen_image_fast.folders import nearest_file, read_json
 
 _PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _HUB = "models--"
@@ -21,6 +20,10 @@ def config_of(path: Path, option: str, what: str) -> dict[str, Any]:
     try:
         return read_json(path / "config.json")
     except FileNotFoundError as error:
+        if not path.is_dir():
+            raise ValueError(
+                f"evaluate bench: {option} must be {what}, there is no folder {path}{nearest_file(path)}"
+            ) from error
         raise ValueError(f"evaluate bench: {option} must be {what}, {path} has no config.json") from error
 
 
@@ -30,6 +33,8 @@ def check_readable(path: Path, option: str) -> None:
     Raises:
         ValueError: the weights are pickles, which can run code, or something is missing.
     """
+    from qwen_image_fast.checkpoint import find_weights
+
     try:
         find_weights(path, "model")
     except (OSError, ValueError) as error:
