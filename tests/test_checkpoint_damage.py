@@ -168,7 +168,7 @@ def test_released_transformer_configuration_is_accepted():
 
 def test_missing_configuration_names_subfolders(tmp_path, toy):
     toy.save_pretrained(tmp_path / "transformer")
-    with pytest.raises(FileNotFoundError, match="has no config.json; pass subfolder= one of: transformer"):
+    with pytest.raises(FileNotFoundError, match="name one of its folders, or pass it as subfolder=: transformer"):
         Toy.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="has no subfolder 'vae'; subfolders there: transformer"):
         Toy.from_pretrained(tmp_path, subfolder="vae")

@@ -58,7 +58,7 @@ def read_config(folder: PathLike, filename: str = "config.json") -> dict[str, An
     folder = Path(folder)
     if not (folder / filename).is_file():
         have = sorted(p.parent.name for p in folder.glob(f"*/{filename}"))
-        hint = f"; pass subfolder= one of: {', '.join(have)}" if have else ""
+        hint = f"; name one of its folders, or pass it as subfolder=: {', '.join(have)}" if have else ""
         raise FileNotFoundError(f"read_config: {folder} has no {filename}{hint}")
     return read_json(folder / filename)
 

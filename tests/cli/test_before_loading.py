@@ -57,6 +57,9 @@ def files(in_tmp, folders):
     text = {k.replace("transformer.", "text_encoder.model."): v for k, v in ((KEY.format("A"), torch.ones(2, 64)),)}
     save_file(text, "home/text.safetensors")
     Path("home/cut.safetensors").write_bytes(there["vae"].read_bytes()[:-8])
+    Path("home/two").mkdir()
+    for name in "ab":
+        save_file({KEY.format("A"): torch.ones(2, 64)}, f"home/two/{name}.safetensors")
     Path("home/page.safetensors").write_text("<!DOCTYPE html><html><body>Log in</body></html>")
     return {"vae": there["vae"], "transformer": there["transformer"]}
 
@@ -90,15 +93,17 @@ CASES = [
              "home/run/loras/step-00000012.safetensors"),
             (("--lora", f"{PICTURE}=abc"), "a.png must be a number, got abc"),
             (("--transformer", "{root}/edit/vae/config.json"), "holds no weights: name a .safetensors or .gguf file"),
-            (("--lora", "{vae}"), "this is no LoRA: it holds the weights of the Qwen-Image VAE"),
+            (("--lora", "{vae}"), "no LoRA: it holds the weights of the Qwen-Image VAE, which vae= (--vae) takes"),
+            (("--lora", "{transformer}"), "a Qwen-Image transformer, which transformer= (--transformer) takes"),
+            (("--lora", "home/two"), "home/two/a.safetensors or by weight_name: a.safetensors, b.safetensors"),
             (("--lora", "home/other.safetensors"), "other.safetensors: transformer_blocks.0.attn.to_q must be [rank"),
             (("--lora", "home/nan.safetensors"), "nan.safetensors: transformer_blocks.0.attn.to_q must hold finite"),
             (("--lora", "home/text.safetensors"), "text.safetensors: keys must be LoRA pairs of layers of Qwen2_5_VL"),
-            (("--vae", "{transformer}"), "these are not the weights of the Qwen-Image VAE"),
+            (("--vae", "{transformer}"), "of the Qwen-Image VAE: those of a Qwen-Image transformer, which tran"),
             (("--vae", PICTURE), "a.png is a PNG picture"),
             (("--vae", "home/cut.safetensors"), "bytes) is truncated or not safetensors"),
             (("--transformer", "{vae}"), "these are not the weights of a Qwen-Image transformer"),
-            (("--text-encoder", "{vae}"), "these are not the weights of Qwen2.5-VL"),
+            (("--text-encoder", "{vae}"), "not the weights of Qwen2.5-VL: those of the Qwen-Image VAE, which"),
         )
     ),
     ("controlnet", ("x", "--control", PICTURE, "--net", "{root}/edit"), "edit holds a whole QwenImageEditPlusPipeline"),

@@ -144,7 +144,9 @@ def find_lora(path: Path, weight_name: str | None = None) -> Path:
             f"load_lora_weights: {path} holds no LoRA: it has no safetensors file{newest_lora(path)}"
         )
     there = ", ".join(f.name for f in files)
-    raise FileNotFoundError(f"load_lora_weights: {path} holds several files, name one of them (weight_name): {there}")
+    raise FileNotFoundError(
+        f"load_lora_weights: {path} holds several files, name one of them, as {files[0]} or by weight_name: {there}"
+    )
 
 
 def missing(file: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..weights.formats import CALLED, parts_of_names
+from ..weights.formats import whose
 from .int8_linear import Int8Linear
 from .lora import LoraInt8Linear, LoraLinear
 
@@ -91,11 +91,8 @@ def by_layer(state: Mapping[str, Tensor], model: nn.Module, left: list[str] | No
         if part in found[name]:
             raise ValueError(f"load_lora_weights: {name} must have one adapter, got a second one with {key}")
         found[name][part] = tensor
-    if unknown and (parts := parts_of_names(unknown)):
-        raise ValueError(
-            f"load_lora_weights: this is no LoRA: it holds the weights of {CALLED[parts[0]]}, which are loaded as "
-            f"{parts[0]}="
-        )
+    if unknown and (own := whose(unknown)):
+        raise ValueError(f"load_lora_weights: this is no LoRA: it holds the weights of {own}")
     if found and left is not None:
         left += unknown
     elif unknown or not found:

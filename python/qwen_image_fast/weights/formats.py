@@ -93,7 +93,8 @@ def check_part(opened: Opened, files: Sequence[Path], part: str) -> None:
     """ValueError where the files hold something else than this part of a model."""
     if not any(names.KNOWN[part].fullmatch(name) for name in opened.weights):
         some = ", ".join(list(opened.weights)[:3]) or "no tensor"
-        raise ValueError(f"{' and '.join(map(str, files))}: these are not the weights of {CALLED[part]}: {some}, ...")
+        they = f"those of {own}" if (own := whose(opened.stored)) else f"{some}, ..."
+        raise ValueError(f"{' and '.join(map(str, files))}: these are not the weights of {CALLED[part]}: {they}")
 
 
 def parts_in(path: Path) -> list[str]:
@@ -104,6 +105,12 @@ def parts_in(path: Path) -> list[str]:
         what = f"is a GGUF of the architecture {architecture}" if architecture else f"holds {', '.join([*tensors][:3])}"
         raise ValueError(f"{path} {what}: these are the weights of no part of Qwen-Image")
     return found
+
+
+def whose(tensors: Iterable[str]) -> str:
+    """What tensors of these names are the weights of, and where they are given; empty where they are of no part."""
+    parts = parts_of_names(tensors)
+    return f"{CALLED[parts[0]]}, which {parts[0]}= (--{parts[0].replace('_', '-')}) takes" if parts else ""
 
 
 def parts_of_names(tensors: Iterable[str]) -> list[str]:
