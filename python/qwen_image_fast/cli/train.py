@@ -6,6 +6,8 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,7 +50,7 @@ def train(
     `train lora --images my_pictures --model tiny` makes a LoRA. Values such as steps=500 or optimizer.lr=1e-3 change
     the recipe. `train export` and `train compare` work on what a run has made.
     """
-    with explained():
+    with explained(), _by_option("--images" if images is not None else "--pairs" if pairs is not None else ""):
         if list_them:
             print_recipes()
             return
@@ -93,7 +95,8 @@ def train(
             from qwen_image_fast.training.sources.survey import sources_of
 
             sources = sources_of(chosen)
-            terminal.stage("loading torch")
+            if preset is None:  # else it is there
+                terminal.stage("loading torch")
             from qwen_image_fast.training.engine.interrupts import Interrupted
             from qwen_image_fast.training.run import train as run
 
@@ -120,6 +123,18 @@ def train(
                 raise SystemExit(128 + end.number) from None
     if int(os.environ.get("RANK", "0")) == 0:
         print(out / "model")
+
+
+@contextmanager
+def _by_option(option: str) -> Iterator[None]:
+    """What is wrong with data.source is wrong with the option that gave it; empty: none did."""
+    try:
+        yield
+    except ValueError as error:
+        begins, field, rest = str(error).partition("recipe: data.source")
+        if not option or begins or not field:
+            raise
+        raise CommandError(option + rest) from error
 
 
 def _from_options(recipe: str, images: str | None, pairs: str | None, model: str | None, look: bool) -> list[str]:
@@ -151,10 +166,12 @@ def _from_options(recipe: str, images: str | None, pairs: str | None, model: str
         if "mixture" in data or "stages" in tree:
             raise CommandError(f"{option} has no effect on {recipe}: its mixture or stages name their sources")
         here = source in DRAWN or source.startswith("hub:") or Path(source).expanduser().exists()
+        what = "pictures with captions" if option == "--images" else "pictures before and after"
         if look and not here:
-            what = "pictures with captions" if option == "--images" else "pictures before and after"
             near = nearest(source, DRAWN) or nearest_file(source)
             raise CommandError(f"{option} must be a folder of {what}, a table or shards, there is no {source}{near}")
+        if look and Path(source).expanduser().is_dir() and not any(Path(source).expanduser().iterdir()):
+            raise CommandError(f"{option} must be a folder of {what}, a table or shards, {source} is empty")
         change("data.source", source)
         if data.get("source") and "options" in data:  # of the source that this one replaces
             change("data.options", {})
