@@ -222,6 +222,10 @@ def test_the_command_without_modulation_weights(tmp_path):
     assert "its vectors are for 2 steps of 64x64, 128x64, not for 3 steps of 64x64: " in result.stderr.replace(
         "\n", " "
     )
+    shown = run(app, ["inspect", str(file), "--json"])
+    [part] = json.loads(shown.stdout)["parts"]
+    assert part["runs_in"] == "int8 by --precision int8, else bfloat16 (decoded)", shown.output
+    assert [*part["bf16_bytes_of_groups"]] == ["modulation vectors", "text stream", "image stream", "rest"]
     # Work that was stopped before its report goes on with the file only if that is the same.
     (out / "quantization.json").unlink()
     result = run(app, [*words, "--lightning", "4", "--no-check"])

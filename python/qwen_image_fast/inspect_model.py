@@ -23,6 +23,7 @@ from rich.text import Text
 
 from qwen_image_fast.checkpoint import BASE_NAME, find_weights
 from qwen_image_fast.folders import local_folder, read_json, resolve_folder
+from qwen_image_fast.models.int8_linear import precision_of
 from qwen_image_fast.models.stored_modulation import SCHEDULES, named, schedules_of_file
 from qwen_image_fast.pipelines.residence import plan_for, used_weights
 from qwen_image_fast.tensor_files import DTYPES, Entry, read_header
@@ -72,7 +73,8 @@ FITS = {
 class Part:
     """One component. Sizes in bytes: `disk` by format; `groups` in bf16, the whole part where there are any.
 
-    runs: the dtype of the weights once they are loaded, without `torch_dtype`.
+    runs: the dtype of the weights once they are loaded, without `torch_dtype`; before it the precision of a file that
+        holds 8 or 4 bits that this package computes with.
     """
 
     name: str
@@ -247,6 +249,7 @@ def _count(part: Part, opened: Opened) -> None:
         local = isinstance(stored, Entry) and stored.path.is_file()
         part.schedules = named(schedules_of_file(opened.weights)) if local else "what its file says"
         patterns = {KEPT: r"\.vectors$|^modulation_schedules$", **patterns}
+        del patterns[MODULATION]
     disk: Counter[str] = Counter()
     groups: Counter[str] = Counter({group: 0 for group in (*patterns, rest) if group})
     for name, weight in opened.weights.items():
@@ -260,6 +263,8 @@ def _count(part: Part, opened: Opened) -> None:
     part.disk, part.groups, part.weights = dict(disk), dict(groups), opened.weights
     kinds = sorted({weight.kind for weight in opened.weights.values() if is_floating(weight)})
     part.runs = "bfloat16 (decoded)" if opened.quantised else ", ".join(kinds)
+    if precision := precision_of(opened.weights):
+        part.runs = f"{precision} by --precision {precision}, else bfloat16 (decoded)"
 
 
 # ---- output -----------------------------------------------------------------------------------------------------

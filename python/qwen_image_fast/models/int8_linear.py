@@ -328,6 +328,12 @@ def bits_of(precision: str, weights: Mapping[str, Weight]) -> dict[str, str]:
     return {path: stored[path][0] if stored[path] else made[path] for path in weights}
 
 
+def precision_of(weights: Mapping[str, Weight]) -> str | None:
+    """Of a file's weights, by name, the precision that they are in already; None: in none."""
+    kept = {kind for weight in weights.values() for kind in PRECISIONS if _is_in(kind, weight)}
+    return "int4" if "int4" in kept else "int8" if kept else None
+
+
 def refuse_quantised(stored: Mapping[str, Weight], instead: str = "") -> None:
     """ValueError where one of these weights, by layer, is quantised. instead: what to do; default: as it is loaded."""
     for path, weight in stored.items():
