@@ -14,7 +14,7 @@ LAYERS = [
     {"folders", "files", "keywords", "once", "picture_memory", "pictures", "sizes", "tensor_files", "weights"},
     {"checkpoint", "models"},
     {"parallel"},
-    {"chat", "schedulers", "model_defaults", "request", "request_fields"},
+    {"chat", "schedulers", "model_defaults", "request", "request_base", "request_fields"},
     {"graphs", "sampling", "quantize", "quantize_modulation", "quantize_report"},
     {"pipelines"},
     {"tiny", "drop_in", "inspect_file", "inspect_model", "png_metadata", "output_files", "request_schedule"}
