@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from qwen_image_fast.checkpoint import json_bytes, save_state
-from qwen_image_fast.files import atomic_write
+from qwen_image_fast.checkpoint import json_bytes
+from qwen_image_fast.files import atomic_write, atomic_write_all
 from qwen_image_fast.models.lora_files import TASKS
 from qwen_image_fast.training.adapters import AdapterLinear, DoraLinear, LokrLinear, LoraLinear
 from qwen_image_fast.training.parallel.layout import Parallel, full
@@ -150,9 +150,12 @@ def save_lora(
     state = {n: full(t).cpu() for n, t in lora_state(model).items()}
     if parallel is not None and not parallel.main:
         return
-    named = {f"base_model.model.{n}": t for n, t in state.items()}
     config = json_bytes(peft_config(model, recipe))
-    save_state(named, folder, base_name=PEFT_WEIGHTS, extra_files={PEFT_CONFIG: config})
+    content = save({f"base_model.model.{n}": t.contiguous() for n, t in state.items()}, _texts(tasks))
+    atomic_write_all({
+        folder / f"{PEFT_WEIGHTS}.safetensors": lambda file: file.write(content),
+        folder / PEFT_CONFIG: lambda file: file.write(config),
+    })  # fmt: skip
 
 
 def for_diffusers(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -186,15 +189,19 @@ def for_comfyui(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def save_lora_file(model: Any, path: Path, parallel: Parallel | None = None, tasks: Iterable[str] = ()) -> Path:
     """Write the adapters as one file in diffusers' layout, and return its path. Of several ranks as `save_lora`.
 
-    tasks: of `data.tasks`, what they were learned from, kept in the file's texts.
+    tasks: of `data.tasks`, what they were learned from, kept in the file's texts, as in PEFT's.
     """
     state = {n: full(t).cpu() for n, t in lora_state(model).items()}
     if parallel is None or parallel.main:
         path.parent.mkdir(parents=True, exist_ok=True)
-        texts = {"format": "pt", **({TASKS: " ".join(sorted(tasks))} if tasks else {})}
-        content = save({n: t.contiguous() for n, t in for_diffusers(state, model).items()}, texts)
+        content = save({n: t.contiguous() for n, t in for_diffusers(state, model).items()}, _texts(tasks))
         atomic_write(path, lambda file: file.write(content))
     return path
+
+
+def _texts(tasks: Iterable[str]) -> dict[str, str]:
+    """Of a file: what its adapters were learned from, in both layouts; PEFT and diffusers read neither."""
+    return {"format": "pt", **({TASKS: " ".join(sorted(tasks))} if tasks else {})}
 
 
 def peft_config(model: nn.Module, recipe: LoraRecipe) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from qwen_image_fast.models.lora import adapters_of
 from qwen_image_fast.models.lora_files import parse_lora, read_lora
 from qwen_image_fast.models.lora_keys import component_config, split_components
 from qwen_image_fast.models.text_encoder import T2I_DROP, T2I_TEMPLATE, encode_prompts
+from qwen_image_fast.tensor_files import read_metadata
 from qwen_image_fast.training.batches.batches import RawSample
 from qwen_image_fast.training.batches.latents import LatentCache, encode_images
 from qwen_image_fast.training.lora import PEFT_WEIGHTS, WEIGHTS, add_lora, load_lora, lora_state, save_lora
@@ -152,7 +153,9 @@ def test_others_read_the_files(tmp_path, reader):
     lora = LoraRecipe(rank=4, alpha=6.0)
     add_lora(ours, lora)
     with_random_b(ours)
-    save_lora(ours, tmp_path, lora)
+    save_lora(ours, tmp_path, lora, tasks=["ti2i", "t2i"])
+    for name in (WEIGHTS, PEFT_WEIGHTS):
+        assert read_metadata(tmp_path / f"{name}.safetensors")["qwen_image_fast.tasks"] == "t2i ti2i"
     if reader == "peft":
         theirs = peft.PeftModel.from_pretrained(theirs, tmp_path)
     elif library is qwen_image_fast:
