@@ -212,7 +212,7 @@ def test_what_a_checkpoint_cannot_go_on_with_is_refused_by_its_field(small, monk
         (["lora", "--lr", "4"], "no option --lr of train; optimizer.lr is a field of the recipe, changed by"),
         (["lora", "--frobnicate"], "there is no option --frobnicate of train; --help shows those that there are"),
         (["pictures"], "pictures is a folder, not a recipe; `train lora --images pictures` trains on its pictures"),
-        (["lora", "--model", "tny", "--images", "pictures"], "there is no folder tny, and it is not a hub name"),
+        (["lora", "--model", "tny", "--images", "pictures"], "--model: there is no folder tny, and it is not a"),
         (["lora", "--model", "small", "--images", "pictures", "--preset", "32gb"], "--preset must be one of 12gb,"),
         (["lora", "--model", "other", "--images", "pictures"], "a Qwen-Image pipeline, other holds a FluxPipeline"),
         (["lora", "--model", "small", "--images", "pictures", "--out", "other/model_index.json"],

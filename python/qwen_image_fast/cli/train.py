@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,7 +50,9 @@ def train(
     `train lora --images my_pictures --model tiny` makes a LoRA. Values such as steps=500 or optimizer.lr=1e-3 change
     the recipe. `train export` and `train compare` work on what a run has made.
     """
-    with explained(), _by_option("--images" if images is not None else "--pairs" if pairs is not None else ""):
+    named = {"data.source": "--images" if images is not None else "--pairs" if pairs is not None else None}
+    named["model.folder"] = "--model" if model is not None else None
+    with explained(), _by_option(named):
         if list_them:
             print_recipes()
             return
@@ -126,15 +128,15 @@ def train(
 
 
 @contextmanager
-def _by_option(option: str) -> Iterator[None]:
-    """What is wrong with data.source is wrong with the option that gave it; empty: none did."""
+def _by_option(options: Mapping[str, str | None]) -> Iterator[None]:
+    """What is wrong with a field of the recipe is wrong with the option that gave it; None: none did."""
     try:
         yield
     except ValueError as error:
-        begins, field, rest = str(error).partition("recipe: data.source")
-        if not option or begins or not field:
-            raise
-        raise CommandError(option + rest) from error
+        for field, option in options.items():
+            if option is not None and str(error).startswith(f"recipe: {field}"):
+                raise CommandError(option + str(error).removeprefix(f"recipe: {field}")) from error
+        raise
 
 
 def _from_options(recipe: str, images: str | None, pairs: str | None, model: str | None, look: bool) -> list[str]:
