@@ -182,8 +182,8 @@ def test_a_file_of_which_no_schedule_can_be_asked_for(folder, monkeypatch):
 @pytest.mark.parametrize("precision", [None, "int8"])
 def test_what_is_ready_says_its_precision(precision, monkeypatch):
     """On a terminal in its line, elsewhere in the log (`loading.load`)."""
-    monkeypatch.setattr("qwen_image_fast.serving.run.run", lambda settings, sockets, on_ready: on_ready())
-    monkeypatch.setattr("qwen_image_fast.serving.logs.to_stderr", lambda: None)
+    monkeypatch.setattr("qwen_image_fast.serving.run.run", lambda settings, sockets, on_ready, on_end: on_ready())
+    monkeypatch.setattr("qwen_image_fast.serving.logs.to_stderr", lambda **_: None)
     monkeypatch.setattr("qwen_image_fast.cli.serve.Progress", lambda _: Progress(True))
     given = [] if precision is None else ["--precision", precision]
     result = run("serve", "--model", "tiny", "--port", "0", "--device", "cpu", *given)
@@ -194,7 +194,7 @@ def test_what_is_ready_says_its_precision(precision, monkeypatch):
 def test_the_command_passes_it_on(folder, monkeypatch):
     found = {}
     monkeypatch.setattr("qwen_image_fast.serving.run.run", lambda settings, *_: found.update(model=settings.model))
-    monkeypatch.setattr("qwen_image_fast.serving.logs.to_stderr", lambda: None)
+    monkeypatch.setattr("qwen_image_fast.serving.logs.to_stderr", lambda **_: None)
     file = folder / "int4" / FILE
     run("serve", "--model", "tiny", "--port", "0", "--transformer", file, "--precision", "int4", "--device", "cpu")
     wanted = {"precision": "int4", "dtype": "bfloat16", "transformer": str(file)}
