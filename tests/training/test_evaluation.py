@@ -84,6 +84,9 @@ def test_held_out_cases_quote_words_that_training_never_shows():
         assert case.texts and all(is_held_out(text) and text in case.prompt for text in case.texts)
     for pair in held_out_edits(RECIPE, 3, "text"):
         assert pair.kind == "text" and all(is_held_out(text) for text in pair.target_lines)
+    for pair in held_out_edits(dataclasses.replace(RECIPE, max_lines=1, edits_of_pictures=1.0), 3, "move"):
+        # Of rows alone a shape is moved.
+        assert pair.kind == "move" and all(is_held_out(text) for text in pair.source_lines) and pair.source_lines
 
 
 def test_prompt_files(tmp_path):

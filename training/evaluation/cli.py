@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,6 +113,9 @@ def edit_command(
     lines: Lines = 1,
     letters: Letters = 6,
     words_only: WordsOnly = False,
+    of_pictures: Annotated[
+        bool, typer.Option("--of-pictures", help="sources as text to image draws them, things go to nine places")
+    ] = False,
     steps: Steps = 20,
     guidance: Guidance = 1.0,
     seed: Seed = 0,
@@ -126,14 +130,15 @@ def edit_command(
     from qwen_image_fast.training.evaluation.cases import held_out_edits
     from qwen_image_fast.training.evaluation.ocr import Reader
 
-    recipe = _recipe(language, letters, lines, words_only)
+    recipe = replace(_recipe(language, letters, lines, words_only), edits_of_pictures=float(of_pictures))
     pairs = [pair for kind in kinds.split(",") for pair in held_out_edits(recipe, count, kind, seed)]
     with claimed(out, "results.json"):
         reader, pipe = Reader(), QwenImageEditPlusPipeline.from_pretrained(model)
         edit = report.edited_by(pipe, seed=seed, **_sampling(steps, guidance))
         results = list(tqdm(report.evaluate_edits(edit, pairs, reader, batch), total=len(pairs), unit="picture"))
-        settings = {"kinds": kinds, "letters": letters, "lines": lines, "words_only": words_only, "size": 128,
-                    "steps": steps, "guidance": guidance, "seed": seed}  # fmt: skip
+        settings = {"kinds": kinds, "letters": letters, "lines": lines, "words_only": words_only,
+                    "of_pictures": of_pictures, "size": 128, "steps": steps, "guidance": guidance,
+                    "seed": seed}  # fmt: skip
         totals = report.write_report(results, out, settings)
     print(report.table(totals))
     print(f"results.json and pictures are in {out}")
