@@ -87,14 +87,22 @@ def in_pictures(**changes):
     return tiny(128, max_lines=1, edits_of_pictures=1.0, **{"edits": ("add", "move"), **changes})
 
 
-def stands_at(box, place):
-    """Whether a box of a picture of 128 pixels is where a row and a column of nine are."""
-    centre = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    signs = {"left": (-1, None), "right": (1, None), "top": (None, -1), "bottom": (None, 1), "center": (0, 0)}
-    wanted = [0, 0]
+def stands_at(box, place, before=None):
+    """Whether a box of a picture of 128 pixels is where a row and a column of nine are; what was elsewhere before keeps
+    what a single word does not say."""
+    signs = {"left": -1, "right": 1, "top": -1, "bottom": 1, "center": 0}
+    wanted = [None, None]
     for word in place.split():
-        wanted = [new if new is not None else old for new, old in zip(signs[word], wanted)]
-    return all((abs(at - 64) <= 8) if sign == 0 else sign * (at - 64) > 5 for at, sign in zip(centre, wanted))
+        wanted[word in ("top", "bottom")] = signs[word]
+    for axis, sign in enumerate(wanted):
+        at, was = ((one[axis] + one[axis + 2]) / 2 if one else 64 for one in (box, before))
+        if sign is None or (place == "center" and axis == 0 and before is None):
+            right = abs(at - was) <= 8
+        else:
+            right = abs(at - 64) <= 8 if sign == 0 else sign * (at - 64) > 5
+        if not right:
+            return False
+    return True
 
 
 def test_in_pictures_shapes_go_to_the_nine_places():
@@ -102,9 +110,10 @@ def test_in_pictures_shapes_go_to_the_nine_places():
     for index in range(80):
         pair = make_edit(in_pictures(shapes=1.0, pure=0.0, arranged=0.5), 0, index)
         (new,) = set(things(pair.target)) - set(things(pair.source))
+        (old,) = set(things(pair.source)) - set(things(pair.target)) or (None,)
         place = pair.instruction.rpartition(" the ")[2]
         places.add(place)
-        assert stands_at(new.box, place), (index, pair.instruction, new)
+        assert stands_at(new.box, place, old and old.box), (index, pair.instruction, new)
         assert len(things(pair.target)) == len(things(pair.source)) + (pair.kind == "add")
     assert len(places) == 9
 

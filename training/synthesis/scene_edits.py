@@ -147,18 +147,28 @@ def _added(recipe: SynthesisRecipe, rng: random.Random, scene: Scene, strategy: 
 
 
 def _places(recipe: SynthesisRecipe, scene: Scene, element: Element) -> Iterator[tuple[str, str, Element]]:
-    """Row, column and the element there, for each of the nine places that is free and not where it stands."""
+    """Row, column and the element there, for each of the nine places that is free and not where it stands.
+
+    What is moved `to the top` keeps its column, `to the left` its row; `to the center` goes what is in the middle row.
+    """
     others = [element_box(other) for other in scene.elements if other != element]
-    stands = element in scene.elements
+    moved = element in scene.elements
     width, height = element.mask().size
+    in_middle = abs(element.y - scene.size[1] // 2) <= max(1, recipe.rows // 2)
     for row in ROWS if height <= _WIDE * scene.size[1] else ("middle",):
         for column in COLUMNS if width <= _WIDE * scene.size[0] else ("center",):
+            if moved and (row, column) == ("middle", "center") and not in_middle:
+                continue
             x = _along(column == "left", column == "right", width, scene.size[0], 0)
             y = _along(row == "top", row == "bottom", height, scene.size[1], recipe.rows)
+            if moved and row == "middle":
+                y = element.y
+            elif moved and column == "center":
+                x = element.x
             there = replace(element, x=x, y=y)
             far = abs(x - element.x) + abs(y - element.y) > 0.08 * min(scene.size)
             free = inside(element_box(there), scene.size) and not any(_touch(element_box(there), o) for o in others)
-            if free and (far or not stands):
+            if free and (far or not moved):
                 yield row, column, there
 
 
