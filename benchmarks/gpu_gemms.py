@@ -5,7 +5,8 @@
 Each case is timed with what follows it in the model, so that both sides do the same work: cuBLASLt's products, then the
 kernels of this package that finish them. The file is written after every case. `python -m benchmarks.linear_table`
 makes the table of kernels from the results. The same layers in 8 bits, with the rounding of their inputs, are cases of
-their own, by the kernels of `ops.int8_kernels`. Without a GPU it runs torch's side, and 8 bits, on the CPU, for tests.
+their own, by the kernels of `ops.int8_kernels`, and in float8. Without a GPU it runs torch's side, and 8 bits, on the
+CPU, for tests.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ IMG_ROWS = (1024, 2048, 4096, 8192, 13778)
 TXT_ROWS = {1024: (50,), 2048: (80,), 4096: (50,), 8192: (80, 1024), 13778: (80,)}
 KERNELS = ("cutlass large", "cutlass small")
 INT8_KERNELS = ("mma.sync", "wgmma")
+FLOAT8 = "float8 by mma.sync"
 Call = Callable[[], Sequence[Tensor]]
 
 
@@ -94,18 +96,20 @@ CASES: dict[str, Callable[[Sequence[int], int], tuple[int, int, Call, Call]]] = 
 }
 
 
-def in_8_bits(layers: Layers, gated: bool) -> Call:
+def in_8_bits(layers: Layers, gated: bool, float8: bool) -> Call:
     """All products of the layers in 8 bits, of inputs that are rounded once, with gate and residual or without."""
     group = next(g for g in (256, 64, 16) if layers.x[0].shape[1] % g == 0)
     of_each = len(layers.weight) // len(layers.x)
-    made = [
-        ops.Int8Weight.of((w.float() * 500).round().clamp(-127, 127).to(torch.int8), w.new_full((1,), 0.002), group)
-        for w in layers.weight
-    ]
+    with ops.eight_bits("int8"):
+        made = [
+            ops.Int8Weight.of((w.float() * 500).round().clamp(-127, 127).to(torch.int8), w.new_full((1,), 0.002), group)
+            for w in layers.weight
+        ]
+    made = [w.in_float8() for w in made] if float8 else made
     rest = [layers.residual, [v[0] for v in layers.vectors], layers.offsets] if gated else []
 
     def run() -> list[Tensor]:
-        rows = [r for x in layers.x for r in [ops.int8_rows(x, group)] * of_each]
+        rows = [r for x in layers.x for r in [ops.int8_rows(x, group, float8=float8)] * of_each]
         return ops.linear_int8(rows, made, layers.bias, torch.bfloat16, *rest)
 
     return run
@@ -121,22 +125,27 @@ INT8_CASES = {
 
 
 def measured_8_bits(name: str, rows: Sequence[int], width: int, clock: Clock, rounds: int) -> dict[str, Any]:
-    """As `measured`; `difference` is wgmma's from mma.sync, which is none."""
+    """As `measured`; `difference` is wgmma's from mma.sync, which is none, `float8 differs` that of float8."""
     depth, columns, count, gated = INT8_CASES[name]
     depth, columns = depth * width, columns * width
     flops = 2 * sum(rows) * depth * columns * count
     record: dict[str, Any] = {"op": "linear_int8", "label": f"8 bits, {name}", "rows": list(rows), "depth": depth,
                               "columns": columns, "flops": flops, "difference": {}, "ms": {}}  # fmt: skip
-    run, expected = in_8_bits(Layers(rows, depth, columns, count), gated), None
+    layers, expected = Layers(rows, depth, columns, count), None
     with torch.no_grad():
-        for kernels in INT8_KERNELS if cuda() else ("best",):
-            with ops.int8_kernels(kernels):
+        for kernels in (*(INT8_KERNELS if cuda() else ("best",)), FLOAT8):
+            float8 = kernels == FLOAT8
+            run = in_8_bits(layers, gated, float8)
+            with ops.int8_kernels("best" if float8 else kernels):
                 try:
                     found = run()
                     expected = expected or found
-                    record["difference"][kernels] = difference(found, expected)
+                    if float8:
+                        record["float8 differs"] = difference(found, expected)
+                    else:
+                        record["difference"][kernels] = difference(found, expected)
                     record["ms"][kernels] = clock(run, rounds)
-                except (RuntimeError, AttributeError) as error:  # the latter: not in this build
+                except (RuntimeError, AttributeError) as error:  # not in this build, or not on this GPU
                     record.setdefault("errors", {})[kernels] = str(error)
     record["TFLOP/s"] = {kernels: flops / ms / 1e9 for kernels, ms in record["ms"].items()}
     return record

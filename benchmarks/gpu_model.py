@@ -231,9 +231,11 @@ def section(results: list[dict[str, Any]]) -> str:
 
 # Bytes of shared memory that the launch of a kernel asks for, at the released model's widths, and threads.
 INTEGERS = {
-    "int8_rows_row<BFloat16, true>": ("rotate and round, 3072 wide", 4 * 3072, 192),
-    "linear_int8_tile<BFloat16, false>": ("products, weights in 8 bits", 3 * 16 * 1024, 128),
-    "linear_int8_tile<BFloat16, true>": ("products, weights in 4 bits", 3 * (8192 + 8 * 576), 128),
+    "int8_rows_row<BFloat16, true, false>": ("rotate and round, 3072 wide", 4 * 3072, 192),
+    "int8_rows_row<BFloat16, true, true>": ("the same, to float8", 4 * 3072, 192),
+    "linear_int8_tile<BFloat16, Int8>": ("products, weights in 8 bits", 3 * 16 * 1024, 128),
+    "linear_int8_tile<BFloat16, Int4>": ("products, weights in 4 bits", 3 * (8192 + 8 * 576), 128),
+    "linear_int8_tile<BFloat16, E4m3>": ("products of float8", 3 * 16 * 1024, 128),
     "device_kernel<LinearInt8Sm90<false, bfloat16_t, 6, LargeTile> >": ("weights in 8 bits by wgmma", 214016, 384),
     "device_kernel<LinearInt8Sm90<true, bfloat16_t, 2, LargeTile> >": ("the same, gate and residual", 230400, 384),
 }
@@ -296,7 +298,8 @@ share of a copy's.
 INTEGERS_HEAD = """
 The kernels of layers in 8 bits, in bfloat16, as compiled; those by `wgmma` hand registers from the threads that load
 to those that multiply. No time is estimated: at what rate `mma.sync` and `wgmma` multiply integers on this GPU is not
-known here.
+known here. Products of float8 are compiled for sm_89 in the place of sm_80; they are interpreted like the others, and
+have never run on a GPU.
 """
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ Written by `make gpu-status` from the files that `make gpu-check` leaves under `
 """
 NOTHING = """
 Nothing yet: no results file of a GPU exists. Until one does, what is known of the CUDA kernels (those that
-[budget.json](../tests/compile_cuda/budget.json) names) is that nvcc compiles them for sm_80, sm_90a and sm_100a without
-spills (`make cuda-compile`), that a build for the three links and can be imported without a driver, and that they pass
-the op tests on an emulator on the CPU (`tests/emulator`), with accesses to memory and barriers checked. No time and no
+[budget.json](../tests/compile_cuda/budget.json) names) is that nvcc compiles them for sm_80, sm_90a and sm_100a,
+products of float8 for sm_89 in the place of sm_80, without spills (`make cuda-compile`), that a build for the three
+links and can be imported without a driver, and that they pass the op tests on an emulator on the CPU
+(`tests/emulator`), with accesses to memory and barriers checked. No time and no
 bandwidth has been measured on a GPU; [an estimate](#an-estimate-for-an-h200-not-a-measurement) stands below.
 
 The kernels made from CUTLASS's templates (`csrc/cutlass_kernels`), which the emulator does not run, and our own once

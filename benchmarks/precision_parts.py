@@ -2,7 +2,8 @@
 
     python -m benchmarks.precision_parts [--prompts 3] [--whole] [--out RESULTS.json]
 
-Against the model in float32: the model in bfloat16; whole models in 8 and 4 bits, computing in float32 and in bfloat16;
+Against the model in float32: the model in bfloat16; whole models in 8 bits, integers and float8 (its formula in
+PyTorch), and in 4, computing in float32 and in bfloat16;
 in float32 the layers of one block, or of one kind in all blocks, in 8 bits with all others exact, or with them in 4.
 --whole leaves the parts out.
 """
@@ -27,6 +28,7 @@ from qwen_image_fast.quantize_report import velocity_errors
 
 PROMPTS = ("a red circle on white", "the word HELLO in black", "two blue squares on yellow")
 SIDE = 128
+FLOAT8 = ", then float8"  # of a precision: integers that become float8, as on a GPU that prefers it
 
 
 def load(dtype: torch.dtype) -> Any:
@@ -39,8 +41,9 @@ def small(dtype: torch.dtype, bits: Callable[[str], str | None]) -> Any:
     for path, layer in int8_layers(model).items():
         if precision := bits(path):
             parent, _, name = path.rpartition(".")
-            made = Int8Linear(quantised(layer.weight, precision=precision), layer.bias)
-            setattr(model.get_submodule(parent), name, made)
+            made = quantised(layer.weight, precision=precision.removesuffix(FLOAT8))
+            made = made.in_float8() if precision.endswith(FLOAT8) else made
+            setattr(model.get_submodule(parent), name, Int8Linear(made, layer.bias))
     return model
 
 
@@ -73,7 +76,13 @@ def measure(prompts: int, parts: bool) -> dict[str, Mapping[str, float]]:
         return "int8" if block_of(path) == last else "int4"
 
     found: dict[str, Mapping[str, float]] = {"bfloat16": error(load(torch.bfloat16))}
-    for name, bits in (("8 bits", lambda _: "int8"), ("4 bits", four), ("4 bits, all blocks", lambda _: "int4")):
+    forms: dict[str, Callable[[str], str]] = {
+        "8 bits": lambda _: "int8",
+        "8 bits, float8": lambda _: "int8" + FLOAT8,
+        "4 bits": four,
+        "4 bits, all blocks": lambda _: "int4",
+    }
+    for name, bits in forms.items():
         for dtype in (torch.float32, torch.bfloat16):
             found[f"{name}, in {str(dtype).removeprefix('torch.')}"] = error(small(dtype, bits))
     for group in (block_of, kind_of) if parts else ():

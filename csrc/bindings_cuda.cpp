@@ -46,7 +46,9 @@ void define_cuda(py::module_& m) {
   define(m, "add_channel_norm_silu_forward", add_channel_norm_silu, channel_norm_silu_forward_cuda);
   define(m, "channel_norm_silu_backward", channel_norm_silu_backward, channel_norm_silu_backward_cuda);
   define(m, "int8_rows", int8_rows, int8_rows_cuda);
+  define(m, "int8_rows_fp8", int8_rows_fp8, int8_rows_cuda);
   define(m, "linear_int8", int8_products, linear_int8_cuda);
+  define(m, "linear_fp8", int8_products, linear_fp8_cuda);
 #if defined(QIF_CUTLASS_ALL)
   define(m, "conv2d_forward", conv2d, conv2d_forward_cuda);
 #endif

@@ -263,7 +263,14 @@ inline std::vector<AmxProduct> amx_products(const std::vector<AmxArguments>& pro
 
 inline Int8Rows int8_rows(Address x, int64_t stride, Address values, Address scales, int64_t rows, int64_t width,
                           int64_t group, bool gelu, int dtype) {
-  return {pointer(x), stride, pointer<uint8_t>(values), pointer<float>(scales), rows, width, group, gelu, dtype};
+  return {pointer(x), stride, pointer<uint8_t>(values), pointer<float>(scales), rows, width, group, gelu, dtype, false};
+}
+
+inline Int8Rows int8_rows_fp8(Address x, int64_t stride, Address values, Address scales, int64_t rows, int64_t width,
+                              int64_t group, bool gelu, int dtype) {
+  Int8Rows p = int8_rows(x, stride, values, scales, rows, width, group, gelu, dtype);
+  p.float8 = true;
+  return p;
 }
 
 inline Int4Quantise int4_quantise(Address weight, Address packed, Address scales, Address sums, int64_t columns,

@@ -32,6 +32,7 @@ def test_every_op_is_tested():
         "keeping_choices",
         "linear_kernels",
         "pack_conv3x3",
+        "eight_bits",
         "int8_kernels",
         "int8_unit",
         "Int8Weight",

@@ -334,7 +334,7 @@ def test_the_sanitizer_sees_every_op():
     files = {line.partition("::")[0] for line in lines if "::" in line}
     names = {re.sub("(_backward)?_cuda$", "", f.stem) for f in (gpu_check.ROOT / "csrc/kernels").glob("*_cuda.cu")}
     names = names - {"int8_rows", "linear_int8"} | {"int8_cuda"}  # which tests both
-    assert {f"tests/ops/test_{n}.py" for n in (*names, "fp8_rows", "conv2d")} <= files
+    assert {f"tests/ops/test_{n}.py" for n in (*names, "fp8_rows", "fp8_cuda", "conv2d")} <= files
     assert "tests/gpu/test_linear_gpu.py" in files
     assert not [line for line in lines if "emulated" in line or "[cpu" in line]
 

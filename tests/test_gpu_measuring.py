@@ -69,6 +69,7 @@ def test_measuring_linear_layers(tmp_path):
     for r in records:
         eight = r["op"] == "linear_int8"
         assert max(r["difference"].values()) < 0.02 and r["TFLOP/s"]["best" if eight else "torch"] > 0
+    assert all(0 < r["float8 differs"] < 0.2 and gpu_gemms.FLOAT8 in r["ms"] for r in records[4:])
     assert [r["flops"] for r in records[:4]] == [r["flops"] for r in records[4:]]
     assert records[0]["flops"] == 2 * 3 * (9 + 7) * 16 * 16
 

@@ -1,7 +1,9 @@
-// int8_rows on the GPU, with the CPU's arithmetic. One block for a row, which lies in shared memory between the two
-// halves of its rotation: each thread takes 16 values that are neighbours, then 16 that lie 16 apart, and does two
-// stages on them in registers. Bound by memory, and with GELU, whose polynomial is not contracted, by instructions.
+// int8_rows on the GPU, with the CPU's arithmetic, and the same rows in float8. One block for a row, which lies in
+// shared memory between the two halves of its rotation: each thread takes 16 values that are neighbours, then 16 that
+// lie 16 apart, and does two stages on them in registers. Bound by memory, and with GELU, whose polynomial is not
+// contracted, by instructions.
 #include "common/cuda.cuh"
+#include "common/fp8.cuh"
 #include "kernels/int8_rows.h"
 
 namespace qif {
@@ -85,8 +87,22 @@ QIF_INLINE void load_piece(const T* row, int begin, int width, float (&v)[kPiece
   }
 }
 
+// Four rotated values in the bytes of a word.
+template <bool Float8>
+QIF_INLINE uint32_t rounded(const Word4& four, float inverse) {
+  float v[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) v[j] = times(from_bits(four.w[j]), inverse);
+  if (Float8) return narrow2_e4m3(v[0], v[1]) | narrow2_e4m3(v[2], v[3]) << 16;
+  uint32_t word = 0;
+#pragma unroll
+  for (int j = 0; j < 4; ++j)  // adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits
+    word |= ((to_bits(plus(v[j], 12582912.0f)) + 128u) & 0xffu) << 8 * j;
+  return word;
+}
+
 // `whole` is the width with its last group or tile filled up, as many values of shared memory.
-template <class T, bool Aligned>
+template <class T, bool Aligned, bool Float8>
 __global__ void __launch_bounds__(kRowThreads) int8_rows_row(const T* x, int64_t stride, uint8_t* values, float* scales,
                                                              int width, int whole, int group, bool gelu) {
   const int64_t r = blockIdx.x;
@@ -135,45 +151,36 @@ __global__ void __launch_bounds__(kRowThreads) int8_rows_row(const T* x, int64_t
   }
   const float largest = from_bits(block_largest(most, of_warps));  // its barrier is that of the row, too
   const bool zero = largest < 1e-30f;
-  const float inverse = zero ? 0.0f : 127.0f / largest;
-  if (threadIdx.x == 0) store_global(scales + r, zero ? 0.0f : largest / 127.0f);
+  constexpr float kLargest = Float8 ? kLargestE4m3 : 127.0f;
+  const float inverse = zero ? 0.0f : kLargest / largest;
+  if (threadIdx.x == 0) store_global(scales + r, zero ? 0.0f : largest / kLargest);
   const int64_t steps = (width + kInt8Depth - 1) / kInt8Depth;
   Word4* out = reinterpret_cast<Word4*>(values + r * steps * kInt8Depth);
   for (int piece = threadIdx.x; piece < steps * (kInt8Depth / kPiece); piece += blockDim.x) {
     Word4 bytes;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const Word4 four = fours[place_of_four(piece * 4 + i)];
-      uint32_t word = 0;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
-        const uint32_t rounded = to_bits(plus(times(from_bits(four.w[j]), inverse), 12582912.0f));
-        word |= ((rounded + 128u) & 0xffu) << 8 * j;
-      }
-      bytes.w[i] = word;
-    }
+    for (int i = 0; i < 4; ++i) bytes.w[i] = rounded<Float8>(fours[place_of_four(piece * 4 + i)], inverse);
     store_global(out + piece, bytes);
   }
 }
 
-template <class T>
+template <class T, bool Float8>
 static int rows_of(const Int8Rows& p, void* stream) {
   const int width = static_cast<int>(p.width), step = p.group >= 64 ? 256 : static_cast<int>(kInt8Depth);
   const int whole = (width + step - 1) / step * step;
   const int threads = static_cast<int>(ceil_div(whole / kPiece, 32)) * 32;
   const bool aligned = aligned16({p.x}) && p.stride * sizeof(T) % 16 == 0;
-  return launch(aligned ? int8_rows_row<T, true> : int8_rows_row<T, false>, dim3(static_cast<unsigned>(p.rows)),
-                dim3(threads < kRowThreads ? threads : kRowThreads), whole * sizeof(float), stream,
-                static_cast<const T*>(p.x), p.stride, p.values, p.scales, width, whole, static_cast<int>(p.group),
-                p.gelu);
+  return launch(aligned ? int8_rows_row<T, true, Float8> : int8_rows_row<T, false, Float8>,
+                dim3(static_cast<unsigned>(p.rows)), dim3(threads < kRowThreads ? threads : kRowThreads),
+                whole * sizeof(float), stream, static_cast<const T*>(p.x), p.stride, p.values, p.scales, width, whole,
+                static_cast<int>(p.group), p.gelu);
 }
 
 }  // namespace gpu
 
 int int8_rows_cuda(const Int8Rows& p, void*, void* stream) {
   if (!p.rows) return gpu::kSuccess;
-  QIF_DISPATCH_CUDA(p.dtype, T, return gpu::rows_of<T>(p, stream))
+  QIF_DISPATCH_CUDA(p.dtype, T, return p.float8 ? gpu::rows_of<T, true>(p, stream) : gpu::rows_of<T, false>(p, stream))
 }
 
 }  // namespace qif

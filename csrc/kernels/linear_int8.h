@@ -16,6 +16,10 @@
 // (cutlass_kernels/linear_int8_sm90.cuh). Weights in 4 bits are the same tiles. The same operations follow: the same
 // bits again.
 //
+// In float8 (linear_fp8, on a GPU from sm_89 on) rows and weights are e4m3 in the same matrices, summed in float32;
+// there is no offset and `sums` is not read. How many digits of a sum tensor cores keep, and in which order they add,
+// is theirs.
+//
 // Traffic: rows once, weights once for each block of some hundred rows; 2 * rows * columns * depth operations.
 #pragma once
 #include <vector>
@@ -27,9 +31,9 @@
 namespace qif {
 
 struct Int8Product {
-  const uint8_t* values;
+  const uint8_t* values;  // integers plus 128, or e4m3
   const float* scales;
-  const int8_t* weight;          // packed, on a GPU rows
+  const int8_t* weight;          // packed, on a GPU rows; or e4m3
   const float* weight_scales;    // [columns]
   const int32_t* sums;           // [columns] of the weights
   const void* bias;              // [columns] or null
@@ -56,6 +60,7 @@ struct Int8Pack {
 QIF_DECLARE_CPU(int8_pack, Int8Pack)
 
 QIF_DECLARE_CUDA(linear_int8, std::vector<Int8Product>)
+QIF_DECLARE_CUDA(linear_fp8, std::vector<Int8Product>)
 
 // On Hopper: weights in 8 bits, results of 16, as many columns as a multiple of 8; what is read by tensor maps or in
 // pairs is aligned to 16 bytes or to pairs. csrc/cutlass_kernels.

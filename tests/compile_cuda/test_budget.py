@@ -76,7 +76,9 @@ def test_what_a_source_is_compiled_for():
     folder = ROOT / "csrc" / "cutlass_kernels"
     assert architectures(folder / "x_sm90.cu") == ("sm_90a",)
     assert architectures(folder / "x_sm80.cu") == ("sm_80", "sm_100a")
-    assert architectures(folder / "x.cu") == ARCHITECTURES
+    assert architectures(folder / "x_sm89.cu") == ("sm_89", "sm_90a", "sm_100a")
+    assert architectures(folder / "x.cu") == ("sm_80", "sm_90a", "sm_100a")
+    assert set(ARCHITECTURES) == {"sm_80", "sm_89", "sm_90a", "sm_100a"}
 
 
 def test_headers_through_others():

@@ -16,7 +16,7 @@ from pathlib import Path
 EMULATOR = Path(__file__).parent
 CSRC = EMULATOR.parents[1] / "csrc"
 RUNTIME = EMULATOR / "emulator.cpp"
-MODULE = (EMULATOR / "module.cpp", CSRC / "bindings_cuda.cpp", *sorted((CSRC / "kernels").glob("*_cuda.cu")))
+MODULE = (EMULATOR / "module.cpp", CSRC / "bindings_cuda.cpp", *sorted((CSRC / "kernels").glob("*.cu")))
 FLAGS = ("-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas")
 SANITIZE = ("-fsanitize=address", "-fno-omit-frame-pointer")
 

@@ -416,51 +416,48 @@ void load_matrices(const Shared<Bytes16>& row, bool transposed, uint32_t (&words
   meet(0xffffffffu, &own, run, "ldmatrix", {__FILE__, __LINE__});
 }
 
-void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&c)[4], Widen2 widen) {
+template <int InWord, class N, class Widen>
+static void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2], N (&c)[4], Widen left, Widen right) {
   struct Product {
     const uint32_t *a, *b;
-    float* c;
-    Widen2 widen;
-  } own{a, b, c, widen};
+    N* c;
+    Widen left, right;
+  } own{a, b, c, left, right};
   auto run = [](void* const* products, uint32_t) {
     if (!products[31]) fail("mma needs a whole warp");
-    float left[16][16], right[8][16];
+    N rows[16][8 * InWord], columns[8][8 * InWord];
     for (int l = 0; l < 32; ++l) {
       const Product& p = *static_cast<Product*>(products[l]);
-      auto place = [&](uint32_t word, float* pair) { p.widen(word, pair[0], pair[1]); };
-      for (int w = 0; w < 4; ++w) place(p.a[w], &left[l / 4 + w % 2 * 8][l % 4 * 2 + w / 2 * 8]);
-      for (int w = 0; w < 2; ++w) place(p.b[w], &right[l / 4][l % 4 * 2 + w * 8]);
+      for (int w = 0; w < 4; ++w) p.left(p.a[w], &rows[l / 4 + w % 2 * 8][(l % 4 + w / 2 * 4) * InWord]);
+      for (int w = 0; w < 2; ++w) p.right(p.b[w], &columns[l / 4][(l % 4 + w * 4) * InWord]);
     }
     for (int i = 0; i < 128; ++i) {
       const int l = i / 4, row = l / 4 + i % 4 / 2 * 8, column = l % 4 * 2 + i % 2;
-      float sum = 0.0f;
-      for (int k = 0; k < 16; ++k) sum += left[row][k] * right[column][k];
+      N sum = 0;
+      for (int k = 0; k < 8 * InWord; ++k) sum += rows[row][k] * columns[column][k];
       static_cast<Product*>(products[l])->c[i % 4] += sum;
     }
   };
   meet(0xffffffffu, &own, run, "mma", {__FILE__, __LINE__});
 }
 
+template <class T>
+static void widen_bytes(uint32_t word, int32_t* v) {
+  for (int i = 0; i < 4; ++i) v[i] = static_cast<T>(word >> 8 * i);
+}
+static void widen_e4m3(uint32_t word, float* v) {
+  for (int i = 0; i < 4; ++i, word >>= 8)
+    v[i] = (word & 127) == 127 ? NAN : 256 * widen_half(static_cast<uint16_t>((word & 128) << 8 | (word & 127) << 7));
+}
+void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&c)[4], Widen2 widen) {
+  auto pair = [widen](uint32_t word, float* v) { widen(word, v[0], v[1]); };
+  multiply_add<2>(a, b, c, pair, pair);
+}
 void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2], int32_t (&c)[4]) {
-  struct Product {
-    const uint32_t *a, *b;
-    int32_t* c;
-  } own{a, b, c};
-  auto run = [](void* const* products, uint32_t) {
-    if (!products[31]) fail("mma needs a whole warp");
-    uint8_t left[16][32];
-    int8_t right[8][32];
-    for (int l = 0; l < 32; ++l) {
-      const Product& p = *static_cast<Product*>(products[l]);
-      for (int w = 0; w < 4; ++w) std::memcpy(&left[l / 4 + w % 2 * 8][l % 4 * 4 + w / 2 * 16], &p.a[w], 4);
-      for (int w = 0; w < 2; ++w) std::memcpy(&right[l / 4][l % 4 * 4 + w * 16], &p.b[w], 4);
-    }
-    for (int i = 0; i < 128; ++i) {
-      const int l = i / 4, row = l / 4 + i % 4 / 2 * 8, column = l % 4 * 2 + i % 2;
-      for (int k = 0; k < 32; ++k) static_cast<Product*>(products[l])->c[i % 4] += left[row][k] * right[column][k];
-    }
-  };
-  meet(0xffffffffu, &own, run, "mma", {__FILE__, __LINE__});
+  multiply_add<4>(a, b, c, widen_bytes<uint8_t>, widen_bytes<int8_t>);
+}
+void multiply_add_e4m3(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&c)[4]) {
+  multiply_add<4>(a, b, c, widen_e4m3, widen_e4m3);
 }
 
 uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selectors) {

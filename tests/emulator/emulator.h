@@ -194,6 +194,7 @@ void load_matrices(const Shared<Bytes16>& row, bool transposed, uint32_t (&words
 using Widen2 = void (*)(uint32_t word, float& low, float& high);
 void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&c)[4], Widen2 widen);
 void multiply_add(const uint32_t (&a)[4], const uint32_t (&b)[2], int32_t (&c)[4]);  // bytes, unsigned with signed
+void multiply_add_e4m3(const uint32_t (&a)[4], const uint32_t (&b)[2], float (&c)[4]);
 uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selectors);
 
 inline void widen2(qif::Half, uint32_t word, float& low, float& high) {

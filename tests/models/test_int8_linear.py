@@ -1,5 +1,6 @@
 """Transformers that compute in 8 bits: how far from float they are, files, adapters, what is refused."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -9,14 +10,13 @@ from weights.writers import as_q8_0, write_gguf, write_safetensors
 
 from qwen_image_fast import QwenImagePipeline
 from qwen_image_fast.folders import SHIPPED
-from qwen_image_fast.models import int8_linear
-from qwen_image_fast.models.int8_linear import Int8Linear, check_precision, int8_layers
+from qwen_image_fast.models import int8_linear, stream_linear
+from qwen_image_fast.models.int8_linear import Int8Linear, check_precision, int8_layers, quantised
 from qwen_image_fast.models.lora import LoraInt8Linear, adapters_of
 from qwen_image_fast.models.lora_kinds import Adapter, Pair
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
-from qwen_image_fast.ops import _eight_bits
-from qwen_image_fast.ops.fp8_rows import fp8_rows
+from qwen_image_fast.ops import _eight_bits, _library, eight_bits
 from qwen_image_fast.tensor_files import read_header
 from qwen_image_fast.weights.scales import rotate
 
@@ -231,26 +231,71 @@ def test_scales_of_a_file_that_are_not_numbers(tmp_path, precision, scale):
         (
             (10, 3),
             "float8",
-            "int8 at 0.067 times the peak of bfloat16 on sm_103, which prefers float8, and",
+            "float8 at 2 times the peak of bfloat16 on sm_103, int8 at 0.067 times the peak of bfloat16",
         ),
         ((12, 0), "int8", "int8 at 4 times"),
         ((12, 1), "int8", "int8; no figures of sm_121"),
     ],
 )
 def test_the_numbers_that_a_gpu_prefers(capability, number, words, monkeypatch, caplog):
-    """One table says it; where it is not integers, whoever asks for them is told."""
+    """One table says it; where it is not integers, whoever asks for 8 or 4 bits is told what that means."""
     assert _eight_bits.preferred(capability) == number and _eight_bits.describe(capability).startswith(words)
     asked = []
     monkeypatch.setattr(_eight_bits, "capability_of", lambda index: asked.append(index) or capability)
+    monkeypatch.setattr(_library, "_has_cuda", True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     for device in ("cpu", "cuda", "cuda:3"):
         check_precision("from_pretrained", "int8", device)
-    x = torch.randn(16, 512, generator=torch.Generator().manual_seed(0))
-    (values, scales), step = fp8_rows(x), x.abs().amax(1, keepdim=True) / 127
-    errors = [(y - x).norm() for y in ((x / step).round() * step, values.float() * scales[:, None])]
-    assert errors[1] > 2 * errors[0]  # why it is integers where both have one rate
-    assert asked == [1, 3] and caplog.text.count("prefers float8") == (2 if number == "float8" else 0)
+    assert set(asked) == {1, 3}
+    warnings = caplog.text.count("layers in 8 bits compute in float8, further from the model")
+    assert warnings == (2 if number == "float8" else 0) == len(caplog.records)
+    check_precision("from_pretrained", "int4", "cuda")
+    assert caplog.text.count("weights in 4 bits become integers: they save memory alone") == (number == "float8")
+    caplog.clear()
+    with eight_bits("int8"):
+        check_precision("from_pretrained", "int8", "cuda")
+    assert not caplog.records
+    with eight_bits("float8"):
+        if capability < (8, 9):
+            with pytest.raises(ValueError, match="eight_bits: choice must be best or int8 on sm_8"):
+                check_precision("from_pretrained", "int8", "cuda")
+        else:
+            check_precision("from_pretrained", "int8", "cuda")
+
+
+def test_a_layer_in_float8():
+    """Its numbers outlive a change of the model's type; it is copied, but not written: its integers are gone."""
+    weight, bias = torch.randn(40, 192, generator=torch.Generator().manual_seed(1)), torch.nn.Parameter(torch.ones(40))
+    exact = Int8Linear(quantised(weight), bias)
+    layer = Int8Linear(exact.int8.in_float8(), bias)
+    x = torch.randn(3, 192, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected, near = layer(x), exact(x)
+        assert 0.005 < (expected - near).norm() / near.norm() < 0.1
+        moved = copy.deepcopy(layer).to(torch.bfloat16).to("cpu")
+        assert moved.float8 and torch.equal(moved.int8.values().float(), layer.int8.values().float())
+        rounded = x.bfloat16()
+        torch.testing.assert_close(moved(rounded).float(), layer(rounded.float()), rtol=2**-8, atol=1e-3)
+        torch.testing.assert_close(layer.in_floats(x, bias), expected, rtol=0, atol=0.05 * expected.abs().max().item())
+        torch.testing.assert_close(layer.dequantised(), weight, rtol=0, atol=0.2)
+    with pytest.raises(ValueError, match="state_dict: weight must be in int8 or int4 to be saved, got float8"):
+        layer.state_dict()
+    given = torch.randn(3, 192, requires_grad=True)
+    layer(given).sum().backward()
+    torch.testing.assert_close(given.grad, layer.dequantised().sum(0).expand(3, 192), rtol=1e-3, atol=1e-3)
+
+
+def test_streams_share_rows_of_one_kind(monkeypatch):
+    """Layers in float8 and in integers take rows of their own; several of one kind share them."""
+    calls = []
+    rows = stream_linear.int8_rows
+    monkeypatch.setattr(stream_linear, "int8_rows", lambda *args: calls.append(args[1:]) or rows(*args))
+    layer = Int8Linear(quantised(torch.randn(16, 64)), None)
+    float8, x = Int8Linear(layer.int8.in_float8(), None), torch.randn(3, 64)
+    with torch.no_grad():
+        a, b, c = stream_linear.each([layer, float8, float8], [x] * 3)
+    assert calls == [(64, False, False), (64, False, True)] and torch.equal(b, c) and not torch.equal(a, b)
 
 
 def test_what_is_refused(tmp_path, trained, monkeypatch):

@@ -41,6 +41,23 @@ def int8_product(rows: int, depth: int, columns: int, dtype: torch.dtype, four: 
     return (_int8.to_tiles(values), torch.rand(rows, generator=draw) / 1000), weight, bias
 
 
+def fp8_product(rows: int, depth: int, columns: int, dtype: torch.dtype) -> tuple:
+    """Rows, weight and bias of a layer in float8, of integers whose sums are exact in float32."""
+    draw = torch.Generator().manual_seed(rows + depth + columns)
+
+    def matrix(n: int) -> Tensor:
+        drawn = torch.randint(-8, 9, (n, depth), generator=draw).float()
+        return _int8.filled_up(drawn).to(torch.float8_e4m3fn)
+
+    sums = torch.zeros(columns, dtype=torch.int32)
+    weight = Int8Weight(matrix(columns), sums, torch.rand(columns, generator=draw), depth, 1)
+    return (
+        (matrix(rows), torch.rand(rows, generator=draw) / 1000),
+        weight,
+        torch.randn(columns, generator=draw).to(dtype),
+    )
+
+
 def cancelling_product(rows: int, depth: int, columns: int, dtype: torch.dtype) -> tuple:
     """One whose bias takes nearly all of the products away, so that the last bits of these are seen."""
     (values, scales), weight, _ = int8_product(rows, depth, columns, dtype)

@@ -1,5 +1,6 @@
 // Products on tensor cores: fragments to and from shared memory, mma.sync of a warp, wgmma of four warps.
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 
 #include "machine.h"
@@ -91,11 +92,18 @@ Outcome multiply(Warp& w, const Instruction& i, uint32_t& lanes) {
   return Outcome::kNext;
 }
 
-// Unsigned bytes with signed ones.
+uint32_t byte(uint8_t v) { return v; }
+uint32_t signed_byte(uint8_t v) { return static_cast<uint32_t>(static_cast<int8_t>(v)); }
+float e4m3(uint8_t v) {
+  return (v & 127) == 127 ? NAN : 256 * widen(static_cast<uint16_t>((v & 128) << 8 | (v & 127) << 7), false);
+}
+
+// Bytes, of which Left and Right make numbers of the type of the sums; integers wrap.
+template <auto Left, auto Right>
 Outcome multiply_bytes(Warp& w, const Instruction& i, uint32_t& lanes) {
   if (!meet_whole(w, i, lanes)) return Outcome::kBlocked;
-  uint8_t left[16][32];
-  int8_t right[8][32];
+  using Sum = decltype(Left(0));
+  uint8_t left[16][32], right[8][32];
   bool left_undefined[16] = {}, right_undefined[8] = {};
   const auto read = [&](const Operand& o, int l, void* four, bool& undefined) {
     const uint64_t word = w.value(o, l);
@@ -114,9 +122,9 @@ Outcome multiply_bytes(Warp& w, const Instruction& i, uint32_t& lanes) {
     for (int n = 0; n < 4; ++n) {
       const int row = l / 4 + n / 2 * 8, column = l % 4 * 2 + n % 2;
       const Operand& before = i.operands[3].parts[n];
-      uint32_t sum = static_cast<uint32_t>(w.value(before, l));
-      for (int k = 0; k < 32; ++k) sum += left[row][k] * right[column][k];
-      w.set(i.operands[0].parts[n].slot, l, sum,
+      Sum sum = unpack<Sum>(w.value(before, l));
+      for (int k = 0; k < 32; ++k) sum += Left(left[row][k]) * Right(right[column][k]);
+      w.set(i.operands[0].parts[n].slot, l, pack(sum),
             left_undefined[row] || right_undefined[column] ||
                 (before.kind == Operand::kRegister && w.undefined[before.slot] >> l & 1));
     }
@@ -293,7 +301,8 @@ Forms matrix_forms() {
   return {{"ldmatrix.sync.aligned.*.shared.b16", move_matrices<true>, 1},
           {"stmatrix.sync.aligned.(x[124].m8n8|m8n8.x[124]).shared.b16", move_matrices<false>},
           {"mma.sync.aligned.m16n8k16.row.col.f32.(bf16.bf16|f16.f16).f32", multiply, 1},
-          {"mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32", multiply_bytes, 1},
+          {"mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32", multiply_bytes<byte, signed_byte>, 1},
+          {"mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32", multiply_bytes<e4m3, e4m3>, 1},
           {"wgmma.mma_async.sync.aligned.m64n\\d+k16.f32.(bf16.bf16|f16.f16)", multiply_async},
           {"wgmma.mma_async.sync.aligned.m64n\\d+k32.s32.u8.s8", multiply_async},
           {"wgmma.fence.*", fence},

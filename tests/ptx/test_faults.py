@@ -7,9 +7,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from ptx.cases import cancelling_product, int8_product, products
+from ptx.cases import cancelling_product, fp8_product, int8_product, products
 from qwen_image_fast import doctor
-from qwen_image_fast.ops import int8_kernels, linear_int8
+from qwen_image_fast.ops import int8_kernels, int8_rows, linear_int8
+from qwen_image_fast.ops.int8_rows import int8_rows_reference
 from qwen_image_fast.ops.linear_int8 import linear_int8_reference
 
 
@@ -46,11 +47,23 @@ def linear_case(op: str, kernel: str):
     return run
 
 
-def int8_case(device, seed: int) -> None:
+def int8_case(device, seed: int, make: Callable = int8_product) -> None:
     device.module.be(seed=seed, step_limit=1 << 22)
-    rows, weight, bias = int8_product(20, 464, 20, torch.bfloat16)
+    rows, weight, bias = make(20, 464, 20, torch.bfloat16)
     found = linear_int8([rows], [weight], [bias], torch.bfloat16)[0]
     assert torch.equal(found, linear_int8_reference([rows], [weight], [bias], torch.bfloat16)[0])
+
+
+def fp8_case(device, seed: int) -> None:
+    int8_case(device, seed, fp8_product)
+
+
+def fp8_rows_case(device, seed: int) -> None:
+    device.module.be(seed=seed, step_limit=1 << 22)
+    x = torch.randn(3, 80, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found, expected = int8_rows(x, 16, float8=True), int8_rows_reference(x, 16, float8=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours.float(), theirs.float())
 
 
 def hopper_case(device, seed: int, make: Callable = int8_product) -> None:
@@ -155,6 +168,22 @@ OWN = {
         "linear_int8_cuda", r"cp\.async\.wait_group 1;", "cp.async.wait_group 2;", int8_case, "by a cp.async"
     ),
     "8-bit tiles of other threads": Fault("linear_int8_cuda", r"bar\.sync\s+0;", "", int8_case, UNORDERED),
+    "float8 numbers exchanged": Fault(
+        "int8_rows_cuda",
+        r"(cvt\.rn\.satfinite\.e4m3x2\.f32\s+%rs\d+), (%f\d+), (%f\d+);",
+        r"\1, \3, \2;",
+        fp8_rows_case,
+        "assert",
+    ),
+    "float8 multiplied as integers": Fault(
+        "linear_fp8_sm89", r"f32\.e4m3\.e4m3\.f32", "s32.u8.s8.s32", fp8_case, "assert"
+    ),
+    "float8 fragments of the wrong depth": Fault(
+        "linear_fp8_sm89", r"(e4m3\.f32 \{.*\}, )\{(%r\d+), (%r\d+)\}, \{", r"\1{\3, \2}, {", fp8_case, "assert"
+    ),
+    "float8 tiles of another group": Fault(
+        "linear_fp8_sm89", r"cp\.async\.wait_group 1;", "cp.async.wait_group 2;", fp8_case, "by a cp.async"
+    ),
     "an operation nobody knows": Fault(
         "gelu_tanh_cuda", r"ex2\.approx", "ex3.approx", GELU, r"line \d+ of \S+: `ex3.approx.f32` is not known", 0
     ),

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from ptx.cases import SEEDS, cancelling_product, int8_product
-from qwen_image_fast.ops import Int8Weight, _int8, int8_kernels, int8_rows, linear_int8
+from ptx.cases import SEEDS, cancelling_product, fp8_product, int8_product
+from qwen_image_fast.ops import Int8Weight, _int8, gelu_tanh, int8_kernels, int8_rows, linear_int8
+from qwen_image_fast.ops.int8_rows import int8_rows_reference
 from qwen_image_fast.ops.linear_int8 import linear_int8_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -49,6 +50,66 @@ def test_gate_and_residual(columns, kernels):
         kernels.module.be(seed=seed)
         for found, expected in zip(linear_int8(*args), linear_int8_reference(*args), strict=True):
             assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 131, 1), (17, 80, 16), (2, 512, 256)], ids=str)
+def test_float8_rows(shape, dtype, session_kernels):
+    rows, width, group = shape
+    x = (torch.randn(rows, width, generator=torch.Generator().manual_seed(width)) * 3).to(dtype)
+    expected = [int8_rows_reference(v, group, float8=True) for v in (x, gelu_tanh(x.float()))]
+    with session_kernels as device:
+        for seed in SEEDS:
+            device.module.be(seed=seed)
+            for gelu in (False, True):
+                values, scales = int8_rows(x, group, gelu, float8=True)
+                assert torch.equal(values[:, :width].float(), expected[gelu][0][:, :width].float())
+                assert torch.equal(scales, expected[gelu][1])
+
+
+def test_rounding_to_float8(kernels):
+    """All values of e4m3, halfway between two of them, and next to that: to the nearest, ties to even."""
+    exact = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    halfway = (exact[1:] + exact[:-1]) / 2
+    x = torch.cat([exact, halfway, *(torch.nextafter(halfway, halfway + d) for d in (1, -1))])
+    x = torch.cat([x, -x])[None].contiguous()  # has 448: the scale is 1
+    values, _ = int8_rows(x, 1, float8=True)
+    assert torch.equal(values[:, : x.shape[1]].float(), x.to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 16, 1), (17, 64, 33), (70, 272, 100)], ids=str)
+def test_float8_products(size, dtype, kernels):
+    """Of small integers, whose sums are exact in any order."""
+    rows, weight, bias = fp8_product(*size, dtype)
+    (found,) = linear_int8([rows], [weight], [bias], dtype)
+    assert torch.equal(found, linear_int8_reference([rows], [weight], [bias], dtype)[0])
+
+
+def test_float8_gate_and_residual(kernels):
+    """Rows of several samples, of which one is empty; runs of columns and single ones."""
+    made = [fp8_product(70, 64, columns, torch.float16) for columns in (40, 42)]
+    residual = [torch.randn(70, columns).half() for columns in (40, 42)]
+    gate = [torch.randn(3, 40).half(), torch.randn(1, 42).half()]
+    offsets = [torch.tensor([0, 33, 33, 70], dtype=torch.int32), None]
+    args = (*map(list, zip(*made)), torch.float16, residual, gate, offsets)
+    for seed in SEEDS:
+        kernels.module.be(seed=seed)
+        for found, expected in zip(linear_int8(*args), linear_int8_reference(*args), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_all_float8_numbers(kernels):
+    """Every number with every other, 16 products a sum; NaN makes its row and its column NaN and no others."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    matrix = torch.zeros(256, 64, dtype=torch.uint8)
+    matrix[:, :16] = codes[:, None]
+    rows = matrix.view(torch.float8_e4m3fn)
+    weight = Int8Weight(rows.clone(), torch.zeros(256, dtype=torch.int32), torch.ones(256), 64, 1)
+    (found,) = linear_int8([(rows, torch.ones(256))], [weight], [None], torch.float32)
+    expected = linear_int8_reference([(rows, torch.ones(256))], [weight], [None], torch.float32)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert found.isnan().sum() == 4 * 256 - 4
 
 
 # Hopper's kernels. Rows, depth, columns: the smallest; tails of every tile; several tiles each way; every stage of

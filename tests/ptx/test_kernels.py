@@ -1,12 +1,13 @@
 """Every kernel as compiled: right results, and nothing to complain of, in any order that the interpreter draws."""
 
+import functools
 import itertools
 import re
 
 import pytest
 import torch
 
-from ptx.cases import KERNELS, LINEAR, SEEDS, convolution, int8_product, products
+from ptx.cases import KERNELS, LINEAR, SEEDS, convolution, fp8_product, int8_product, products
 from qwen_image_fast import doctor
 from qwen_image_fast.doctor_cases import as_tuple, functions, inputs
 from qwen_image_fast.ops import (
@@ -71,9 +72,10 @@ def test_every_instantiation(kernels):
                     for rest, norm in itertools.product((None, x), (None, gamma)):
                         assert add_channel_norm_silu(x, bias, rest, norm).isfinite().all()
         for change, gelu in ((lambda t: t, True), (off_by_one, False)):
-            int8_rows(change(torch.randn(2, 64).to(dtype)), 64, gelu)
-        for four in (False, True):
-            rows, weight, bias = int8_product(3, 16, 5, dtype, four)
+            for float8 in (False, True):
+                int8_rows(change(torch.randn(2, 64).to(dtype)), 64, gelu, float8)
+        for make in (int8_product, functools.partial(int8_product, four=True), fp8_product):
+            rows, weight, bias = make(3, 16, 5, dtype)
             assert linear_int8([rows], [weight], [bias], dtype)[0].isfinite().all()
         if dtype != torch.float32:
             q = torch.randn(9, 2, 32, dtype=dtype, requires_grad=True)

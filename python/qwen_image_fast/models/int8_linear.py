@@ -5,6 +5,8 @@ A weight W becomes W H, rounded to integers with one scale for a row; so do acti
 that become the type of x for the call, with the scales on the result.
 Gradients go to x alone, as those of the dequantised weight: g s W H for g of the result and scales s. The weight
 becomes floating point for that product and is not kept, nor is x.
+On GPUs that prefer float8 (`ops.eight_bits`) the integers become e4m3 with a scale for each row when they come there,
+and so do activations; from there on the layer is in float8, and has no state dict.
 In 4 bits (`precision="int4"`) a weight is kept as codes with a scale for every 16 of them, which become such integers
 for the product (`ops._int4`); the last block, whose errors no block behind it makes smaller, stays in 8.
 The state dict is ComfyUI's: `weight` int8 [out, in] of W H, `weight_scale` float32 [out, 1], and `comfy_quant`, the
@@ -101,14 +103,17 @@ class Int8Linear(nn.Linear):
 
     def _hold(self, weight: Int8Weight) -> None:
         self.out_features, self.in_features, self.group = len(weight.sums), weight.depth, weight.group
-        self.register_buffer("packed", weight.packed, persistent=False)
+        # Float8 as integers too, like the scales, which no change of the model's dtype rounds.
+        self.float8 = weight.float8
+        packed = weight.packed.view(torch.int8) if self.float8 else weight.packed
+        self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("sums", weight.sums, persistent=False)
-        # As integers, which no change of the model's dtype rounds.
         self.register_buffer("scale_bits", weight.scales.view(torch.int32), persistent=False)
 
     @property
     def int8(self) -> Int8Weight:
-        return Int8Weight(self.packed, self.sums, self.scale_bits.view(torch.float32), self.in_features, self.group)
+        packed = self.packed.view(_int8.FLOAT8) if self.float8 else self.packed
+        return Int8Weight(packed, self.sums, self.scale_bits.view(torch.float32), self.in_features, self.group)
 
     @property
     def weight(self) -> Any:  # type: ignore[override]
@@ -127,7 +132,7 @@ class Int8Linear(nn.Linear):
         """x W^T + bias, without gradients."""
         if not has_kernels(x):
             return self.in_floats(x, bias)
-        rows = int8_rows(x.reshape(-1, self.in_features), self.group)
+        rows = int8_rows(x.reshape(-1, self.in_features), self.group, float8=self.float8)
         bias = None if bias is None else bias.to(x.dtype)
         (y,) = linear_int8([rows], [self.int8], [bias], x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
@@ -158,6 +163,11 @@ class Int8Linear(nn.Linear):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.float8:
+            raise ValueError(
+                f"state_dict: {prefix}weight must be in int8 or int4 to be saved, got float8, which the GPU has: "
+                'load the model on the CPU, or under ops.eight_bits("int8"), and save that'
+            )
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination |= {prefix + name: tensor for name, tensor in comfy_tensors(self.int8).items()}
 
@@ -258,9 +268,13 @@ def check_precision(where: str, precision: str | None, device: str | torch.devic
         )
     if torch.device(device).type == "cuda" and torch.cuda.is_available():
         index = torch.device(device).index
-        capability = _eight_bits.capability_of(torch.cuda.current_device() if index is None else index)
-        if _eight_bits.preferred(capability) != "int8":
-            logger.warning("%s: precision=%r: %s", where, precision, _eight_bits.describe(capability))
+        place = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+        numbers, capability = _eight_bits.numbers_on(place), _eight_bits.capability_of(place.index)
+        if _eight_bits.preferred(capability) == "float8" and (precision == "int4" or numbers == "float8"):
+            means = "weights in 4 bits become integers: they save memory alone" if precision == "int4" else (
+                'layers in 8 bits compute in float8, further from the model; ops.eight_bits("int8") keeps integers'
+            )  # fmt: skip
+            logger.warning("%s: precision=%r: %s: %s", where, precision, _eight_bits.describe(capability), means)
 
 
 def precisions(paths: Iterable[str], precision: str) -> dict[str, str]:

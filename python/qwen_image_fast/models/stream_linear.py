@@ -107,13 +107,14 @@ def int8_gate_residual(layers: Sequence[Any], residual, x, gate, offsets, gelu: 
 
 def _int8(layers: Sequence[Any], x: Sequence[Tensor], gelu: bool = False, *gated) -> list[Tensor]:
     """One call for all; what several layers take is rounded once."""
-    made: list[tuple[Tensor, int, tuple[Tensor, Tensor]]] = []
+    made: list[tuple[Tensor, tuple[int, bool], tuple[Tensor, Tensor]]] = []
     taken = []
     for layer, t in zip(layers, x):
-        rows = next((r for other, group, r in made if other is t and group == layer.group), None)
+        kind = layer.group, layer.float8
+        rows = next((r for other, known, r in made if other is t and known == kind), None)
         if rows is None:
-            rows = int8_rows(t, layer.group, gelu)
-            made.append((t, layer.group, rows))
+            rows = int8_rows(t, layer.group, gelu, layer.float8)
+            made.append((t, kind, rows))
         taken.append(rows)
     dtype = x[0].dtype
     biases = [None if layer.bias is None else layer.bias.to(dtype) for layer in layers]

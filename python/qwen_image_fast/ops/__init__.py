@@ -1,6 +1,7 @@
 """The fused operations of Qwen-Image, forward and backward. One file each, named after the op."""
 
 from qwen_image_fast.ops._choices import keeping_choices, linear_kernels, reference
+from qwen_image_fast.ops._eight_bits import eight_bits
 from qwen_image_fast.ops._library import has_kernels
 from qwen_image_fast.ops.channel_norm_silu import channel_norm_silu
 from qwen_image_fast.ops.conv2d import conv2d
@@ -25,6 +26,7 @@ __all__ = [
     "channel_norm_silu",
     "conv2d",
     "conv3x3",
+    "eight_bits",
     "gate_residual_norm_modulate",
     "gelu_tanh",
     "guided_step",

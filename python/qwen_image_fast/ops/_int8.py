@@ -51,11 +51,34 @@ def from_tiles(tiles: Tensor, rows: int, width: int) -> Tensor:
     return (flat ^ 128).view(torch.int8).contiguous() if flat.numel() else flat.to(torch.int8)
 
 
+FLOAT8, LARGEST_FLOAT8 = torch.float8_e4m3fn, 448.0
+
+
+def empty_float8_rows(rows: int, width: int, like: Tensor) -> Tensor:
+    """Float8 rows [rows, width, to a multiple of 64], which lie alike everywhere."""
+    shape = shape_of_rows(rows, up(width, DEPTH), gpu=True)
+    return torch.empty(shape, dtype=torch.uint8, device=like.device).view(FLOAT8)
+
+
+def scaled(x: Tensor, most: float) -> tuple[Tensor, Tensor]:
+    """float32 [rows, width] -> x / scale, at most `most` in magnitude, and scale = max |x| / most, of each row."""
+    largest = x.abs().amax(-1)
+    zero, top = largest < SMALLEST, torch.full_like(largest, most)  # a tensor: torch divides numbers in two roundings
+    return x * torch.where(zero, 0, top / largest)[:, None], torch.where(zero, 0, largest / top)
+
+
+def to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """values * scales ~ x in float32 [rows, width]: to the nearest e4m3, ties to even, with a scale for each row whose
+    largest magnitude becomes 448; the width is filled up with zeros to a multiple of 64."""
+    values, scales = scaled(x, LARGEST_FLOAT8)
+    return filled_up(values).to(FLOAT8), scales
+
+
 def rotated(x: Tensor, group: int) -> Tensor:
     """Every `group` values of the last dimension times the regular Hadamard matrix, stage by stage as in the kernel."""
     stride = 1
     while stride < group:
-        quads = x.reshape(*x.shape[:-1], -1, 4, stride)
+        quads = x.reshape(*x.shape[:-1], x.shape[-1] // (4 * stride), 4, stride)
         a, b, c, d = quads.unbind(-2)
         x = ((0.5 * ((a + b) + (c + d))).unsqueeze(-2) - quads.flip(-2)).reshape(x.shape)
         stride *= 4

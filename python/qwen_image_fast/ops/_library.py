@@ -142,6 +142,11 @@ def check_dtype(op: str, x: Tensor) -> None:
 _has_cuda = bool(_C.build_info()["cuda_architectures"])
 
 
+def has_cuda() -> bool:
+    """Whether this build has CUDA kernels."""
+    return _has_cuda
+
+
 def on_cuda(x: Tensor) -> bool:
     """Whether CUDA kernels of this build run for the tensor."""
     return x.is_cuda and _has_cuda

@@ -13,7 +13,7 @@ from qwen_image_fast.ops._library import DTYPE_CODES
 _OP = "int8_rows"
 
 
-def int8_rows(x: Tensor, group: int, gelu: bool = False) -> tuple[Tensor, Tensor]:
+def int8_rows(x: Tensor, group: int, gelu: bool = False, float8: bool = False) -> tuple[Tensor, Tensor]:
     """values * scales ~ gelu(x) H: every `group` values times the regular Hadamard matrix H, then rounded.
 
     H = H4 x H4 x ... is symmetric and its own inverse: products with weights that were rotated likewise are those of x
@@ -21,14 +21,19 @@ def int8_rows(x: Tensor, group: int, gelu: bool = False) -> tuple[Tensor, Tensor
     nearest integer. A row whose largest magnitude is below 1e-30 is zero, one that is not finite gets a scale that is
     not. CPUs and GPUs give the same bits.
 
+    In float8 scale = max |r| / 448 and value = r * (448 / max |r|) to the nearest e4m3, ties to even. On a CPU, which
+    has no such products, it is computed by PyTorch, GELU by torch's.
+
     Args:
         x: [rows, width], float32, float16 or bfloat16; its rows contiguous, and with any stride between them.
         group: 1 (no rotation), 4, 16, 64 or 256; divides the width, which is at most 24576 on CUDA.
         gelu: apply GELU in its tanh approximation first.
+        float8: float8 e4m3 and not integers.
 
     Returns:
         values uint8 [rows / 16, width / 64, 16, 64], the numbers plus 128 in the tiles that `linear_int8` reads, on
-        CUDA [rows, width]; rows of tiles and the width, to a multiple of 64, are filled up with anything.
+        CUDA [rows, width]; rows of tiles and the width, to a multiple of 64, are filled up with anything. In float8
+        float8_e4m3fn [rows, width], filled up with zeros.
         scales float32 [rows].
 
     Raises:
@@ -37,19 +42,18 @@ def int8_rows(x: Tensor, group: int, gelu: bool = False) -> tuple[Tensor, Tensor
     if torch.is_grad_enabled() and x.requires_grad:
         lib.fail(_OP, "x", "not need gradients: 8-bit layers have none", "a tensor that does")
     if lib.use_reference():
-        return int8_rows_reference(x, group, gelu)
-    return (_forward if lib.call_directly(x) else _op)(x, group, gelu)
+        return int8_rows_reference(x, group, gelu, float8)
+    return (_forward if lib.call_directly(x) else _op)(x, group, gelu, float8)
 
 
-def int8_rows_reference(x: Tensor, group: int, gelu: bool = False) -> tuple[Tensor, Tensor]:
+def int8_rows_reference(x: Tensor, group: int, gelu: bool = False, float8: bool = False) -> tuple[Tensor, Tensor]:
     """The formula in plain PyTorch; without GELU the same bits."""
     x = F.gelu(x.float(), approximate="tanh") if gelu else x.float()
     r = _int8.rotated(x, group)
-    largest = r.abs().amax(-1)
-    zero = largest < _int8.SMALLEST
-    inverse = torch.where(zero, 0, torch.full_like(largest, 127) / largest)
-    values = (r * inverse[:, None]).round().nan_to_num(0).to(torch.int8)
-    return _int8.to_tiles(values), torch.where(zero, 0, largest / torch.full_like(largest, 127))
+    if float8:
+        return _int8.to_float8(r)
+    values, scales = _int8.scaled(r, 127)
+    return _int8.to_tiles(values.round().nan_to_num(0).to(torch.int8)), scales
 
 
 def _check(x: Tensor, group: int) -> None:
@@ -66,20 +70,23 @@ def _check(x: Tensor, group: int) -> None:
     lib.check_device(_OP, x)
 
 
-def _forward(x: Tensor, group: int, gelu: bool) -> tuple[Tensor, Tensor]:
-    values, scales = _fake(x, group, gelu)
+def _forward(x: Tensor, group: int, gelu: bool, float8: bool = False) -> tuple[Tensor, Tensor]:
+    values, scales = _fake(x, group, gelu, float8)
     rows, width = x.shape
+    if float8 and not lib.on_cuda(x):
+        return int8_rows_reference(x, group, gelu, float8)
     if rows:
         lib.launch(
-            "int8_rows", x, x.data_ptr(), x.stride(0), values.data_ptr(), scales.data_ptr(), rows, width, group, gelu,
-            DTYPE_CODES[x.dtype],
+            "int8_rows_fp8" if float8 else _OP, x, x.data_ptr(), x.stride(0), values.data_ptr(), scales.data_ptr(),
+            rows, width, group, gelu, DTYPE_CODES[x.dtype],
         )  # fmt: skip
     return values, scales
 
 
-def _fake(x: Tensor, group: int, gelu: bool) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, group: int, gelu: bool, float8: bool = False) -> tuple[Tensor, Tensor]:
     _check(x, group)
-    return _int8.empty_rows(x.shape[0], x.shape[1], x), torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    values = (_int8.empty_float8_rows if float8 else _int8.empty_rows)(x.shape[0], x.shape[1], x)
+    return values, torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
 
 
-_op = lib.register(_OP, "(Tensor x, int group, bool gelu) -> (Tensor, Tensor)", _forward, _fake)
+_op = lib.register(_OP, "(Tensor x, int group, bool gelu, bool float8=False) -> (Tensor, Tensor)", _forward, _fake)

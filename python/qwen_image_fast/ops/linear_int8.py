@@ -1,4 +1,4 @@
-"""Linear layers in 8-bit integers: products of `int8_rows` with weights that were packed once."""
+"""Linear layers in 8 bits, integers or float8: products of `int8_rows` with weights that were packed once."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class Int8Weight(NamedTuple):
     packed: int8 [columns / 16, depth / 64, 16, 16, 4], on GPUs [columns, depth filled up with zeros to a multiple of
     64]; of a weight in 4 bits, which become 8 for the product, uint8 [columns / 16, depth / 64, 576] (_int4.py).
     sums: int32 [columns], of its rows. scales: float32 [columns].
+    In float8 `packed` is float8_e4m3fn [columns, depth filled up], everywhere, and `sums` are zeros.
     """
 
     packed: Tensor
@@ -73,6 +74,16 @@ class Int8Weight(NamedTuple):
         """Whether it is in 4 bits."""
         return self.packed.dtype == torch.uint8
 
+    @property
+    def float8(self) -> bool:
+        """Whether it is in float8."""
+        return self.packed.dtype == _int8.FLOAT8
+
+    def in_float8(self) -> Int8Weight:
+        """Rounded once more, to e4m3 with a scale for each row, where it is; of one in 8 bits."""
+        packed, scales = _int8.to_float8(self.values().float())
+        return self._replace(packed=packed, sums=torch.zeros_like(self.sums), scales=scales * self.scales)
+
     @classmethod
     def empty(cls, columns: int, depth: int, four: bool = False) -> Int8Weight:
         """The place of one, on the CPU."""
@@ -80,7 +91,7 @@ class Int8Weight(NamedTuple):
         return cls(packed, sums, torch.empty(columns, device="cpu"), depth, 1)
 
     def values(self) -> Tensor:
-        """int8 [columns, depth], as before it was packed."""
+        """int8 [columns, depth], as before it was packed; or float8."""
         if self.packed.dim() == 2:
             return self.packed[:, : self.depth].contiguous()
         return _int8.unpack(_int4.in_8_bits(self.packed) if self.four else self.packed, len(self.sums), self.depth)
@@ -91,9 +102,14 @@ class Int8Weight(NamedTuple):
         return self._replace(packed=packed, sums=sums, scales=scales).laid_out()
 
     def laid_out(self) -> Int8Weight:
-        """Packed on the CPU, rows of numbers on GPUs; in 4 bits alike everywhere."""
+        """Packed on the CPU, rows of numbers on GPUs, in float8 where `eight_bits` has it so; in 4 bits, and once in
+        float8, alike everywhere."""
         gpu = _int8.on_gpu(self.packed)
-        if self.four or gpu == (self.packed.dim() == 2) or self.packed.is_meta:
+        if self.four or self.float8 or self.packed.is_meta:
+            return self
+        if gpu and _eight_bits.numbers_on(self.packed.device) == "float8":
+            return self.in_float8()
+        if gpu == (self.packed.dim() == 2):
             return self
         packed = _int8.in_rows(self.packed, len(self.sums)) if gpu else _int8.pack(self.values())[0]
         return self._replace(packed=packed)
@@ -137,12 +153,13 @@ def linear_int8(
 ) -> list[Tensor]:
     """out_i = y_i, or residual_i + gate_i[segment of the row] * y_i, with y_i = x_i weight_i^T + bias_i.
 
-    The sums of 8-bit products are exact; then (sum * (scale of the row * scale of the column)) + bias in float32, and
-    one rounding to `dtype` after gate and residual, which in float16 saturate at +-65504. Rows that several products
-    share are given several times.
+    The sums of products of integers are exact, those of float8 are float32, in any order and as exact as tensor cores
+    keep them, on a CPU by PyTorch. Then (sum * (scale of the row * scale of the column)) + bias in float32, and one
+    rounding to `dtype` after gate and residual, which in float16 saturate at +-65504. Rows that several products share
+    are given several times.
 
     Args:
-        rows: of each x, values and scales as `int8_rows` returns them with the group of its weight.
+        rows: of each x, values and scales as `int8_rows` returns them with the group of its weight, and float8 like it.
         weight: as many. bias: as many, [columns_i] of `dtype`, or None.
         dtype: float32, float16 or bfloat16, of the result.
         residual: None, or as many, [rows_i, columns_i], contiguous, of `dtype`. gate: with it, [segments_i, columns_i];
@@ -172,10 +189,10 @@ def linear_int8(
 
 
 def linear_int8_reference(rows, weight, bias, dtype, residual=None, gate=None, offsets=None) -> list[Tensor]:
-    """The formula in plain PyTorch, the same bits: products of integers in float64, which holds them."""
+    """The formula in plain PyTorch, of integers the same bits: products in float64, which holds them."""
     out = []
     for i, ((values, scales), w, b) in enumerate(zip(rows, weight, bias)):
-        x = _int8.from_tiles(values, len(scales), w.depth)
+        x = values[:, : w.depth] if w.float8 else _int8.from_tiles(values, len(scales), w.depth)
         sums = (x.double() @ w.values().double().T).float()
         y = sums * (w.scales[None] * scales[:, None]) + (0 if b is None else b.float())
         if residual:
@@ -197,6 +214,10 @@ def _steps(packed: Tensor) -> int:
     return packed.shape[1] // _int8.DEPTH if packed.dim() == 2 else packed.shape[1]
 
 
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _check(values, scales, packed, columns, sums, bias, residual, gate, offsets, dtype, unit) -> None:
     if not values:
         lib.fail(_OP, "rows", "hold at least one pair", 0)
@@ -214,12 +235,15 @@ def _check(values, scales, packed, columns, sums, bias, residual, gate, offsets,
         if any(tensor.get_device() != place for tensor in (s, w, c, t, *([b] if len(b) else []))):
             lib.fail(_OP, "weight", f"be with its bias and the rows' scales on {v.device} like the rows", w.device)
         rows, width, gpu = len(s), len(t), _int8.on_gpu(v)
-        panels = width if gpu and w.dtype == torch.int8 else _int8.up(width, _int8.COLUMNS)
-        if w.dtype not in (torch.int8, torch.uint8) or len(w) != panels or len(c) != width:
+        float8 = w.dtype == _int8.FLOAT8
+        gpu = gpu or float8
+        panels = width if gpu and w.dtype != torch.uint8 else _int8.up(width, _int8.COLUMNS)
+        if w.dtype not in (torch.int8, torch.uint8, _int8.FLOAT8) or len(w) != panels or len(c) != width:
             rule = f"be an Int8Weight of {width} columns, as it is laid out on {v.device}"
             lib.fail(_OP, "weight", rule, f"{w.dtype} {tuple(w.shape)}")
-        if v.dtype != torch.uint8 or tuple(v.shape) != _int8.shape_of_rows(rows, _steps(w), gpu):
-            rule = f"be the uint8 tiles of {rows} rows with the depth of the weight, {_steps(w)} tiles"
+        wanted = _int8.FLOAT8 if float8 else torch.uint8
+        if v.dtype != wanted or tuple(v.shape) != _int8.shape_of_rows(rows, _steps(w), gpu):
+            rule = f"be the {_short(wanted)} tiles of {rows} rows with the depth of the weight, {_steps(w)} tiles"
             lib.fail(_OP, "rows", rule, f"{v.dtype} {tuple(v.shape)}")
         if len(b) and (b.dtype != dtype or tuple(b.shape) != (width,)):
             lib.fail(_OP, "bias", f"be {dtype} ({width},)", f"{b.dtype} {tuple(b.shape)}")
@@ -236,39 +260,40 @@ def _forward(values, scales, packed, columns, sums, bias, residual, gate, offset
     cuda = lib.on_cuda(values[0])
     if cuda:
         values, packed = list(map(lib.aligned, values)), list(map(lib.aligned, packed))
-    arguments, four, obstacles = [], [], []
+    arguments, dtypes, obstacles = [], [], []
     for i, (v, s, w, c, t, b, y) in enumerate(zip(values, scales, packed, columns, sums, bias, out)):
         gated = (0, 0, 0, 0, 0)
         if residual:
             g, o = gate[i], offsets[i] if len(offsets[i]) else None
             gated = (residual[i].data_ptr(), g.data_ptr(), g.stride(0), pointer(o), len(g))
-        if len(s):
+        if w.dtype == _int8.FLOAT8 and not cuda:
+            more = residual[i : i + 1], gate[i : i + 1], offsets[i : i + 1]
+            y.copy_(_reference([v], [s], [w], [c], [t], [b], *more, dtype, unit)[0])
+        elif len(s):
             x = (v.data_ptr(), s.data_ptr(), len(s), _steps(w) * _int8.DEPTH)
             by = (w.data_ptr(), c.data_ptr(), t.data_ptr(), b.data_ptr() if len(b) else 0, len(t))
             arguments.append((x, by, y.data_ptr(), gated))
-            four.append(w.dtype == torch.uint8)
-            obstacles.append(_obstacle(dtype, *arguments[-1], four[-1]) if cuda else None)
+            dtypes.append(w.dtype)
+            obstacles.append(_obstacle(dtype, *arguments[-1], w.dtype) if cuda else None)
+    four = [d == torch.uint8 for d in dtypes]
     if arguments and cuda:
-        _launch(values[0], arguments, DTYPE_CODES[dtype], four, _by_wgmma(values[0], arguments, obstacles, unit))
+        kernels = _kernels_of(values[0], arguments, obstacles, dtypes, unit)
+        for name in sorted(set(kernels), reverse=True):
+            mine = [i for i, kernel in enumerate(kernels) if kernel == name]
+            bits = [] if name.endswith("_sm90") else [[four[i] for i in mine]]
+            lib.launch(name, values[0], [arguments[i] for i in mine], DTYPE_CODES[dtype], *bits)
     elif arguments:
         _C.linear_int8(arguments, DTYPE_CODES[dtype], unit, *([four] if any(four) else []))
     return out
 
 
-def _launch(on: Tensor, arguments: list, dtype: int, four: list[bool], by_wgmma: list[bool]) -> None:
-    if any(by_wgmma):
-        lib.launch(f"{_OP}_sm90", on, [a for a, chosen in zip(arguments, by_wgmma) if chosen], dtype)
-    rest = [i for i, chosen in enumerate(by_wgmma) if not chosen]
-    if rest:
-        lib.launch(_OP, on, [arguments[i] for i in rest], dtype, [four[i] for i in rest])
-
-
-def _obstacle(dtype: torch.dtype, x, by, out: int, gated, four: bool) -> tuple[str, str, object] | None:
+def _obstacle(dtype: torch.dtype, x, by, out: int, gated, bits: torch.dtype) -> tuple[str, str, object] | None:
     """What keeps wgmma from a product: an argument, a rule and a value."""
     if dtype not in (torch.float16, torch.bfloat16):
         return "dtype", "be float16 or bfloat16 for wgmma", dtype
-    if four or by[4] % 8:
-        return "weight", "be in 8 bits, with a multiple of 8 columns, for wgmma", f"{4 if four else 8} bits, {by[4]}"
+    if bits != torch.int8 or by[4] % 8:
+        found = {torch.int8: "8 bits", torch.uint8: "4 bits"}.get(bits, "float8")
+        return "weight", "be in 8 bits, with a multiple of 8 columns, for wgmma", f"{found}, {by[4]}"
     # Of 16 bytes what tensor maps read and write; else a pair.
     whole, pairs = (x[0], by[0], out, gated[0]), (by[1] // 2, by[2] // 2, by[3], gated[1], gated[2] * 2)
     if any(a % 16 for a in whole) or any(a % 4 for a in pairs):
@@ -276,16 +301,17 @@ def _obstacle(dtype: torch.dtype, x, by, out: int, gated, four: bool) -> tuple[s
     return None
 
 
-def _by_wgmma(on: Tensor, arguments: list, obstacles: list, kernels: str) -> list[bool]:
-    """Which products go to Hopper's kernels."""
-    if kernels == "wgmma":
+def _kernels_of(on: Tensor, arguments: list, obstacles: list, dtypes: list, choice: str) -> list[str]:
+    """The launch that each product goes to."""
+    if choice == "wgmma":
         for found in obstacles:
             if found is not None:
                 lib.fail(_OP, *found)
-        return [True] * len(arguments)
+        return [f"{_OP}_sm90"] * len(arguments)
     many = max(x[2] for x, *_ in arguments) >= FEW
-    hopper = many and kernels == "best" and multiplied_by(on.get_device()) == "wgmma"
-    return [hopper and found is None for found in obstacles]
+    hopper = many and choice == "best" and multiplied_by(on.get_device()) == "wgmma"
+    rest = ["linear_fp8" if bits == _int8.FLOAT8 else _OP for bits in dtypes]
+    return [f"{_OP}_sm90" if hopper and found is None else name for name, found in zip(rest, obstacles)]
 
 
 def _fake(values, scales, packed, columns, sums, bias, residual, gate, offsets, dtype, unit) -> list[Tensor]:
