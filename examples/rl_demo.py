@@ -4,7 +4,8 @@
     python examples/rl_demo.py --control       # beside as much processor time of SFT on renderings of such prompts
     python examples/rl_demo.py --small         # too short to learn anything
 
-A round: the model draws each prompt several times, the reward says how near the outlines of what it drew are to those
+A round's prompts are of the tasks that it draws worst: as many of each as it drew wrongly, and a few of the others. The
+model draws each prompt several times, the reward says how near the outlines of what it drew are to those
 that were asked for, and a better picture of a prompt is preferred to a worse one. What is reported are the tasks of
 `qwen-image-fast evaluate tiny`: prompts that the rounds do not show, judged as right or wrong as a whole (number,
 shapes, colours, places, ground), and texts, which must not be lost. Of a model that draws hardly any of them rightly
@@ -40,6 +41,7 @@ from qwen_image_fast.training.tasks.grid import grid
 SIZE, STEPS, JUDGED = 128, 20, 50
 SHAPES, KEPT = ("single", "two", "counting", "position"), ("text",)
 PROMPTS, UPDATES = 160, 40  # of a round
+SINGLE = 60  # prompts of a single shape that are not judged: there are not many more
 # What shape a thing is, is settled near pure noise: the levels are those of recipe tiny/8-placed-shapes.
 DPO = ["optimizer.schedule=cosine", "optimizer.cycles=1", "sigma.mean=2.0", "sigma.std=1.6",
        "rollout.first=2", "rollout.group=8", "rollout.dtype=bfloat16", "guards.every=0", "log.every=1",
@@ -54,14 +56,21 @@ def outlines(pictures: Sequence[np.ndarray], asked: Sequence[Asked]) -> list[flo
     return [min(1.0, likeness(picture, about.fields["things"]) / 0.85) for picture, about in zip(pictures, asked)]
 
 
-def write_prompts(folder: Path, rounds: int, count: int) -> list[Path]:
-    """A file for each round: prompts of the tasks in turn, none of them one that is judged."""
-    share = -(-rounds * count // len(SHAPES))
-    tasks = [pictures(task, JUDGED + min(share, 60 if task == "single" else share))[JUDGED:] for task in SHAPES]
-    asked = [one for row in itertools.zip_longest(*tasks) for one in row if one is not None]
+def write_prompts(folder: Path, rounds: int, count: int, wrong: Sequence[int]) -> list[Path]:
+    """A file for each round: at most `count` prompts of the tasks in turn, none of them one that is judged.
+
+    wrong: of each task, how many pictures were. The shares are as one more than these: none is left out.
+    """
+    shares = [max(1, count * (1 + n) // (len(wrong) + sum(wrong))) for n in wrong]
+    shares[0] = min(shares[0], SINGLE)
+    chosen: list[list[Any]] = []  # by task, of all rounds
+    for task, share in zip(SHAPES, shares):
+        pool = pictures(task, JUDGED + min(rounds * share, SINGLE if task == "single" else rounds * share))[JUDGED:]
+        chosen.append(list(itertools.islice(itertools.cycle(pool), rounds * share)))
     files = []
     for number in range(rounds):
-        lines = [{"prompt": one.prompt, "things": one.things} for one in asked[number * count : (number + 1) * count]]
+        rows = itertools.zip_longest(*(own[number * n : (number + 1) * n] for own, n in zip(chosen, shares)))
+        lines = [{"prompt": one.prompt, "things": one.things} for row in rows for one in row if one is not None]
         files.append(folder / f"prompts-{number + 1}.jsonl")
         files[-1].write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return files
@@ -154,14 +163,16 @@ def main(
     out.mkdir(parents=True)
     begin = time.perf_counter()
     count, updates, of_each = (4, 2, 1) if small else (PROMPTS, UPDATES, JUDGED)
-    print(f"{model} is to draw shapes better: {rounds} rounds of {count} prompts, {updates} updates", flush=True)
-    prompts, runs, spent, at = write_prompts(out, rounds, count), [], [], model
+    print(f"{model} is to draw shapes better: {rounds} rounds of up to {count} prompts, {updates} updates", flush=True)
     states = [judged(model, (*SHAPES, *KEPT), of_each)]
+    wrong = [sum(one.fault is not None for one in states[0] if one.task == task) for task in SHAPES]
+    prompts, runs, spent, at = write_prompts(out, rounds, count, wrong), [], [], model
+    asked = [len(file.read_text(encoding="utf-8").splitlines()) for file in prompts]
     for number in range(rounds):
         run, start = out / f"round-{number + 1}", cpu()
         changes = [
             f"model.folder={at}", f"seed={number}", f"steps={updates}", f"rollout.updates={updates}",
-            f"rollout.prompts={prompts[number]}", f"rollout.count={count}", f"checkpoint.every={updates}", *DPO,
+            f"rollout.prompts={prompts[number]}", f"rollout.count={asked[number]}", f"checkpoint.every={updates}", *DPO,
         ]  # fmt: skip
         train("dpo", changes + (["batch=2"] if small else []), run)
         spent.append(round(cpu() - start, 1))
@@ -169,7 +180,7 @@ def main(
         runs.append(run)
         states.append(judged(at, (*SHAPES, *KEPT) if number == rounds - 1 else SHAPES, of_each))
     content: dict[str, Any] = {
-        "model": model, "cpu": processor(), "threads": torch.get_num_threads(), "prompts_a_round": count,
+        "model": model, "cpu": processor(), "threads": torch.get_num_threads(), "prompts_a_round": asked,
         "updates_a_round": updates, "cpu_seconds_a_round": spent, "changes": DPO,
         "reward": "overlap of each thing with the outline that was asked for",
         "pairs": [value for run in runs for _, value in logged(run, "learnt_from")],
