@@ -112,8 +112,7 @@ def _in_picture(
 
 def _added(recipe: SynthesisRecipe, rng: random.Random, scene: Scene, strategy: str, language: str) -> Changed | None:
     """A shape, or beside a text at times another text, at one of the places where it has room."""
-    colours = readable_on(scene.ground.colour, recipe.text_colours)
-    colour = rng.choice(colours)
+    colour = rng.choice(readable_on(scene.ground.colour, recipe.text_colours))
     found: list[tuple[str, str, Element]] = []
     if strategy == "pure" and rng.random() < 0.4:
         text = recipe.words().text(rng, language, recipe.longest(language))
