@@ -35,6 +35,8 @@ def url(tmp_path_factory):
     command = [sys.executable, str(EXAMPLE), "--port", str(port), "--ongoing", "2", "--queued", "2"]
     command += ["--replicas", "2", "--upscale", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    # Ray ends a proxy that is not there within 5 s, as on a busy machine it is not.
+    environment["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "600"
     with open(log, "wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
     try:
