@@ -89,7 +89,8 @@ def in_few_bits(tensors: Mapping[str, np.ndarray], precision: str) -> dict[str, 
     """The matrices that compute in 8 or 4 bits as ComfyUI's files have them."""
     import torch
 
-    from qwen_image_fast.models.int8_linear import LAYERS, comfy_tensors, quantised
+    from qwen_image_fast.models.int8_linear import comfy_tensors, quantised
+    from qwen_image_fast.models.precision import LAYERS
 
     found: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():

@@ -21,7 +21,8 @@ from benchmarks.harness import describe_machine
 from qwen_image_fast import QwenImagePipeline, QwenImageTransformer2DModel
 from qwen_image_fast.files import atomic_write
 from qwen_image_fast.folders import SHIPPED
-from qwen_image_fast.models.int8_linear import Int8Linear, int8_layers, quantised
+from qwen_image_fast.models.int8_linear import Int8Linear, quantised
+from qwen_image_fast.models.precision import int8_layers
 from qwen_image_fast.ops import Int8Weight, _int8
 from qwen_image_fast.quantize_report import velocity_errors
 

@@ -27,7 +27,8 @@ import torch
 from benchmarks.harness import describe_machine
 from qwen_image_fast import QwenImageTransformer2DModel
 from qwen_image_fast.files import atomic_write
-from qwen_image_fast.models.int8_linear import Int8Linear, int8_layers, quantised
+from qwen_image_fast.models.int8_linear import Int8Linear, quantised
+from qwen_image_fast.models.precision import int8_layers
 from qwen_image_fast.ops import Int8Weight, int8_rows, int8_unit, linear_int8
 from qwen_image_fast.ops.linear_int8 import UNITS
 

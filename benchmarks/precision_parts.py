@@ -22,7 +22,8 @@ import torch
 from benchmarks.harness import processor_name
 from qwen_image_fast import QwenImagePipeline
 from qwen_image_fast.folders import SHIPPED
-from qwen_image_fast.models.int8_linear import Int8Linear, int8_layers, quantised
+from qwen_image_fast.models.int8_linear import Int8Linear, quantised
+from qwen_image_fast.models.precision import int8_layers
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.quantize_report import velocity_errors
 

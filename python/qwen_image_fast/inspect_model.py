@@ -23,7 +23,7 @@ from rich.text import Text
 
 from qwen_image_fast.checkpoint import BASE_NAME, find_weights
 from qwen_image_fast.folders import local_folder, read_json, resolve_folder
-from qwen_image_fast.models.int8_linear import precision_of
+from qwen_image_fast.models.precision import precision_of
 from qwen_image_fast.models.stored_modulation import SCHEDULES, named, schedules_of_file
 from qwen_image_fast.pipelines.residence import plan_for, used_weights
 from qwen_image_fast.tensor_files import DTYPES, Entry, read_header

@@ -18,15 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_image_fast.models.int8_linear import (
-    LAYERS,
-    SHARED,
-    comfy_tensors,
-    precisions,
-    quantised,
-    refuse_quantised,
-)
+from qwen_image_fast.models.int8_linear import SHARED, comfy_tensors, quantised
 from qwen_image_fast.models.lora_kinds import Adapter
+from qwen_image_fast.models.precision import LAYERS, precisions, refuse_quantised
 from qwen_image_fast.models.stored_modulation import SCHEDULES, StoredSchedule, named, schedule_bytes
 from qwen_image_fast.ops import _int8
 from qwen_image_fast.quantize_modulation import Vectors

@@ -9,7 +9,8 @@ from test_int8_linear import distance, inputs, run
 
 from qwen_image_fast import QwenImagePipeline
 from qwen_image_fast.folders import SHIPPED
-from qwen_image_fast.models.int8_linear import Int8Linear, mean_bytes, precisions, quantised
+from qwen_image_fast.models.int8_linear import Int8Linear, quantised
+from qwen_image_fast.models.precision import mean_bytes, precisions
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 
 NAME, LAST = "transformer_blocks.0.attn.to_q", "transformer_blocks.4.attn.to_q"

@@ -10,10 +10,11 @@ from weights.writers import as_q8_0, write_gguf, write_safetensors
 
 from qwen_image_fast import QwenImagePipeline
 from qwen_image_fast.folders import SHIPPED
-from qwen_image_fast.models import int8_linear, stream_linear
-from qwen_image_fast.models.int8_linear import Int8Linear, check_precision, int8_layers, quantised
+from qwen_image_fast.models import precision, stream_linear
+from qwen_image_fast.models.int8_linear import Int8Linear, quantised
 from qwen_image_fast.models.lora import LoraInt8Linear, adapters_of
 from qwen_image_fast.models.lora_kinds import Adapter, Pair
+from qwen_image_fast.models.precision import check_precision, int8_layers
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
 from qwen_image_fast.ops import _eight_bits, _library, eight_bits
@@ -305,7 +306,7 @@ def test_what_is_refused(tmp_path, trained, monkeypatch):
     with pytest.raises(ValueError, match="precision must be None on xpu: layers in 8 bits compute on cpu and cuda"):
         check_precision("from_pretrained", "int8", "xpu")
     with monkeypatch.context() as patch:
-        patch.setattr(int8_linear, "UNITS", int8_linear.UNITS[:1])
+        patch.setattr(precision, "UNITS", precision.UNITS[:1])
         with pytest.raises(
             ValueError, match="precision must be None on this CPU, which has none of the instructions for"
         ):
@@ -330,6 +331,6 @@ def test_what_is_refused(tmp_path, trained, monkeypatch):
     for change in (lambda: weight.data.add_(1), lambda: weight + 1, lambda: weight.copy_(weight)):
         with pytest.raises(RuntimeError, match="a layer in 8 bits has no weight to be read or changed"):
             change()
-    monkeypatch.setattr(int8_linear, "UNITS", ("plain",))
+    monkeypatch.setattr(precision, "UNITS", ("plain",))
     with pytest.raises(ValueError, match="precision must be None on this CPU"):
         check_precision("from_pretrained", "int8", "cpu")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qwen_image_fast.checkpoint import pretrained_folder, read_config
-from qwen_image_fast.models.int8_linear import int8_layers, mean_bytes
+from qwen_image_fast.models.precision import int8_layers, mean_bytes
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.sizes import parse_bytes
 from qwen_image_fast.tiny import tiny_configs

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwen_image_fast.folders import local_folder, nearest
-from qwen_image_fast.models.int8_linear import PRECISIONS, int8_layers, mean_bytes
+from qwen_image_fast.models.precision import PRECISIONS, int8_layers, mean_bytes
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.training.engine.memory import adapter_weights, references_of, tokens_of_batch, transformer_config
 from qwen_image_fast.training.parallel.layout import Sizes, check_recipe_parallel, sizes_of

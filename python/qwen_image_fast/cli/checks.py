@@ -12,9 +12,9 @@ from qwen_image_fast.cli.errors import BAD_INPUT, CommandError, sentence_of
 from qwen_image_fast.cli.options import flag
 from qwen_image_fast.folders import read_json
 from qwen_image_fast.models.controlnet import QwenImageControlNetModel
-from qwen_image_fast.models.int8_linear import layers_in
 from qwen_image_fast.models.lora_files import TASKS, find_lora, locate_lora, parse_components, read_lora
 from qwen_image_fast.models.lora_keys import split_components
+from qwen_image_fast.models.precision import layers_in
 from qwen_image_fast.models.stored_modulation import DTYPE, check_dtype, hold_vectors, refuse_changes
 from qwen_image_fast.models.text_encoder import empty_text_encoder
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel

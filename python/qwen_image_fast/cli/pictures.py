@@ -221,7 +221,7 @@ def _load(
             parts["controlnet"] = q.QwenImageControlNetModel.from_pretrained(request.net, **place)  # type: ignore[attr-defined]
     load = pipeline.from_pretrained
     if request.precision is not None:
-        from qwen_image_fast.models.int8_linear import check_precision
+        from qwen_image_fast.models.precision import check_precision
 
         with failing(BAD_INPUT, ValueError):
             check_precision("--precision", request.precision, device)

@@ -281,7 +281,7 @@ def _parse(parallel: str, gpus: int | None, folder: Path) -> Split:
 def _check_numbers(model: str, transformer: str | None, device: str, dtype: str, precision: str | None) -> None:
     """CommandError where the transformer's large layers, or its modulation vectors, cannot be in these types."""
     from qwen_image_fast.cli.checks import check_numbers
-    from qwen_image_fast.models.int8_linear import check_precision
+    from qwen_image_fast.models.precision import check_precision
     from qwen_image_fast.models.stored_modulation import AGAIN
 
     with failing(BAD_INPUT, ValueError):

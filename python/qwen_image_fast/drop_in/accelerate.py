@@ -29,7 +29,7 @@ from qwen_image_fast.drop_in.vae import FastCausalConv3d, FastResample
 from qwen_image_fast.drop_in.vae_flops import decoding_flops
 from qwen_image_fast.extras import needed_for
 from qwen_image_fast.keywords import hinted
-from qwen_image_fast.models.int8_linear import check_precision
+from qwen_image_fast.models.precision import check_precision
 from qwen_image_fast.models.streamed_parts import restore_parts
 from qwen_image_fast.models.vae_conv import Convolution
 from qwen_image_fast.parallel.ranks import start_ranks

@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from qwen_image_fast.drop_in.report import Report
 from qwen_image_fast.models.hooks import is_bare
-from qwen_image_fast.models.int8_linear import Int8Linear, int8_layers, precisions, quantised
+from qwen_image_fast.models.int8_linear import Int8Linear, quantised
+from qwen_image_fast.models.precision import int8_layers, precisions
 
 # Attribute of a transformer whose layers are in 8 bits: its own, by name.
 OWN = "_own_layers"

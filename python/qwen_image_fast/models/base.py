@@ -28,7 +28,8 @@ from qwen_image_fast.checkpoint import (
 from qwen_image_fast.folders import read_json
 from qwen_image_fast.keywords import check_saving, check_visible, keyword_names, one_device, one_dtype, refuse
 from qwen_image_fast.models.hooks import computing_device, hook_of_diffusers
-from qwen_image_fast.models.int8_linear import check_place, check_precision, read_int8_layers
+from qwen_image_fast.models.int8_linear import check_place, read_int8_layers
+from qwen_image_fast.models.precision import check_precision
 from qwen_image_fast.models.stored_modulation import hold_vectors
 from qwen_image_fast.models.streaming import refuse_moves
 from qwen_image_fast.weights.formats import Opened, check_part, open_weights

@@ -16,7 +16,7 @@ from qwen_image_fast.files import atomic_write
 from qwen_image_fast.folders import DOWNLOAD_PATTERNS, read_json, resolve_folder
 from qwen_image_fast.keywords import check_saving, keyword_names, one_device, part_dtypes, refuse
 from qwen_image_fast.model_defaults import GENERATION_FILE
-from qwen_image_fast.models.int8_linear import check_precision
+from qwen_image_fast.models.precision import check_precision
 from qwen_image_fast.models.text_encoder import load_captioner, load_text_encoder
 from qwen_image_fast.models.text_encoder_files import save_text_encoder
 from qwen_image_fast.models.vision import VisionProcessor

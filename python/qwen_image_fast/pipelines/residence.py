@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qwen_image_fast.checkpoint import find_weights, read_config
-from qwen_image_fast.models.int8_linear import bits_of, bytes_of, layers_in
+from qwen_image_fast.models.precision import bits_of, bytes_of, layers_in
 from qwen_image_fast.models.streaming import StreamingLoader, units_of
 from qwen_image_fast.models.text_encoder import load_text_encoder
 from qwen_image_fast.models.vae_conv import packed_bytes_of
