@@ -56,12 +56,12 @@ def outlines(pictures: Sequence[np.ndarray], asked: Sequence[Asked]) -> list[flo
     return [min(1.0, likeness(picture, about.fields["things"]) / 0.85) for picture, about in zip(pictures, asked)]
 
 
-def write_prompts(folder: Path, rounds: int, count: int, wrong: Sequence[int]) -> list[Path]:
+def write_prompts(folder: Path, rounds: int, count: int, wrong: Sequence[int] = (0, 0, 0, 0)) -> list[Path]:
     """A file for each round: at most `count` prompts of the tasks in turn, none of them one that is judged.
 
     wrong: of each task, how many pictures were. The shares are as one more than these: none is left out.
     """
-    shares = [max(1, count * (1 + n) // (len(wrong) + sum(wrong))) for n in wrong]
+    shares = [-(-count * (1 + n) // (len(wrong) + sum(wrong))) for n in wrong]
     shares[0] = min(shares[0], SINGLE)
     chosen: list[list[Any]] = []  # by task, of all rounds
     for task, share in zip(SHAPES, shares):
@@ -71,6 +71,7 @@ def write_prompts(folder: Path, rounds: int, count: int, wrong: Sequence[int]) -
     for number in range(rounds):
         rows = itertools.zip_longest(*(own[number * n : (number + 1) * n] for own, n in zip(chosen, shares)))
         lines = [{"prompt": one.prompt, "things": one.things} for row in rows for one in row if one is not None]
+        del lines[count:]
         files.append(folder / f"prompts-{number + 1}.jsonl")
         files[-1].write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return files

@@ -33,7 +33,7 @@ def test_prompts_that_are_judged_are_not_trained_on(tmp_path, monkeypatch):
     """Each once, of all tasks in turn; the reward knows what they ask for."""
     monkeypatch.syspath_prepend(EXAMPLES)
     demo = __import__("rl_demo")
-    files = demo.write_prompts(tmp_path, 2, 40, [3, 3, 3, 3])
+    files = demo.write_prompts(tmp_path, 2, 40)
     lines = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
     assert [len(own) for own in lines] == [40, 40]
     prompts = [line["prompt"] for own in lines for line in own]
@@ -50,7 +50,7 @@ def test_most_prompts_are_of_what_is_drawn_worst(tmp_path, monkeypatch):
     """Of the few single shapes the same ones in every round, each once in a round."""
     monkeypatch.syspath_prepend(EXAMPLES)
     demo = __import__("rl_demo")
-    for wrong, single, of in (([9, 1, 0, 0], demo.SINGLE, 104), ([0, 0, 0, 36], 4, 160)):
+    for wrong, single, of in (([9, 1, 0, 0], demo.SINGLE, 107), ([0, 0, 0, 36], 4, 160)):
         files = demo.write_prompts(tmp_path, 2, 160, wrong)
         for file in files:
             lines = [json.loads(line) for line in file.read_text().splitlines()]
