@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Iterable
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 MEASURED = 5  # steps whose time says how long all will take; the first one of a run warms up and is left out
 SECONDS = 10.0  # between lines where there is no terminal
@@ -28,9 +30,9 @@ class Terminal:
     def __init__(self, name: str, show: bool = True, lines: bool = False):
         self.name, self.show, self.begins = name, show, f"{name}: " if lines else ""
         self.console = Console(stderr=True, quiet=not show)
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"),
-            TimeElapsedColumn(), TextColumn("{task.fields[left]}"), console=self.console,
+        self.progress = _BarAndNumbers(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"), console=self.console,
             disable=lines or not self.console.is_terminal,
         )  # fmt: skip
         self.bar = self.progress.add_task(name, total=None, line="", left="")
@@ -88,7 +90,7 @@ class Terminal:
         return None if len(self.ends) < 2 else self.seconds() * (self.steps - self.done)
 
     def line(self, text: str) -> None:
-        """Numbers of the latest steps, behind the bar; elsewhere as a line."""
+        """Numbers of the latest steps, below the bar; elsewhere as a line."""
         self.progress.update(self.bar, line=text)
         if self.progress.disable:
             left = self.left()
@@ -105,6 +107,16 @@ class Terminal:
         if not sentence.startswith(self.begins):
             sentence = self.begins + sentence
         self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
+class _BarAndNumbers(Progress):
+    """The numbers stand in a line of their own: beside them no bar is left on 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            if task.fields["line"]:
+                yield Text(task.fields["line"], no_wrap=True, overflow="ellipsis")
 
 
 class _Notes(logging.Handler):
