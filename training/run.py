@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import sys
@@ -11,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from qwen_image_fast.files import atomic_write, claimed
 from qwen_image_fast.parallel.world import local_device, world_size
-from qwen_image_fast.training.batches.latents import META, write_cache
+from qwen_image_fast.training.batches.latents import META, begin_cache, write_cache
 from qwen_image_fast.training.engine.interrupts import Interrupted
 from qwen_image_fast.training.engine.memory import available, check_recipe, gigabytes, transformer_config
 from qwen_image_fast.training.engine.run_log import REJECTED, LeftOut
@@ -207,7 +210,8 @@ def cache_latents(
     validation.
 
     The VAE computes in the type of the recipe's model, in `producers.count` processes where the backend is that. Files
-    that cannot be used are said, and listed in `rejected.jsonl`; others stand for them, as in training.
+    that cannot be used are said, and listed in `rejected.jsonl`; others stand for them, as in training. What an
+    interrupted call has written is not made again, if seed, data and VAE are the same.
     `sources`: as in `train`."""
     run, folder = read_curriculum(find_recipe(recipe_path), overrides), Path(folder).expanduser()
     recipe = run.stages[0].recipe
@@ -229,7 +233,14 @@ def _cache_latents(recipe: FlowRecipe, folder: Path, count: int, sources: dict[s
     left_out, lines = LeftOut(named_by(run, sources)), []
     held_out = maker.to_hold_out
     total = count + held_out
-    with tqdm(total=total, unit="sample") as bar:
+    vae = task.pipe.vae.to(task.dtype)
+    begun = begin_cache(folder, 4 * vae.config.z_dim, {
+        "samples": count, "held_out": held_out, "seed": recipe.seed, "data": dataclasses.asdict(recipe.data),
+        "vae": _digest(vae), "dtype": str(task.dtype), "device": task.device.type,
+    })  # fmt: skip
+    if begun.samples:
+        _to_stderr(f"{recipe.name}: {begun.samples} samples are there, of a run that was interrupted")
+    with tqdm(total=total, initial=begun.samples, unit="sample") as bar:
 
         def rejected(origin: str, reason: str) -> None:
             lines.append(json.dumps({"origin": origin, "reason": reason}, ensure_ascii=False) + "\n")
@@ -237,10 +248,17 @@ def _cache_latents(recipe: FlowRecipe, folder: Path, count: int, sources: dict[s
                 bar.write(sentence, sys.stderr)
 
         write_cache(
-            folder, task.pipe.vae.to(task.dtype), partial(maker.to_cache, count=count), total, pixels=pixels,
-            workers=workers, progress=lambda done: bar.update(min(done, total) - bar.n), rejected=rejected,
-            held_out=held_out,
+            folder, vae, partial(maker.to_cache, count=count), total, begun, pixels=pixels, workers=workers,
+            progress=lambda done: bar.update(done - bar.n), rejected=rejected, held_out=held_out,
         )  # fmt: skip
         if lines:
             atomic_write(folder / REJECTED, lambda file: file.write("".join(lines).encode()))
             bar.write(f"{len(lines)} samples were left out for {count} used: {folder / REJECTED}", sys.stderr)
+
+
+def _digest(module: torch.nn.Module) -> str:
+    """Of all weights and buffers, in 16 digits."""
+    total = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        total.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]

@@ -13,7 +13,7 @@ from qwen_image_fast.models.lora_files import parse_lora, read_lora
 from qwen_image_fast.models.lora_keys import component_config, split_components
 from qwen_image_fast.models.text_encoder import T2I_DROP, T2I_TEMPLATE, encode_prompts
 from qwen_image_fast.tensor_files import read_metadata
-from qwen_image_fast.training.batches.batches import RawSample
+from qwen_image_fast.training.batches.batches import FlowBatches, RawSample
 from qwen_image_fast.training.batches.latents import LatentCache, encode_images
 from qwen_image_fast.training.lora import PEFT_WEIGHTS, WEIGHTS, add_lora, load_lora, lora_state, save_lora
 from qwen_image_fast.training.producer.encode import encode_captions
@@ -94,6 +94,41 @@ def test_workers_write_the_same_cache(folder, tmp_path):
         cache_latents(path, changes, tmp_path / name, 70)
     for file in ("tokens.raw", "pixels.raw", "index.jsonl"):
         assert (tmp_path / "alone" / file).read_bytes() == (tmp_path / "workers" / file).read_bytes()
+
+
+def test_a_cache_that_was_interrupted_goes_on(folder, tmp_path, monkeypatch, capsys):
+    """The files of a call that was not; what there is beyond the last whole span is made again."""
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps({
+        "device": "cpu", "model": {"folder": str(folder)}, "log": {"validation_samples": 2},
+        "data": {"source": "squares", "options": {"size": 32}, "buckets": [[32, 32]], "tasks": {"t2i": 1, "ti2i": 1}},
+    }))  # fmt: skip
+    cache_latents(path, (), tmp_path / "whole", 150)
+    drawn, made = FlowBatches.to_cache, []
+
+    def until_140(self, index, count):
+        made.append(index)
+        if len(made) == 140:
+            raise KeyboardInterrupt
+        return drawn(self, index, count)
+
+    monkeypatch.setattr(FlowBatches, "to_cache", until_140)
+    with pytest.raises(KeyboardInterrupt):
+        cache_latents(path, (), tmp_path / "cache", 150)
+    with pytest.raises(FileNotFoundError, match="finished latent cache"):
+        LatentCache(tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"begun with another recipe \(seed: 0 -> 1\): give the same again"):
+        cache_latents(path, ("seed=1",), tmp_path / "cache", 150)
+    for name in ("index.jsonl", "tokens.raw", "unfinished.jsonl"):  # as a kill in the middle of a line leaves them
+        with open(tmp_path / "cache" / name, "ab") as file:
+            file.write(b'{"caption": "half')
+    made.clear()
+    capsys.readouterr()
+    cache_latents(path, ("optimizer.lr=1e-3",), tmp_path / "cache", 150)  # on which no sample depends
+    assert made == list(range(128, 152)) and "128 samples are there" in capsys.readouterr().err
+    for file in ("tokens.raw", "pixels.raw", "index.jsonl", "cache.json"):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cache" / file).read_bytes()
+    assert not (tmp_path / "cache" / "unfinished.jsonl").exists()
 
 
 def test_a_cache_without_pixels_serves_no_reconstruction(folder, tmp_path):

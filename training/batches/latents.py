@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,10 @@ from qwen_image_fast.checkpoint import json_bytes, read_json
 from qwen_image_fast.files import atomic_write
 from qwen_image_fast.models.rope import ImageShape
 from qwen_image_fast.pipelines.latents import pack_latents
+from qwen_image_fast.training.recipe.fields import differences
 
 TOKENS, PIXELS, INDEX, META = "tokens.raw", "pixels.raw", "index.jsonl", "cache.json"
+JOURNAL = "unfinished.jsonl"  # of a cache that is being written: what it is made of, then a line for each span
 
 
 @torch.no_grad()
@@ -61,11 +64,61 @@ class Made(NamedTuple):
     token_weights: np.ndarray | None = None
 
 
+@dataclass
+class Begun:
+    """What an earlier, interrupted `write_cache` has left: its samples, and how far its files go (rows of tokens, bytes
+    of pixels and of the index); (origin, reason) of what was left out."""
+
+    samples: int = 0
+    rows: int = 0
+    pixels: int = 0
+    index: int = 0
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+
+
+def begin_cache(folder: Path, channels: int, made_of: Mapping[str, Any]) -> Begun:
+    """Begin a cache in `folder`, or find how far the same one has come.
+
+    Args:
+        channels: of its tokens. made_of: all that its samples depend on, as JSON has it.
+
+    Raises:
+        ValueError: another cache was begun there, or its files are shorter than they were.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    journal = folder / JOURNAL
+    # What follows the last line's end was cut off.
+    whole = journal.read_text(encoding="utf-8").split("\n")[:-1] if journal.is_file() else []
+    if not whole:
+        for name in (TOKENS, PIXELS, INDEX):
+            (folder / name).write_bytes(b"")
+        atomic_write(journal, lambda file: file.write(_line(made_of)))
+        return Begun()
+    before, *spans = (json.loads(line) for line in whole)
+    remedy = f"give the same again to go on, another --out, or remove {folder}"
+    if changes := differences(before, json.loads(_line(made_of))):
+        raise ValueError(f"cache-latents: {folder} was begun with another recipe ({'; '.join(changes)}): {remedy}")
+    begun = Begun(rejected=[(origin, reason) for span in spans for origin, reason in span.pop("rejected")])
+    if spans:
+        begun = Begun(**spans[-1], rejected=begun.rejected)
+    for name, size in ((TOKENS, 2 * channels * begun.rows), (PIXELS, begun.pixels), (INDEX, begun.index)):
+        if (folder / name).stat().st_size < size:
+            raise ValueError(f"cache-latents: {folder / name} is shorter than it was: remove {folder}")
+        os.truncate(folder / name, size)
+    atomic_write(journal, lambda file: file.write("".join(f"{line}\n" for line in whole).encode()))
+    return begun
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+
+
 def write_cache(
     folder: Path,
     vae: Any,
     samples: Callable[[int], Made],
     count: int,
+    begun: Begun,
     batch: int = 64,
     pixels: bool = False,
     workers: int = 0,
@@ -77,40 +130,52 @@ def write_cache(
 
     All tokens lie one after another in one float16 file, with `pixels` all images in a uint8 file beside it, for a
     condition encoder that looks at them; `index.jsonl` has a line for each sample with its text and the rows and shape
-    of each image. `cache.json` is written last: a folder without it is not a cache. `workers`: processes that draw and
-    encode, one thread each, on a copy of the VAE; 0: this one. The file is the same. `rejected` is called for every
-    sample that another one stands for.
+    of each image. `cache.json` is written last: a folder without it is not a cache. `begun`: of `begin_cache`; what is
+    there is not made again, and the files are those of a call that was never interrupted. `workers`: processes that
+    draw and encode, one thread each, on a copy of the VAE; 0: this one. The file is the same. `rejected` is called for
+    every sample that another one stands for.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    channels = 4 * vae.config.z_dim
-    rows = offset = 0
+    for origin, reason in begun.rejected:
+        rejected(origin, reason)
     with (
-        open(folder / TOKENS, "wb") as tokens,
-        open(folder / PIXELS, "wb") as stored,
-        open(folder / INDEX, "w", encoding="utf-8") as index,
+        open(folder / TOKENS, "ab") as tokens,
+        open(folder / PIXELS, "ab") as stored,
+        open(folder / INDEX, "ab") as index,
+        open(folder / JOURNAL, "ab") as journal,
     ):
-        spans = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
+        spans = [range(start, min(start + batch, count)) for start in range(begun.samples, count, batch)]
         for span, (group, latents) in zip(spans, _encoded(vae, samples, spans, workers)):
             encoded = iter(latents)
+            left_out = [why for made in group for why in made.rejected]
+            for origin, reason in left_out:
+                rejected(origin, reason)
             for made in group:
-                for origin, reason in made.rejected:
-                    rejected(origin, reason)
                 record: dict[str, Any] = {"caption": made.text, "images": [], "pixels": []}
                 if made.token_weights is not None:
                     record["weights"] = [round(float(weight), 3) for weight in made.token_weights]
                 for image, shape in zip(made.images, made.shapes):
                     value = next(encoded)
                     tokens.write(value.tobytes())
-                    record["images"].append([rows, *shape])
-                    rows += len(value)
+                    record["images"].append([begun.rows, *shape])
+                    begun.rows += len(value)
                     if pixels:
                         stored.write(image.tobytes())
-                        record["pixels"].append([offset, *image.shape[:2]])
-                        offset += image.size
-                index.write(json.dumps(record, ensure_ascii=False) + "\n")
+                        record["pixels"].append([begun.pixels, *image.shape[:2]])
+                        begun.pixels += image.size
+                begun.index += index.write(_line(record))
+            begun.samples = span.stop
+            for file in (tokens, stored, index):
+                file.flush()
+            journal.write(_line({**{name: vars(begun)[name] for name in ("samples", "rows", "pixels", "index")},
+                                 "rejected": left_out}))  # fmt: skip
+            journal.flush()
             progress(span.stop)
-    meta = {"samples": count, "rows": rows, "channels": channels, "pixels": offset, "held_out": held_out}
+    meta = {
+        "samples": count, "rows": begun.rows, "channels": 4 * vae.config.z_dim, "pixels": begun.pixels,
+        "held_out": held_out,
+    }  # fmt: skip
     atomic_write(folder / META, lambda file: file.write(json_bytes(meta)))
+    (folder / JOURNAL).unlink()
 
 
 def _encoded(
