@@ -195,6 +195,16 @@ def test_a_judge_that_makes_no_sense_at_all_is_no_judge(tmp_path):
     assert scores(run, again.judge)[0] == pytest.approx(expected) and len(again.asked) == 16
 
 
+def test_few_questions_without_any_sense_are_no_score(tmp_path):
+    """Fewer than ten in a row; the judge is asked anew once it is repaired."""
+    run = started("dpg", tmp_path, pictures=1)
+    with pytest.raises(JudgeDown, match="made no sense whatever it was asked, the last time by 'bananas'"):
+        run.judge(Fake({"": "bananas"}).judge, 2)
+    assert (run.out / "answers.jsonl").read_text() == ""
+    again = Fake(CASES["dpg"][0])
+    assert scores(run, again.judge)[1]["senseless"] == [] and len(again.asked) == 4
+
+
 def test_sense_at_the_third_time_is_sense(tmp_path):
     run = started("dpg", tmp_path, pictures=1)
     said = iter(["", "hm", "yes"])

@@ -205,7 +205,7 @@ def test_clip_scores_come_beside_the_readers(tmp_path):
     looker = Judge("looker", "clip", lambda question: str(next(cosines) / 10))
     silent = Judge("reader", "reader", lambda question: pytest.fail("asked again"))
     for _ in range(2):  # the second time no cosine is left
-        table = run.score("reader", run.judge(silent, 1) | run.judge(looker, 1), "looker")
+        table, _ = run.score("reader", run.judge(silent, 1) | run.judge(looker, 1), "looker")
     assert table[-1] == ["CLIPScore (by looker)", "1.125", "8", "0.8017"]
     after = json.loads((run.out / "results.json").read_text())
     assert after["scores"][:-1] == before["scores"] and after["notes"] == [] and after["wrong"] == before["wrong"]
@@ -261,12 +261,12 @@ def test_geneval_from_prompts_to_page(geneval, folders, tmp_path, monkeypatch):
 
 
 def test_a_vision_language_model_of_a_folder_judges(geneval, folders, tmp_path, monkeypatch):
-    """One with random weights: it is asked, and what it says is no answer."""
+    """One with random weights: it is asked, and what it says is no answer to any question, so there is no score."""
     monkeypatch.setattr(judges, "_LONGEST", 4)
     result = bench(*geneval, "--count", "1", "--judge", folders / "seer")
     said = " ".join(result.output.split())
-    assert result.exit_code == 0 and "| overall | 0 | 4 |" in said, result.output
-    assert len(json.loads((tmp_path / "out/results.json").read_text())["senseless"]) == 4
+    assert result.exit_code == 1 and "the judge made no sense whatever it was asked" in said, result.output
+    assert not (tmp_path / "out/results.json").exists()
 
 
 def test_no_clip_is_needed_where_no_colour_is_asked_for(geneval, folders, tmp_path):

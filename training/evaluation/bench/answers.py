@@ -95,7 +95,8 @@ def ask_all(
 
     Raises:
         JudgeDown: it cannot be reached, refuses, fails by a ValueError of its own, or made no sense for `_SENSELESS`
-            questions in a row, which are asked again; all other answers so far are in the file, and none is made up.
+            questions in a row, or for all that there are, which are asked again; all other answers so far are in the
+            file, and none is made up.
     """
     found: dict[str, Answer] = {}
     senseless: list[tuple[Question, Answer]] = []  # since the last answer with sense
@@ -109,13 +110,16 @@ def ask_all(
             if answer.value is None:
                 senseless.append((question, answer))
                 if len(senseless) >= _SENSELESS:
-                    raise JudgeDown(
-                        f"evaluate bench: the judge made no sense {len(senseless)} times in a row, the last time by "
-                        f"{answer.text[:80]!r}; what it has said before is kept"
-                    )
+                    raise no_sense(f"{len(senseless)} times in a row")
             else:
                 keep_senseless()
             progress()
+
+    def no_sense(how: str) -> JudgeDown:
+        return JudgeDown(
+            f"evaluate bench: the judge made no sense {how}, the last time by {senseless[-1][1].text[:80]!r}; what it "
+            "has said before is kept"
+        )
 
     def keep_senseless() -> None:
         for question, answer in senseless:
@@ -134,6 +138,8 @@ def ask_all(
                 pending[pool.submit(_answer, question, judge, file, attempts, pause, stop)] = question
             while pending:
                 settle(list(wait(pending, return_when=FIRST_COMPLETED).done))
+            if found and len(senseless) == len(found):
+                raise no_sense("whatever it was asked")
             keep_senseless()
         finally:
             stop.set()

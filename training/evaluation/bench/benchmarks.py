@@ -47,6 +47,6 @@ PUBLISHED: dict[tuple[str, str], dict[str, float]] = {
 }  # fmt: skip
 PUBLISHED_JUDGE = {
     "geneval": "Mask2Former and CLIP", "geneval2": "", "dpg": "mPLUG", "oneig": "Qwen2.5-VL-7B", "tiif": "GPT-4o",
-    "cvtg": "PaddleOCR and CLIP ViT-L/14", "chinese-word": "not said", "long-text": "Qwen2.5-VL-7B", "gedit": "GPT-4.1",
-    "imgedit": "GPT-4.1",
+    "cvtg": "PaddleOCR and CLIP ViT-L/14", "chinese-word": "a judge not named", "long-text": "Qwen2.5-VL-7B",
+    "gedit": "GPT-4.1", "imgedit": "GPT-4.1",
 }  # fmt: skip

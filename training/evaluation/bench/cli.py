@@ -89,7 +89,8 @@ def bench_command(
         if who is None:
             print(f"pictures are in {folder / 'pictures'}; run again with --judge to score them")
             return
-        print(markdown(_judged(run, who, scorer, parallel)))
+        rows, notes = _judged(run, who, scorer, parallel)
+        print("\n".join([markdown(rows), *notes]))
     print(f"results.json and report.html are in {folder}")
 
 
@@ -132,7 +133,7 @@ def _draw(
         run.draw(draw, seed, batch, bar.update)
 
 
-def _judged(run: BenchRun, who: Judge, scorer: Judge | None, parallel: int) -> list[list[str]]:
+def _judged(run: BenchRun, who: Judge, scorer: Judge | None, parallel: int) -> tuple[list[list[str]], list[str]]:
     from tqdm import tqdm
 
     asking = [who] if scorer is None else [who, scorer]

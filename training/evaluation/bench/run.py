@@ -120,8 +120,10 @@ class BenchRun:
         finally:
             file.close()
 
-    def score(self, judge: str, answers: dict[str, Answer], clip: str = "") -> list[list[str]]:
-        """Write `results.json` and `report.html`; returns the table. judge, clip: names of who gave the answers."""
+    def score(self, judge: str, answers: dict[str, Answer], clip: str = "") -> tuple[list[list[str]], list[str]]:
+        """Write `results.json` and `report.html`; returns the table, and notes on it.
+
+        judge, clip: names of who gave the answers."""
         scored = self.benchmark.score(self.items, self.pictures, answers)
         senseless = [key for key, answer in answers.items() if answer.value is None]
         rows = self._table(scored, judge, clip)
@@ -146,7 +148,7 @@ class BenchRun:
         heading = f"{len(scored.wrong)} of {len(self.items) * self.pictures} pictures are not right"
         write_page(self.out / "report.html", title, told, rows, {heading: self._failures(scored)}, notes)
         atomic_write(self.out / "results.json", lambda file: file.write(json_bytes(content)))
-        return rows
+        return rows, notes
 
     def file(self, item: Item, number: int) -> Path:
         return self.out / "pictures" / f"{picture_key(item, number)}.png"

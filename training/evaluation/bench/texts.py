@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwen_image_fast.folders import read_text
 from qwen_image_fast.training.evaluation.bench import metrics, reading
 from qwen_image_fast.training.evaluation.bench.files import checked, json_file, json_lines, safe, wrong
 from qwen_image_fast.training.evaluation.bench.items import Answers, Item, Question, Row, Scored, picture_key
@@ -70,8 +71,8 @@ def load_chinese_word(path: Path, language: str, sources: Path) -> list[Item]:
     items = []
     for level in (1, 2, 3):
         try:
-            characters = (path / f"level{level}.txt").read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+            characters = read_text(path / f"level{level}.txt")
+        except OSError as error:
             raise wrong("ChineseWord", path, "a folder with level1.txt, level2.txt and level3.txt") from error
         for c in dict.fromkeys("".join(characters.split())):
             items.append(Item(f"L{level}-{ord(c):05x}", _CHINESE_WORD.format(c), f"level {level}", {"text": c}))
