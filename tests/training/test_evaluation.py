@@ -92,7 +92,8 @@ def test_held_out_cases_quote_words_that_training_never_shows():
 def test_prompt_files(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text(
-        'A sign "OPEN" above “shop”\n\n{"prompt": "欢迎光临的牌子", "texts": ["欢迎光临"]}\n', encoding="utf-8"
+        '# of "signs"\nA sign "OPEN" above “shop”\n\n{"prompt": "欢迎光临的牌子", "texts": ["欢迎光临"]}\n',
+        encoding="utf-8",
     )
     first, second = cases_of_file(path)
     assert first.texts == ("OPEN", "shop") and first.language == "en" and not first.colours
@@ -112,6 +113,13 @@ def test_bad_prompt_files_are_named(tmp_path, content, message):
     path = tmp_path / "prompts.txt"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
+        cases_of_file(path)
+
+
+def test_a_prompt_file_in_another_encoding_is_named(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("“你好”".encode("gbk"))
+    with pytest.raises(ValueError, match="not text in UTF-8, as line 1 shows; save it as UTF-8"):
         cases_of_file(path)
 
 

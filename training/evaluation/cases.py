@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from qwen_image_fast.folders import read_text
 from qwen_image_fast.training.synthesis.editing import make_edit
 from qwen_image_fast.training.synthesis.fonts import FontError
 from qwen_image_fast.training.synthesis.generator import Undrawable, describe
@@ -72,16 +73,17 @@ def _drawn(
 
 
 def cases_of_file(path: Path) -> list[TextCase]:
-    """Prompts of a file: one a line, or JSON lines with `prompt` and, where it does not quote them, `texts`.
+    """Prompts of a file: one a line, or JSON lines with `prompt` and, where it does not quote them, `texts`; lines that
+    begin with # are comments.
 
     The language of a case is Chinese where its texts have a Han character.
 
     Raises:
-        ValueError: a line has no text, or is not what it must be.
+        ValueError: a line has no text, or is not what it must be; the file is not in UTF-8.
     """
     cases = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip():
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
             continue
         prompt, texts = line.strip(), None
         if line.lstrip().startswith("{"):

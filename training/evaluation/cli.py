@@ -74,7 +74,10 @@ def text_command(
     from qwen_image_fast.training.evaluation.ocr import Reader
 
     recipes = [_recipe(name, letters, lines, words_only, float(other_captions)) for name in languages.split(",")]
-    cases = cases_of_file(prompts) if prompts else [c for r in recipes for c in held_out_cases(r, count, seed)]
+    try:
+        cases = cases_of_file(prompts) if prompts else [c for r in recipes for c in held_out_cases(r, count, seed)]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     before = None
     if against is not None:
         try:

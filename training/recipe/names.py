@@ -30,7 +30,8 @@ def find_recipe(name: str | Path) -> Path:
             f"recipe: {name} is a folder, not a recipe; `train lora --images {name}` trains on its pictures"
         )
     near = nearest(str(name), shipped()) or nearest_file(name)
-    raise RecipeError(f"recipe: there is no file {name}; shipped recipes: {', '.join(shipped())}{near}")
+    known = "" if near else f"; shipped recipes: {', '.join(shipped())}"
+    raise RecipeError(f"recipe: there is no file {name}{known}{near}")
 
 
 def shipped() -> list[str]:
@@ -137,6 +138,8 @@ def check_data(run: Curriculum) -> None:
         data = stage.recipe.data
         if isinstance(stage.recipe, PostRecipe):
             for field, name in (("pairs", stage.recipe.pairs), ("rollout.prompts", stage.recipe.rollout.prompts)):
+                if name and Path(name).expanduser().is_dir():
+                    raise RecipeError(f"recipe: {field} must be a file, {name} is a folder")
                 if name and not Path(name).expanduser().is_file():
                     raise RecipeError(f"recipe: {field}: there is no file {name}{nearest_file(name)}")
         if not stage.recipe.names_data:

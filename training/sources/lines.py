@@ -3,6 +3,8 @@
 prompts   a prompt a line, or {"prompt": ..., "texts": [...], "colours": {"text": "red", "ground": "white"},
           "boxes": [[left, top, right, bottom], ...]}, where the texts are to stand, in pixels
 pairs     {"prompt": ..., "chosen": "a.png", "rejected": "b.png", "references": [...]}; paths from the file's folder
+
+Lines that begin with # are comments, as in the prompts of `generate`.
 """
 
 from __future__ import annotations
@@ -138,15 +140,17 @@ def _lines(name: str, field: str) -> Iterator[tuple[int, str]]:
     except (OSError, ValueError) as error:
         raise RecipeError(f"recipe: {field}: {name} cannot be read: {error}") from error
     for number, line in enumerate(content.splitlines(), 1):
-        if line.strip():
+        if line.strip() and not line.lstrip().startswith("#"):
             yield number, line.strip()
 
 
 def _fields(line: str, field: str, name: str, number: int) -> dict[str, Any]:
     try:
         found = json.loads(line)
-    except ValueError as error:
-        raise RecipeError(f"recipe: {field}: line {number} of {name} must be JSON: {error}") from error
+    except json.JSONDecodeError as error:
+        raise RecipeError(
+            f"recipe: {field}: line {number} of {name} must be JSON: {error.msg} at column {error.colno}"
+        ) from error
     if not isinstance(found, dict):
         raise RecipeError(f"recipe: {field}: line {number} of {name} must be a JSON object, got {line:.40}")
     return found
