@@ -34,7 +34,7 @@ def test_pairs_are_those_of_one_prompt(folder):
     assert all(pair.left != pair.right for pair in pairs)
 
 
-def test_answers_are_written_at_once_and_never_asked_again(folder, tmp_path):
+def test_answers_are_written_at_once_and_never_asked_again(folder, tmp_path, caplog):
     out = tmp_path / "pairs.jsonl"
     asked = Comparisons(pairs_of(pictures_of(folder)), out)
     first = asked.next()[1]
@@ -51,6 +51,12 @@ def test_answers_are_written_at_once_and_never_asked_again(folder, tmp_path):
         file.write('{"prompt": "half')
     again = Comparisons(pairs_of(pictures_of(folder)), out)
     assert again.next()[0] == 3 and again.next()[1] not in (first, second)
+    assert "was half written" in caplog.text
+    again.answer(3, "left")  # not behind the half line
+    assert len(pair_lines(str(out), both=True)) == 3
+    out.write_text(out.read_text().rstrip("\n"))  # whole, as an editor may leave it
+    assert Comparisons(pairs_of(pictures_of(folder)), out).next()[0] == 4
+    assert len(pair_lines(str(out), both=True)) == 3
 
 
 def test_an_answer_is_taken_back(folder, tmp_path):

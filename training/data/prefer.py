@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,11 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from qwen_image_fast.files import atomic_write
 from qwen_image_fast.png_metadata import read_parameters
 from qwen_image_fast.training.text_files import beside, decoded
+
+_log = logging.getLogger(__name__)
 
 LEFT, RIGHT, SKIP, UNDO = "left", "right", "skip", "undo"
 _KINDS = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
@@ -86,6 +90,8 @@ class Comparisons:
     def __init__(self, pairs: Sequence[Pair], out: Path):
         self.pairs, self.out, self.passed = list(pairs), out, out.with_name(out.name + ".passed")
         self.lock, self.said = Lock(), list[Path]()  # the file of each answer of this session
+        for path in (out, self.passed):
+            _mend(path)
         known = {frozenset(names) for path in (out, self.passed) for names in map(self._names, _lines(path))}
         self.waiting = [p for p in self.pairs if frozenset(map(self._from_out, (p.left, p.right))) not in known]
         self.answered: list[Pair] = []
@@ -138,13 +144,27 @@ class Comparisons:
         return str(line.get("chosen")), str(line.get("rejected"))
 
 
+def _mend(path: Path) -> None:
+    """End the last line; the half of one, which a kill leaves, goes."""
+    content = path.read_bytes() if path.is_file() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) == len(content):
+        return
+    try:
+        json.loads(content[len(whole) :])
+        whole = content + b"\n"
+    except ValueError:
+        _log.warning("data prefer: the last line of %s was half written and is left out", path)
+    atomic_write(path, lambda file: file.write(whole))
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             found.append(json.loads(line))
         except ValueError:
-            continue  # the half line that a kill leaves
+            continue  # somebody else's
     return [line for line in found if isinstance(line, dict)]
 
 
