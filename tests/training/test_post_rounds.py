@@ -111,6 +111,13 @@ def test_the_first_pictures_choose_the_prompts(folder, tmp_path, monkeypatch):
     assert log_of(tmp_path / "run", "dead_groups") == [pytest.approx(red / 8)]
 
 
+def test_a_round_that_teaches_nothing_is_said(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(post_helpers, "bright", lambda pictures, asked: [1.0] * len(pictures))
+    start_post(post_recipe(folder, "nft", steps=1), tmp_path / "run").run()
+    said = " ".join(capsys.readouterr().err.split())
+    assert "round 0: nothing is learnt from its 12 pictures, as those of each prompt have one reward" in said
+
+
 def test_micro_batches_are_parts_of_a_batch(folder, tmp_path):
     """A batch of four and two of two: the same samples, the same numbers in the log, means and not the last one's."""
     for name, changes in (("one", {"batch": 4}), ("two", {"batch": 2, "accumulate": 2})):

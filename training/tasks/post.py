@@ -143,6 +143,11 @@ class PostTask(FlowTask):
             values |= self._look(doing)
         self.round, found = self._collected(prompts, number, doing)
         self.notes += self.guards.round(found)
+        if not self.round.units:
+            self.notes.append(
+                f"round {number}: nothing is learnt from its {found['pictures']:.0f} pictures, as those of each prompt "
+                "have one reward; prompts that are drawn rightly at times, or another reward, tell them apart"
+            )
         return values | found
 
     def _collected(self, prompts: Prompts, number: int, doing: Callable[[str], Any]) -> tuple[Round, dict[str, float]]:
