@@ -16,6 +16,7 @@ WHEEL = $(shell ls $(VENV)/wheel/*.whl)
 $(VENV)/wheel/built: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -rf $(VENV)/wheel
+	@echo 'compiling the kernels; then torch and the rest are downloaded: some minutes'
 	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps -w $(VENV)/wheel .
 	touch $@
 

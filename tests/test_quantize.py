@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 from weights.writers import as_q8_0, write_gguf
 
@@ -185,6 +185,19 @@ def test_the_command(tmp_path):
     there = run(app, words[:-1])
     assert there.exit_code == 2 and "has a finished quantization.json" in there.stderr.replace("\n", " ")
     assert "loading torch" not in there.stderr
+    folder = tmp_path / "lora"  # as a run leaves it, among other names
+    folder.mkdir()
+    save_file(
+        {f"transformer.{LAYER}.{n}": t.contiguous() for n, t in zip(names, (down, up))}, folder / "mine.safetensors"
+    )
+    merged = run(app, ["quantize", "tiny", "-o", str(tmp_path / "of-folder"), "--lora", f"{folder}=0.5", "--no-check"])
+    assert merged.exit_code == 0, merged.output
+    name = "diffusion_pytorch_model.safetensors"
+    assert all(
+        torch.equal(a, b) for a, b in zip(*(load_file(f / name).values() for f in (out, tmp_path / "of-folder")))
+    )
+    absent = run(app, ["quantize", "tiny", "-o", str(tmp_path / "no"), "--lora", str(tmp_path / "nope.safetensors")])
+    assert absent.exit_code == 2 and "there is no LoRA file" in absent.stderr and "loading torch" not in absent.stderr
     again = run(app, ["quantize", str(out), "-o", str(tmp_path / "again")])
     assert again.exit_code == 2 and "is quantised already" in again.stderr
     assert run(app, ["quantize", "tiny", "-o", str(tmp_path / "said"), "--no-check"]).stdout.endswith(

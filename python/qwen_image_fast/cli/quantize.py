@@ -55,6 +55,11 @@ def quantize_command(
             raise CommandError(f"{option} has no effect without --drop-modulation")
     if pictures and drop_modulation:
         raise CommandError("--pictures draws by a schedule of its own: quantise once without --drop-modulation for it")
+    if lora:
+        from qwen_image_fast.cli.inputs import lora_file
+
+        for text in lora:
+            lora_file(_weighted(text)[0])
     kept = Kept(steps or [], size or [], lightning or []) if drop_modulation else None
     with failing(BAD_INPUT, FileNotFoundError, NotADirectoryError, FileExistsError, ValueError):
         if out.exists():
@@ -70,6 +75,11 @@ def quantize_command(
         console.print(f"velocity at sigma {sigma}: {error:.4f}", highlight=False)
     if report["modulation"]:
         console.print(f"without modulation weights, for {report['modulation']}", highlight=False, soft_wrap=True)
+    if drawn := report.get("pictures"):
+        shares = " and ".join(f"{read['exact']:.0%} ({name})" for name, read in drawn["read"].items())
+        psnr = f"PSNR {drawn['psnr']['median']:.1f} dB in the median, {drawn['psnr']['least']:.1f} dB at least"
+        console.print(f"{drawn['count']} pictures: texts right in {shares}; {psnr}: {out / 'pictures.png'}",
+                      highlight=False, soft_wrap=True)  # fmt: skip
     for line in report["said"]:
         console.print(line, highlight=False)
     [file] = sorted(out.glob("*.safetensors"))
@@ -178,27 +188,36 @@ def _schedules(kept: Kept, folder: Path, config: Mapping[str, Any]) -> list[Any]
     return schedules_for(scheduler, steps, sizes or [usual], kept.lightning, bool(config.get("zero_cond_t")))
 
 
+def _weighted(text: str) -> tuple[str, float]:
+    """NAME or NAME=WEIGHT."""
+    name, _, weight = text.rpartition("=")
+    try:
+        return (name, float(weight)) if name else (text, 1.0)
+    except ValueError:
+        return text, 1.0  # the name is refused, with what is wrong
+
+
 def _loras(names: list[str], layers: Any) -> tuple[list[tuple[Any, float]], list[dict[str, Any]]]:
     """The adapters of the files, with their weights, and what is said of them."""
-    from qwen_image_fast.models.lora_files import parse_lora, read_lora
+    from qwen_image_fast.models.lora_files import find_lora, parse_lora, read_lora
     from qwen_image_fast.models.lora_keys import component_config, split_components
     from qwen_image_fast.request_fields import Lora
     from qwen_image_fast.weights.places import single_file
 
     adapters, named = [], []
     for text in names:
-        name, _, scale = text.rpartition("=")
-        given = Lora(name=name, scale=float(scale)) if name else Lora(name=text)
-        path = single_file(given.name)
+        name, scale = _weighted(text)
+        Lora(name=name, scale=scale)  # a ValueError for a weight that is none
+        path = find_lora(Path(name)) if Path(name).is_dir() else single_file(name)
         state, config = read_lora(path)
         own, others = split_components(state)
         if others:
             raise ValueError(
                 f"--lora must be of the transformer alone, got {path}, which also changes the text encoder"
             )
-        adapters.append((parse_lora(own, layers, component_config(config, "transformer")), given.scale))
+        adapters.append((parse_lora(own, layers, component_config(config, "transformer")), scale))
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        named.append({"name": given.name, "scale": given.scale, "sha256": digest})
+        named.append({"name": name, "scale": scale, "sha256": digest})
     return adapters, named
 
 
@@ -223,8 +242,8 @@ def _check(
         err.print(f"{out}: comparing velocities with those of {report['model']}", markup=False, soft_wrap=True)
     pipe = QwenImagePipeline.from_pretrained(folder)
     for text in loras:
-        name, _, scale = text.rpartition("=")
-        pipe.set_adapters(pipe.load_lora_weights(name or text), float(scale) if name else 1.0)
+        name, scale = _weighted(text)
+        pipe.set_adapters(pipe.load_lora_weights(name), scale)
     if loras:
         pipe.fuse_lora()
     how = {"dtype": pipe.transformer.dtype} if report["precision"] == "fp8" else {"precision": report["precision"]}
@@ -241,12 +260,13 @@ def _check(
     if pictures:
         if show:
             err.print(f"{out}: drawing {pictures} pictures by both and reading them", markup=False, soft_wrap=True)
-        report["pictures"] = _pictures(pipe, small, side, pictures, out, report["precision"])
+        report["pictures"] = _pictures(pipe, small, side, pictures, out, report["precision"], show)
 
 
-def _pictures(pipe: Any, small: Any, side: int, count: int, out: Path, precision: str) -> dict[str, Any]:
+def _pictures(pipe: Any, small: Any, side: int, count: int, out: Path, precision: str, show: bool) -> dict[str, Any]:
     """Draw captions by both, read the texts, and write pairs of pictures side by side."""
     from PIL import Image
+    from tqdm import tqdm
 
     from qwen_image_fast.quantize_report import psnr, side_by_side
 
@@ -261,7 +281,8 @@ def _pictures(pipe: Any, small: Any, side: int, count: int, out: Path, precision
     for name, model in (("exact", exact), (precision, small)):
         pipe.transformer = model
         draw = drawn_by(pipe, seed=0, height=side, width=side, num_inference_steps=20, true_cfg_scale=1.0)
-        made[name] = list(evaluate(draw, cases, recipe, reader))
+        results = evaluate(draw, cases, recipe, reader)
+        made[name] = list(tqdm(results, desc=name, total=count, unit="picture", disable=not show))
     pipe.transformer = exact
     pairs = [(a.image, b.image) for a, b in zip(made["exact"], made[precision])]
     sheet = Image.fromarray(side_by_side(pairs[:48]))
