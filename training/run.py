@@ -260,5 +260,5 @@ def _digest(module: torch.nn.Module) -> str:
     """Of all weights and buffers, in 16 digits."""
     total = hashlib.sha256()
     for name, value in module.state_dict().items():
-        total.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        total.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:16]

@@ -1,12 +1,14 @@
-"""Small sets of prompts in the files of every benchmark, and pictures."""
+"""Small sets of prompts in the files of every benchmark, pictures, and judges that answer what they are told to."""
 
 import io
 import json
+import threading
 
 import numpy as np
 from PIL import Image
 
 from qwen_image_fast.training.evaluation.bench.benchmarks import BENCHMARKS
+from qwen_image_fast.training.evaluation.bench.judges import Judge
 from qwen_image_fast.training.evaluation.bench.run import BenchRun, digest
 
 
@@ -145,3 +147,73 @@ def started(name, folder, pictures=None, **settings):
 
 def coloured(prompts, sources, seeds):
     return [Image.fromarray(np.full((16, 16, 3), 10 * seed + 5, np.uint8)) for seed in seeds]
+
+
+DOG, CUP = {"class": "dog", "score": 0.99, "box": [0, 0, 9, 9]}, {"class": "cup", "score": 0.99, "box": [0, 0, 9, 9]}
+CAT = {**DOG, "class": "cat"}
+
+
+class Fake:
+    """A judge that answers by the first of `replies` whose key the question's key or words contain, and counts."""
+
+    def __init__(self, replies, name="judge"):
+        self.replies, self.asked, self.lock = replies, [], threading.Lock()
+        self.judge = Judge(name, "chat", self.answer)
+
+    def answer(self, question):
+        with self.lock:
+            self.asked.append(question.key)
+        for key, reply in self.replies.items():
+            if key in question.key or key in question.prompt:
+                if isinstance(reply, Exception):
+                    raise reply
+                return reply
+        raise AssertionError(question)
+
+
+def scores(run, judge, **options):
+    answers = run.judge(judge, 2, **options)
+    run.score(judge.name, answers)
+    result = json.loads((run.out / "results.json").read_text())
+    assert result["judge"] == judge.name and all(s["judge"] == judge.name for s in result["scores"])
+    return {s["name"]: s["value"] for s in result["scores"]}, result
+
+
+# Benchmark → what the judge answers, and what is scored, by hand.
+CASES = {
+    # Of four pictures of each prompt one has both animals, none has two cups.
+    "geneval": ({"00000-0": json.dumps([DOG, CAT]), "00000": json.dumps([DOG]), "00001": json.dumps([CUP] * 3)},
+                {"two_object": 0.25, "counting": 0.0, "overall": 0.125}),
+    # Three of four right: 3/4, and the root of a product with a zero.
+    "geneval2": ({"How many": "4", "white": "yes", "bicycles?": "no", "cars": "No."},
+                 {"count": 1, "attribute": 1, "object": 0.5, "atoms (arithmetic mean)": 0.75,
+                  "prompts (geometric mean)": 0}),
+    # Dog yes, red no, so left counts as no although it was yes; drawing yes: 2 of 4. Categories before that.
+    "dpg": ({"there a dog": "yes", "dog red": "no", "dog left": "yes", "drawing": "Yes"},
+            {"entity": 100, "attribute": 0, "relation": 100, "global": 100, "overall": 50}),
+    # Alignment: dog no, so red no. Text: "big SALE" without its last word of five letters and a space.
+    "oneig": ({"A dog?": "no", "Red?": "yes", "text-001": "big SALE"},
+              {"alignment": 0, "text": 1 - 6 * 1 * (1 / 3) / 100}),
+    # Short: one of two right; long: both.
+    "tiif": ({"short": "yes\nyes", "long": "1. yes\n2. no"},
+             {"color, short": 50, "color, long": 100, "overall, short": 50, "overall, long": 100}),
+    # Every picture says "WORD0 word1": two words of two, three, four and five. NED: 1 for those; for a word without its
+    # like the nearest, one letter of five away.
+    "cvtg": ({"": "WORD0\nword1"},
+             {"word accuracy, 2 regions": 1, "word accuracy, 3 regions": 2 / 3, "word accuracy, 4 regions": 0.5,
+              "word accuracy, 5 regions": 0.4, "word accuracy": 8 / 14,
+              "NED": (16 + 12 * (1 - 1 / 5.00001)) / 28}),
+    # One of three, one of one, none of one: two of five.
+    "chinese-word": ({"L1-04e00": "一", "L1": "未", "L2": "丁", "L3": "NONE"},
+                     {"level 1": 100 / 3, "level 2": 100, "level 3": 0, "overall": 40}),
+    # "to be or" of "to be or not to be".
+    "long-text": ({"": "To be, or"}, {"signs": 0.5, "overall": 0.5}),
+    # k0: least 4 and 9, root 6; k1: 0; k2: 8 and 8. Means over groups: SC (2 + 8) / 2, PQ (9 + 8) / 2, O (3 + 8) / 2.
+    "gedit": ({"k0-0.success": '{"score": [4, 9]}', "k1-0.success": '{"score": [0, 9]}',
+               "k2-0.success": '{"score": [8, 9]}', "k2-0.quality": '{"score": [8, 8]}',
+               "quality": '{"score": [9, 10]}'},
+              {"color_alter": 3, "text_change": 8, "SC": 5, "PQ": 8.5, "overall": 5.5}),
+    # 4 for the hat; 2 for the dog.
+    "imgedit": ({"1-0": "First: 5\nSecond: 4\nThird: 3", "2-0": "First: 2\nSecond: 2\nThird: 2"},
+                {"Add": 4, "Remove": 2, "overall": 3}),
+}  # fmt: skip

@@ -144,9 +144,11 @@ class PostTask(FlowTask):
         self.round, found = self._collected(prompts, number, doing)
         self.notes += self.guards.round(found)
         if not self.round.units:
+            one = found["dead_groups"] == 1
+            why = "those of each prompt have one reward" if one else "none is better by margin, or has the least reward"
             self.notes.append(
-                f"round {number}: nothing is learnt from its {found['pictures']:.0f} pictures, as those of each prompt "
-                "have one reward; prompts that are drawn rightly at times, or another reward, tell them apart"
+                f"round {number}: nothing is learnt from its {found['pictures']:.0f} pictures, as {why}; prompts that "
+                "are drawn rightly at times, or another reward, tell them apart"
             )
         return values | found
 
