@@ -16,17 +16,19 @@ WHEEL = $(shell ls $(VENV)/wheel/*.whl)
 $(VENV)/wheel/built: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -rf $(VENV)/wheel
-	@echo 'compiling the kernels; then torch and the rest are downloaded: some minutes'
+	@echo 'compiling the kernels: some minutes'
 	$(BIN)/pip wheel -q --disable-pip-version-check --no-deps -w $(VENV)/wheel .
 	touch $@
 
 $(VENV)/installed: $(VENV)/wheel/built
+	@echo 'installing torch, then the package with what it needs'
 	$(PIP) torch
 	$(PIP) --force-reinstall --no-deps $(WHEEL)
 	$(PIP) '$(WHEEL)[diffusers]'
 	touch $@
 
 $(VENV)/dev: $(VENV)/installed
+	@echo 'installing what training, evaluation, serving and the tests need'
 	$(PIP) '$(WHEEL)[diffusers,train,evaluate,data,serve,dev]'
 	touch $@
 

@@ -34,6 +34,7 @@ OTHERS = {
     b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"RIFF": "a WebP picture", b"GIF8": "a GIF picture",
     b"GGUF": "a GGUF file", b"%PDF": "a PDF", b"\x1f\x8b": "a gzip archive", b"7z\xbc\xaf": "a 7z archive",
 }  # fmt: skip
+TEXT = b"\t\n\r" + bytes(range(32, 127))  # a header's length, of 8 bytes, has zeros among them
 CONVERT = "where you trust it, convert it: safetensors.torch.save_file(torch.load(file, weights_only=True), new_file)"
 READERS = 4  # threads; one alone is bound by the copy out of the page cache
 SMALLEST_MAPPED = 1 << 18  # bytes; a mapping takes whole pages, and its first access a fault
@@ -74,6 +75,8 @@ def read_header(path: str | os.PathLike) -> dict[str, Entry]:
                 raise ValueError(f"{path} is a pickle, which can run code, and is not read: {CONVERT}") from error
             elif kind := next((kind for mark, kind in OTHERS.items() if start.startswith(mark)), None):
                 raise ValueError(f"{path} is {kind}, not a safetensors file") from error
+            elif start and all(byte in TEXT for byte in start):
+                raise ValueError(f"{path} is a text, not a safetensors file") from error
             raise ValueError(f"read_header: {path} ({path.stat().st_size} bytes) {what}; download it again") from error
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

@@ -45,6 +45,12 @@ def files(tmp_path_factory):
         write_gguf(folder / f"{name}.gguf", tensors, {"general.architecture": architecture})
     whole = (folder / "q8.gguf").read_bytes()
     (folder / "cut.gguf").write_bytes(whole[: len(whole) // 2])
+    (folder / "notes.safetensors").write_text("what I wanted to do\n")
+    pair = {
+        f"transformer.{LAYER}.lora_A.weight": torch.zeros(4, 192),
+        f"transformer.{LAYER}.lora_B.weight": torch.zeros(192, 4),
+    }
+    save_file(pair, folder / "lora.safetensors")
     return folder
 
 
@@ -73,7 +79,9 @@ CASES = [
         2,
         "as int8 rotated 64: load it with precision='int8' (--precision int8), or",
     ),
-    ("int8.safetensors", "--precision int8 --memory 1MB", 1, "memory_limit must be at least "),
+    ("int8.safetensors", "--precision int8 --memory 1MB", 1, "--memory must be at least "),
+    ("lora.safetensors", "", 2, "those of a LoRA, which load_lora_weights (--lora) adds to a model"),
+    ("notes.safetensors", "", 2, "notes.safetensors is a text, not a safetensors file"),
 ]
 
 

@@ -29,7 +29,7 @@ def test_inspect_prints_the_plan(monkeypatch):
     [
         (("inspect", "tiny", "--precision", "int8"), "--precision has no effect without --memory"),
         (("inspect", "tiny", "--memory", "3GB", "--precision", "int2"), "--precision must be int8 or int4, got int2"),
-        (("inspect", "tiny", "--memory", "1MB"), "memory_limit must be at least"),
+        (("inspect", "tiny", "--memory", "1MB"), "--memory must be at least"),
         (("inspect", "tiny", "--memory", "much"), "--memory must be a positive number of bytes or a string like '4GB'"),
         (("generate", "a fox", "--memory", "-3"), "--memory must be a positive number of bytes or a string like '4GB'"),
     ],

@@ -15,6 +15,7 @@ from qwen_image_fast.training.evaluation.bench import judges
 from qwen_image_fast.training.evaluation.bench.answers import AnswerFile
 from qwen_image_fast.training.evaluation.bench.benchmarks import BENCHMARKS, PUBLISHED, PUBLISHED_JUDGE
 from qwen_image_fast.training.evaluation.bench.cli import NAMES
+from qwen_image_fast.training.evaluation.bench.run import BenchRun
 
 
 def test_all_benchmarks_are_tested():
@@ -212,6 +213,10 @@ def endpoint():
     server.server_close()
 
 
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
 def test_the_command_from_a_model_to_a_page(tiny_folder, endpoint, tmp_path, monkeypatch):
     """Pictures of a model with random weights, judged by an endpoint; the second time nothing is drawn or asked."""
     monkeypatch.chdir(tmp_path)
@@ -221,6 +226,7 @@ def test_the_command_from_a_model_to_a_page(tiny_folder, endpoint, tmp_path, mon
                  "--steps", "1", "--guidance", "1"]  # fmt: skip
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
+    assert "2 pictures of 32 x 32 px in 1 steps are to be drawn" in result.output
     assert "run again with --judge" in result.output and len(list((tmp_path / "out/pictures").iterdir())) == 2
     judged = ["--judge", f"http://127.0.0.1:{endpoint.server_port}/v1", "--judge-model", "oracle", "--judge-key", "key"]
     for _ in range(2):
@@ -228,6 +234,10 @@ def test_the_command_from_a_model_to_a_page(tiny_folder, endpoint, tmp_path, mon
         assert result.exit_code == 0, result.output
         assert "by oracle" in result.output and "| overall, short | 100 |" in result.output
         assert len(endpoint.asked) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(BenchRun, "judge", interrupted)
+        result = CliRunner().invoke(app, [*arguments, *judged])
+    assert result.exit_code == 130 and "is kept in out: the same command goes on" in result.output, result.output
     body, key = endpoint.asked[0]
     assert body["model"] == "oracle" and body["temperature"] == 0 and key == "Bearer secret"
     url = body["messages"][1]["content"][0]["image_url"]["url"]

@@ -95,9 +95,10 @@ def print_error(sentence: object) -> None:
 
 
 def sentence_of(error: object) -> str:
-    """On one line, without the name of the function that found it, which errors of the Python API begin with."""
+    """On one line, as said to somebody at a terminal: errors of the Python API begin with a function's name."""
     text = system_sentence(error) if isinstance(error, OSError) else str(error)
-    return re.sub(r"^[a-z]+(_[a-z0-9]+)+: ", "", " ".join(text.split()))
+    text = re.sub(r"^[a-z]+(_[a-z0-9]+)+: ", "", " ".join(text.split()))
+    return re.sub(r"^memory_limit\b", "--memory", text)  # as the option is called
 
 
 def plain(text: object) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,7 @@ REFUSED = {
     ".scales": "MLX or another tool",
     ".weight_scale": "integers with scales and no word whether they are rotated",
 }
+_ADAPTER = re.compile(r"\.(lora[._](A|B|down|up)\.|hada_w1|lokr_w[12])")
 INSTEAD = "take a GGUF, a ComfyUI or a bfloat16 file of the model"
 
 
@@ -93,7 +95,10 @@ def check_part(opened: Opened, files: Sequence[Path], part: str) -> None:
     """ValueError where the files hold something else than this part of a model."""
     if not any(names.KNOWN[part].fullmatch(name) for name in opened.weights):
         some = ", ".join(list(opened.weights)[:3]) or "no tensor"
-        they = f"those of {own}" if (own := whose(opened.stored)) else f"{some}, ..."
+        own = whose(opened.stored)
+        if any(_ADAPTER.search(name) for name in opened.weights):
+            own = "a LoRA, which load_lora_weights (--lora) adds to a model"
+        they = f"those of {own}" if own else f"{some}, ..."
         raise ValueError(f"{' and '.join(map(str, files))}: these are not the weights of {CALLED[part]}: {they}")
 
 

@@ -85,11 +85,15 @@ def bench_command(
     run = BenchRun(name, language, items[: count or None], pictures or benchmark.pictures, folder, settings)
     with claimed(folder):
         run.open()
-        _draw(run, model, grids, size, steps, guidance, seed, batch)
-        if who is None:
-            print(f"pictures are in {folder / 'pictures'}; run again with --judge to score them")
-            return
-        rows, notes = _judged(run, who, scorer, parallel)
+        try:
+            _draw(run, model, grids, size, steps, guidance, seed, batch)
+            if who is None:
+                print(f"pictures are in {folder / 'pictures'}; run again with --judge to score them")
+                return
+            rows, notes = _judged(run, who, scorer, parallel)
+        except KeyboardInterrupt:
+            typer.echo(f"\nwhat was drawn and answered is kept in {folder}: the same command goes on", err=True)
+            raise
         print("\n".join([markdown(rows), *notes]))
     print(f"results.json and report.html are in {folder}")
 
@@ -119,13 +123,15 @@ def _draw(
         local_folder(model)
     except OSError as error:
         raise typer.BadParameter(str(error)) from error
-    typer.echo(f"{model}: loading torch", err=True)
+    editing = run.items[0].source is not None
+    what = f"pictures of {'their sources' if editing else f'{size} x {size} px'} in {steps} steps"
+    typer.echo(f"{missing} {what} are to be drawn (--size, --steps, --count); {model}: loading torch", err=True)
     from tqdm import tqdm
 
     from qwen_image_fast.training.evaluation.bench.drawing import drawn_by
 
     draw = drawn_by(
-        model, run.items[0].source is not None, size, num_inference_steps=steps, true_cfg_scale=guidance,
+        model, editing, size, num_inference_steps=steps, true_cfg_scale=guidance,
         negative_prompt=" " if guidance > 1 else None,
     )  # fmt: skip
     total = len(run.items) * run.pictures
