@@ -19,6 +19,7 @@ from qwen_image_fast.training.evaluation.cases import (
     psnr_outside,
 )
 from qwen_image_fast.training.evaluation.colour_metrics import ground_colour, text_colour
+from qwen_image_fast.training.evaluation.evaluate_edit import evaluate_edits
 from qwen_image_fast.training.evaluation.text_metrics import edit_distance, score, summarise
 from qwen_image_fast.training.synthesis.generator import make
 from qwen_image_fast.training.synthesis.recipe import tiny
@@ -87,6 +88,16 @@ def test_held_out_cases_quote_words_that_training_never_shows():
     for pair in held_out_edits(dataclasses.replace(RECIPE, max_lines=1, edits_of_pictures=1.0), 3, "move"):
         # Of rows alone a shape is moved.
         assert pair.kind == "move" and all(is_held_out(text) for text in pair.source_lines) and pair.source_lines
+
+
+def test_the_right_answer_counts_as_done_wherever_a_text_was_added():
+    pytest.importorskip("rapidocr")
+    recipe = dataclasses.replace(RECIPE, max_lines=1, max_letters=6, random_strings=0.0, edits_of_pictures=1.0)
+    pairs = [pair for pair in held_out_edits(recipe, 24, "add") if len(pair.target_lines) == 2]
+    above = [pair for pair in pairs if pair.target_lines[1] in pair.source_lines]
+    assert above and len(above) < len(pairs)
+    results = list(evaluate_edits(lambda part, _: [pair.target for pair in part], pairs, ocr.Reader()))
+    assert [result.read for result in results if not result.done] == []
 
 
 def test_prompt_files(tmp_path):

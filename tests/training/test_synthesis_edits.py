@@ -7,6 +7,7 @@ from synthesis_helpers import languages, mixed, needs_chinese, only
 from qwen_image_fast.training.evaluation.things import things
 from qwen_image_fast.training.synthesis import make, make_edit, quoted_texts, tiny
 from qwen_image_fast.training.synthesis.recipe import EDITS, STRATEGIES, VISION
+from qwen_image_fast.training.synthesis.sample import reading_order
 
 pytestmark = pytest.mark.usefixtures("one_photograph")
 
@@ -81,6 +82,11 @@ def test_elements_of_pairs_stand_on_rows(rows):
 def test_tiny_pairs(size):
     pairs = [make_edit(tiny(size), 0, index) for index in range(40)]
     assert {pair.kind for pair in pairs} >= {"text", "colour", "ground", "add", "remove", "reconstruct"}
+
+
+def test_boxes_are_read_by_rows():
+    low, right, left, top = (10, 60, 40, 80), (70, 33, 90, 49), (5, 30, 60, 50), (50, 2, 90, 20)
+    assert reading_order([low, right, left, top]) == [3, 2, 1, 0] and reading_order([]) == []
 
 
 def in_pictures(**changes):

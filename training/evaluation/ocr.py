@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from qwen_image_fast.extras import needed_for
+from qwen_image_fast.training.synthesis.sample import reading_order
 
 # A picture is enlarged by a whole factor until its shorter side has so many pixels: the detector was made for pages.
 _LEAST_SIDE = 256
@@ -64,7 +65,7 @@ class Reader:
             (left, top), (right, bottom) = corners.min(0) / factor, corners.max(0) / factor
             box = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
             lines.append(Line(text.strip(), box, float(score)))
-        return sorted(lines, key=lambda line: (line.box[1], line.box[0]))
+        return [lines[i] for i in reading_order([line.box for line in lines])]
 
 
 def _corners(boxes: np.ndarray | None) -> np.ndarray:

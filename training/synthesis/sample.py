@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +88,20 @@ def quote(text: str, language: str) -> str:
         if opening not in text and closing not in text:
             return f"{opening}{text}{closing}"
     raise ValueError(f"quote: text must leave one kind of quotation marks unused, got {text}")
+
+
+def reading_order(boxes: Sequence[Box]) -> list[int]:
+    """Numbers of the boxes as their texts are read: rows from top to bottom, each from left to right.
+
+    A box is in the row of the topmost one that is left if its middle is beside that one.
+    """
+    left, order = sorted(range(len(boxes)), key=lambda i: boxes[i][1]), []
+    while left:
+        first = boxes[left[0]]
+        row = [i for i in left if 2 * first[1] <= boxes[i][1] + boxes[i][3] <= 2 * first[3]]
+        order += sorted(row, key=lambda i: boxes[i][0])
+        left = [i for i in left if i not in row]
+    return order
 
 
 def quoted_texts(caption: str) -> tuple[str, ...]:

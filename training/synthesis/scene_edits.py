@@ -18,7 +18,7 @@ from .colours import COLOURS, LEAST_CONTRAST, contrast, readable_on
 from .edit_words import COLUMNS, ROWS, Element, any_name, definite, indefinite, instruction_of, place_name
 from .fonts import faces_for
 from .recipe import SynthesisRecipe
-from .sample import Box, EditSample, quote
+from .sample import Box, EditSample, quote, reading_order
 
 Changed = tuple[Scene, Scene, dict[str, str]]  # source, target, the words of the instruction
 _MARGIN = 0.04  # of the shorter side: between the edge and what stands at it
@@ -40,10 +40,10 @@ def make_pair(
     source, target, words = changed
     only = max(len(source.elements), len(target.elements)) == 1
     instruction = instruction_of(rng, kind, language, only=only, **words)
-    boxes = tuple(element_box(element) for element in target.elements if isinstance(element, TextElement))
+    boxes = tuple(element_box(element) for element in _texts(target))
     return EditSample(
-        render_scene(source), render_scene(target), instruction, _mask(source, target), kind, language, _texts(source),
-        _texts(target), strategy, boxes,
+        render_scene(source), render_scene(target), instruction, _mask(source, target), kind, language, _lines(source),
+        _lines(target), strategy, boxes,
     )  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def _added(recipe: SynthesisRecipe, rng: random.Random, scene: Scene, strategy: 
     if strategy == "pure" and rng.random() < 0.4:
         text = recipe.words().text(rng, language, recipe.longest(language))
         face, margin = rng.choice(recipe.faces(language)), _margin(scene.size)
-        if text in _texts(scene) or not faces_for((face,), text):
+        if text in _lines(scene) or not faces_for((face,), text):
             return None
         room = scene.size[0] - 2 * margin, scene.size[1] // 4
         font_size = fit_size((text,), face, room, smallest=recipe.legible(language), largest=recipe.largest())
@@ -225,7 +225,7 @@ def _changed(
     if not isinstance(element, TextElement):
         return None
     new = _rewritten(recipe, rng, element, band, language)
-    if new is None or new.text in _texts(scene):
+    if new is None or new.text in _lines(scene):
         return None
     words = {"old": quote(element.text, language), "new": quote(new.text, language)}
     return scene, _with(scene, element, new), words
@@ -302,8 +302,14 @@ def _suits(ground: str, elements: tuple[Element, ...]) -> bool:
     return all(contrast(element.colour, ground) >= LEAST_CONTRAST for element in elements)
 
 
-def _texts(scene: Scene) -> tuple[str, ...]:
-    return tuple(element.text for element in scene.elements if isinstance(element, TextElement))
+def _texts(scene: Scene) -> list[TextElement]:
+    """As they are read."""
+    texts = [element for element in scene.elements if isinstance(element, TextElement)]
+    return [texts[i] for i in reading_order([element_box(element) for element in texts])]
+
+
+def _lines(scene: Scene) -> tuple[str, ...]:
+    return tuple(element.text for element in _texts(scene))
 
 
 def _mask(source: Scene, target: Scene) -> np.ndarray:
