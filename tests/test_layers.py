@@ -27,7 +27,7 @@ LAYERS = [
 ABOVE = ("cli", "doctor", "doctor_cases", "serving", "training")
 # The rooms of training/, from the bottom up. A file may stand on another floor than its room.
 TRAINING = [
-    {"blas", "randomness", "terminal", "text_files"},
+    {"blas", "randomness", "terminal", "text_files", "worker_pool"},
     {"recipe"},
     {"synthesis"},
     {"evaluation"},

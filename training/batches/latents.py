@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +18,7 @@ from qwen_image_fast.files import atomic_write
 from qwen_image_fast.models.rope import ImageShape
 from qwen_image_fast.pipelines.latents import pack_latents
 from qwen_image_fast.training.recipe.fields import differences
+from qwen_image_fast.training.worker_pool import worker_pool
 
 TOKENS, PIXELS, INDEX, META = "tokens.raw", "pixels.raw", "index.jsonl", "cache.json"
 JOURNAL = "unfinished.jsonl"  # of a cache that is being written: what it is made of, then a line for each span
@@ -185,7 +184,7 @@ def _encoded(
     if not workers:
         yield from (_encode_span(vae, samples, span) for span in spans)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (vae, samples)) as pool:
+    with worker_pool(workers, _start_worker, vae, samples) as pool:
         yield from pool.map(_encode_in_worker, spans)
 
 

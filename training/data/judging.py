@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from qwen_image_fast.files import atomic_write
 from qwen_image_fast.training import blas
+from qwen_image_fast.training.worker_pool import worker_pool
 
 from .audit import ROWS, AuditWriter
 from .caption_sets import read_in_sets
@@ -141,7 +140,8 @@ def _with_pool(
 ) -> list[tuple[int, Part]]:  # fmt: skip
     """Judge parts until there are none, or until a process ends; those that were then under way."""
     under_way: dict[Future[int], tuple[int, Part]] = {}
-    with _pool(workers, recipe, journal, filters) as pool:
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with worker_pool(workers, _start, recipe, journal.folder.parent, filters, threads) as pool:
         try:
             for number, part in waiting:
                 under_way[pool.submit(_judge_part, number, part)] = number, part
@@ -169,7 +169,7 @@ def _alone(recipe: FilterRecipe, journal: Journal, filters: MakeFilters, number:
     while True:
         before = journal.attempt(number)
         try:
-            with _pool(1, recipe, journal, filters) as pool:
+            with worker_pool(1, _start, recipe, journal.folder.parent, filters, os.cpu_count() or 1) as pool:
                 pool.submit(_judge_part, number, part).result()
             return
         except BrokenProcessPool as error:
@@ -181,12 +181,6 @@ def _alone(recipe: FilterRecipe, journal: Journal, filters: MakeFilters, number:
                 ) from error
 
 
-def _pool(workers: int, recipe: FilterRecipe, journal: Journal, filters: MakeFilters) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")  # threads of this process do not survive a fork
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    return ProcessPoolExecutor(workers, context, _start, (recipe, journal.folder.parent, filters, threads))
-
-
 _in_this_process: list[Callable[[], PartJudge]] = []  # of a worker: what makes its judge, then the judge itself
 
 
@@ -194,9 +188,6 @@ def _start(recipe: FilterRecipe, out: Path, filters: MakeFilters, threads: int) 
     import torch
 
     torch.set_num_threads(threads)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # killed, it tells nobody
     made: list[PartJudge] = []
 
     def judge_of_process() -> PartJudge:

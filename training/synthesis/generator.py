@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import multiprocessing
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from typing import Any, TypeVar
+
+from qwen_image_fast.training.worker_pool import worker_pool
 
 from . import complex as complex_layouts
 from . import compositional, pure, scenes, shapes
@@ -132,8 +133,7 @@ def _stream(
         return
     end = None if count is None else start + count
     begins = itertools.count(start, _CHUNK) if end is None else range(start, end, _CHUNK)
-    # Spawned, because forking a process whose torch has started threads can deadlock.
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    pool = worker_pool(workers)
     try:
         waiting: deque[Future[list[Any]]] = deque()
         for begin in begins:
