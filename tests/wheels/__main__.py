@@ -146,7 +146,12 @@ def main() -> None:
         if not tag:
             parser.error(f"--python must be TAG=PROGRAM, such as cp311=/opt/python/bin/python3.11, got {given}")
         named[tag] = python
-    torch = dict(given.split("=", 1) for given in chosen.torch)
+    torch = {}
+    for given in chosen.torch:
+        tag, _, requirement = given.partition("=")
+        if not re.fullmatch(r"cp\d+t?", tag) or not requirement:
+            parser.error(f"--torch must be TAG=REQUIREMENT, such as cp311=torch==2.13.0, got {given}")
+        torch[tag] = requirement
     system = (
         platform.freedesktop_os_release()["PRETTY_NAME"] if hasattr(platform, "freedesktop_os_release") else "Linux"
     )
