@@ -26,12 +26,13 @@ def test_it_is_small_and_holds_no_code():
 
 
 def test_its_answers_are_better_than_those_that_need_no_model(editor):
-    tasks = [one for kind in ("depth", "segment") for one in held_out_tasks(kind, 4, seed=1)]
+    tasks = [one for kind in ("depth", "segment", "view") for one in held_out_tasks(kind, 4, seed=1)]
     edit = edited_by(editor, seed=0, num_inference_steps=8, true_cfg_scale=1.0)
     found = summary(list(evaluate(edit, tasks, lambda pictures: through(editor.vae, pictures), batch=8)))
-    depth, segment = found["depth"], found["segment"]
+    depth, segment, view = found["depth"], found["segment"], found["view"]
     assert depth["model"]["AbsRel"] < 0.8 * depth["trivial"]["AbsRel"]
     assert segment["model"]["IoU"] > 0.7 > 0.2 > segment["trivial"]["IoU"]
+    assert view["model"]["PSNR"] > view["trivial"]["PSNR"] + 1.5
     assert depth["right, through its VAE"]["AbsRel"] < 0.02
     assert segment["right, through its VAE"]["IoU"] > 0.98
 
