@@ -19,7 +19,7 @@ from qwen_image_fast.training.evaluation.cases import (
     psnr_outside,
 )
 from qwen_image_fast.training.evaluation.colour_metrics import ground_colour, text_colour
-from qwen_image_fast.training.evaluation.evaluate_edit import evaluate_edits
+from qwen_image_fast.training.evaluation.evaluate_edit import EditResult, evaluate_edits
 from qwen_image_fast.training.evaluation.text_metrics import edit_distance, score, summarise
 from qwen_image_fast.training.synthesis.generator import make
 from qwen_image_fast.training.synthesis.recipe import tiny
@@ -98,6 +98,13 @@ def test_the_right_answer_counts_as_done_wherever_a_text_was_added():
     assert above and len(above) < len(pairs)
     results = list(evaluate_edits(lambda part, _: [pair.target for pair in part], pairs, ocr.Reader()))
     assert [result.read for result in results if not result.done] == []
+
+
+def test_a_text_that_moved_and_cannot_be_read_is_not_done():
+    (pair,) = held_out_edits(dataclasses.replace(RECIPE, max_lines=1, edits_of_pictures=1.0), 1, "move")
+    right, wrong = (score(pair.target_lines, read) for read in (pair.target_lines, ("OLRET",)))
+    result = EditResult(pair, pair.target, pair.target_lines, right, 40.0, 40.0, True)
+    assert result.done and not dataclasses.replace(result, read=("OLRET",), score=wrong).done
 
 
 def test_prompt_files(tmp_path):

@@ -48,6 +48,13 @@ def seen_done(pair: EditSample, image: np.ndarray) -> bool | None:
     return _same_colour(lambda picture, names: text_colour(picture, box, names), image, pair.target, TINY_TEXT_COLOURS)
 
 
+def must_be_read(pair: EditSample) -> bool:
+    """Whether the edit is done only if the texts can be read too: where one was changed, added or moved, or the ground
+    was. Strokes near enough to be seen in their place may be those of other letters."""
+    comes = pair.kind == "add" and pair.target_lines != pair.source_lines
+    return bool(pair.target_lines) and (pair.kind in ("text", "ground", "move") or comes)
+
+
 def as_placed(pair: EditSample, image: np.ndarray) -> EditSample:
     """A pair of the kind add with the new thing where the picture, uint8 [H, W, 3], has one; other pairs as they are.
 

@@ -12,7 +12,7 @@ import numpy as np
 from qwen_image_fast.checkpoint import json_bytes
 from qwen_image_fast.files import atomic_write
 from qwen_image_fast.training.evaluation.cases import psnr_outside
-from qwen_image_fast.training.evaluation.edit_checks import KEPT, as_placed, seen_done
+from qwen_image_fast.training.evaluation.edit_checks import KEPT, as_placed, must_be_read, seen_done
 from qwen_image_fast.training.evaluation.ocr import Reader
 from qwen_image_fast.training.evaluation.text_metrics import TextScore, score, summarise
 from qwen_image_fast.training.synthesis.fonts import find_fonts
@@ -41,11 +41,9 @@ class EditResult:
     def done(self) -> bool | None:
         """The edit was made and nothing else: what must be seen is seen, what must be read is read, and outside of the
         change the picture keeps 28 dB. None: pixels cannot tell."""
-        pair = self.pair
-        if self.seen is None and pair.kind != "text":
+        if self.seen is None and self.pair.kind != "text":
             return None
-        comes = pair.kind == "add" and pair.target_lines != pair.source_lines
-        reads = self.score.exact or not (pair.kind in ("text", "ground") or comes)
+        reads = self.score.exact or not must_be_read(self.pair)
         return self.seen is not False and reads and not self.outside < KEPT
 
 

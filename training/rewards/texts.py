@@ -9,7 +9,7 @@ import numpy as np
 from qwen_image_fast.training.evaluation.bands import BandReader, bands
 from qwen_image_fast.training.evaluation.cases import psnr_outside
 from qwen_image_fast.training.evaluation.colour_metrics import ground_colour, text_colour
-from qwen_image_fast.training.evaluation.edit_checks import KEPT, as_placed, seen_done
+from qwen_image_fast.training.evaluation.edit_checks import KEPT, as_placed, must_be_read, seen_done
 from qwen_image_fast.training.evaluation.ocr import Reader
 from qwen_image_fast.training.evaluation.text_metrics import edit_distance
 from qwen_image_fast.training.recipe.rewards import TextReward
@@ -94,7 +94,8 @@ def colours_right(picture: np.ndarray, asked: Asked) -> list[bool] | None:
 class Edit:
     """Whether an edit was done, times what is left of the rest: 1 from 28 dB outside the edit's mask on, 0 at 18 dB.
 
-    A changed text is read; every other kind is judged by pixels against the pair's target (`edit_checks.py`).
+    Texts that were changed, added or moved are read, and those whose ground was; every other kind is judged by pixels
+    alone against the pair's target (`edit_checks.py`).
     """
 
     name = "edit"
@@ -114,11 +115,10 @@ class Edit:
         pair = asked.edit
         assert pair is not None
         pair = as_placed(pair, picture)
-        done = seen_done(pair, picture)
-        if done is None:
+        seen = seen_done(pair, picture)
+        value = float(seen is not False)
+        if seen is None or (seen and must_be_read(pair)):
             self._reader = self._reader or Reader(side=320, turned=False)
             value = likeness("".join(line.text for line in self._reader.read(picture)), "".join(pair.target_lines))
-        else:
-            value = float(done)
         kept = psnr_outside(picture, pair.target, pair.mask)
         return value if np.isnan(kept) else value * float(np.clip((kept - _LOST) / (KEPT - _LOST), 0, 1))
