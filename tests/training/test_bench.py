@@ -227,6 +227,8 @@ def test_the_command_from_a_model_to_a_page(tiny_folder, endpoint, tmp_path, mon
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "2 pictures of 32 x 32 px in 1 steps are to be drawn" in result.output
+    next((tmp_path / "out/pictures").iterdir()).unlink()
+    assert "1 pictures are there, 1 pictures of 32 x 32 px" in CliRunner().invoke(app, arguments).output
     assert "run again with --judge" in result.output and len(list((tmp_path / "out/pictures").iterdir())) == 2
     judged = ["--judge", f"http://127.0.0.1:{endpoint.server_port}/v1", "--judge-model", "oracle", "--judge-key", "key"]
     for _ in range(2):

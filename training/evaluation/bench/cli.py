@@ -124,8 +124,10 @@ def _draw(
     except OSError as error:
         raise typer.BadParameter(str(error)) from error
     editing = run.items[0].source is not None
+    total = len(run.items) * run.pictures
+    there = f"{total - missing} pictures are there, " if missing < total else ""
     what = f"pictures of {'their sources' if editing else f'{size} x {size} px'} in {steps} steps"
-    typer.echo(f"{missing} {what} are to be drawn (--size, --steps, --count); {model}: loading torch", err=True)
+    typer.echo(f"{there}{missing} {what} are to be drawn (--size, --steps, --count); {model}: loading torch", err=True)
     from tqdm import tqdm
 
     from qwen_image_fast.training.evaluation.bench.drawing import drawn_by
@@ -134,7 +136,6 @@ def _draw(
         model, editing, size, num_inference_steps=steps, true_cfg_scale=guidance,
         negative_prompt=" " if guidance > 1 else None,
     )  # fmt: skip
-    total = len(run.items) * run.pictures
     with tqdm(total=total, initial=total - missing, unit="picture") as bar:
         run.draw(draw, seed, batch, bar.update)
 
