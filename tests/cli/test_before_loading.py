@@ -129,7 +129,7 @@ def test_inputs_that_cannot_be(command, args, text, folders, files):
     [
         ("vae", lambda f: f.write_bytes(f.read_bytes()[:-8]), "truncated"),
         ("transformer", Path.unlink, "has no diffusion_pytorch_model.safetensors"),
-        ("text_encoder", lambda f: f.write_bytes(b"not this"), "not safetensors"),
+        ("text_encoder", lambda f: f.write_bytes(b"not this"), "is a text, not a safetensors file"),
     ],
 )
 def test_a_folder_with_a_damaged_part(part, damage, text, in_tmp):

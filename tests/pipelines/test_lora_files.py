@@ -375,6 +375,6 @@ def test_errors(pipe, tmp_path):
     save_file(good, tmp_path / "m.safetensors", metadata={"lora_adapter_metadata": "{nothing"})
     with pytest.raises(ValueError, match="lora_adapter_metadata of .*m.safetensors must be a JSON object"):
         pipe.load_lora_weights(tmp_path)
-    (tmp_path / "x.safetensors").write_bytes(b"nothing")
+    (tmp_path / "x.safetensors").write_bytes(b"\1nothing")
     with pytest.raises(ValueError, match="is truncated or not safetensors"):
         pipe.load_lora_weights(tmp_path / "x.safetensors")

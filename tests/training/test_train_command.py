@@ -293,3 +293,22 @@ def test_a_missing_package_is_said_before_anything_is_read(small, tmp_path, monk
     found = run("train", "lora", "--images", "pictures", "--model", "tiny", "--out", tmp_path / "out")
     assert found.exit_code and "training needs the package tensorboard" in " ".join(found.output.split())
     assert "looking at" not in found.output and not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_cache_says_that_it_is_kept(tmp_path, monkeypatch):
+    from qwen_image_fast.training.batches import latents
+
+    encode, done = latents._encode_span, []
+
+    def second_is_interrupted(*given):
+        done.append(given)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return encode(*given)
+
+    monkeypatch.setattr(latents, "_encode_span", second_is_interrupted)
+    command = ["cache-latents", "tiny/1-shapes", "model.folder=tiny", "--count", "80", "--out", str(tmp_path / "cache")]
+    stopped = CliRunner().invoke(app, command)
+    assert stopped.exit_code == 130 and "the same command goes on" in " ".join(stopped.stderr.split()), stopped.output
+    monkeypatch.undo()
+    assert CliRunner().invoke(app, command).exit_code == 0

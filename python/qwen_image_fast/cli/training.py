@@ -86,9 +86,15 @@ def cache_latents(
 
         sources = sources_of(chosen)
         err.print(f"{chosen.name}: loading torch and {described(chosen)}", markup=False, soft_wrap=True)
+        from qwen_image_fast.training.batches.latents import JOURNAL
         from qwen_image_fast.training.run import cache_latents as run
 
-        run(recipe, overrides or (), out, count, sources)
+        try:
+            run(recipe, overrides or (), out, count, sources)
+        except KeyboardInterrupt:
+            if (out.expanduser() / JOURNAL).exists():
+                err.print(f"\nwhat is encoded is kept in {out}: the same command goes on", markup=False, soft_wrap=True)
+            raise
     print(out)
 
 
