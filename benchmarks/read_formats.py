@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import processor_name
-from qwen_image_fast.weights import scales
+from qwen_image_fast.weights import nunchaku, scales
 from qwen_image_fast.weights.bitsandbytes import _decoder
 from qwen_image_fast.weights.gguf_types import BLOCK_TYPES
 from qwen_image_fast.weights.reading import CHUNK, is_finite
@@ -45,6 +45,10 @@ def formats() -> dict[str, tuple[Decode, dict[str, Tensor], int]]:
     nf4 = {"weight": torch.randint(0, 256, (blocks, 32), dtype=torch.uint8), "quant_map": torch.linspace(-1, 1, 16)}
     nf4 |= {"absmax": torch.randint(0, 256, (blocks,), dtype=torch.uint8), "nested_absmax": torch.ones(blocks // 256)}
     nf4 |= {"nested_quant_map": torch.linspace(0, 1, 256)}
+    tile, rank = nunchaku.TILE, 32
+    svdquant = {"weight": torch.randint(-128, 128, (1, tile * SIDE // 2), dtype=torch.int8)}
+    svdquant |= {"scale": torch.ones(1, tile * SIDE // 64), "smooth": torch.ones(SIDE)}
+    svdquant |= {"up": torch.ones(tile // 16, 16 * rank), "down": torch.ones(SIDE, rank)}
     size = rows * SIDE
     found: dict[str, tuple[Decode, dict[str, Tensor], int]] = {
         "float8 scaled": (scales.per_tensor, {"weight": float8, "scale": torch.tensor(0.01)}, size),
@@ -53,6 +57,7 @@ def formats() -> dict[str, tuple[Decode, dict[str, Tensor], int]]:
         "int8 rotated 256": (scales.rotated(256), {"weight": q, "scale": row}, size),
         "int4 groups, rotated 256": (scales.grouped(SIDE, 4, 16, 256), grouped, size),
         "bitsandbytes nf4": (_decoder(256, 0.1), nf4, CHUNK),
+        "nunchaku int4": (nunchaku.decode, svdquant, nunchaku.TILE * SIDE),
     }
     for block in BLOCK_TYPES.values():
         # Without the highest bit of an exponent every scale is finite.
@@ -84,7 +89,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     ours, theirs = formats(), by_gguf()
-    out = torch.empty(CHUNK, dtype=torch.bfloat16)
+    out = torch.empty(max(size for _, _, size in ours.values()), dtype=torch.bfloat16)
     seconds: dict[str, list[float]] = {name: [] for name in ours}
     beside: dict[str, list[float]] = {name: [] for name in theirs}
     for _ in range(options.rounds):

@@ -1,5 +1,6 @@
 """`from_single_file`: the tiny model as other tools write it, against the model of the dequantised numbers."""
 
+import json
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from huggingface_hub import errors
 from torch.utils._python_dispatch import TorchDispatchMode
-from weights.writers import as_q8_0, q8_0, text_bytes, write_gguf, write_safetensors
+from weights.writers import as_nunchaku, as_q8_0, q8_0, text_bytes, write_gguf, write_safetensors
 
 from qwen_image_fast.models.transformer import QwenImageTransformer2DModel
 from qwen_image_fast.models.vae import AutoencoderKLQwenImage
@@ -74,6 +75,24 @@ def test_comfyui(tiny_folder, tmp_path, transformer):
     config = dict(transformer.config)
     model = QwenImageTransformer2DModel.from_single_file(str(path), config=config, torch_dtype=torch.float32)
     assert_state(model, expected, close=True)
+
+
+def test_nunchaku(tmp_path):
+    """Its heads and sizes are known by the shapes, as those of other files; the branch is a sum of products."""
+    torch.manual_seed(0)
+    sizes = {"num_layers": 2, "num_attention_heads": 1, "joint_attention_dim": 64, "in_channels": 16, "out_channels": 4}
+    model = QwenImageTransformer2DModel(**sizes)
+    tensors, expected = as_nunchaku(model.state_dict())
+    path = write_safetensors(tmp_path / "svdq-int4.safetensors", tensors)
+    found = QwenImageTransformer2DModel.from_single_file(path, torch_dtype=torch.float32)
+    assert found.config == model.config
+    for config, told in ({"zero_cond_t": True}, True), ({"zero_cond_t": False}, False), (3, False):
+        other = write_safetensors(tmp_path / "2511.safetensors", tensors, {"config": json.dumps(config)})
+        assert QwenImageTransformer2DModel.from_single_file(other).config.zero_cond_t is told
+    assert_state(found, expected, close=True)
+    for name, tensor in model.state_dict().items():  # the numbers are the model's, to 4 bits
+        error = (expected[name].float() - tensor).norm() / tensor.norm().clamp(min=1e-6)
+        assert error < 0.3, (name, error)
 
 
 def test_devices_and_modes_around_do_not_matter(tiny_folder, tmp_path, transformer):

@@ -3,6 +3,7 @@
     GGUF         magic at the start                                         gguf_file.py
     safetensors  ComfyUI's descriptions and scales, also musubi-tuner's     comfy.py
                  bitsandbytes' states                                       bitsandbytes.py
+                 nunchaku's SVDQuant                                        nunchaku.py
                  float8 without scales, float32, float16, bfloat16
 
 Pickles are never opened. What is known and not read is refused by name.
@@ -25,6 +26,7 @@ from qwen_image_fast.weights import names
 from qwen_image_fast.weights.bitsandbytes import take_bitsandbytes
 from qwen_image_fast.weights.comfy import cast_float8, take_scaled
 from qwen_image_fast.weights.gguf_file import MAGIC, read_gguf
+from qwen_image_fast.weights.nunchaku import take_nunchaku
 from qwen_image_fast.weights.stored import Weight, is_quantised
 
 # A tensor without use but its name: the model was trained with reference images modulated at t = 0.
@@ -34,7 +36,7 @@ ARCHITECTURES = {"transformer": {"qwen_image"}, "text_encoder": {"qwen2vl", "cli
 CALLED = {"transformer": "a Qwen-Image transformer", "text_encoder": "Qwen2.5-VL", "vae": "the Qwen-Image VAE"}
 # Layouts that are known and not read: an ending of names, whose it is.
 REFUSED = {
-    ".wscales": "nunchaku's SVDQuant, packed for its own kernels",
+    ".wscales": "SVDQuant of Nunchaku Lite, or of another model than Qwen-Image",
     ".qzeros": "GPTQ or AWQ",
     ".weight_scale_inv": "float8 blocks of transformers",
     ".weight._data": "optimum-quanto",
@@ -80,9 +82,9 @@ def open_weights(files: Iterable[str | os.PathLike], part: str | None = None) ->
     opened = Opened()
     places: dict[str, Path] = {}
     for path in map(Path, files):
-        found, stored = _open(path, part)
+        found, stored, config = _open(path, part)
         opened.stored |= stored
-        opened.zero_cond_t |= found.pop(ZERO_COND_T, None) is not None
+        opened.zero_cond_t |= found.pop(ZERO_COND_T, None) is not None or config.get("zero_cond_t") is True
         for name, weight in found.items():
             if name in places:
                 raise ValueError(f"{name} is both in {places[name]} and in {path}; remove one")
@@ -124,7 +126,8 @@ def parts_of_names(tensors: Iterable[str]) -> list[str]:
     return [part for part in CALLED if any(names.KNOWN[part].fullmatch(n) for n in our_names(names_, part))]
 
 
-def _open(path: Path, part: str | None) -> tuple[dict[str, Weight], set[str]]:
+def _open(path: Path, part: str | None) -> tuple[dict[str, Weight], set[str], dict[str, Any]]:
+    """The weights of a part, the names of all tensors, and the configuration that nunchaku's files carry."""
     tensors, metadata, architecture = contents(path)
     wanted = ARCHITECTURES.get(part or "", set())
     if architecture and wanted and architecture not in wanted:
@@ -132,7 +135,11 @@ def _open(path: Path, part: str | None) -> tuple[dict[str, Weight], set[str]]:
             f"{path} is a GGUF of the architecture {architecture}, not of {CALLED[part or '']} "
             f"({' or '.join(sorted(wanted))}); take another file"
         )
-    return _decodable(path, tensors, part, metadata), set(tensors)
+    try:
+        config = dict(json.loads(metadata.get("config", "{}")))
+    except (ValueError, TypeError):  # of a tool that means something else by this word
+        config = {}
+    return _decodable(path, tensors, part, metadata), set(tensors), config
 
 
 def contents(path: Path) -> tuple[Mapping[str, Weight], Mapping[str, str], str]:
@@ -167,6 +174,7 @@ def _decodable(
     if all(isinstance(tensor, Entry) for tensor in rest.values()):
         found |= take_scaled(rest, _without_prefix(metadata, part))
         found |= take_bitsandbytes(rest)
+        found |= take_nunchaku(rest)
         _refuse(path, rest)
         rest = {name: cast_float8(tensor) for name, tensor in rest.items()}
     found |= rest

@@ -18,7 +18,7 @@ PREFIXES = {
 }
 # What some tensor of a part is called, once names are ours.
 KNOWN = {
-    "transformer": re.compile(r"transformer_blocks\.0\.img_mod\.(1\.weight|vectors)"),
+    "transformer": re.compile(r"transformer_blocks\.0\.img_mod\.(1\.q?weight|vectors)"),
     "vae": re.compile(r"decoder\.mid_block\.resnets\.0\.norm1\.gamma"),
     "text_encoder": re.compile(
         r"(model\.)?(language_model\.)?layers\.0\.self_attn\.q_proj\.weight|(model\.)?visual\..*"

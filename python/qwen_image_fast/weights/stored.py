@@ -1,7 +1,7 @@
 """A weight as a file stores it: which tensors make it, and how they become numbers, a few rows at a time.
 
 A format is a module with a function that finds such weights among the tensors of a file (`gguf_file`, `comfy`,
-`bitsandbytes`). Whoever wants the stored numbers rather than floats, to compute with them, takes `parts`.
+`bitsandbytes`, `nunchaku`). Whoever wants the stored numbers rather than floats, to compute with them, takes `parts`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ from qwen_image_fast.tensor_files import Entry
 
 
 class Part(NamedTuple):
-    """One stored tensor of a weight; `rows` of the weight go with each of its own rows, 0: all of it with every row."""
+    """One stored tensor of a weight; `rows` of the weight go with each of its own rows, 0: all of it with every row.
+
+    shared: another weight has it too, and counts its bytes.
+    """
 
     entry: Entry
     rows: int = 0
+    shared: bool = False
 
 
 # The parts of the rows from the given one on, and the dtype wanted: [rows, width] of that dtype.
@@ -55,7 +59,7 @@ class StoredWeight:
 
     @property
     def nbytes(self) -> int:
-        return sum(part.entry.nbytes for part in self.parts.values())
+        return sum(part.entry.nbytes for part in self.parts.values() if not part.shared)
 
 
 @dataclass(frozen=True)
