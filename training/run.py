@@ -48,7 +48,7 @@ from qwen_image_fast.training.recipe.vae import VaeRecipe
 from qwen_image_fast.training.rollout.prompts import check_collecting
 from qwen_image_fast.training.sources.sample import Source
 from qwen_image_fast.training.sources.survey import named_by, said_of, sources_of
-from qwen_image_fast.training.tasks.device import pick_device, pick_dtype
+from qwen_image_fast.training.tasks.device import emulates, pick_device, pick_dtype
 from qwen_image_fast.training.tasks.flow import FlowTask
 from qwen_image_fast.training.tasks.post import PostTask
 from qwen_image_fast.training.tasks.task import Task
@@ -84,7 +84,10 @@ def make_task(
     device, left = pick_device(recipe.device), []
     for stage in run.stages:
         assert isinstance(stage.recipe, FlowRecipe)
-        needed = check_recipe(stage.recipe, device, pick_dtype(stage.recipe.model.dtype, device))
+        dtype = pick_dtype(stage.recipe.model.dtype, device)
+        if emulates(dtype, device):
+            say(f"{stage.name}: this processor has no unit for bfloat16; model.dtype=float32 is likely faster here")
+        needed = check_recipe(stage.recipe, device, dtype)
         say(f"{stage.name}: {stage.recipe.steps} steps of {stage.recipe.batch * stage.recipe.accumulate} samples; "
             f"memory about {needed}, of {gigabytes(available(device))} that are free")  # fmt: skip
         left += [needed.under(limit).weights] if (limit := stage.recipe.model.memory) else []

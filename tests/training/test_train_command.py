@@ -22,6 +22,7 @@ from qwen_image_fast.models.lora_files import parse_lora
 from qwen_image_fast.training.export import FORMATS
 from qwen_image_fast.training.recipe.curriculum import build_curriculum
 from qwen_image_fast.training.sources.examples import Examples
+from qwen_image_fast.training.tasks.device import emulates
 from qwen_image_fast.training.tasks.flow import FlowTask
 
 TRANSFORMER = "diffusion_pytorch_model.safetensors"
@@ -71,6 +72,18 @@ def test_pictures_become_a_lora_that_generate_uses(small):
     made = run("generate", "picture 1", "--model", "small", "--lora", f"run/loras/{loras[0]}", "--output", "x.png")
     assert made.exit_code == 0 and (small / "x.png").is_file(), made.output
     assert "trained on" not in made.stderr
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_bfloat16_where_the_processor_has_no_unit_for_it(small, monkeypatch, unit):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: unit)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    result = train("model.dtype=bfloat16", "steps=1", "log.sample_every=0", "log.validate_every=0")
+    assert result.exit_code == 0, result.output
+    remark = "lora: this processor has no unit for bfloat16; model.dtype=float32 is likely faster here"
+    assert (remark in result.stderr.splitlines()) is not unit
+    assert not emulates(torch.float32, torch.device("cpu")) and not emulates(torch.bfloat16, torch.device("cuda"))
 
 
 def test_what_a_run_made_is_exported_and_compared(small):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import torch
 
 
@@ -16,3 +18,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def emulates(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the processor multiplies numbers of this type by converting them; False where torch does not say."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return False
+    units = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return platform.machine() == "x86_64" and all(unit is not None and not unit() for unit in units)
