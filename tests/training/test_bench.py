@@ -226,7 +226,7 @@ def test_the_command_from_a_model_to_a_page(tiny_folder, endpoint, tmp_path, mon
                  "--steps", "1", "--guidance", "1"]  # fmt: skip
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert "2 pictures of 32 x 32 px in 1 steps are to be drawn" in result.output
+    assert "2 pictures of 32 x 32 px in 1 steps with guidance 1 are to be drawn" in result.output
     next((tmp_path / "out/pictures").iterdir()).unlink()
     assert "1 pictures are there, 1 pictures of 32 x 32 px" in CliRunner().invoke(app, arguments).output
     assert "run again with --judge" in result.output and len(list((tmp_path / "out/pictures").iterdir())) == 2
@@ -245,6 +245,27 @@ def test_the_command_from_a_model_to_a_page(tiny_folder, endpoint, tmp_path, mon
     url = body["messages"][1]["content"][0]["image_url"]["url"]
     assert base64.b64decode(url.partition(",")[2]).startswith(b"\x89PNG")
     assert "secret" not in "".join(p.read_text() for p in (tmp_path / "out").iterdir() if p.is_file())
+
+
+def test_sizes_are_those_that_the_model_makes_best(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    SETS["tiif"](tmp_path / "data")
+    for name in ("own", "silent"):
+        (tmp_path / name).mkdir()
+        for part in tiny_folder.iterdir():
+            if part.name != "generation.json":
+                (tmp_path / name / part.name).symlink_to(part)
+    (tmp_path / "own" / "generation.json").write_text('{"width": 48, "height": 48, "steps": 3, "cfg": 1.5}')
+    drawing = "qwen_image_fast.training.evaluation.bench.drawing.drawn_by"
+    monkeypatch.setattr(drawing, lambda *args, **sampling: interrupted())
+    for model, options, said in [
+        ("own", [], "48 x 48 px in 3 steps with guidance 1.5"),
+        ("own", ["--size", "32", "--guidance", "0"], "32 x 32 px in 3 steps with guidance 0"),
+        ("silent", [], "1024 x 1024 px in 50 steps with guidance 4"),
+    ]:
+        arguments = ["evaluate", "bench", "tiif", model, "--prompts", "data", "--out", f"out{len(said)}", *options]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 130 and f"2 pictures of {said} are to be drawn" in result.output, result.output
 
 
 @pytest.mark.parametrize(

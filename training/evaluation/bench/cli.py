@@ -11,6 +11,7 @@ from qwen_image_fast.folders import local_folder, nearest_file
 from qwen_image_fast.training.evaluation.sizes import check_size
 
 if TYPE_CHECKING:
+    from qwen_image_fast.model_defaults import Generation
     from qwen_image_fast.training.evaluation.bench.items import Benchmark
     from qwen_image_fast.training.evaluation.bench.judges import Judge
     from qwen_image_fast.training.evaluation.bench.run import BenchRun
@@ -40,10 +41,11 @@ def bench_command(
     count: Annotated[int, typer.Option(help="only the first so many prompts; 0: all", min=0)] = 0,
     pictures: Annotated[int, typer.Option(help="of each prompt; 0: as the benchmark has it", min=0)] = 0,
     grids: Annotated[Path | None, typer.Option(help="folder of <id>.png, 2 x 2 pictures not to be drawn")] = None,
-    size: Annotated[int, typer.Option(help="height and width in pixels; edits have their source's", min=32,
-                                     callback=check_size)] = 1024,
-    steps: Annotated[int, typer.Option(help="denoising steps", min=1)] = 50,
-    guidance: Annotated[float, typer.Option(help="true_cfg_scale; 1: none")] = 4.0,
+    size: Annotated[int | None, typer.Option(help="height and width in pixels; edits have their source's; default: as "
+                                                  "the model's generation.json has it, or 1024", min=32,
+                                             callback=check_size)] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps; default: likewise, or 50", min=1)] = None,
+    guidance: Annotated[float | None, typer.Option(help="true_cfg_scale; 1: none; default: likewise, or 4")] = None,
     seed: Annotated[int, typer.Option(help="picture n of prompt i gets seed + i * pictures + n")] = 0,
     batch: Annotated[int, typer.Option(help="pictures at a time", min=1)] = 1,
 ) -> None:  # fmt: skip
@@ -76,8 +78,13 @@ def bench_command(
         from qwen_image_fast.training.evaluation.page import markdown
 
         items = benchmark.load(prompts.expanduser(), language, folder / "sources")
-        settings = {"model": model, "prompts": digest(items), "size": size, "steps": steps, "guidance": guidance,
-                    "seed": seed}  # fmt: skip
+        own = _own(model)
+        sampling = {
+            "size": size or (own.width if own.width == own.height else None) or 1024,
+            "steps": steps or own.steps or 50,
+            "guidance": next(value for value in (guidance, own.cfg, 4.0) if value is not None),
+        }
+        settings = {"model": model, "prompts": digest(items), **sampling, "seed": seed}
         if who is not None:
             check_colours(who, items[: count or None])
     except ValueError as error:
@@ -86,7 +93,7 @@ def bench_command(
     with claimed(folder):
         run.open()
         try:
-            _draw(run, model, grids, size, steps, guidance, seed, batch)
+            _draw(run, model, grids, batch)
             if who is None:
                 print(f"pictures are in {folder / 'pictures'}; run again with --judge to score them")
                 return
@@ -110,9 +117,18 @@ def _check_effect(
         raise ValueError(f"{option} must come with --judge, {what}; without --judge pictures are drawn and not scored")
 
 
-def _draw(
-    run: BenchRun, model: str, grids: Path | None, size: int, steps: int, guidance: float, seed: int, batch: int
-) -> None:
+def _own(model: str) -> Generation:
+    """What the model makes best, where its folder is here and says so."""
+    from qwen_image_fast.model_defaults import Generation, generation_of, model_class
+
+    try:
+        folder = local_folder(model)
+        return Generation() if folder is None else generation_of(folder, model_class(folder, model))
+    except OSError:  # whoever draws says so; pictures that are not to be drawn need no model
+        return Generation()
+
+
+def _draw(run: BenchRun, model: str, grids: Path | None, batch: int) -> None:
     missing = len(run.missing())
     if not missing:
         return
@@ -124,10 +140,12 @@ def _draw(
     except OSError as error:
         raise typer.BadParameter(str(error)) from error
     editing = run.items[0].source is not None
+    size, steps, guidance = (run.settings[name] for name in ("size", "steps", "guidance"))
     total = len(run.items) * run.pictures
     there = f"{total - missing} pictures are there, " if missing < total else ""
-    what = f"pictures of {'their sources' if editing else f'{size} x {size} px'} in {steps} steps"
-    typer.echo(f"{there}{missing} {what} are to be drawn (--size, --steps, --count); {model}: loading torch", err=True)
+    what = f"pictures of {'their sources' if editing else f'{size} x {size} px'}"
+    how, options = f"in {steps} steps with guidance {guidance:g}", "--size, --steps, --guidance, --count"
+    typer.echo(f"{there}{missing} {what} {how} are to be drawn ({options}); {model}: loading torch", err=True)
     from tqdm import tqdm
 
     from qwen_image_fast.training.evaluation.bench.drawing import drawn_by
@@ -137,7 +155,7 @@ def _draw(
         negative_prompt=" " if guidance > 1 else None,
     )  # fmt: skip
     with tqdm(total=total, initial=total - missing, unit="picture") as bar:
-        run.draw(draw, seed, batch, bar.update)
+        run.draw(draw, run.settings["seed"], batch, bar.update)
 
 
 def _judged(run: BenchRun, who: Judge, scorer: Judge | None, parallel: int) -> tuple[list[list[str]], list[str]]:
