@@ -94,7 +94,7 @@ def make_task(
     assert isinstance(recipe, FlowRecipe)
     for stage in run.stages:
         if isinstance(stage.recipe, PostRecipe):
-            check_collecting(stage.recipe, folder)
+            check_collecting(stage.recipe, folder, say)
     loading()
     kind = PostTask if any(isinstance(stage.recipe, PostRecipe) for stage in run.stages) else FlowTask
     return kind(recipe, folder, source, run, sources=sources, memory_limit=min(left, default=None))

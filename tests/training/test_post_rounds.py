@@ -15,6 +15,7 @@ from qwen_image_fast.training.engine import checkpoint as checkpoints
 from qwen_image_fast.training.engine.trainer import Trainer, TrainingStopped
 from qwen_image_fast.training.recipe.curriculum import build_curriculum
 from qwen_image_fast.training.recipe.fields import RecipeError
+from qwen_image_fast.training.rollout.prompts import check_collecting
 from qwen_image_fast.training.sources.survey import sources_of
 from qwen_image_fast.training.tasks.post import PostTask
 
@@ -116,6 +117,29 @@ def test_a_round_that_teaches_nothing_is_said(folder, tmp_path, monkeypatch, cap
     start_post(post_recipe(folder, "nft", steps=1), tmp_path / "run").run()
     said = " ".join(capsys.readouterr().err.split())
     assert "round 0: nothing is learnt from its 12 pictures, as those of each prompt have one reward" in said
+    assert " pictures 12 learnt_from 0 " in said
+    assert "nothing was learnt in any round: the model that is written is the one of the start" in said
+
+
+def test_one_round_that_teaches_is_enough(folder, tmp_path, monkeypatch, capsys):
+    rewards = iter([1.0] * 12 + [0.1 * (i % 3) for i in range(12)])
+    monkeypatch.setattr(post_helpers, "bright", lambda pictures, asked: [next(rewards) for _ in pictures])
+    start_post(post_recipe(folder, "nft", steps=2, rollout__updates=1), tmp_path / "run").run()
+    said = " ".join(capsys.readouterr().err.split())
+    assert "round 0: nothing is learnt" in said and "in any round" not in said
+
+
+def test_a_file_of_fewer_prompts_than_a_round_draws_is_said(folder, tmp_path):
+    prompts, said = tmp_path / "prompts.txt", []
+    prompts.write_text("a\nb\nc\n")
+    recipe = post_recipe(folder, "nft", data__source="", rollout__prompts=str(prompts), guards__every=0)
+    for count in (3, 4):
+        recipe.rollout.count = count
+        check_collecting(recipe, tmp_path, said.append)
+    assert [s.replace(str(prompts), "FILE") for s in said] == [
+        "FILE has 3 prompts to learn from; a round draws 4 (rollout.count), so some are drawn more than once, "
+        "from other noise"
+    ]
 
 
 def test_micro_batches_are_parts_of_a_batch(folder, tmp_path):

@@ -98,7 +98,9 @@ class RunLog:
             )
             self.terminal.line(line)
         else:
-            words = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            words = "  ".join(
+                f"{name} {value if isinstance(value, int) else f'{value:.4f}'}" for name, value in values.items()
+            )
             self.say(f"step {step}  {words}")
 
     def rejected(self, step: int, samples: Iterable[tuple[int | None, str, str]]) -> None:

@@ -77,7 +77,8 @@ class PostRecipe(FlowRecipe):
                 value = getattr(self.log, field_name)
                 must(not value, f"log.{field_name}", "be 0 without data.source, which it draws from", value)
             must(not self.log.sample_every or bool(self.log.prompts), "log.prompts",
-                 "be given for sample pictures without data.source", self.log.prompts)  # fmt: skip
+                 "be given for sample pictures without data.source, such as log.prompts='[\"a red circle\"]'",
+                 self.log.prompts)  # fmt: skip
         for part in self.data.parts:
             must(not part.tasks.get("recon"), "data.tasks", f"have no recon for kind {self.kind}", part.tasks)
         if self.pairs:

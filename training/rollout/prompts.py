@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -105,8 +106,9 @@ class PromptBatches:
         return Prompt(asked_of(sample.caption, drawn), images[0].shape[:2], list(images[1:]), rejected)
 
 
-def check_collecting(recipe: PostRecipe, folder: Path) -> None:
-    """What can be known of pairs, prompts and rewards before a model is loaded. folder: of the run.
+def check_collecting(recipe: PostRecipe, folder: Path, say: Callable[[str], Any] = lambda sentence: None) -> None:
+    """What can be known of pairs, prompts and rewards before a model is loaded. folder: of the run. say: is told how
+    often a prompt is drawn, where a file has fewer than a round draws.
 
     Raises:
         RecipeError: a line of a file is wrong, or a reward cannot judge pictures of a prompt.
@@ -120,7 +122,11 @@ def check_collecting(recipe: PostRecipe, folder: Path) -> None:
         return
     rewards = make_rewards(recipe.rewards, folder)
     if recipe.rollout.prompts:
-        made = PromptBatches(recipe, None)
+        made, count = PromptBatches(recipe, None), recipe.rollout.count
+        if len(made.trained) < count:
+            held = f", beside {len(made.held)} that are only looked at" if made.held else ""
+            say(f"{recipe.rollout.prompts} has {len(made.trained)} prompts to learn from{held}; a round draws {count} "
+                "(rollout.count), so some are drawn more than once, from other noise")  # fmt: skip
         for line in made.lines:
             check_asked(rewards, made.prompt_of(line).asked)
 

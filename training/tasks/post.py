@@ -80,6 +80,7 @@ class PostTask(FlowTask):
         self.policies.drop()
         self.latest: list[dict[str, float]] = []
         self.round, self.spreads = Round(-1), dict[str, list[float]]()
+        self.taught: list[bool] = []  # of the rounds that this process drew
         self.rewards: list[Reward] = []
         recipe = self.recipe
         if isinstance(recipe, PostRecipe):
@@ -143,6 +144,7 @@ class PostTask(FlowTask):
             values |= self._look(doing)
         self.round, found = self._collected(prompts, number, doing)
         self.notes += self.guards.round(found)
+        self.taught.append(bool(self.round.units))
         if not self.round.units:
             one = found["dead_groups"] == 1
             why = "those of each prompt have one reward" if one else "none is better by margin, or has the least reward"
@@ -150,6 +152,8 @@ class PostTask(FlowTask):
                 f"round {number}: nothing is learnt from its {found['pictures']:.0f} pictures, as {why}; prompts that "
                 "are drawn rightly at times, or another reward, tell them apart"
             )
+        if len(self.taught) == number + 1 == -(-recipe.steps // recipe.rollout.updates) and not any(self.taught):
+            self.notes.append("nothing was learnt in any round: the model that is written is the one of the start")
         return values | found
 
     def _collected(self, prompts: Prompts, number: int, doing: Callable[[str], Any]) -> tuple[Round, dict[str, float]]:
