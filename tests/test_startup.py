@@ -201,8 +201,10 @@ def test_ctrl_c_is_heeded_before_much_is_imported():
     ],
     ids=["passed on", "swallowed", "turned into another"],
 )
-@pytest.mark.parametrize("module", ["typer", "torch"])
-def test_ctrl_c_while_importing(tmp_path, module, while_importing):
+@pytest.mark.parametrize(
+    "module, number", [("typer", signal.SIGTERM), ("typer", signal.SIGINT), ("torch", signal.SIGINT)]
+)
+def test_signals_while_importing(tmp_path, module, number, while_importing):
     """A module that stops in the middle of its import, at a read of a pipe that nobody writes to."""
     (tmp_path / f"{module}.py").write_text(f"import os\nos.write(1, b'importing')\n{while_importing}\n")
     # A shell starts what runs in the background with Ctrl-C ignored, and children inherit that.
@@ -212,8 +214,11 @@ def test_ctrl_c_while_importing(tmp_path, module, while_importing):
     with subprocess.Popen(command, env=environment(tmp_path), preexec_fn=heed, **pipes) as process:
         try:
             assert os.read(process.stdout.fileno(), 9) == b"importing"
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             _, stderr = process.communicate(timeout=600)
         finally:
             process.kill()
-    assert (process.returncode, stderr.splitlines()[-1]) == (130, b"interrupted") and b"Traceback" not in stderr
+    assert (process.returncode, stderr.splitlines()[-1]) == (
+        128 + number,
+        b"interrupted",
+    ) and b"Traceback" not in stderr

@@ -1,4 +1,4 @@
-"""The command, as `qwen-image-fast` or `python -m qwen_image_fast`; Ctrl-C is heeded before more is imported."""
+"""The command, as `qwen-image-fast` or `python -m qwen_image_fast`; signals are heeded before more is imported."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ if TYPE_CHECKING:
     from types import FrameType
 
 
+_USUAL = {_signal.SIGINT: _signal.default_int_handler, _signal.SIGTERM: _signal.SIG_DFL}
+
+
 def main() -> None:
     # A shell starts what runs in the background with Ctrl-C ignored; that stays.
-    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
-        _signal.signal(_signal.SIGINT, _interrupt)
+    for number, usual in _USUAL.items():
+        if _signal.getsignal(number) is usual:
+            _signal.signal(number, _interrupt)
     _write_any_text()
     _sleep_while_waiting()
     try:
@@ -29,8 +33,9 @@ def main() -> None:
         # twice, which took most of the time between the last line and the end.
         gc.freeze()
         # All is said and written: what Python does on its way out needs no sentence.
-        if _signal.getsignal(_signal.SIGINT) in (_interrupt, _leave):
-            _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+        for number in _USUAL:
+            if _signal.getsignal(number) in (_interrupt, _leave):
+                _signal.signal(number, _signal.SIG_DFL)
 
 
 def _write_any_text() -> None:
@@ -52,26 +57,29 @@ def _sleep_while_waiting() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """KeyboardInterrupt, so that half-written files are removed; the second time, and during an import, the end.
+    """KeyboardInterrupt, so that half-written files are removed, with the number of the signal as its `signal`; the
+    second time, and during an import, the end.
 
     What is being imported may swallow an exception or turn it into another one, and has nothing to remove.
     """
-    _signal.signal(_signal.SIGINT, _leave)
+    _signal.signal(number, _leave)
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            _leave()
+            _leave(number)
         frame = frame.f_back
-    raise KeyboardInterrupt
+    error = KeyboardInterrupt()
+    error.signal = number  # type: ignore[attr-defined]
+    raise error
 
 
-def _leave(*_: object) -> None:
+def _leave(number: int, frame: FrameType | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except Exception:  # closed, or in the middle of a write
             continue
     os.write(2, b"interrupted\n")
-    os._exit(130)
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -280,9 +280,10 @@ def test_ctrl_c_as_older_typer_reports_it(monkeypatch):
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 130
 
 
-def test_ctrl_c_for_real(tiny_folder, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_for_real(tiny_folder, tmp_path, number):
     """A process of its own, interrupted in the middle of sampling."""
-    command = [sys.executable, "-m", "qwen_image_fast.cli", "generate", "a cat", "--model", str(tiny_folder)]
+    command = [sys.executable, "-m", "qwen_image_fast", "generate", "a cat", "--model", str(tiny_folder)]
     command += ["--size", "192x192", "--steps", "1000", "--output", "x.png"]
     # As installed or from the source tree, and on one thread, as the other tests here.
     paths = [str(Path(qwen_image_fast.__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
@@ -296,11 +297,11 @@ def test_ctrl_c_for_real(tiny_folder, tmp_path):
         # The bar shows at most ten states a second, so any step but the first may be the one that is seen.
         while not re.search(rb"\b[1-9]\d*/1000", seen) and time.monotonic() < deadline and process.poll() is None:
             seen += os.read(process.stderr.fileno(), 4096)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         rest = process.communicate(timeout=600)[1]
     finally:
         process.kill()
         process.wait()
     assert re.search(rb"\b[1-9]\d*/1000", seen)
-    assert process.returncode == 130 and b"interrupted" in rest and b"Traceback" not in rest
+    assert process.returncode == 128 + number and b"interrupted" in rest and b"Traceback" not in rest
     assert list(tmp_path.iterdir()) == []

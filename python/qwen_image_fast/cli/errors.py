@@ -1,12 +1,13 @@
 """How the command fails: exit codes, and every way to fail as one sentence on standard error.
 
-Exit codes: 0 done, 1 it failed (also: a kernel that disagrees, a damaged model), 2 bad input, 130 Ctrl-C.
+Exit codes: 0 done, 1 it failed (also: a kernel that disagrees, a damaged model), 2 bad input, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from qwen_image_fast.folders import nearest, nearest_file
 
 out = Console()
 err = Console(stderr=True)
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, (130, 143)
 
 
 class CommandError(Exception):
@@ -36,12 +37,18 @@ class CommandError(Exception):
 class Sentences(TyperGroup):
     """Turns every way to fail into one sentence and an exit code."""
 
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:  # typer would forget which signal it was
+            raise typer.Exit(128 + getattr(error, "signal", signal.SIGINT)) from error
+
     def main(self, *args, **kwargs):
         try:
             result = super().main(*args, **{**kwargs, "standalone_mode": False})
             code = result if isinstance(result, int) else DONE
         except (KeyboardInterrupt, typer.Abort):
-            code = INTERRUPTED
+            code = INTERRUPTED[0]
         except CommandError as error:
             code = error.code
             print_error(error)
@@ -55,7 +62,7 @@ class Sentences(TyperGroup):
         except Exception as error:
             code = BAD_INPUT if isinstance(error, FileExistsError) else FAILED  # the name that was asked for is taken
             _print_failure(error)
-        if code == INTERRUPTED:
+        if code in INTERRUPTED:
             err.print("interrupted")
         sys.exit(code)
 
