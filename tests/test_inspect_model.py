@@ -99,8 +99,10 @@ def test_the_released_sizes():
 def test_command(tiny_folder):
     result = run(tiny_folder)
     assert result.exit_code == 0, result.output
-    for text in ("modulation", "6,875,200", "What fits", "141 GB", "not a measurement", "num_layers 5"):
+    fits = "Fits, in bf16, a GPU of 8 GB and more: 3.0 GB with all parts at once"
+    for text in ("modulation", "6,875,200", fits, "not a measurement", "num_layers 5"):
         assert text in result.stdout
+    assert "What fits" in run(tiny_folder, "--margin", 10).stdout and "141 GB" not in result.stdout
     report = json.loads(run(tiny_folder, "--json", "--margin", 10).stdout)
     assert report["margin_gb"] == 10 and report["fits_gpu_gb"]["8"]["all"] is False
     assert report["fits_gpu_gb"]["12"]["all"] is True

@@ -308,7 +308,7 @@ def render(model: Model, margin_gb: float = MARGIN_GB) -> RenderableType:
     blocks += [_config_table(model)] if any(_short(part.config) for part in model.parts) else []
     blocks += [_groups_table(part) for part in model.parts if part.groups]
     if not model.problems and any(part.parameters for part in model.parts):
-        blocks += [_fits_table(model, margin_gb), Text(_assumptions(model, margin_gb), style="dim")]
+        blocks += [_fits(model, margin_gb), Text(_assumptions(model, margin_gb), style="dim")]
     return Group(*blocks)
 
 
@@ -367,8 +367,10 @@ def _groups_table(part: Part) -> Table:
     return table
 
 
-def _fits_table(model: Model, margin_gb: float) -> Table:
+def _fits(model: Model, margin_gb: float) -> Table | str:
     needs = model.needs(margin_gb)
+    if (most := max(needs.values())) <= min(GPU_SIZES):
+        return f"Fits, in bf16, a GPU of {min(GPU_SIZES)} GB and more: {most:.1f} GB with all parts at once"
     table = Table("GPU", title="What fits, in bf16", title_justify="left")
     for way, need in needs.items():
         table.add_column(f"{FITS[way]}\n{need:.1f} GB", justify="center")
