@@ -6,13 +6,16 @@ right as a whole (number, shapes, colours, places, ground), on prompts that trai
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
-from examples.rl_demo import JUDGED, KEPT, PROMPTS, SHAPES, judged, write_prompts
+from examples.rl_demo import JUDGED, KEPT, POOL, SHAPES, judged, write_prompts
 
 from benchmarks.post_training_world import Method, World
+from qwen_image_fast.training.evaluation.tiny_cases import pictures
 
-JUDGE = "TinyEval"
+JUDGE, PROMPTS = "TinyEval", 160  # of a round
+SINGLE = 60  # prompts of a single shape that are not judged: there are not many more
 # What shape a thing is, is settled near pure noise, and all methods that choose noise levels learn at those.
 LEVELS = ["sigma.mean=2.0", "sigma.std=1.6"]
 COMMON = ["optimizer.schedule=cosine", "optimizer.warmup=0", "guards.every=0", "log.every=1"]
@@ -27,8 +30,11 @@ RENDERED = [*COMMON[:-2], *LEVELS, "model.train_text_encoder=false", "lora.rank=
 
 
 def _write_prompts(path: Path, count: int) -> Path:
-    (file,) = write_prompts(path.parent, 1, count)
-    return file.rename(path)
+    """Of all tasks in turn, none of them one that is judged."""
+    share = -(-count // len(SHAPES))
+    pools = [pictures(task, JUDGED + min(share, SINGLE if task in POOL else share))[JUDGED:] for task in SHAPES]
+    rows = itertools.zip_longest(*(itertools.islice(itertools.cycle(pool), share) for pool in pools))
+    return write_prompts(path, [one for row in rows for one in row][:count], count)
 
 
 def _judged(model: str, name: str, judge: str, small: bool) -> dict[str, list[bool]]:
