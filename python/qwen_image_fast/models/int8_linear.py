@@ -34,6 +34,7 @@ from qwen_image_fast.weights.stored import Weight
 
 _PARTS = ("weight", "weight_scale", "comfy_quant")
 _PARTS_OF_4 = ("weight", "weight_s_rel", "weight_s_channel", "weight_codebook", "comfy_quant")
+NEAR = 5e-4  # of a step: what a number may lose on its way to floating point and back
 SHARED = ("weight_codebook", "comfy_quant")  # of what a file holds of a weight, what has no rows
 
 
@@ -141,6 +142,21 @@ class Int8Linear(nn.Linear):
         """W in float32, [out, in]."""
         weight = self.int8
         return _int8.rotated(weight.values().float() * weight.scales[:, None], self.group)
+
+    def replace(self, weight: Tensor, drawn: torch.Generator) -> None:
+        """Take another W, [out, in], rounded to one of the two neighbours, the nearer one the more often, so that the
+        mean is the value: a change smaller than a step is there in some numbers. A row that the range does not hold
+        gets a larger scale; where nothing changes, the numbers stay. `drawn`: on the CPU."""
+        held = self.int8
+        rotated, scales = _int8.rotated(weight.float(), self.group), held.scales[:, None]
+        largest = rotated.abs().amax(1, keepdim=True)
+        scales = torch.where(largest > (127 + NEAR) * scales, largest / 127, scales)
+        steps = rotated / scales.clamp(min=_int8.SMALLEST)
+        chance = torch.rand(steps.shape, generator=drawn, device="cpu").to(steps.device)
+        near = steps.round()
+        values = torch.where((steps - near).abs() < NEAR, near, (steps + chance).floor()).clamp_(-127, 127)
+        read = Int8Weight.of(values.to(torch.int8).cpu(), scales.cpu(), self.group)
+        self._hold(read.to(self.packed.device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         there = fn(torch.empty(0)).device

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,6 +28,7 @@ from .stored_modulation import refuse_changes
 
 logger = logging.getLogger(__name__)
 
+ROUNDINGS = ("nearest", "stochastic")
 TEXT_ENCODER = "text_encoder."  # before the names of its layers
 
 
@@ -179,9 +181,14 @@ class LoraAdapters:
         for name in names:
             del self.loaded[name]
 
-    def fuse(self, scale: float = 1.0, names: Sequence[str] | None = None) -> None:
-        """Add active adapters, times `scale`, to the weights: in float32, with one rounding to the weights' type."""
+    def fuse(self, scale: float = 1.0, names: Sequence[str] | None = None, rounding: str = "nearest") -> None:
+        """Add active adapters, times `scale`, to the weights: in float32, with one rounding to the weights' type.
+
+        rounding: "stochastic" for layers in 8 bits (`Int8Linear.replace`), drawn by the layer's name.
+        """
         self._check(names or (), self.weights)
+        if rounding not in ROUNDINGS:
+            raise ValueError(f"fuse_lora: rounding must be {' or '.join(ROUNDINGS)}, got {rounding!r}")
         if any(getattr(model, "streamed", None) is not None for model in (self.model, self.text_encoder)):
             raise ValueError(
                 "fuse_lora: weights that are streamed are not changed; leave the adapters beside them, or load the "
@@ -189,10 +196,13 @@ class LoraAdapters:
             )
         fused = {n: w * scale for n, w in self.weights.items() if names is None or n in names}
         for path in {path for name in fused for path in self.loaded[name]}:
-            if isinstance(self._layer(path), Int8Linear):
+            layer = self._layer(path)
+            if isinstance(layer, Int8Linear) and (rounding == "nearest" or layer.int8.four or layer.float8):
+                bits = 4 if layer.int8.four else 8
+                ways = "leave it beside the weights, or quantise the model with it (`qwen-image-fast quantize --lora`)"
+                ways = f'rounding="stochastic" keeps it in the mean; or {ways}' if bits == 8 else ways
                 raise ValueError(
-                    f"fuse_lora: {path} is in 8 bits, in which an adapter would be rounded away: leave it beside the "
-                    "weights, or quantise the model with it (`qwen-image-fast quantize --lora`)"
+                    f"fuse_lora: {path} is in {bits} bits, in which an adapter would be rounded away: {ways}"
                 )
         rest = {n: w for n, w in self.weights.items() if n not in fused}
         self.activate({})  # what stays active may depend on the weights
@@ -203,6 +213,8 @@ class LoraAdapters:
 
     def unfuse(self) -> None:
         """Subtract fused adapters from the weights, which rounds a second time, and make them active again."""
+        if any(isinstance(self._layer(part.path), Int8Linear) for group in self._fusions for part in group):
+            raise ValueError("unfuse_lora: what was fused into 8 bits is rounded there; load the model again")
         if True in self._forgotten or (self._forgotten and any(map(self._has_dora, self.fused))):
             raise ValueError(
                 "unfuse_lora: a DoRA adapter that was fused beside another can only be taken out with it, and one of "
@@ -240,7 +252,8 @@ class LoraAdapters:
         added = []
         for path, own in self._by_layer(parts).items():
             layer = self._layer(path)
-            before = layer.weight.float()
+            in_8_bits = isinstance(layer, Int8Linear)
+            before = layer.dequantised() if in_8_bits else layer.weight.float()
             total, bias = before, torch.zeros(())
             for part in own:
                 adapter, factor = part.adapter, part.adapter.rescaling(before)
@@ -249,7 +262,10 @@ class LoraAdapters:
                 if adapter.bias is not None:
                     bias = bias.to(before) + adapter.bias.to(before) * part.weight
                 added.append(part._replace(factor=factor))
-            layer.weight.copy_(total)
+            if in_8_bits:
+                layer.replace(total, torch.Generator("cpu").manual_seed(zlib.crc32(path.encode())))
+            else:
+                layer.weight.copy_(total)
             if bias.dim():
                 layer.bias.copy_(layer.bias.float() + bias)
         return added

@@ -188,8 +188,10 @@ class PeftAdapters:
         else:
             self.model.delete_adapters(list(names))
 
-    def fuse(self, scale: float = 1.0, names: Sequence[str] | None = None) -> None:
+    def fuse(self, scale: float = 1.0, names: Sequence[str] | None = None, rounding: str = "nearest") -> None:
         self._check(names or ())
+        if rounding != "nearest":
+            raise ValueError(f"fuse_lora: rounding must be nearest for adapters of PEFT, got {rounding!r}")
         self.model.fuse_lora(scale, adapter_names=None if names is None else list(names))
 
     def unfuse(self) -> None:

@@ -191,15 +191,18 @@ class LoraMixin:
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
         adapter_names: Sequence[str] | None = None,
+        rounding: str = "nearest",
     ) -> None:
         """Add active adapters, or those named, to the weights, which costs nothing while sampling.
 
         Args:
             components: for diffusers' signature; an adapter is fused into both models that it changes.
             safe_fusing: also for that; files with NaN are refused in any case.
+            rounding: "stochastic" fuses into layers in 8 bits too: each number becomes one of its two neighbours, by
+                chance, so that a change smaller than a step stays in the mean; such layers are not unfused.
         """
         _check_components(components)
-        adapters_on(self.transformer).fuse(lora_scale, adapter_names)
+        adapters_on(self.transformer).fuse(lora_scale, adapter_names, rounding)
 
     def unfuse_lora(self, components: Sequence[str] = ("transformer",)) -> None:
         """Take fused adapters out of the weights again, up to rounding; load the model again for the same bits."""
