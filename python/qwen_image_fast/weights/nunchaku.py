@@ -87,12 +87,12 @@ class _Layer:
         seen = entry._replace(shape=shape)
         if seen.nbytes != entry.nbytes or entry.dtype not in dtypes:
             raise self.error(
-                f"has {self.name}.{role} as {entry.kind} {list(entry.shape)}, expected {shape_text(shape, dtypes)}"
+                f"has {self.name}.{role} as {entry.kind} {list(entry.shape)}, expected {_shape_text(shape, dtypes)}"
             )
         return seen
 
 
-def shape_text(shape: Iterable[int], dtypes: Iterable[torch.dtype]) -> str:
+def _shape_text(shape: Iterable[int], dtypes: Iterable[torch.dtype]) -> str:
     kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     return f"{kinds} of {' x '.join(map(str, shape))} values"
 
