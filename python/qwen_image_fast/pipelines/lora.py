@@ -191,6 +191,7 @@ class LoraMixin:
         lora_scale: float = 1.0,
         safe_fusing: bool = False,
         adapter_names: Sequence[str] | None = None,
+        *,
         rounding: str = "nearest",
     ) -> None:
         """Add active adapters, or those named, to the weights, which costs nothing while sampling.
