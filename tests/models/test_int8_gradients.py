@@ -54,9 +54,8 @@ def test_without_kernels_it_is_the_dequantised_product(dtype, most):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_model_has_the_gradients_of_its_floats(tmp_path, checkpointing):
-    """Of the text states, through all blocks, but for the rounding of activations, which at inputs that fit no prompt is
-    an eighth of them (of weights that have nothing in common they would be off by more than all): those of the weights
-    decoded."""
+    """Of the text states, through all blocks: those of the weights decoded, but for the rounding of activations, an
+    eighth of them at inputs that fit no prompt; of gradients that had nothing in common more than all would be off."""
     small = QwenImageTransformer2DModel.from_pretrained(SHIPPED, subfolder="transformer", precision="int8")
     small.save_pretrained(tmp_path)
     floats = QwenImageTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.float32)
